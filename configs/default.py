@@ -1,0 +1,141 @@
+"""Every key there is, with its unit and its reason. Other configs start from this one.
+
+Names are the flags of the reference script (Hugging Face's `run_mlm_flax_stream.py`), grouped by the part that
+reads them. Any key can be set from the command line: `--config.optimizer.learning_rate=1e-4`.
+"""
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+
+def get_config() -> ConfigDict:
+    """Returns the defaults: the reference script's where it has one."""
+    config = ConfigDict()
+
+    # Everything random is derived from it: initialization, order of the text, masks, dropout.
+    config.seed = 42
+    # Updates of the parameters in all; the learning rate reaches 0 there.
+    config.num_train_steps = 50_000
+    # Rows of `data.max_seq_length` tokens per device in one forward pass.
+    config.per_device_train_batch_size = 8
+    config.per_device_eval_batch_size = 8
+    # Forward and backward passes whose gradients are summed for one update; the rows of an update are
+    # per_device_train_batch_size x gradient_accumulation_steps x devices.
+    config.gradient_accumulation_steps = 1
+    # Updates between two lines of training metrics (each the mean since the line before), two evaluations (each
+    # also exports `model/`), two checkpoints. The last update is always logged, evaluated, saved and exported.
+    config.logging_steps = 500
+    config.eval_steps = 500
+    config.save_steps = 500
+
+    config.data = data = ConfigDict()
+    # "docstrings" (of the installed Python packages; needs no network), or a dataset's name on the hub, or a
+    # local directory that `datasets.load_dataset` takes.
+    data.dataset_name = "docstrings"
+    # The configuration of that dataset, such as "en" of allenai/c4. None: its only one.
+    data.dataset_config_name = placeholder(str)
+    # Text, JSON-lines, CSV or parquet files, plain or compressed: a path, a glob, an http(s) URL or a list of
+    # these. Wins over dataset_name.
+    data.data_files = placeholder(object)
+    # The same for evaluation. None: the first num_eval_samples rows of the training text are held out.
+    data.eval_data_files = placeholder(object)
+    data.split = "train"
+    # The column that holds the text. Text files have "text".
+    data.text_column_name = "text"
+    # Tokens in a row, begin and end tokens included.
+    data.max_seq_length = 128
+    # How documents become rows. "concatenate": they run on over row borders, an end token between them (no token
+    # is lost, none is padding). "pad": a document a row, cut or padded (the reference's pad_to_max_length).
+    # "pad_lines": a line a row (its line_by_line).
+    data.packing = "concatenate"
+    # Documents read, then shuffled among themselves. 0: the order of the source.
+    data.shuffle_buffer_size = 10_000
+    # Rows in the evaluation set. Documents in it are never trained on.
+    data.num_eval_samples = 5_000
+    # Batches made ahead of the step, in a thread.
+    data.prefetch_batches = 4
+    # Where `datasets` and `transformers` keep what they download. None: their own default.
+    data.cache_dir = placeholder(str)
+
+    config.tokenizer = tokenizer = ConfigDict()
+    # A hub name or a local directory. None: a byte-level BPE is trained on the head of the text.
+    tokenizer.tokenizer_name = placeholder(str)
+    # Slow tokenizers are not supported; the key stands for those who come from the reference's flags.
+    tokenizer.use_fast_tokenizer = True
+    # Of a tokenizer trained here: entries, special tokens included, and documents it is trained on.
+    tokenizer.vocab_size = 50_265
+    tokenizer.train_documents = 100_000
+    # "auto": `gigatoken` where it gives the same ids as `tokenizers` (byte-level BPE), else `tokenizers`.
+    # "gigatoken" or "tokenizers": that one.
+    tokenizer.backend = "auto"
+
+    config.model = model = ConfigDict()
+    # The family: used with its defaults when config_name and model_name_or_path are None.
+    model.model_type = "roberta"
+    # A hub name or local directory whose config.json is copied, without the weights.
+    model.config_name = placeholder(str)
+    # A hub name or local directory whose config.json and weights training starts from.
+    model.model_name_or_path = placeholder(str)
+    # Of the computation: "float32" or "bfloat16". Parameters, reductions and the optimizer stay float32.
+    model.dtype = "float32"
+    # Fields of the Hugging Face config to change. None: as in the config above; vocab_size, pad_token_id,
+    # bos_token_id and eos_token_id then come from the tokenizer when there is no config to copy.
+    model.overrides = overrides = ConfigDict()
+    overrides.vocab_size = placeholder(int)
+    overrides.hidden_size = placeholder(int)
+    overrides.num_hidden_layers = placeholder(int)
+    overrides.num_attention_heads = placeholder(int)
+    overrides.intermediate_size = placeholder(int)
+    overrides.hidden_act = placeholder(str)
+    overrides.hidden_dropout_prob = placeholder(float)
+    overrides.attention_probs_dropout_prob = placeholder(float)
+    overrides.max_position_embeddings = placeholder(int)
+    overrides.type_vocab_size = placeholder(int)
+    overrides.initializer_range = placeholder(float)
+    overrides.layer_norm_eps = placeholder(float)
+
+    config.masking = masking = ConfigDict()
+    # The share of tokens to predict, special tokens and padding aside.
+    masking.mlm_probability = 0.15
+    # Of those: the share replaced by the mask token, and by a random token; the rest stays as it is.
+    masking.mask_token_share = 0.8
+    masking.random_token_share = 0.1
+
+    config.optimizer = optimizer = ConfigDict()
+    # The peak. It rises linearly over warmup_steps updates from 0, then follows the schedule down to 0 at
+    # num_train_steps: "linear", "cosine", or "constant" (stays at the peak).
+    optimizer.learning_rate = 5e-5
+    optimizer.warmup_steps = 0
+    optimizer.schedule = "linear"
+    optimizer.adam_beta1 = 0.9
+    optimizer.adam_beta2 = 0.999
+    optimizer.adam_epsilon = 1e-8
+    # Decoupled, as in AdamW; biases and norm scales have none.
+    optimizer.weight_decay = 0.0
+    # The gradient's global norm is scaled down to this. 0: no clipping.
+    optimizer.max_grad_norm = 0.0
+
+    config.checkpoint = checkpoint = ConfigDict()
+    # The newest ones that are kept.
+    checkpoint.keep_checkpoints = 2
+
+    config.hub = hub = ConfigDict()
+    # Upload `model/` and the tensorboard files after every evaluation, in the background.
+    hub.push_to_hub = False
+    # "name" or "owner/name". None: the work directory's own name.
+    hub.hub_model_id = placeholder(str)
+    hub.private = False
+
+    config.profile = profile = ConfigDict()
+    # Trace num_steps updates after first_step for tensorboard's profile page. 0 steps: no trace.
+    profile.first_step = 10
+    profile.num_steps = 0
+
+    config.report = report = ConfigDict()
+    # Sentences with "<mask>" (whatever the tokenizer's own mask token is) that the finished model fills in.
+    report.sentences = (
+        "The capital of France is <mask>.",
+        "Returns the <mask> of the two arrays.",
+        "If <mask> is not given, the default value is used.",
+    )
+    return config

@@ -1,0 +1,48 @@
+"""The picture of a run's curves, drawn from `metrics.jsonl`."""
+
+import json
+import os
+from typing import Any
+
+import matplotlib.figure
+
+
+def read_metrics(path: str) -> list[dict[str, Any]]:
+    """Reads `metrics.jsonl`; a last line cut off by a crash is left out."""
+    if not os.path.exists(path):
+        return []
+    with open(path, encoding="utf-8") as file:
+        return [json.loads(line) for line in file if line.endswith("\n")]
+
+
+def draw_curves(metrics_path: str, picture_path: str, *, title: str) -> None:
+    """Draws loss, accuracy, learning rate and throughput over updates from `metrics.jsonl`, as a PNG."""
+    lines = read_metrics(metrics_path)
+    figure = matplotlib.figure.Figure(figsize=(10, 7), layout="constrained")
+    axes = figure.subplots(2, 2, sharex=True)
+
+    def plot(axis: Any, name: str, label: str, *, scale: float = 1.0, **style: Any) -> None:
+        points = [(line["step"], line[name] * scale) for line in lines if name in line]
+        if points:
+            axis.plot(*zip(*points, strict=True), label=label, **style)
+
+    loss, accuracy, rate, throughput = axes.flat
+    plot(loss, "train/loss", "train", color="tab:blue", linewidth=1)
+    plot(loss, "eval/loss", "evaluation", color="tab:orange", marker="o", markersize=3)
+    plot(loss, "eval/unigram_loss", "unigram model", color="gray", linestyle="--", linewidth=1)
+    loss.set(title="Loss", ylabel="nats per predicted token")
+    plot(accuracy, "train/accuracy", "train", scale=100, color="tab:blue", linewidth=1)
+    plot(accuracy, "eval/accuracy", "evaluation", scale=100, color="tab:orange", marker="o", markersize=3)
+    accuracy.set(title="Accuracy", ylabel="% of predicted tokens")
+    plot(rate, "train/learning_rate", "learning rate", color="tab:green")
+    rate.set(title="Learning rate", ylabel="per update", xlabel="updates")
+    rate.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
+    plot(throughput, "perf/tokens_per_second", "throughput", color="tab:purple", linewidth=1)
+    throughput.set(title="Throughput", ylabel="tokens per second", xlabel="updates", ylim=(0, None))
+    throughput.yaxis.set_major_formatter("{x:,.0f}")
+    for axis in axes.flat:
+        axis.grid(alpha=0.3)
+        if len(axis.get_lines()) > 1:
+            axis.legend()
+    figure.suptitle(title)
+    figure.savefig(picture_path, dpi=110)

@@ -1,0 +1,1 @@
+"""Text -> this host's rows of token ids. NumPy and Arrow only; knows no device."""

@@ -1,0 +1,314 @@
+"""A name, files or a URL -> shards of rows, read as Arrow arrays through streaming `datasets`."""
+
+import codecs
+import dataclasses
+import glob
+import json
+import logging as std_logging
+import lzma
+import os
+import re
+import ssl
+import urllib.error
+import urllib.request
+import zlib
+from collections.abc import Callable, Iterator
+
+import datasets
+import datasets.exceptions
+import huggingface_hub
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from mlm.data import docstrings
+from mlm.errors import UserError
+
+# Extension -> name of the `datasets` reader.
+_KINDS = {".txt": "text", ".text": "text", ".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+_COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
+# Stands in a text for bytes that are not UTF-8, so that the row can be told and skipped: a Unicode noncharacter,
+# "never to be interchanged".
+_INVALID = "\ufdd0"
+_HUB_TIMEOUT_SECONDS = 10.0
+# What the readers raise on a file that is not what it seems, or ends early.
+_READ_ERRORS = (
+    pa.ArrowException,
+    ValueError,
+    OSError,
+    EOFError,
+    zlib.error,
+    lzma.LZMAError,
+    datasets.exceptions.DatasetsError,
+)
+
+codecs.register_error("mlm_invalid", lambda error: (_INVALID, error.end))
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Documents in shards, in a fixed order.
+
+    Attributes:
+        name: for messages and the model card.
+        text_column: the name of the column.
+        num_shards: how many parts can be read without reading the others.
+        columns: shard -> the arrays of its rows' texts, whatever their type.
+        shard_name: shard -> its name, for messages.
+    """
+
+    name: str
+    text_column: str
+    num_shards: int
+    columns: Callable[[int], Iterator[pa.Array | pa.ChunkedArray]]
+    shard_name: Callable[[int], str]
+
+    def read(self, shard: int, *, start_row: int = 0) -> Iterator[pa.LargeStringArray]:
+        """The texts of a shard's rows from `start_row` on, null where a row is null, not text or not UTF-8.
+
+        The row number is all the state there is: reading on from it gives exactly the rows after it. The readers
+        under `datasets` seek no better: their own saved state counts rows, too.
+        """
+        row = 0
+        columns = self.columns(shard)
+        while True:
+            try:
+                column = next(columns, None)
+            except _READ_ERRORS as error:
+                raise UserError(f"cannot read {self.shard_name(shard)}: {one_line(error)}") from None
+            if column is None:
+                return
+            row += len(column)
+            if row <= start_row:
+                continue
+            if row - len(column) < start_row:
+                column = column.slice(len(column) - (row - start_row))
+            yield _as_text(column, column_name=self.text_column, source_name=self.name)
+
+
+def open_source(
+    *,
+    dataset_name: str | None,
+    dataset_config_name: str | None = None,
+    data_files: tuple[str, ...] | list[str] | str = (),
+    split: str = "train",
+    text_column_name: str = "text",
+    cache_dir: str = "",
+) -> Source:
+    """Opens the rows to train on; reads no more than the first of them.
+
+    Args:
+        dataset_name: "docstrings" (see docstrings.py), or a name on the Hugging Face hub or a local directory.
+        dataset_config_name: one of the data set's configurations.
+        data_files: a path, glob or URL, or several; they win over `dataset_name`. One file is one shard.
+        split: of a named data set.
+        text_column_name: the column that holds the documents.
+        cache_dir: where `datasets` keeps its files; "" for its own choice.
+
+    Raises:
+        UserError: what does not exist, cannot be read, has no such column or no rows.
+    """
+    _silence_datasets()
+    if isinstance(data_files, str):
+        data_files = (data_files,) if data_files else ()
+    if data_files:
+        source = _open_files(tuple(data_files), text_column=text_column_name, cache_dir=cache_dir)
+    elif dataset_name == "docstrings":
+        shards = docstrings.find_shards()
+        source = Source(
+            name="docstrings",
+            text_column="text",
+            num_shards=len(shards),
+            columns=lambda shard: docstrings.read_shard(shards[shard]),
+            shard_name=lambda shard: shards[shard].name,
+        )
+    elif dataset_name:
+        source = _open_named(
+            dataset_name, config=dataset_config_name, split=split, text_column=text_column_name, cache_dir=cache_dir
+        )
+    else:
+        raise UserError("no data: set data.dataset_name or data.data_files")
+    for shard in range(source.num_shards):
+        for texts in source.read(shard):
+            if len(texts):
+                return source
+    raise UserError(f"the data set {source.name!r} is empty: it has no rows")
+
+
+def _open_files(patterns: tuple[str, ...], *, text_column: str, cache_dir: str) -> Source:
+    files = expand_files(patterns)
+    kinds = {file: _kind(file) for file in files}
+    if len(set(kinds.values())) > 1:
+        one, other = next((a, b) for a in files for b in files if kinds[a] != kinds[b])
+        raise UserError(f"data_files must be of one kind, but {one!r} is {kinds[one]} and {other!r} is {kinds[other]}")
+    kind = kinds[files[0]]
+    # "utf8" and not "utf-8": the JSON reader decodes, and so heeds the error handler, only what is not "utf-8".
+    decoding = {"encoding": "utf8", "encoding_errors": "mlm_invalid"}
+    options = {
+        "text": decoding,
+        "json": decoding,
+        # Every value as it is written: no guess at numbers, and "NA" is a word.
+        "csv": {**decoding, "converters": {text_column: str}},
+        "parquet": {},
+    }[kind]
+    name = patterns[0] if len(patterns) == 1 else f"{patterns[0]} and {len(patterns) - 1} more"
+    try:
+        dataset = datasets.load_dataset(
+            kind, data_files=list(files), split="train", streaming=True, cache_dir=cache_dir or None, **options
+        )
+    except ImportError as error:
+        raise UserError(f"cannot open {name!r}: {one_line(error)}") from None
+    except _READ_ERRORS as error:
+        raise UserError(f"cannot open {name!r}: {one_line(error)}") from None
+    return _from_dataset(dataset, name=name, text_column=text_column, shard_names=files)
+
+
+def expand_files(patterns: tuple[str, ...]) -> tuple[str, ...]:
+    """Files and URLs as given, globs expanded and sorted. UserError for what is not there."""
+    files: list[str] = []
+    for pattern in patterns:
+        if "://" in pattern or os.path.isfile(pattern):
+            files.append(pattern)
+        elif os.path.isdir(pattern):
+            raise UserError(f"data file {pattern!r} is a directory: name its files, for example {pattern}/*.parquet")
+        elif glob.has_magic(pattern):
+            matches = [match for match in sorted(glob.glob(pattern, recursive=True)) if os.path.isfile(match)]
+            if not matches:
+                raise UserError(f"no file matches data_files={pattern!r}")
+            files += matches
+        else:
+            raise UserError(f"no data file {pattern!r}")
+    return tuple(file if "://" in file else os.path.abspath(file) for file in files)
+
+
+def _kind(file: str) -> str:
+    path = file.split("?", 1)[0] if "://" in file else file
+    stem, extension = os.path.splitext(path)
+    compression = extension.lower() if extension.lower() in _COMPRESSIONS else ""
+    if compression:
+        extension = os.path.splitext(stem)[1]
+    kind = _KINDS.get(extension.lower())
+    if kind is None:
+        raise UserError(
+            f"cannot tell the kind of the data file {file!r}: its name must end with one of {', '.join(_KINDS)}, "
+            f"or that and one of {', '.join(_COMPRESSIONS)}"
+        )
+    if kind == "parquet" and compression:
+        raise UserError(f"the data file {file!r} is a compressed parquet file: decompress it, parquet compresses itself")
+    return kind
+
+
+def _open_named(name: str, *, config: str | None, split: str, text_column: str, cache_dir: str) -> Source:
+    if not os.path.isdir(name):
+        if is_local_path(name):
+            raise UserError(f"no data set directory {name!r}: check data.dataset_name")
+        require_hub(f"the data set {name!r}")
+    try:
+        dataset = datasets.load_dataset(
+            name, config or None, split=split, streaming=True, cache_dir=cache_dir or None
+        )
+    except (*_READ_ERRORS, RuntimeError) as error:
+        raise UserError(f"cannot open the data set {name!r}: {one_line(error)}") from None
+    return _from_dataset(dataset, name=name, text_column=text_column, shard_names=None)
+
+
+def _from_dataset(
+    dataset: datasets.IterableDataset, *, name: str, text_column: str, shard_names: tuple[str, ...] | None
+) -> Source:
+    num_shards = dataset.num_shards
+
+    def columns(shard: int) -> Iterator[pa.ChunkedArray]:
+        part = dataset.shard(num_shards=num_shards, index=shard).with_format("arrow")
+        for table in part.iter(_TABLE_ROWS):
+            if text_column not in table.column_names:
+                raise UserError(
+                    f"no column {text_column!r} in {name!r}: set data.text_column_name to one of "
+                    f"{', '.join(table.column_names)}"
+                )
+            yield table.column(text_column)
+
+    def shard_name(shard: int) -> str:
+        return shard_names[shard] if shard_names else f"{name} (shard {shard} of {num_shards})"
+
+    return Source(name, text_column, num_shards, columns, shard_name)
+
+
+_TABLE_ROWS = 256
+
+
+def _as_text(
+    column: pa.Array | pa.ChunkedArray, *, column_name: str, source_name: str
+) -> pa.LargeStringArray:
+    """Any column of texts -> large strings, null where there is no text. UserError for another type."""
+    if isinstance(column, pa.ChunkedArray):
+        column = column.combine_chunks()
+    if isinstance(column.type, pa.BaseExtensionType) and column.type.extension_name == "arrow.json":
+        return _strings_of_json(column.storage)
+    if pa.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    kind = column.type
+    if pa.types.is_null(kind):
+        return pa.nulls(len(column), pa.large_string())
+    is_text = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+    is_bytes = pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)
+    if not (is_text or is_bytes):
+        raise UserError(
+            f"the column {column_name!r} of {source_name!r} holds {kind}, not text: set data.text_column_name to another"
+        )
+    texts = _valid_utf8(column.cast(pa.large_binary()))
+    marked = pc.match_substring(texts, _INVALID)
+    return pc.if_else(marked, pa.scalar(None, pa.large_string()), texts) if pc.any(marked).as_py() else texts
+
+
+def _valid_utf8(column: pa.LargeBinaryArray) -> pa.LargeStringArray:
+    """The rows that are UTF-8, the others null. Halves what does not hold until the rows are found."""
+    try:
+        return column.cast(pa.large_string())
+    except pa.ArrowInvalid:
+        if len(column) == 1:
+            return pa.nulls(1, pa.large_string())
+        half = len(column) // 2
+        return pa.concat_arrays([_valid_utf8(column.slice(0, half)), _valid_utf8(column.slice(half))])
+
+
+def _strings_of_json(column: pa.Array) -> pa.LargeStringArray:
+    """A column of mixed types, which `datasets` gives as JSON: its strings, null for all else. Rare, so by row."""
+    values = (json.loads(value) if value is not None else None for value in column.to_pylist())
+    return pa.array([value if isinstance(value, str) else None for value in values], pa.large_string())
+
+
+def is_local_path(name: str) -> bool:
+    """Whether a name that is no directory can only have meant one."""
+    return name.startswith(("/", ".", "~")) or name.count("/") > 1
+
+
+def require_hub(what: str) -> None:
+    """UserError, within seconds, if the Hugging Face hub cannot be reached: its own retries take minutes."""
+    endpoint = huggingface_hub.constants.ENDPOINT
+    if huggingface_hub.constants.HF_HUB_OFFLINE:
+        raise UserError(f"{what} is not here and HF_HUB_OFFLINE is set: unset it, or name local files")
+    request = urllib.request.Request(endpoint, method="HEAD")
+    try:
+        urllib.request.urlopen(request, timeout=_HUB_TIMEOUT_SECONDS).close()
+    except urllib.error.HTTPError:
+        return  # it answers
+    except OSError as error:
+        reason = getattr(error, "reason", error)
+        if isinstance(reason, ssl.SSLError):
+            return  # it answers; the hub's own client knows other certificates
+        raise UserError(
+            f"{what} is not here and needs the network, but {endpoint} cannot be reached ({one_line(reason)}): "
+            "check the network, or name local files"
+        ) from None
+
+
+def one_line(error: BaseException) -> str:
+    """An exception's message on one line of bearable length."""
+    text = re.sub(r"\s+", " ", str(error)).strip() or type(error).__name__
+    return text if len(text) <= 400 else text[:400] + "..."
+
+
+def _silence_datasets() -> None:
+    """No progress bars, and no second telling of an error we tell ourselves."""
+    datasets.disable_progress_bars()
+    datasets.utils.logging.set_verbosity(std_logging.CRITICAL)
+    huggingface_hub.utils.disable_progress_bars()

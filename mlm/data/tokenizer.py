@@ -1,0 +1,231 @@
+"""Tokenizers: load, train, save; a column of strings -> one flat array of token ids with offsets."""
+
+import json
+import os
+from collections.abc import Iterator
+
+import numpy as np
+import pyarrow as pa
+import tokenizers
+import transformers
+from absl import logging
+
+from mlm.data import sources
+from mlm.errors import UserError
+
+BACKENDS = ("auto", "gigatoken", "tokenizers")
+# RoBERTa's, in the order of its vocabulary.
+SPECIAL_TOKENS = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
+# The first documents on which the two backends are compared.
+_CHECKED_DOCUMENTS = 256
+_CHECKED_BYTES = 1 << 20
+
+
+class Tokenizer:
+    """A transformers tokenizer and the fast backend that makes its ids.
+
+    Attributes:
+        hf: the transformers tokenizer.
+        name: for messages and the model card.
+        num_ids: highest id + 1, added tokens included.
+        bos_id, eos_id: laid around a document ([CLS] and [SEP] for BERT-likes); pad_id, mask_id.
+        special_ids: sorted; every id that stands for no text.
+    """
+
+    def __init__(self, hf: transformers.PreTrainedTokenizerFast, *, name: str, backend: str = "auto"):
+        if backend not in BACKENDS:
+            raise UserError(f"tokenizer.backend={backend!r} is not known: choose one of {', '.join(BACKENDS)}")
+        self.hf = hf
+        self.name = name
+        if hf.mask_token_id is None:
+            raise UserError(
+                f"the tokenizer {name!r} has no mask token, which masked language modelling needs: "
+                "choose another, or add one and save it"
+            )
+        self.mask_id: int = hf.mask_token_id
+        self.bos_id: int = self._needed_id("begin", hf.cls_token_id, hf.bos_token_id)
+        self.eos_id: int = self._needed_id("end", hf.sep_token_id, hf.eos_token_id)
+        self.pad_id: int = self._needed_id("padding", hf.pad_token_id)
+        self.num_ids: int = max(hf.get_vocab().values()) + 1
+        special = {id for id, token in hf.added_tokens_decoder.items() if token.special}
+        self.special_ids: tuple[int, ...] = tuple(sorted(special | set(hf.all_special_ids)))
+
+        model = json.loads(hf.backend_tokenizer.to_str())
+        self._reference = _text_only(hf.backend_tokenizer)
+        self._gigatoken = None if backend == "tokenizers" else _gigatoken(model)
+        self._checked = False
+        if self._gigatoken is None and backend == "gigatoken":
+            raise UserError(
+                f"tokenizer.backend='gigatoken' cannot do the tokenizer {name!r}, which is no byte-level BPE: "
+                "use tokenizer.backend='auto' or 'tokenizers'"
+            )
+
+    def _needed_id(self, role: str, *candidates: int | None) -> int:
+        for candidate in candidates:
+            if candidate is not None:
+                return candidate
+        raise UserError(f"the tokenizer {self.name!r} has no {role} token: choose another, or add one and save it")
+
+    @property
+    def backend(self) -> str:
+        """The backend in use: "gigatoken" or "tokenizers"."""
+        return "tokenizers" if self._gigatoken is None else "gigatoken"
+
+    def encode(self, texts: pa.Array | pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
+        """N strings without nulls -> ids int32 [T], offsets int64 [N + 1].
+
+        No begin or end tokens are added, nothing is cut, and a text that spells a special token ("<mask>") is text.
+        """
+        if isinstance(texts, pa.ChunkedArray):
+            texts = texts.combine_chunks()
+        texts = texts.cast(pa.large_string())
+        if self._gigatoken is not None and not self._checked:
+            self._check(texts)
+        if self._gigatoken is None:
+            return _encode_tokenizers(self._reference, texts)
+        return _encode_gigatoken(self._gigatoken, texts)
+
+    def _check(self, texts: pa.LargeStringArray) -> None:
+        """Falls back to `tokenizers` if gigatoken gives other ids for the head of `texts`, the first ever seen."""
+        lengths = np.diff(_offsets(texts))
+        head = min(_CHECKED_DOCUMENTS, int(np.searchsorted(np.cumsum(lengths), _CHECKED_BYTES)) + 1)
+        texts = texts.slice(0, head)
+        if len(texts) == 0:
+            return
+        self._checked = True
+        expected, expected_offsets = _encode_tokenizers(self._reference, texts)
+        ids, offsets = _encode_gigatoken(self._gigatoken, texts)
+        if not (np.array_equal(offsets, expected_offsets) and np.array_equal(ids, expected)):
+            logging.info("gigatoken differs from tokenizers on %s: going on with tokenizers.", self.name)
+            self._gigatoken = None
+
+    def save(self, path: str) -> None:
+        """Writes the files `AutoTokenizer.from_pretrained(path)` loads."""
+        self.hf.save_pretrained(path)
+
+
+def load_tokenizer(
+    tokenizer_name: str, *, cache_dir: str = "", use_fast_tokenizer: bool = True, backend: str = "auto"
+) -> Tokenizer:
+    """Loads a tokenizer from a local directory or the Hugging Face hub."""
+    if not use_fast_tokenizer:
+        raise UserError(
+            "tokenizer.use_fast_tokenizer=False: only fast tokenizers give ids without a Python object per token; "
+            "leave it True"
+        )
+    local = os.path.isdir(tokenizer_name)
+    if not local and sources.is_local_path(tokenizer_name):
+        raise UserError(f"no tokenizer directory {tokenizer_name!r}: check tokenizer.tokenizer_name")
+    options = {"cache_dir": cache_dir or None, "use_fast": True}
+    try:
+        # What is here, or was fetched before, needs no network.
+        hf = transformers.AutoTokenizer.from_pretrained(tokenizer_name, local_files_only=True, **options)
+    except (OSError, ValueError) as error:
+        if local:
+            raise UserError(f"no tokenizer in {tokenizer_name!r}: {sources.one_line(error)}") from None
+        sources.require_hub(f"the tokenizer {tokenizer_name!r}")
+        try:
+            hf = transformers.AutoTokenizer.from_pretrained(tokenizer_name, **options)
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"no tokenizer {tokenizer_name!r} on the hub: {sources.one_line(error)}; "
+                "check tokenizer.tokenizer_name, or leave it empty to train one"
+            ) from None
+    if not getattr(hf, "is_fast", False):
+        raise UserError(f"the tokenizer {tokenizer_name!r} has no fast version: choose one that has")
+    return Tokenizer(hf, name=tokenizer_name, backend=backend)
+
+
+def train_tokenizer(
+    texts: Iterator[str], *, vocab_size: int, max_seq_length: int, backend: str = "auto", name: str = "trained"
+) -> Tokenizer:
+    """Trains a byte-level BPE in RoBERTa's dress: `<s> <pad> </s> <unk> <mask>` are ids 0 to 4.
+
+    The same texts give the same files, byte for byte. The vocabulary is smaller than `vocab_size` when the texts
+    have no more pairs to merge.
+    """
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    smallest = len(alphabet) + len(SPECIAL_TOKENS)
+    if vocab_size < smallest:
+        raise UserError(
+            f"tokenizer.vocab_size={vocab_size} is too small: 256 bytes and {len(SPECIAL_TOKENS)} special tokens "
+            f"need at least {smallest}"
+        )
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=2,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=sorted(alphabet),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(texts, trainer)
+    model = json.loads(bpe.to_str())["model"]
+    hf = transformers.RobertaTokenizer(
+        vocab=model["vocab"],
+        merges=[tuple(merge) for merge in model["merges"]],
+        model_max_length=max_seq_length,
+    )
+    return Tokenizer(hf, name=name, backend=backend)
+
+
+def _text_only(tokenizer: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+    """A copy that takes special tokens in a text for text, and neither cuts nor pads."""
+    copy = tokenizers.Tokenizer.from_str(tokenizer.to_str())
+    copy.encode_special_tokens = True
+    copy.no_truncation()
+    copy.no_padding()
+    return copy
+
+
+def _gigatoken(model: dict):
+    """gigatoken's tokenizer for a parsed tokenizer.json, or None where it does not apply."""
+    if model["model"]["type"] != "BPE":
+        return None
+    # Imported here: a tokenizer it cannot do needs neither it nor awkward.
+    import gigatoken
+
+    # Without the special tokens, a text that spells one is text. What `encode` adds around a text is ours to add.
+    added = [token for token in model["added_tokens"] if not token["special"]]
+    plain = {**model, "added_tokens": added, "post_processor": None, "truncation": None, "padding": None}
+    try:
+        return gigatoken.Tokenizer.from_json(json.dumps(plain))
+    except (ValueError, RuntimeError, KeyError, NotImplementedError) as error:
+        logging.info("gigatoken cannot do this tokenizer (%s): going on with tokenizers.", sources.one_line(error))
+        return None
+
+
+def _encode_gigatoken(tokenizer, texts: pa.LargeStringArray) -> tuple[np.ndarray, np.ndarray]:
+    import awkward as ak
+
+    offsets = _offsets(texts)
+    data = texts.buffers()[2]
+    data = np.frombuffer(data, np.uint8) if data is not None else np.empty(0, np.uint8)
+    characters = ak.contents.NumpyArray(data, parameters={"__array__": "char"})
+    strings = ak.contents.ListOffsetArray(
+        ak.index.Index64(offsets), characters, parameters={"__array__": "string"}
+    )
+    layout = tokenizer.encode_batch(ak.Array(strings)).layout
+    ids = np.asarray(layout.content.data).view(np.int32)
+    token_offsets = np.asarray(layout.offsets.data)
+    return ids[token_offsets[0] : token_offsets[-1]], token_offsets - token_offsets[0]
+
+
+def _encode_tokenizers(
+    tokenizer: tokenizers.Tokenizer, texts: pa.LargeStringArray
+) -> tuple[np.ndarray, np.ndarray]:
+    encodings = tokenizer.encode_batch_fast(texts.to_pylist(), add_special_tokens=False)
+    offsets = np.zeros(len(encodings) + 1, np.int64)
+    np.cumsum([len(encoding) for encoding in encodings], out=offsets[1:])
+    ids = np.empty(offsets[-1], np.int32)
+    for n, encoding in enumerate(encodings):
+        ids[offsets[n] : offsets[n + 1]] = encoding.ids
+    return ids, offsets
+
+
+def _offsets(texts: pa.LargeStringArray) -> np.ndarray:
+    """int64 [N + 1] byte offsets into the data buffer, the array's own offset heeded."""
+    if len(texts) == 0:
+        return np.zeros(1, np.int64)
+    return np.frombuffer(texts.buffers()[1], np.int64)[texts.offset : texts.offset + len(texts) + 1]

@@ -1,0 +1,91 @@
+"""Devices and processes: the only file that knows there are several.
+
+A step is a function of one device's share. `data_parallel` runs it on every device of every process under `pmap`.
+The state is stacked, one copy per local device along a leading axis: over several processes that is the form in
+which `pmap` accepts donated buffers. Checkpoints hold it unstacked, so the number of devices may change.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+# The name of the mapped axis, for `psum` and `axis_index`.
+AXIS = "devices"
+
+
+def data_parallel(step: Callable[..., Any], *, donate_argnums: tuple[int, ...] = ()) -> Callable[..., Any]:
+    """Runs `step` on every device; arguments and results have a leading axis of local devices."""
+    return jax.pmap(step, axis_name=AXIS, donate_argnums=donate_argnums)
+
+
+def _local_sharding() -> jax.NamedSharding:
+    mesh = jax.sharding.Mesh(np.array(jax.local_devices()), (AXIS,))
+    return jax.NamedSharding(mesh, jax.P(AXIS))
+
+
+def _stack(shards: list[jax.Array]) -> jax.Array:
+    """Joins one array [1, ...] per local device to one [devices, ...] without moving data."""
+    shape = (len(shards), *shards[0].shape[1:])
+    return jax.make_array_from_single_device_arrays(shape, _local_sharding(), shards)
+
+
+def replicate(tree: Any) -> Any:
+    """Copies host or single-device arrays to every local device, stacked."""
+    devices = jax.local_devices()
+
+    def replicate_leaf(leaf: Any) -> jax.Array:
+        leaf = np.asarray(jax.device_get(leaf))[None]
+        return _stack([jax.device_put(leaf, device) for device in devices])
+
+    return jax.tree.map(replicate_leaf, tree)
+
+
+def first_replica(tree: Any) -> Any:
+    """Fetches the first local device's copy of stacked arrays to the host, unstacked."""
+    return jax.tree.map(lambda leaf: leaf[0], jax.device_get(jax.tree.map(lambda leaf: leaf.addressable_data(0), tree)))
+
+
+def to_global(tree: Any) -> Any:
+    """Turns stacked copies into global arrays, unstacked and replicated over all processes, for a checkpoint."""
+
+    def to_global_leaf(leaf: jax.Array) -> jax.Array:
+        shards = [shard.data.reshape(leaf.shape[1:]) for shard in leaf.addressable_shards]
+        return jax.make_array_from_single_device_arrays(leaf.shape[1:], _global_sharding(), shards)
+
+    return jax.tree.map(to_global_leaf, tree)
+
+
+def from_global(tree: Any) -> Any:
+    """The inverse of `to_global`."""
+    return jax.tree.map(lambda leaf: _stack([shard.data[None] for shard in leaf.addressable_shards]), tree)
+
+
+def global_like(tree: Any) -> Any:
+    """Shapes -> what a checkpoint is to be restored as, for `from_global`."""
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=_global_sharding()), tree)
+
+
+def _global_sharding() -> jax.NamedSharding:
+    """Every device of every process holds the whole array."""
+    return jax.NamedSharding(jax.sharding.Mesh(np.array(jax.devices()), (AXIS,)), jax.P())
+
+
+def shard(array: np.ndarray, *, shape: tuple[int, ...] = ()) -> jax.Array:
+    """Places this process's rows on its devices, in order: [rows, ...] becomes [devices, *shape, rows left, ...].
+
+    Args:
+      array: host array; its rows must divide by the local devices and `shape`.
+      shape: further axes to split the rows into, such as the passes of an update.
+    """
+    rows_shape = (jax.local_device_count(), *shape, -1)
+    return jax.device_put(array.reshape(rows_shape + array.shape[1:]), _local_sharding())
+
+
+def broadcast_from_first(array: np.ndarray) -> np.ndarray:
+    """Gives every process the array of process 0."""
+    if jax.process_count() == 1:
+        return array
+    return np.asarray(multihost_utils.broadcast_one_to_all(array))

@@ -1,0 +1,294 @@
+"""From a config to the parts of a run. What a user can get wrong is found here, before anything is compiled, and
+nothing is written here."""
+
+import dataclasses
+import glob
+import json
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import huggingface_hub
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors.numpy
+from absl import logging
+from huggingface_hub.errors import HfHubHTTPError
+from ml_collections import ConfigDict
+
+from mlm.data import packing, sources, stream
+from mlm.data import tokenizer as tokenizers
+from mlm.data.tokenizer import Tokenizer
+from mlm.errors import UserError
+from mlm.export import Hub
+from mlm.masking import MaskingSpec
+from mlm.models import weights
+from mlm.models.config import EncoderConfig, default_config
+from mlm.models.encoder import MaskedLM
+from mlm.optimizer import create_optimizer, create_schedule
+from mlm.steps import Task, init_params
+from mlm.workdir import WorkDir
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """The parts of a run.
+
+    Attributes:
+      task: model, masking and optimizer, for the steps.
+      encoder: the model's config.
+      tokenizer: text to ids.
+      stream: this process's training rows, at their beginning.
+      eval_rows_RxL: int32, the evaluation set, the same on every process.
+      data_name: what the text is, for people.
+      pretrained: the weights to start from, or None.
+    """
+
+    task: Task
+    encoder: EncoderConfig
+    tokenizer: Tokenizer
+    stream: stream.RowStream
+    eval_rows_RxL: np.ndarray
+    data_name: str
+    pretrained: dict[str, np.ndarray] | None
+
+    def initial_params(self) -> Any:
+        """Parameters before the first update, on the host or one device."""
+        if self.pretrained is not None:
+            return weights.from_hf(self.pretrained, self.encoder)
+        return jax.jit(init_params, static_argnums=0, static_argnames="length")(
+            self.task, length=self.eval_rows_RxL.shape[1]
+        )
+
+
+def build(config: ConfigDict, workdir: WorkDir) -> Run:
+    """Makes the parts, the cheap checks first.
+
+    Raises:
+      UserError: the config, the data, the tokenizer and the model do not fit together, or one of them is not there.
+    """
+    options = config.optimizer.to_dict()
+    schedule = create_schedule(
+        options.pop("schedule"),
+        learning_rate=options.pop("learning_rate"),
+        warmup_steps=options.pop("warmup_steps"),
+        num_train_steps=config.num_train_steps,
+    )
+    optimizer = create_optimizer(schedule, **options)
+    copied, pretrained = _load_model(config)
+
+    source = _open(config, config.data.data_files)
+    eval_source = source if config.data.eval_data_files is None else _open(config, config.data.eval_data_files)
+    tokenizer = _load_tokenizer(config, workdir, source)
+    encoder = _encoder_config(config, copied, tokenizer)
+    if pretrained is not None:
+        weights.from_hf(pretrained, encoder)
+
+    eval_rows = stream.read_eval_rows(
+        eval_source,
+        tokenizer,
+        num_rows=config.data.num_eval_samples,
+        max_seq_length=config.data.max_seq_length,
+        packing=config.data.packing,
+    )
+    rows = stream.RowStream(
+        source,
+        tokenizer,
+        seed=config.seed,
+        max_seq_length=config.data.max_seq_length,
+        packing=config.data.packing,
+        shuffle_buffer_size=config.data.shuffle_buffer_size,
+        batch_rows=config.per_device_train_batch_size
+        * config.gradient_accumulation_steps
+        * jax.local_device_count(),
+        held_out=eval_rows.documents,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    masking = MaskingSpec(
+        **config.masking,
+        mask_id=tokenizer.mask_id,
+        special_ids=tokenizer.special_ids,
+        num_ids=tokenizer.num_ids,
+    )
+    return Run(
+        task=Task(
+            model=MaskedLM(encoder, DTYPES[config.model.dtype]),
+            masking=masking,
+            optimizer=optimizer,
+            schedule=schedule,
+            seed=config.seed,
+        ),
+        encoder=encoder,
+        tokenizer=tokenizer,
+        stream=rows,
+        eval_rows_RxL=eval_rows.rows,
+        data_name=source.name,
+        pretrained=pretrained,
+    )
+
+
+def open_hub(config: ConfigDict, workdir: WorkDir) -> Hub | None:
+    """The repository to push to, made if need be; None on other processes than the first, or when not asked for."""
+    if not config.hub.push_to_hub or jax.process_index() > 0:
+        return None
+    return Hub(config.hub.hub_model_id or os.path.basename(workdir.path), private=config.hub.private)
+
+
+def check_numbers(config: ConfigDict) -> None:
+    """Raises UserError for a number that cannot be, whatever the data and the model are."""
+    positive = {
+        "num_train_steps": config.num_train_steps,
+        "per_device_train_batch_size": config.per_device_train_batch_size,
+        "per_device_eval_batch_size": config.per_device_eval_batch_size,
+        "gradient_accumulation_steps": config.gradient_accumulation_steps,
+        "logging_steps": config.logging_steps,
+        "eval_steps": config.eval_steps,
+        "save_steps": config.save_steps,
+        "data.num_eval_samples": config.data.num_eval_samples,
+        "data.prefetch_batches": config.data.prefetch_batches,
+        "tokenizer.train_documents": config.tokenizer.train_documents,
+        "checkpoint.keep_checkpoints": config.checkpoint.keep_checkpoints,
+    }
+    for key, value in positive.items():
+        if value < 1:
+            raise UserError(f"{key}={value} must be at least 1")
+    if config.data.max_seq_length < 3:
+        raise UserError(f"data.max_seq_length={config.data.max_seq_length} must be at least 3: begin, text, end")
+    if config.data.shuffle_buffer_size < 0:
+        raise UserError(f"data.shuffle_buffer_size={config.data.shuffle_buffer_size} must not be negative")
+    if config.data.packing not in packing.PACKINGS:
+        raise UserError(f"data.packing={config.data.packing!r} is not one of {', '.join(packing.PACKINGS)}")
+    if config.model.dtype not in DTYPES:
+        raise UserError(f"model.dtype={config.model.dtype!r} is not one of {', '.join(DTYPES)}")
+    shares = config.masking
+    if not 0 < shares.mlm_probability <= 1:
+        raise UserError(f"masking.mlm_probability={shares.mlm_probability} must lie in (0, 1]")
+    if min(shares.mask_token_share, shares.random_token_share) < 0:
+        raise UserError("masking.mask_token_share and masking.random_token_share must not be negative")
+    if shares.mask_token_share + shares.random_token_share > 1 + 1e-9:
+        raise UserError(
+            f"masking.mask_token_share={shares.mask_token_share} and masking.random_token_share="
+            f"{shares.random_token_share} add up to more than 1"
+        )
+
+
+def _open(config: ConfigDict, data_files: Any) -> sources.Source:
+    return sources.open_source(
+        dataset_name=config.data.dataset_name,
+        dataset_config_name=config.data.dataset_config_name,
+        data_files=data_files,
+        split=config.data.split,
+        text_column_name=config.data.text_column_name,
+        cache_dir=config.data.cache_dir,
+    )
+
+
+def _load_tokenizer(config: ConfigDict, workdir: WorkDir, source: sources.Source) -> Tokenizer:
+    """The run's own once it has one, else the named one, else one trained on the head of the text."""
+    options = config.tokenizer
+    name = workdir.tokenizer if os.path.isdir(workdir.tokenizer) else options.tokenizer_name
+    name = name or config.model.model_name_or_path
+    if name:
+        return tokenizers.load_tokenizer(
+            name,
+            cache_dir=config.data.cache_dir,
+            use_fast_tokenizer=options.use_fast_tokenizer,
+            backend=options.backend,
+        )
+    logging.info("training a tokenizer of %d entries on the head of %s", options.vocab_size, source.name)
+    return tokenizers.train_tokenizer(
+        _head(source, options.train_documents),
+        vocab_size=options.vocab_size,
+        max_seq_length=config.data.max_seq_length,
+        backend=options.backend,
+    )
+
+
+def _head(source: sources.Source, documents: int) -> Iterator[str]:
+    """The first documents in source order, nulls left out."""
+    left = documents
+    for shard in range(source.num_shards):
+        for column in source.read(shard):
+            texts = column.drop_null().slice(0, left)
+            yield from texts.to_pylist()
+            left -= len(texts)
+            if left <= 0:
+                return
+
+
+def _encoder_config(config: ConfigDict, copied: EncoderConfig | None, tokenizer: Tokenizer) -> EncoderConfig:
+    """The model's config: copied or the family's default, then the tokenizer's ids, then the overrides."""
+    overrides = {name: value for name, value in config.model.overrides.to_dict().items() if value is not None}
+    encoder = copied
+    if encoder is None:
+        encoder = default_config(config.model.model_type).replace(
+            vocab_size=tokenizer.num_ids,
+            pad_token_id=tokenizer.pad_id,
+            bos_token_id=tokenizer.bos_id,
+            eos_token_id=tokenizer.eos_id,
+        )
+    encoder = encoder.replace(**overrides)
+    if tokenizer.num_ids > encoder.vocab_size:
+        raise UserError(
+            f"the tokenizer {tokenizer.name} has ids up to {tokenizer.num_ids - 1}, the model's vocab_size is "
+            f"{encoder.vocab_size}; set --config.model.overrides.vocab_size={tokenizer.num_ids}"
+        )
+    if tokenizer.pad_id != encoder.pad_token_id:
+        raise UserError(
+            f"the tokenizer {tokenizer.name} pads with id {tokenizer.pad_id}, the model's pad_token_id is "
+            f"{encoder.pad_token_id}; use the model's own tokenizer"
+        )
+    if config.data.max_seq_length > encoder.max_seq_length:
+        raise UserError(
+            f"data.max_seq_length={config.data.max_seq_length} is past the model's positions, which end at "
+            f"{encoder.max_seq_length}; lower it or raise model.overrides.max_position_embeddings"
+        )
+    return encoder
+
+
+def _load_model(config: ConfigDict) -> tuple[EncoderConfig | None, dict[str, np.ndarray] | None]:
+    """The config to copy and the weights to start from, where they are asked for."""
+    model = config.model
+    if model.config_name and model.model_name_or_path:
+        raise UserError("model.config_name and model.model_name_or_path exclude each other; set one")
+    name = model.model_name_or_path or model.config_name
+    if not name:
+        default_config(model.model_type)  # Refuses a type that is not known before any data is read.
+        return None, None
+    path = _fetch(name, cache_dir=config.data.cache_dir, with_weights=bool(model.model_name_or_path))
+    try:
+        with open(os.path.join(path, "config.json"), encoding="utf-8") as file:
+            copied = EncoderConfig.from_hf(json.load(file))
+    except json.JSONDecodeError:
+        raise UserError(f"{path}/config.json is not JSON") from None
+    if not model.model_name_or_path:
+        return copied, None
+    tensors: dict[str, np.ndarray] = {}
+    for shard in sorted(glob.glob(os.path.join(glob.escape(path), "*.safetensors"))):
+        tensors |= safetensors.numpy.load_file(shard)
+    if not tensors:
+        raise UserError(f"model.model_name_or_path={name!r} has no *.safetensors files to start from")
+    return copied, tensors
+
+
+def _fetch(name: str, *, cache_dir: str | None, with_weights: bool) -> str:
+    """A local directory with the model's files: `name` itself, or its copy from the hub."""
+    if os.path.isfile(os.path.join(name, "config.json")):
+        return name
+    if os.path.exists(name):
+        raise UserError(f"the model directory {name!r} has no config.json")
+    try:
+        return huggingface_hub.snapshot_download(
+            name,
+            cache_dir=cache_dir,
+            allow_patterns=["config.json", "*.safetensors"] if with_weights else ["config.json"],
+        )
+    except (HfHubHTTPError, OSError, ValueError):
+        raise UserError(
+            f"the model {name!r} is neither a local directory nor to be had from the hub; check the name and the "
+            "network, or set model.config_name to a directory with a config.json"
+        ) from None

@@ -1,0 +1,159 @@
+"""One update and one evaluation batch, as pure functions that `parallel` runs on every device.
+
+Needs only jax, flax, optax and NumPy, so a step can be timed where there is no TensorFlow.
+
+Legend: A forward passes of one update, B rows of one pass on one device, L tokens, K predicted tokens, V vocabulary.
+"""
+
+import dataclasses
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from mlm.loss import LossSums, masked_cross_entropy
+from mlm.masking import MaskingSpec, mask_tokens
+from mlm.models.encoder import MaskedLM
+
+# Random streams: each folds its number into the seed's key first, so that none repeats another.
+INIT, TRAIN_MASKS, EVAL_MASKS, DROPOUT = range(4)
+
+
+class TrainState(flax.struct.PyTreeNode):
+    """All that an update changes. `step` counts updates completed."""
+
+    step: jax.Array
+    params: Any
+    opt_state: optax.OptState
+
+
+@flax.struct.dataclass
+class TrainMetrics:
+    """Of one update: sums over all devices, the norm before clipping, the learning rate that was applied."""
+
+    sums: LossSums
+    grad_norm: jax.Array
+    learning_rate: jax.Array
+
+
+@flax.struct.dataclass
+class EvalSums:
+    """Of one evaluation batch, over all devices. `unigram_loss` is the summed loss of the unigram model."""
+
+    sums: LossSums
+    unigram_loss: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What a step closes over; nothing in it changes during a run."""
+
+    model: MaskedLM
+    masking: MaskingSpec
+    optimizer: optax.GradientTransformation
+    schedule: optax.Schedule
+    seed: int
+
+    def key(self, stream: int) -> jax.Array:
+        """The key of a random stream. Threefry: masks must not depend on how rows are dealt to devices."""
+        return jax.random.fold_in(jax.random.key(self.seed, impl="threefry2x32"), stream)
+
+
+def init_params(task: Task, *, length: int) -> Any:
+    """Draws the parameters of a fresh model from the seed."""
+    tokens_BxL = jnp.ones((1, length), jnp.int32)
+    return task.model.init(task.key(INIT), tokens_BxL, positions_BxK=tokens_BxL[:, :1])["params"]
+
+
+def init_state(task: Task, params: Any) -> TrainState:
+    """The state before the first update."""
+    return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=task.optimizer.init(params))
+
+
+def forward(task: Task, params: Any, tokens_BxL: jax.Array, *, rows_B: jax.Array, mask_key: jax.Array, **model_args):
+    """Masks a batch and predicts it. Returns the logits (float32) and the masked batch."""
+    batch = mask_tokens(tokens_BxL, rows_B=rows_B, key=mask_key, spec=task.masking)
+    logits_BxKxV = task.model.apply(
+        {"params": params}, batch.inputs_BxL, positions_BxK=batch.positions_BxK, **model_args
+    )
+    return logits_BxKxV, batch
+
+
+def train_step(
+    state: TrainState, tokens_AxBxL: jax.Array, *, task: Task, axis_name: str
+) -> tuple[TrainState, TrainMetrics]:
+    """Makes one update from this device's share of the global batch.
+
+    Gradients, losses and counts are sums until all passes and devices are in, then divided once by the number of
+    predicted tokens: the update does not depend on how rows are dealt to devices or passes.
+
+    Args:
+      state: the same on every device.
+      tokens_AxBxL: int32, this device's rows.
+      task: model, masking and optimizer.
+      axis_name: the axis over which devices add up.
+
+    Returns:
+      The state after the update and its metrics, the same on every device.
+    """
+    passes, rows, _ = tokens_AxBxL.shape
+    device = jax.lax.axis_index(axis_name)
+    mask_key = jax.random.fold_in(task.key(TRAIN_MASKS), state.step)
+    dropout_key = jax.random.fold_in(jax.random.fold_in(task.key(DROPOUT), state.step), device)
+
+    def loss_fn(params: Any, tokens_BxL: jax.Array, number: jax.Array) -> tuple[jax.Array, LossSums]:
+        logits_BxKxV, batch = forward(
+            task,
+            params,
+            tokens_BxL,
+            rows_B=(device * passes + number) * rows + jnp.arange(rows),
+            mask_key=mask_key,
+            deterministic=False,
+            rngs={"dropout": jax.random.fold_in(dropout_key, number)},
+        )
+        sums = masked_cross_entropy(logits_BxKxV, batch.targets_BxK, batch.weights_BxK)
+        return sums.loss, sums
+
+    def accumulate(total: Any, numbered: tuple[jax.Array, jax.Array]) -> tuple[Any, None]:
+        number, tokens_BxL = numbered
+        (_, sums), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, tokens_BxL, number)
+        return jax.tree.map(jnp.add, total, (grads, sums)), None
+
+    zero = LossSums(*(jnp.zeros((), jnp.float32) for _ in range(3)))
+    total = (jax.tree.map(jnp.zeros_like, state.params), zero)
+    total, _ = jax.lax.scan(accumulate, total, (jnp.arange(passes), tokens_AxBxL), unroll=passes == 1)
+    grads, sums = jax.lax.psum(total, axis_name)
+    grads = jax.tree.map(lambda grad: grad / jnp.maximum(sums.count, 1.0), grads)
+
+    updates, opt_state = task.optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    metrics = TrainMetrics(
+        sums=sums, grad_norm=optax.global_norm(grads), learning_rate=jnp.asarray(task.schedule(state.step), jnp.float32)
+    )
+    return TrainState(step=state.step + 1, params=params, opt_state=opt_state), metrics
+
+
+def eval_step(
+    params: Any, tokens_BxL: jax.Array, rows_B: jax.Array, unigram_V: jax.Array, *, task: Task, axis_name: str
+) -> EvalSums:
+    """Sums the losses of one batch of evaluation rows over all devices.
+
+    Args:
+      params: the same on every device.
+      tokens_BxL: int32; rows of padding count for nothing.
+      rows_B: int32, each row's number in the evaluation set: its masks never change.
+      unigram_V: float32, log-probabilities of the unigram model.
+      task: model and masking.
+      axis_name: the axis over which devices add up.
+
+    Returns:
+      The sums, the same on every device.
+    """
+    logits_BxKxV, batch = forward(
+        task, params, tokens_BxL, rows_B=rows_B, mask_key=task.key(EVAL_MASKS), deterministic=True
+    )
+    sums = masked_cross_entropy(logits_BxKxV, batch.targets_BxK, batch.weights_BxK)
+    unigram_loss = -jnp.sum(unigram_V[batch.targets_BxK] * batch.weights_BxK)
+    return jax.lax.psum(EvalSums(sums=sums, unigram_loss=unigram_loss), axis_name)

@@ -1,0 +1,210 @@
+"""The run: build, restore, then loop over batch, step, log, evaluate, save, export."""
+
+import contextlib
+import functools
+import itertools
+import os
+import shlex
+from typing import Any
+
+import jax
+from absl import logging
+from clu import parameter_overview
+from ml_collections import ConfigDict
+
+from mlm import export, parallel, report, setup, steps
+from mlm.checkpoint import Checkpointer
+from mlm.data.prefetch import Prefetcher
+from mlm.errors import UserError
+from mlm.evaluate import Evaluator, unigram_log_probs
+from mlm.fill_mask import fill_mask, table
+from mlm.workdir import WorkDir, flatten
+
+
+def train_and_evaluate(config: ConfigDict, workdir: str) -> None:
+    """Trains up to `num_train_steps`, going on from the newest checkpoint in `workdir` if there is one.
+
+    Raises:
+      UserError: the run cannot be made from this config, cannot go on, or went wrong in a way its user can mend.
+    """
+    last = config.num_train_steps
+    place = WorkDir(workdir)
+    place.check_same_run(config.to_dict())
+    exported = place.exported_step()
+    if exported is not None and exported >= last:
+        logging.info("nothing to do: all %d updates are made; the model is in %s", exported, place.model)
+        return
+    setup.check_numbers(config)
+    hub = setup.open_hub(config, place)
+    run = setup.build(config, place)
+
+    with contextlib.ExitStack() as stack:
+        checkpointer = stack.enter_context(
+            Checkpointer(place.checkpoints, keep_checkpoints=config.checkpoint.keep_checkpoints)
+        )
+        state, restored = _restore(run, checkpointer)
+        start = restored["step"] if restored else 0
+        batches = stack.enter_context(Prefetcher(run.stream, depth=config.data.prefetch_batches))
+        # Text too short for a batch shows here, before anything is written or compiled.
+        stream = itertools.chain([next(batches)], batches)
+        place.create(config.to_dict(), save_tokenizer=run.tokenizer.save)
+        reporter = stack.enter_context(_reporter(config, place, run, start, restored))
+        if start == 0:
+            reporter.write_hparams(flatten(config.to_dict()))
+            parameter_overview.log_parameter_overview(
+                parallel.first_replica(state.params), include_stats=False, jax_logging_process=0
+            )
+        else:
+            logging.info("going on after update %d", start)
+        train_step = parallel.data_parallel(
+            functools.partial(steps.train_step, task=run.task, axis_name=parallel.AXIS), donate_argnums=(0,)
+        )
+        evaluator = Evaluator(
+            parallel.data_parallel(functools.partial(steps.eval_step, task=run.task, axis_name=parallel.AXIS)),
+            run.eval_rows_RxL,
+            per_device_batch_size=config.per_device_eval_batch_size,
+            pad_id=run.tokenizer.pad_id,
+        )
+
+        def evaluate(step: int) -> dict[str, float]:
+            with reporter.apart("evaluation"):
+                counts_V = parallel.broadcast_from_first(reporter.counts_V)
+                unigram_V = unigram_log_probs(counts_V, special_ids=run.tokenizer.special_ids)
+                metrics = evaluator(state.params, unigram_V)
+                reporter.log_evaluation(step, metrics)
+            return metrics
+
+        def save(step: int, stream_state: dict[str, Any]) -> None:
+            with reporter.apart("checkpoint"):
+                loop = {"step": step, **reporter.to_json()}
+                checkpointer.save(step, state=parallel.to_global(state), loop=loop, stream=stream_state)
+
+        def export_model(step: int, metrics: dict[str, float]) -> None:
+            with reporter.apart("export"):
+                if step == last:
+                    # An exported last step says that the run is finished: its checkpoint must be there by then.
+                    checkpointer.wait()
+                if jax.process_index() == 0:
+                    _export(config, place, run, parallel.first_replica(state.params), step, metrics)
+                    if hub is not None and step < last:
+                        hub.push(place.path, step=step)
+
+        with jax.transfer_guard("disallow"):
+            if start == last:  # The end was cut off between the last checkpoint and the export.
+                export_model(last, evaluate(last))
+            for step in range(start + 1, last + 1):
+                batch = next(stream)
+                tokens = parallel.shard(batch.tokens, shape=(config.gradient_accumulation_steps,))
+                state, metrics = train_step(state, tokens)
+                reporter.update(step, metrics, batch, wait_seconds=batches.wait_seconds)
+
+                logs, evaluates, saves = (
+                    step % every == 0 or step == last
+                    for every in (config.logging_steps, config.eval_steps, config.save_steps)
+                )
+                if logs or evaluates or saves:
+                    reporter.settle()
+                if logs:
+                    reporter.log_updates(step)
+                if evaluates:
+                    eval_metrics = evaluate(step)
+                if saves:
+                    save(step, batch.state)
+                if evaluates:
+                    export_model(step, eval_metrics)
+        reporter.flush()
+        if jax.process_index() == 0:
+            _show(config, place, run, parallel.first_replica(state.params))
+        if hub is not None and (error := hub.finish(place.path, step=last)):
+            raise UserError(
+                f"the run is finished, but the last push to {hub.repo_id} failed ({error}); push by hand with: "
+                f"hf upload {hub.repo_id} {place.model}"
+            )
+
+
+def _restore(run: setup.Run, checkpointer: Checkpointer) -> tuple[steps.TrainState, dict[str, Any] | None]:
+    """The stacked state to begin with, and what the loop saved with it; None for a fresh run.
+
+    Sets the stream to the place that goes with the state.
+    """
+    step = checkpointer.latest_step()
+    if step is None:
+        return parallel.replicate(steps.init_state(run.task, run.initial_params())), None
+    like = jax.eval_shape(lambda: steps.init_state(run.task, run.initial_params()))
+    restored = checkpointer.restore(step, like=parallel.global_like(like))
+    if len(restored.streams) != jax.process_count():
+        raise UserError(
+            f"the checkpoint of update {step} was written by {len(restored.streams)} processes, this run has "
+            f"{jax.process_count()}; start as many"
+        )
+    run.stream.load_state_dict(restored.streams[jax.process_index()])
+    return parallel.from_global(restored.state), restored.loop
+
+
+def _reporter(
+    config: ConfigDict, place: WorkDir, run: setup.Run, step: int, restored: dict[str, Any] | None
+) -> report.Reporter:
+    length = config.data.max_seq_length
+    flops = report.flops_per_token(run.encoder, length=length, slots=run.task.masking.slots(length))
+    return report.Reporter(
+        place,
+        num_train_steps=config.num_train_steps,
+        vocab_size=run.encoder.vocab_size,
+        flops_per_token=flops,
+        profile=config.profile,
+        restored=restored,
+        step=step,
+    )
+
+
+def _export(
+    config: ConfigDict, place: WorkDir, run: setup.Run, params: Any, step: int, metrics: dict[str, float]
+) -> None:
+    """Writes `model/`."""
+    rows = config.per_device_train_batch_size * config.gradient_accumulation_steps * jax.device_count()
+    device = jax.devices()[0].device_kind
+    tokens = step * rows * config.data.max_seq_length
+    recipe = {
+        "updates": f"{step:,} of {config.num_train_steps:,}",
+        "rows an update": f"{rows:,} of {config.data.max_seq_length} tokens",
+        "tokens seen": f"{tokens:,}",
+        "devices": f"{jax.device_count()} x {device}",
+        **{f"`{key}`": value for key, value in flatten(config.optimizer.to_dict()).items()},
+        "`mlm_probability`": config.masking.mlm_probability,
+        "`packing`": config.data.packing,
+        "`dtype` of the computation": config.model.dtype,
+        "`seed`": config.seed,
+    }
+    named = config.data.data_files is None and config.data.dataset_name != "docstrings"
+    export.export_model(
+        place.model,
+        step=step,
+        params=params,
+        config=run.encoder,
+        tokenizer=run.tokenizer,
+        card=export.Card(
+            title=os.path.basename(place.path),
+            data=run.data_name,
+            data_id=config.data.dataset_name if named and not os.path.exists(config.data.dataset_name) else None,
+            recipe=recipe,
+        ),
+        metrics=metrics,
+        fillings=fill_mask(run.task.model, params, run.tokenizer, config.report.sentences),
+        metrics_path=place.metrics,
+    )
+
+
+def _show(config: ConfigDict, place: WorkDir, run: setup.Run, params: Any) -> None:
+    """Prints what the finished model says, and what to do next."""
+    if config.report.sentences:
+        print("\nThe model's five best fillings:\n")
+        print(table(fill_mask(run.task.model, params, run.tokenizer, config.report.sentences)))
+    command = f"python main.py --config=CONFIG --workdir={shlex.quote(place.path)}"
+    print(f"""
+Model      {place.model}
+Curves     {os.path.join(place.model, "curves.png")}
+Look       tensorboard --logdir {shlex.quote(place.path)}
+Train on   {command} --config.num_train_steps={2 * config.num_train_steps}
+Use        from transformers import pipeline
+           pipeline("fill-mask", model={place.model!r})
+""")
