@@ -2,63 +2,123 @@
 
     python main.py --config=configs/quickstart.py --workdir=runs/quickstart
 
-Keys of the config can be set from the command line: --config.optimizer.learning_rate=1e-4. `configs/default.py`
-explains them all. Run the same command again to go on after an interruption.
+Any key of the config can be set from the command line: --config.optimizer.learning_rate=1e-4. `configs/default.py`
+explains them all. The same command, run again, goes on after an interruption.
 """
 
 import difflib
+import glob
+import logging as python_logging
 import os
 import re
 import sys
-import warnings
 
-# Before anything imports these libraries: what they say about themselves is of no use to the user.
+# Before these libraries are imported: what they say about themselves is of no use to who trains a model.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 
 from absl import app, flags, logging
-from ml_collections import config_flags
-from ml_collections.config_dict import ConfigDict
+from ml_collections import ConfigDict, config_flags
 
+from configs import default
 from mlm.errors import UserError
+from mlm.workdir import flatten
 
 FLAGS = flags.FLAGS
-config_flags.DEFINE_config_file("config", None, "The run's configuration, such as configs/quickstart.py.")
-flags.DEFINE_string("workdir", None, "Directory of the run: checkpoints, metrics, model. Made if it is not there.")
+config_flags.DEFINE_config_file("config", None, "the run's configuration, such as configs/quickstart.py")
+flags.DEFINE_string("workdir", None, "the run's directory: checkpoints, metrics, model; made if it is not there")
 
 
 def main(argv: list[str]) -> None:
     """Runs one training run."""
     if len(argv) > 1:
-        raise UserError(f"{argv[1]!r} is not a flag; flags begin with --, values follow after =")
-    if FLAGS.config is None:
-        raise UserError("no --config; try --config=configs/quickstart.py")
+        raise UserError(f"{argv[1]!r} is not a flag; flags begin with --, their values follow after =")
     if not FLAGS.workdir:
-        raise UserError("no --workdir; name the directory of the run, such as --workdir=runs/quickstart")
-    logging.get_absl_handler().setFormatter(logging.PythonFormatter("%(asctime)s  %(message)s", "%H:%M:%S"))
-    logging.set_verbosity(max(FLAGS.verbosity, logging.INFO) if FLAGS["verbosity"].present else logging.INFO)
+        raise UserError("no --workdir; name the run's directory, such as --workdir=runs/quickstart")
+    check_keys(FLAGS.config)
+    set_up_log(verbose=FLAGS.verbosity > 0)
 
-    # These take seconds to import; a mistake on the command line should not.
+    # It takes seconds to import; a mistake on the command line should not.
     from mlm.train import train_and_evaluate
 
     train_and_evaluate(FLAGS.config, FLAGS.workdir)
 
 
 def parse_flags(argv: list[str]) -> list[str]:
-    """Parses the command line; every mistake in it is a UserError."""
-    path = next((arg.split("=", 1)[1] for arg in argv if re.match(r"--?config=", arg)), None)
-
+    """Parses the command line; a mistake in it, or in the config file, is a UserError."""
+    # --config=FILE or --config FILE
+    path = next((value for flag, value in zip(argv, [*argv[1:], None]) if re.match(r"--?config$", flag)), None)
+    path = next((arg.split("=", 1)[1] for arg in argv if re.match(r"--?config=", arg)), path)
+    if path is not None:
+        check_config_file(path)
+    for arg in argv[1:]:
+        if match := re.match(r"--?(no)?config\.([^=]+)", arg):
+            _check_key(match[2], f"--config.{match[2]}")
     try:
-        return FLAGS(argv)
-    except (AttributeError, KeyError) as error:
-        raise UserError(str(error)) from None
-    except (flags.Error, TypeError, ValueError) as error:
+        rest = FLAGS(argv)
+    except flags.Error as error:
         raise UserError(" ".join(str(error).split())) from None
+    except Exception as error:
+        # The config file is the user's own code: whatever it raises is told with the file's name.
+        last_line = str(error).strip().splitlines()[-1] if str(error).strip() else ""
+        raise UserError(f"--config={path}: {type(error).__name__}: {last_line}") from None
+    if path is None:
+        raise UserError(f"no --config=FILE; there are {', '.join(_configs())}")
+    return rest
+
+
+def _configs() -> list[str]:
+    here = os.path.dirname(os.path.abspath(__file__))
+    names = glob.glob("configs/*.py", root_dir=here)
+    return sorted(set(names) - {"configs/__init__.py", "configs/default.py"})
+
+
+def check_config_file(path: str) -> None:
+    """Raises UserError unless `path` is a file."""
+    if not os.path.isfile(path.split(":")[0]):
+        nearest = difflib.get_close_matches(path, _configs(), n=1, cutoff=0.0)[0]
+        raise UserError(f"--config={path}: there is no such file; did you mean {nearest}?")
+
+
+def check_keys(config: ConfigDict) -> None:
+    """Raises UserError unless the config has the keys of `configs/default.py`, no more and no fewer."""
+    if not isinstance(config, ConfigDict):
+        raise UserError(f"the config's get_config() gives a {type(config).__name__}, not a ConfigDict")
+    keys = flatten(config.to_dict()).keys()
+    for key in keys:
+        _check_key(key, key)
+    if missing := sorted(flatten(default.get_config().to_dict()).keys() - keys):
+        raise UserError(f"the config has no {', '.join(missing)}; let its get_config() start from configs/default.py")
+
+
+def _check_key(key: str, shown: str) -> None:
+    known = flatten(default.get_config().to_dict())
+    if key not in known:
+        nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
+        raise UserError(f"{shown}: there is no such key; did you mean {nearest}? (configs/default.py explains them all)")
+
+
+def set_up_log(*, verbose: bool) -> None:
+    """Plain lines of our own, warnings of everyone's; all there is with --verbosity=1.
+
+    CLU's log writer repeats in its own form what our progress lines say, and Orbax tells its every step.
+    """
+    logging.set_verbosity(logging.DEBUG if verbose else logging.INFO)
+    if verbose:
+        return
+    here = os.path.dirname(os.path.abspath(__file__))
+    ours = (os.path.join(here, "mlm") + os.sep, os.path.join(here, "main.py"))
+
+    def is_ours(record: python_logging.LogRecord) -> bool:
+        return record.levelno >= python_logging.WARNING or record.pathname.startswith(ours)
+
+    handler = logging.get_absl_handler()
+    handler.addFilter(is_ours)
+    handler.setFormatter(python_logging.Formatter("%(asctime)s  %(message)s", "%H:%M:%S"))
 
 
 def run() -> None:

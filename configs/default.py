@@ -138,4 +138,4 @@ def get_config() -> ConfigDict:
         "Returns the <mask> of the two arrays.",
         "If <mask> is not given, the default value is used.",
     )
-    return config
+    return config.lock()

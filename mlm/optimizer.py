@@ -1,5 +1,6 @@
 """The learning-rate schedule and AdamW."""
 
+import math
 from typing import Any
 
 import jax
@@ -25,8 +26,8 @@ def create_schedule(
     """
     if schedule not in SCHEDULES:
         raise UserError(f"optimizer.schedule={schedule!r} is not one of {', '.join(SCHEDULES)}")
-    if learning_rate <= 0:
-        raise UserError(f"optimizer.learning_rate={learning_rate} must be positive")
+    if not 0 < learning_rate < math.inf:
+        raise UserError(f"optimizer.learning_rate={learning_rate} must be positive and finite")
     if not 0 <= warmup_steps <= num_train_steps:
         raise UserError(
             f"optimizer.warmup_steps={warmup_steps} must lie between 0 and num_train_steps={num_train_steps}"
@@ -73,11 +74,13 @@ def create_optimizer(
         if not 0 <= beta < 1:
             raise UserError(f"optimizer.{name}={beta} must lie in [0, 1)")
     for name, number in (("weight_decay", weight_decay), ("max_grad_norm", max_grad_norm)):
-        if number < 0:
-            raise UserError(f"optimizer.{name}={number} must not be negative")
-    if adam_epsilon <= 0:
-        raise UserError(f"optimizer.adam_epsilon={adam_epsilon} must be positive")
+        if not 0 <= number < math.inf:
+            raise UserError(f"optimizer.{name}={number} must be finite and not negative")
+    if not 0 < adam_epsilon < math.inf:
+        raise UserError(f"optimizer.adam_epsilon={adam_epsilon} must be positive and finite")
     adamw = optax.adamw(
         schedule, b1=adam_beta1, b2=adam_beta2, eps=adam_epsilon, weight_decay=weight_decay, mask=decays
     )
-    return optax.chain(optax.clip_by_global_norm(max_grad_norm), adamw) if max_grad_norm else adamw
+    # A run may go on with another max_grad_norm: its optimizer state must have the same shape with and without one.
+    clip = optax.clip_by_global_norm(max_grad_norm) if max_grad_norm else optax.identity()
+    return optax.chain(clip, adamw)

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Callable
 from typing import Any
 
@@ -46,8 +47,11 @@ class WorkDir:
             existing = os.path.dirname(existing)
         if not os.path.isdir(existing):
             raise UserError(f"--workdir={path}: {existing} is a file; name a directory, or one that can be made")
-        if not os.access(existing, os.W_OK | os.X_OK):
-            raise UserError(f"--workdir={path}: {existing} is not writable; choose another or change its rights")
+        try:
+            # Rights do not tell: root has them all, and a read-only disk has none.
+            tempfile.TemporaryFile(dir=existing).close()
+        except OSError as error:
+            raise UserError(f"--workdir={path}: {existing} is not writable ({error.strerror}); choose another") from None
 
     def check_same_run(self, config: dict[str, Any]) -> None:
         """Refuses a config that differs from the directory's own in a key that changes the run's result."""

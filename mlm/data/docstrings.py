@@ -1,8 +1,8 @@
 """The embedded data set: the docstrings of the Python packages installed beside the interpreter.
 
-Tens of megabytes of English that need no network. A shard is a package (a large one: a part of it); shards stand
-in the order of a hash of their names, so that the head of the source, which is held out and trains the tokenizer,
-is a mixture and not what begins with "a".
+Tens of megabytes of English that need no network. A shard is a package (a large one: a part of it); shards
+stand in the order of a hash of their names, so that the head of the source, which is held out and trains the
+tokenizer, is a mixture and not what begins with "a".
 """
 
 import ast
@@ -21,7 +21,9 @@ _MIN_CHARACTERS = 40
 # A package of more files than this is several shards.
 _FILES_PER_SHARD = 64
 # Docstrings of tests restate their names; the others are not the packages' own text.
-_SKIPPED_FOLDERS = frozenset({"test", "tests", "testing", "idlelib", "lib2to3", "__pycache__", "node_modules"})
+_SKIPPED_FOLDERS = frozenset(
+    {"test", "tests", "testing", "idlelib", "lib2to3", "__pycache__", "node_modules"}
+)
 # Generated or hostile files of many megabytes would stall a shard.
 _MAX_FILE_BYTES = 1 << 20
 _DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
@@ -44,10 +46,15 @@ def find_shards(roots: tuple[str, ...] | None = None) -> list[Shard]:
     for root in roots:
         # One root may lie inside another: site-packages in the standard library's folder.
         inner = {other for other in roots if other != root}
+        packages: dict[str, list[str]] = {}
         for name in sorted(os.listdir(root)) if os.path.isdir(root) else ():
-            files = _python_files(os.path.join(root, name), inner)
+            path = os.path.join(root, name)
+            # Modules that are a single file make one package of their own.
+            package = name if os.path.isdir(path) else f"{os.path.basename(root)}/*.py"
+            packages.setdefault(package, []).extend(_python_files(path, inner))
+        for package, files in packages.items():
             for part, start in enumerate(range(0, len(files), _FILES_PER_SHARD)):
-                shards.append(Shard(f"{name}[{part}]", tuple(files[start : start + _FILES_PER_SHARD])))
+                shards.append(Shard(f"{package}[{part}]", tuple(files[start : start + _FILES_PER_SHARD])))
     return sorted(shards, key=lambda shard: (hashlib.sha256(shard.name.encode()).digest(), shard.name))
 
 

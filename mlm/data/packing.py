@@ -1,7 +1,7 @@
 """Ragged token ids -> units: tokens of an endless run to be cut in rows, or whole rows.
 
-Everything is vectorised over the documents of a chunk; nothing is carried from one chunk to the next. A row that
-is not full at a chunk's end is the stream's business, which knows it as a position (document, unit).
+Everything is vectorised over the documents of a chunk; nothing is carried from one chunk to the next. A row
+that is not full at a chunk's end is the stream's business, which knows it as a position (document, unit).
 """
 
 import dataclasses
@@ -38,8 +38,8 @@ def pack(
 ) -> Units:
     """Tokenizes N documents (strings without nulls) and lays begin and end tokens around them.
 
-    "concatenate" gives `<s> document </s>` runs; "pad" a row a document and "pad_lines" a row for every line that
-    is not blank, each cut to `max_seq_length` with `</s>` kept last, or filled up with the pad id.
+    "concatenate" gives `<s> document </s>` runs; "pad" a row a document and "pad_lines" a row for every line
+    that is not blank, each cut to `max_seq_length` with `</s>` kept last, or filled up with the pad id.
     """
     if packing == "concatenate":
         return concatenate(*tokenizer.encode(texts), bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id)

@@ -17,7 +17,7 @@ class Batch:
 
     Attributes:
         tokens: int32 [batch_rows, max_seq_length], C-contiguous.
-        state: the stream's `state_dict()` after this batch: saved with the model, it goes on with the next one.
+        state: the stream's `state_dict()` after this batch: what to save with the model.
         epoch: of the batch's last row.
         counters: the stream's counters after this batch.
     """
@@ -70,7 +70,7 @@ class Prefetcher:
         return self
 
     def __next__(self) -> Batch:
-        """The next batch; waits for it. Raises what the stream raised, once the batches before it are used up."""
+        """The next batch, waited for. Raises what the stream raised, after the batches before that."""
         start = time.perf_counter()
         try:
             with self._changed:
@@ -86,7 +86,7 @@ class Prefetcher:
             self.wait_seconds += time.perf_counter() - start
 
     def close(self, *, timeout: float = 10.0) -> None:
-        """Ends the thread, at most `timeout` seconds later even if a read from the network hangs. Idempotent."""
+        """Ends the thread, or gives up on one that hangs in a read after `timeout` seconds. Idempotent."""
         with self._changed:
             self._closed = True
             self._batches.clear()

@@ -1,6 +1,8 @@
-"""A name, files or a URL -> shards of rows, read as Arrow arrays through streaming `datasets`."""
+"""A name, files or a URL -> shards of rows, read as Arrow arrays.
 
-import codecs
+Named data sets are read through streaming `datasets`, files through files.py, docstrings through docstrings.py.
+"""
+
 import dataclasses
 import glob
 import json
@@ -18,20 +20,16 @@ import datasets
 import datasets.exceptions
 import huggingface_hub
 import pyarrow as pa
-import pyarrow.compute as pc
 
-from mlm.data import docstrings
+from mlm.data import docstrings, files
 from mlm.errors import UserError
 
-# Extension -> name of the `datasets` reader.
-_KINDS = {".txt": "text", ".text": "text", ".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
-_COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
-# Stands in a text for bytes that are not UTF-8, so that the row can be told and skipped: a Unicode noncharacter,
-# "never to be interchanged".
-_INVALID = "\ufdd0"
 _HUB_TIMEOUT_SECONDS = 10.0
+# Rows of a table read through `datasets`.
+_TABLE_ROWS = 256
 # What the readers raise on a file that is not what it seems, or ends early.
 _READ_ERRORS = (
+    ImportError,  # fsspec's, for a kind of URL that needs a package
     pa.ArrowException,
     ValueError,
     OSError,
@@ -40,8 +38,6 @@ _READ_ERRORS = (
     lzma.LZMAError,
     datasets.exceptions.DatasetsError,
 )
-
-codecs.register_error("mlm_invalid", lambda error: (_INVALID, error.end))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,24 +48,23 @@ class Source:
         name: for messages and the model card.
         text_column: the name of the column.
         num_shards: how many parts can be read without reading the others.
-        columns: shard -> the arrays of its rows' texts, whatever their type.
+        columns: (shard, first row) -> the arrays of the texts from that row on, whatever their type.
         shard_name: shard -> its name, for messages.
     """
 
     name: str
     text_column: str
     num_shards: int
-    columns: Callable[[int], Iterator[pa.Array | pa.ChunkedArray]]
+    columns: Callable[[int, int], Iterator[pa.Array | pa.ChunkedArray]]
     shard_name: Callable[[int], str]
 
     def read(self, shard: int, *, start_row: int = 0) -> Iterator[pa.LargeStringArray]:
         """The texts of a shard's rows from `start_row` on, null where a row is null, not text or not UTF-8.
 
-        The row number is all the state there is: reading on from it gives exactly the rows after it. The readers
-        under `datasets` seek no better: their own saved state counts rows, too.
+        The row number is all the state there is: reading on from it gives exactly the rows after it. The saved
+        state of `datasets` counts rows, too, and is no quicker to go on from.
         """
-        row = 0
-        columns = self.columns(shard)
+        columns = self.columns(shard, start_row)
         while True:
             try:
                 column = next(columns, None)
@@ -77,11 +72,6 @@ class Source:
                 raise UserError(f"cannot read {self.shard_name(shard)}: {one_line(error)}") from None
             if column is None:
                 return
-            row += len(column)
-            if row <= start_row:
-                continue
-            if row - len(column) < start_row:
-                column = column.slice(len(column) - (row - start_row))
             yield _as_text(column, column_name=self.text_column, source_name=self.name)
 
 
@@ -97,7 +87,7 @@ def open_source(
     """Opens the rows to train on; reads no more than the first of them.
 
     Args:
-        dataset_name: "docstrings" (see docstrings.py), or a name on the Hugging Face hub or a local directory.
+        dataset_name: "docstrings" (see docstrings.py), a name on the Hugging Face hub, or a local directory.
         dataset_config_name: one of the data set's configurations.
         data_files: a path, glob or URL, or several; they win over `dataset_name`. One file is one shard.
         split: of a named data set.
@@ -111,19 +101,23 @@ def open_source(
     if isinstance(data_files, str):
         data_files = (data_files,) if data_files else ()
     if data_files:
-        source = _open_files(tuple(data_files), text_column=text_column_name, cache_dir=cache_dir)
+        source = _open_files(tuple(data_files), text_column=text_column_name)
     elif dataset_name == "docstrings":
         shards = docstrings.find_shards()
         source = Source(
             name="docstrings",
             text_column="text",
             num_shards=len(shards),
-            columns=lambda shard: docstrings.read_shard(shards[shard]),
+            columns=lambda shard, row: _skip_rows(docstrings.read_shard(shards[shard]), row),
             shard_name=lambda shard: shards[shard].name,
         )
     elif dataset_name:
         source = _open_named(
-            dataset_name, config=dataset_config_name, split=split, text_column=text_column_name, cache_dir=cache_dir
+            dataset_name,
+            config=dataset_config_name,
+            split=split,
+            text_column=text_column_name,
+            cache_dir=cache_dir,
         )
     else:
         raise UserError("no data: set data.dataset_name or data.data_files")
@@ -134,42 +128,33 @@ def open_source(
     raise UserError(f"the data set {source.name!r} is empty: it has no rows")
 
 
-def _open_files(patterns: tuple[str, ...], *, text_column: str, cache_dir: str) -> Source:
-    files = expand_files(patterns)
-    kinds = {file: _kind(file) for file in files}
-    if len(set(kinds.values())) > 1:
-        one, other = next((a, b) for a in files for b in files if kinds[a] != kinds[b])
-        raise UserError(f"data_files must be of one kind, but {one!r} is {kinds[one]} and {other!r} is {kinds[other]}")
-    kind = kinds[files[0]]
-    # "utf8" and not "utf-8": the JSON reader decodes, and so heeds the error handler, only what is not "utf-8".
-    decoding = {"encoding": "utf8", "encoding_errors": "mlm_invalid"}
-    options = {
-        "text": decoding,
-        "json": decoding,
-        # Every value as it is written: no guess at numbers, and "NA" is a word.
-        "csv": {**decoding, "converters": {text_column: str}},
-        "parquet": {},
-    }[kind]
-    name = patterns[0] if len(patterns) == 1 else f"{patterns[0]} and {len(patterns) - 1} more"
-    try:
-        dataset = datasets.load_dataset(
-            kind, data_files=list(files), split="train", streaming=True, cache_dir=cache_dir or None, **options
-        )
-    except ImportError as error:
-        raise UserError(f"cannot open {name!r}: {one_line(error)}") from None
-    except _READ_ERRORS as error:
-        raise UserError(f"cannot open {name!r}: {one_line(error)}") from None
-    return _from_dataset(dataset, name=name, text_column=text_column, shard_names=files)
+def _open_files(patterns: tuple[str, ...], *, text_column: str) -> Source:
+    paths = expand_files(patterns)
+    kinds = [files.kind_of(path) for path in paths]
+    for path, kind in zip(paths, kinds, strict=True):
+        if kind != kinds[0]:
+            raise UserError(
+                f"data_files must be of one kind, but {paths[0]!r} is {kinds[0]} and {path!r} is {kind}"
+            )
+    return Source(
+        name=patterns[0] if len(patterns) == 1 else f"{patterns[0]} and {len(patterns) - 1} more",
+        text_column=text_column,
+        num_shards=len(paths),
+        columns=lambda shard, row: files.read_column(paths[shard], text_column, start_row=row),
+        shard_name=lambda shard: repr(paths[shard]),
+    )
 
 
 def expand_files(patterns: tuple[str, ...]) -> tuple[str, ...]:
     """Files and URLs as given, globs expanded and sorted. UserError for what is not there."""
     files: list[str] = []
-    for pattern in patterns:
+    for pattern in map(os.path.expanduser, patterns):
         if "://" in pattern or os.path.isfile(pattern):
             files.append(pattern)
         elif os.path.isdir(pattern):
-            raise UserError(f"data file {pattern!r} is a directory: name its files, for example {pattern}/*.parquet")
+            raise UserError(
+                f"data file {pattern!r} is a directory: name its files, for example {pattern}/*.parquet"
+            )
         elif glob.has_magic(pattern):
             matches = [match for match in sorted(glob.glob(pattern, recursive=True)) if os.path.isfile(match)]
             if not matches:
@@ -178,23 +163,6 @@ def expand_files(patterns: tuple[str, ...]) -> tuple[str, ...]:
         else:
             raise UserError(f"no data file {pattern!r}")
     return tuple(file if "://" in file else os.path.abspath(file) for file in files)
-
-
-def _kind(file: str) -> str:
-    path = file.split("?", 1)[0] if "://" in file else file
-    stem, extension = os.path.splitext(path)
-    compression = extension.lower() if extension.lower() in _COMPRESSIONS else ""
-    if compression:
-        extension = os.path.splitext(stem)[1]
-    kind = _KINDS.get(extension.lower())
-    if kind is None:
-        raise UserError(
-            f"cannot tell the kind of the data file {file!r}: its name must end with one of {', '.join(_KINDS)}, "
-            f"or that and one of {', '.join(_COMPRESSIONS)}"
-        )
-    if kind == "parquet" and compression:
-        raise UserError(f"the data file {file!r} is a compressed parquet file: decompress it, parquet compresses itself")
-    return kind
 
 
 def _open_named(name: str, *, config: str | None, split: str, text_column: str, cache_dir: str) -> Source:
@@ -208,31 +176,31 @@ def _open_named(name: str, *, config: str | None, split: str, text_column: str, 
         )
     except (*_READ_ERRORS, RuntimeError) as error:
         raise UserError(f"cannot open the data set {name!r}: {one_line(error)}") from None
-    return _from_dataset(dataset, name=name, text_column=text_column, shard_names=None)
-
-
-def _from_dataset(
-    dataset: datasets.IterableDataset, *, name: str, text_column: str, shard_names: tuple[str, ...] | None
-) -> Source:
     num_shards = dataset.num_shards
 
     def columns(shard: int) -> Iterator[pa.ChunkedArray]:
         part = dataset.shard(num_shards=num_shards, index=shard).with_format("arrow")
         for table in part.iter(_TABLE_ROWS):
             if text_column not in table.column_names:
-                raise UserError(
-                    f"no column {text_column!r} in {name!r}: set data.text_column_name to one of "
-                    f"{', '.join(table.column_names)}"
-                )
+                raise files.missing_column(name, text_column, table.column_names)
             yield table.column(text_column)
 
-    def shard_name(shard: int) -> str:
-        return shard_names[shard] if shard_names else f"{name} (shard {shard} of {num_shards})"
+    return Source(
+        name=name if config is None else f"{name}, {config}",
+        text_column=text_column,
+        num_shards=num_shards,
+        columns=lambda shard, row: _skip_rows(columns(shard), row),
+        shard_name=lambda shard: f"{name!r} (shard {shard} of {num_shards})",
+    )
 
-    return Source(name, text_column, num_shards, columns, shard_name)
 
-
-_TABLE_ROWS = 256
+def _skip_rows(
+    columns: Iterator[pa.Array | pa.ChunkedArray], start_row: int
+) -> Iterator[pa.Array | pa.ChunkedArray]:
+    for column in columns:
+        if start_row < len(column):
+            yield column.slice(start_row)
+        start_row = max(0, start_row - len(column))
 
 
 def _as_text(
@@ -252,11 +220,10 @@ def _as_text(
     is_bytes = pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)
     if not (is_text or is_bytes):
         raise UserError(
-            f"the column {column_name!r} of {source_name!r} holds {kind}, not text: set data.text_column_name to another"
+            f"the column {column_name!r} of {source_name!r} holds {kind}, not text: "
+            "set data.text_column_name to another"
         )
-    texts = _valid_utf8(column.cast(pa.large_binary()))
-    marked = pc.match_substring(texts, _INVALID)
-    return pc.if_else(marked, pa.scalar(None, pa.large_string()), texts) if pc.any(marked).as_py() else texts
+    return _valid_utf8(column.cast(pa.large_binary()))
 
 
 def _valid_utf8(column: pa.LargeBinaryArray) -> pa.LargeStringArray:
@@ -271,7 +238,10 @@ def _valid_utf8(column: pa.LargeBinaryArray) -> pa.LargeStringArray:
 
 
 def _strings_of_json(column: pa.Array) -> pa.LargeStringArray:
-    """A column of mixed types, which `datasets` gives as JSON: its strings, null for all else. Rare, so by row."""
+    """The strings of a column of mixed types, which `datasets` gives as JSON; null for all else.
+
+    By row, for it is rare.
+    """
     values = (json.loads(value) if value is not None else None for value in column.to_pylist())
     return pa.array([value if isinstance(value, str) else None for value in values], pa.large_string())
 
@@ -296,14 +266,16 @@ def require_hub(what: str) -> None:
         if isinstance(reason, ssl.SSLError):
             return  # it answers; the hub's own client knows other certificates
         raise UserError(
-            f"{what} is not here and needs the network, but {endpoint} cannot be reached ({one_line(reason)}): "
-            "check the network, or name local files"
+            f"{what} is not here and needs the network, but {endpoint} cannot be reached "
+            f"({one_line(reason)}): check the network, or name local files"
         ) from None
 
 
 def one_line(error: BaseException) -> str:
     """An exception's message on one line of bearable length."""
     text = re.sub(r"\s+", " ", str(error)).strip() or type(error).__name__
+    if isinstance(error, FileNotFoundError):
+        text = f"not found: {text}"
     return text if len(text) <= 400 else text[:400] + "..."
 
 

@@ -1,9 +1,9 @@
 """The endless stream of rows: shuffle windows, held-out documents, this process's share, exact resume.
 
-A window is the next `shuffle_buffer_size` documents in the epoch's order of shards. It is permuted by a seed made
-of (seed, epoch, window), so a position in the stream is a few numbers: where the window starts, how many of its
-documents are used up, and how many tokens of the next. To resume, the window is read and permuted again, that one
-document is tokenized again, and its first tokens are left out. No text and no token is ever saved.
+A window is the next `shuffle_buffer_size` documents in the epoch's order of shards. It is permuted by a seed
+made of (seed, epoch, window), so a position in the stream is a few numbers: where the window starts, how many of
+its documents are used up, and how many tokens of the next. To resume, the window is read and permuted again, that
+one document is tokenized again, and its first tokens are left out. No text and no token is ever saved.
 """
 
 import dataclasses
@@ -14,14 +14,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from mlm.data import packing as packing_lib
-from mlm.data import sources, tokenizer as tokenizer_lib
+from mlm.data import reader as reader_lib
+from mlm.data import sources
+from mlm.data import tokenizer as tokenizer_lib
 from mlm.errors import UserError
 
-# A window ends at this many bytes even if it has fewer documents than asked for: memory stays bounded when
-# documents are large.
-_WINDOW_BYTES = 64 << 20
-# Texts are tokenized this many bytes at a time: enough to keep the cores busy, little enough for a quick first
-# batch and flat memory.
+# Texts are tokenized this many bytes at a time: enough to keep the cores busy, little enough for a quick
+# first batch and flat memory.
 _CHUNK_BYTES = 2 << 20
 # With no shuffling a window is only a unit of reading.
 _UNSHUFFLED_WINDOW = 1024
@@ -57,8 +56,8 @@ class _Window:
 class RowStream:
     """This process's rows, without end: an iterator of int32 [batch_rows, max_seq_length], C-contiguous.
 
-    Over all processes one epoch is every document of the source once, less the blank and the held-out ones. When
-    the source ends the next epoch starts in a new order, and the row under way goes on into it.
+    Over all processes one epoch is every document of the source once, less the blank and the held-out ones.
+    When the source ends the next epoch starts in a new order, and the row under way goes on into it.
 
     Args:
         source: the documents.
@@ -156,15 +155,15 @@ class RowStream:
         for key, value in self._identity().items():
             if state[key] != value:
                 raise UserError(
-                    f"cannot resume the data stream: it was saved with {key}={state[key]!r} and is now {value!r}; "
-                    "restore that, or start in a new work directory"
+                    f"cannot resume the data stream: it was saved with {key}={state[key]!r} and is now "
+                    f"{value!r}; restore that, or start in a new work directory"
                 )
         names = [field.name for field in dataclasses.fields(_Position)]
         # `document` and `unit` say where to go on in the window; the rest of `_start` is the window's start.
         self._start = _Position(**{name: state[name] for name in names})
         self._epoch_units = self._start.epoch_units
         self._window: _Window | None = None
-        self._reader: _Reader | None = None
+        self._reader: reader_lib.Reader | None = None
         self._chunk = packing_lib.Units(np.empty(0, np.int32), np.zeros(1, np.int64))
         self._chunk_document = self._start.document
         self._used = 0
@@ -229,10 +228,18 @@ class RowStream:
     def _end_epoch(self) -> None:
         if self._epoch_units < self._units_per_batch:
             counters = self.counters
-            lost = f"{counters['skipped_rows']} blank rows, {counters['held_out_documents']} held-out documents"
-            who = f" for process {self._process_index} of {self._process_count}" if self._process_count > 1 else ""
+            lost = (
+                f"{counters['skipped_rows']} blank rows, {counters['held_out_documents']} held-out documents"
+            )
+            who = (
+                f" for process {self._process_index} of {self._process_count}"
+                if self._process_count > 1
+                else ""
+            )
             if self._epoch_units == 0:
-                raise UserError(f"the data set {self._source.name!r} has no documents to train on{who} ({lost})")
+                raise UserError(
+                    f"the data set {self._source.name!r} has no documents to train on{who} ({lost})"
+                )
             rows = self._epoch_units * self._batch_rows // self._units_per_batch
             raise UserError(
                 f"the data set {self._source.name!r} is too small: an epoch has {rows} rows of "
@@ -241,32 +248,24 @@ class RowStream:
             )
         self._epoch_units = 0
         self._start = dataclasses.replace(
-            self._start, epoch=self._start.epoch + 1, shard=0, row=0, window=0, document=0, unit=0, epoch_units=0
+            self._start,
+            epoch=self._start.epoch + 1,
+            shard=0,
+            row=0,
+            window=0,
+            document=0,
+            unit=0,
+            epoch_units=0,
         )
         self._reader = self._open_reader()
         self._window = self._read_window()
 
-    def _open_reader(self) -> "_Reader":
-        num_shards = self._source.num_shards
-        shuffled = self._shuffle_buffer_size > 1
-        order = np.arange(num_shards)
-        if shuffled:
-            order = np.random.default_rng((self._seed, self._start.epoch)).permutation(num_shards)
-        if num_shards >= self._process_count:
-            shards, step, first = order[self._process_index :: self._process_count], 1, 0
-        else:
-            # Several processes read the same shard and deal its rows among them.
-            shard = self._process_index % num_shards
-            step = len(range(shard, self._process_count, num_shards))
-            shards, first = np.array([shard]), self._process_index // num_shards
-        return _Reader(
-            self._source,
-            [int(shard) for shard in shards],
-            step=step,
-            first=first,
-            shard=self._start.shard,
-            row=self._start.row,
-        )
+    def _open_reader(self) -> reader_lib.Reader:
+        order = np.arange(self._source.num_shards)
+        if self._shuffle_buffer_size > 1:
+            order = np.random.default_rng((self._seed, 0, self._start.epoch)).permutation(order)
+        share = reader_lib.deal(order, process_index=self._process_index, process_count=self._process_count)
+        return reader_lib.Reader(self._source, share, shard=self._start.shard, row=self._start.row)
 
     def _read_window(self) -> _Window | None:
         shuffled = self._shuffle_buffer_size > 1
@@ -275,9 +274,9 @@ class RowStream:
             return None
         order = np.arange(len(texts))
         if shuffled:
-            key = (self._seed, self._start.epoch, self._start.window)
+            key = (self._seed, 1, self._start.epoch, self._start.window)
             order = np.random.default_rng(key).permutation(len(texts))
-        kept = has_text(texts)
+        kept = reader_lib.has_text(texts)
         skipped_rows = len(texts) - int(kept.sum())
         if self._held_out is not None and len(self._held_out):
             kept &= ~np.asarray(pc.is_in(texts, value_set=self._held_out))
@@ -292,66 +291,10 @@ class RowStream:
         return _Window(
             texts=texts,
             order=order,
-            ends=np.cumsum(_num_bytes(texts)[order]),
+            ends=np.cumsum(reader_lib.num_bytes(texts)[order]),
             next_shard=self._reader.shard,
             next_row=self._reader.row,
         )
-
-
-class _Reader:
-    """Rows of some shards one after the other: of each shard rows first, first + step...
-
-    Attributes:
-        shard, row: the place in `shards`, and the row there, right after the last row taken.
-    """
-
-    def __init__(
-        self, source: sources.Source, shards: list[int], *, step: int, first: int, shard: int, row: int
-    ):
-        self.shard = shard
-        self.row = row
-        self._source = source
-        self._shards = shards
-        self._step = step
-        self._first = first
-        self._arrays: Iterator[pa.LargeStringArray] | None = None
-        self._texts = pa.array([], pa.large_string())  # read and not yet taken
-
-    def take(self, num_documents: int) -> pa.LargeStringArray | None:
-        """The next `num_documents` rows, or as many as there are or make _WINDOW_BYTES; None at the end."""
-        parts: list[pa.Array] = []
-        count = num_bytes = 0
-        while count < num_documents and num_bytes < _WINDOW_BYTES and self._fill():
-            offset = (self._first - self.row) % self._step  # rows of other processes before ours
-            mine = self._texts
-            if self._step > 1:
-                mine = mine.take(pa.array(np.arange(offset, len(mine), self._step)))
-            ends = np.cumsum(_num_bytes(mine))
-            # A row is taken if the bytes before it leave room: the same whatever the size of the arrays read.
-            fit = int(np.searchsorted(ends, _WINDOW_BYTES - num_bytes)) + 1
-            taken = min(len(mine), num_documents - count, fit)
-            if taken:
-                parts.append(mine.slice(0, taken))
-                num_bytes += int(ends[taken - 1])
-                count += taken
-            used = len(self._texts) if taken == len(mine) else offset + (taken - 1) * self._step + 1
-            self._texts = self._texts.slice(used)
-            self.row += used
-        return pa.concat_arrays(parts) if parts else None
-
-    def _fill(self) -> bool:
-        """Reads on until there are rows to take; False at the end of the last shard."""
-        while len(self._texts) == 0:
-            if self._arrays is None:
-                if self.shard == len(self._shards):
-                    return False
-                self._arrays = self._source.read(self._shards[self.shard], start_row=self.row)
-            texts = next(self._arrays, None)
-            if texts is None:
-                self.shard, self.row, self._arrays = self.shard + 1, 0, None
-            else:
-                self._texts = texts
-        return True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -375,20 +318,20 @@ def read_eval_rows(
     max_seq_length: int,
     packing: str,
 ) -> EvalRows:
-    """The first `num_rows` rows of the source in its own order: the same in every process and after a restart."""
+    """The first `num_rows` rows of the source in its own order: the same in every process and every run."""
     _check(packing=packing, max_seq_length=max_seq_length)
     units_per_row = packing_lib.units_per_row(packing, max_seq_length=max_seq_length)
     needed, have = num_rows * units_per_row, 0
     parts, documents = [], []
-    reader = _Reader(source, list(range(source.num_shards)), step=1, first=0, shard=0, row=0)
+    reader = reader_lib.Reader(source, reader_lib.deal(np.arange(source.num_shards)))
     while have < needed:
         texts = reader.take(_UNSHUFFLED_WINDOW)
         if texts is None:
             raise UserError(
-                f"the data set {source.name!r} has {have // units_per_row} rows of {max_seq_length} tokens, fewer than "
-                f"the {num_rows} to evaluate on: lower data.num_eval_samples"
+                f"the data set {source.name!r} has {have // units_per_row} rows of {max_seq_length} tokens, fewer "
+                f"than the {num_rows} to evaluate on: lower data.num_eval_samples"
             )
-        texts = texts.filter(pa.array(has_text(texts)))
+        texts = texts.filter(pa.array(reader_lib.has_text(texts)))
         units = packing_lib.pack(texts, tokenizer, packing=packing, max_seq_length=max_seq_length)
         parts.append(units.data[: needed - have])
         documents.append(texts.slice(0, int(np.searchsorted(units.offsets[:-1], needed - have))))
@@ -398,18 +341,12 @@ def read_eval_rows(
     return EvalRows(rows.reshape(num_rows, max_seq_length), pc.unique(texts))
 
 
-def has_text(texts: pa.LargeStringArray) -> np.ndarray:
-    """bool [N]: neither null, empty nor only white space."""
-    return np.asarray(pc.fill_null(pc.greater(pc.binary_length(pc.utf8_trim_whitespace(texts)), 0), False))
-
-
-def _num_bytes(texts: pa.LargeStringArray) -> np.ndarray:
-    """int64 [N]: bytes of each text, 0 for null."""
-    return np.asarray(pc.fill_null(pc.binary_length(texts), 0))
-
-
 def _check(*, packing: str, max_seq_length: int) -> None:
     if packing not in packing_lib.PACKINGS:
-        raise UserError(f"data.packing={packing!r} is not known: choose one of {', '.join(packing_lib.PACKINGS)}")
+        raise UserError(
+            f"data.packing={packing!r} is not known: choose one of {', '.join(packing_lib.PACKINGS)}"
+        )
     if max_seq_length < 3:
-        raise UserError(f"data.max_seq_length={max_seq_length} leaves no room for text between begin and end: set 3 or more")
+        raise UserError(
+            f"data.max_seq_length={max_seq_length} leaves no room between begin and end: set 3 or more"
+        )

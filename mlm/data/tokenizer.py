@@ -34,7 +34,9 @@ class Tokenizer:
 
     def __init__(self, hf: transformers.PreTrainedTokenizerFast, *, name: str, backend: str = "auto"):
         if backend not in BACKENDS:
-            raise UserError(f"tokenizer.backend={backend!r} is not known: choose one of {', '.join(BACKENDS)}")
+            raise UserError(
+                f"tokenizer.backend={backend!r} is not known: choose one of {', '.join(BACKENDS)}"
+            )
         self.hf = hf
         self.name = name
         if hf.mask_token_id is None:
@@ -56,7 +58,7 @@ class Tokenizer:
         self._checked = False
         if self._gigatoken is None and backend == "gigatoken":
             raise UserError(
-                f"tokenizer.backend='gigatoken' cannot do the tokenizer {name!r}, which is no byte-level BPE: "
+                f"tokenizer.backend='gigatoken' cannot do the tokenizer {name!r}, only byte-level BPE: "
                 "use tokenizer.backend='auto' or 'tokenizers'"
             )
 
@@ -64,7 +66,9 @@ class Tokenizer:
         for candidate in candidates:
             if candidate is not None:
                 return candidate
-        raise UserError(f"the tokenizer {self.name!r} has no {role} token: choose another, or add one and save it")
+        raise UserError(
+            f"the tokenizer {self.name!r} has no {role} token: choose another, or add one and save it"
+        )
 
     @property
     def backend(self) -> str:
@@ -74,7 +78,7 @@ class Tokenizer:
     def encode(self, texts: pa.Array | pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
         """N strings without nulls -> ids int32 [T], offsets int64 [N + 1].
 
-        No begin or end tokens are added, nothing is cut, and a text that spells a special token ("<mask>") is text.
+        No begin or end tokens are added, nothing is cut, and a text that spells a special token is text.
         """
         if isinstance(texts, pa.ChunkedArray):
             texts = texts.combine_chunks()
@@ -86,7 +90,7 @@ class Tokenizer:
         return _encode_gigatoken(self._gigatoken, texts)
 
     def _check(self, texts: pa.LargeStringArray) -> None:
-        """Falls back to `tokenizers` if gigatoken gives other ids for the head of `texts`, the first ever seen."""
+        """Falls back to `tokenizers` if gigatoken gives other ids for the head of the first texts."""
         lengths = np.diff(_offsets(texts))
         head = min(_CHECKED_DOCUMENTS, int(np.searchsorted(np.cumsum(lengths), _CHECKED_BYTES)) + 1)
         texts = texts.slice(0, head)
@@ -110,8 +114,8 @@ def load_tokenizer(
     """Loads a tokenizer from a local directory or the Hugging Face hub."""
     if not use_fast_tokenizer:
         raise UserError(
-            "tokenizer.use_fast_tokenizer=False: only fast tokenizers give ids without a Python object per token; "
-            "leave it True"
+            "tokenizer.use_fast_tokenizer=False: only fast tokenizers keep up with a device, and they give the same "
+            "ids; leave it True"
         )
     local = os.path.isdir(tokenizer_name)
     if not local and sources.is_local_path(tokenizer_name):
@@ -137,19 +141,24 @@ def load_tokenizer(
 
 
 def train_tokenizer(
-    texts: Iterator[str], *, vocab_size: int, max_seq_length: int, backend: str = "auto", name: str = "trained"
+    texts: Iterator[str],
+    *,
+    vocab_size: int,
+    max_seq_length: int,
+    backend: str = "auto",
+    name: str = "trained",
 ) -> Tokenizer:
     """Trains a byte-level BPE in RoBERTa's dress: `<s> <pad> </s> <unk> <mask>` are ids 0 to 4.
 
-    The same texts give the same files, byte for byte. The vocabulary is smaller than `vocab_size` when the texts
-    have no more pairs to merge.
+    The same texts give the same files, byte for byte. The vocabulary is smaller than `vocab_size` when the
+    texts have no more pairs to merge.
     """
     alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
     smallest = len(alphabet) + len(SPECIAL_TOKENS)
     if vocab_size < smallest:
         raise UserError(
-            f"tokenizer.vocab_size={vocab_size} is too small: 256 bytes and {len(SPECIAL_TOKENS)} special tokens "
-            f"need at least {smallest}"
+            f"tokenizer.vocab_size={vocab_size} is too small: 256 bytes and {len(SPECIAL_TOKENS)} special "
+            f"tokens need at least {smallest}"
         )
     bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
     bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -165,6 +174,8 @@ def train_tokenizer(
     hf = transformers.RobertaTokenizer(
         vocab=model["vocab"],
         merges=[tuple(merge) for merge in model["merges"]],
+        # It takes the space before it, so that what fills it brings its own.
+        mask_token=tokenizers.AddedToken("<mask>", lstrip=True, special=True),
         model_max_length=max_seq_length,
     )
     return Tokenizer(hf, name=name, backend=backend)
@@ -186,13 +197,15 @@ def _gigatoken(model: dict):
     # Imported here: a tokenizer it cannot do needs neither it nor awkward.
     import gigatoken
 
-    # Without the special tokens, a text that spells one is text. What `encode` adds around a text is ours to add.
+    # Without the special tokens, a text that spells one is text. Begin and end are added in packing.py.
     added = [token for token in model["added_tokens"] if not token["special"]]
     plain = {**model, "added_tokens": added, "post_processor": None, "truncation": None, "padding": None}
     try:
         return gigatoken.Tokenizer.from_json(json.dumps(plain))
     except (ValueError, RuntimeError, KeyError, NotImplementedError) as error:
-        logging.info("gigatoken cannot do this tokenizer (%s): going on with tokenizers.", sources.one_line(error))
+        logging.info(
+            "gigatoken cannot do this tokenizer (%s): going on with tokenizers.", sources.one_line(error)
+        )
         return None
 
 

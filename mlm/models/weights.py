@@ -74,7 +74,7 @@ def from_hf(tensors: Mapping[str, np.ndarray], config: EncoderConfig) -> dict[st
     """Return the float32 parameter tree, NumPy arrays, that holds these tensors.
 
     Tensors a masked language model has no use for (the pooler, constants that older versions saved) are
-    dropped, and so is a decoder that equals what it is tied to. Raises `UserError` listing all that is missing,
+    dropped, and so is a decoder that equals what it is tied to. Raises `UserError` listing what is missing,
     unexpected, of the wrong shape, not floating-point or untied.
     """
     shapes = _shapes(config)

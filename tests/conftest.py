@@ -1,0 +1,109 @@
+"""Four devices on the CPU, no network, and tiny tasks for the tests that make steps."""
+
+import os
+
+# Before jax, TensorFlow and datasets are imported: they read these once. Processes that tests start inherit them.
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4".strip()
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mlm.masking import MaskingSpec
+from mlm.models.config import EncoderConfig
+from mlm.models.encoder import MaskedLM
+from mlm.optimizer import create_optimizer, create_schedule
+from mlm.steps import Task
+
+# Broadcasting [V] against [B, K, V] is more often a mistake than meant.
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+LENGTH = 16
+VOCAB = 50
+PAD, MASK = 1, 4
+
+
+class BagOfTokens(nn.Module):
+    """Predicts a token from its own input and the mean of its row. Compiles in a tenth of the encoder's time."""
+
+    dropout: float = 0.0
+
+    @nn.compact
+    def __call__(self, inputs_BxL, *, positions_BxK=None, deterministic=True):
+        hidden_BxLxD = nn.Embed(VOCAB, 16, name="word")(inputs_BxL)
+        used_BxLx1 = (inputs_BxL != PAD)[:, :, None].astype(jnp.float32)
+        mean_Bx1xD = jnp.mean(hidden_BxLxD * used_BxLx1, axis=1, keepdims=True)
+        hidden_BxLxD = nn.LayerNorm()(hidden_BxLxD + mean_Bx1xD)
+        hidden_BxLxD = nn.Dropout(self.dropout)(hidden_BxLxD, deterministic=deterministic)
+        hidden_BxKxD = jnp.take_along_axis(hidden_BxLxD, positions_BxK[:, :, None], axis=1)
+        return nn.Dense(VOCAB)(hidden_BxKxD)
+
+
+@pytest.fixture(scope="session")
+def tiny_config():
+    """An encoder of one layer, for rows of up to 16 tokens, without dropout."""
+    return EncoderConfig(
+        vocab_size=VOCAB,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=LENGTH + PAD + 1,
+        type_vocab_size=1,
+        pad_token_id=PAD,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+
+
+@pytest.fixture(scope="session")
+def make_task(tiny_config):
+    """(model, masking, optimizer, seed) -> Task; what is not given is tiny and plain.
+
+    `model` is "encoder" or "bag", with `dropout`. `masking` and `optimizer` are fields to change.
+    """
+
+    def make(*, model="bag", dropout=0.0, masking=None, optimizer=None, seed=42):
+        rates = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
+        schedule = create_schedule("constant", learning_rate=0.01, warmup_steps=0, num_train_steps=100)
+        options = {
+            "adam_beta1": 0.9,
+            "adam_beta2": 0.98,
+            # Large: where the gradient is 0 but for rounding, a small one makes steps of the rounding's sign.
+            "adam_epsilon": 1e-3,
+            "weight_decay": 0.01,
+            "max_grad_norm": 1.0,
+        } | (optimizer or {})
+        fields = {
+            "mlm_probability": 0.3,
+            "mask_token_share": 0.8,
+            "random_token_share": 0.1,
+            "mask_id": MASK,
+            "special_ids": (0, PAD, 2, 3, MASK),
+            "num_ids": VOCAB,
+        } | (masking or {})
+        return Task(
+            model=MaskedLM(tiny_config.replace(**rates)) if model == "encoder" else BagOfTokens(dropout),
+            masking=MaskingSpec(**fields),
+            optimizer=create_optimizer(options.pop("schedule", schedule), **options),
+            schedule=schedule,
+            seed=seed,
+        )
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def uneven_rows():
+    """int32 [8, 16]: rows of very different numbers of tokens, so that devices hold different numbers of masks."""
+    rows = np.random.default_rng(0).integers(5, VOCAB, (8, LENGTH)).astype(np.int32)
+    for row, tokens in zip(rows, (16, 16, 2, 4, 16, 8, 0, 3), strict=True):
+        row[tokens:] = PAD
+    return rows

@@ -1,0 +1,177 @@
+"""The update does not depend on how many devices and passes share the batch; and how arrays get to devices."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mlm import parallel, steps
+from mlm.loss import masked_cross_entropy
+
+
+def assert_near(actual, wanted):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6), actual, wanted)
+
+
+def init(task):
+    return steps.init_state(task, steps.init_params(task, length=16))
+
+
+def updates(task, tokens_DxAxBxL, number):
+    """Parameters and metrics after each of `number` updates on the same rows, dealt to D devices and A passes."""
+    devices = jax.devices()[: len(tokens_DxAxBxL)]
+    step = jax.pmap(
+        functools.partial(steps.train_step, task=task, axis_name=parallel.AXIS),
+        axis_name=parallel.AXIS,
+        devices=devices,
+        donate_argnums=(0,),
+    )
+    state = jax.tree.map(lambda leaf: jnp.stack([leaf] * len(devices)), init(task))
+    results = []
+    for _ in range(number):
+        state, metrics = step(state, tokens_DxAxBxL)
+        results.append(jax.tree.map(lambda leaf: np.array(leaf[0]), (state.params, metrics)))
+        for leaf in jax.tree.leaves(state):
+            for copy in leaf:
+                np.testing.assert_array_equal(copy, leaf[0])
+    return results
+
+
+def test_there_are_four_devices():
+    assert jax.local_device_count() == 4
+
+
+def test_one_and_four_devices_make_the_same_updates(make_task, uneven_rows):
+    task = make_task(model="encoder")
+    one = updates(task, uneven_rows.reshape(1, 1, 8, 16), 3)
+    four = updates(task, uneven_rows.reshape(4, 1, 2, 16), 3)
+    for (params, metrics), (expected_params, expected_metrics) in zip(four, one, strict=True):
+        assert metrics.sums.count == expected_metrics.sums.count
+        np.testing.assert_allclose(metrics.sums.loss, expected_metrics.sums.loss, rtol=1e-6)
+        np.testing.assert_allclose(metrics.grad_norm, expected_metrics.grad_norm, rtol=1e-5)
+        assert_near(params, expected_params)
+    # An update moves parameters by up to the learning rate, 10^4 times the tolerance.
+    assert max(np.abs(a - b).max() for a, b in zip(*map(jax.tree.leaves, (one[0][0], one[2][0])), strict=True)) > 5e-3
+
+
+def test_passes_make_the_same_updates_as_one_batch(make_task, uneven_rows):
+    task = make_task()
+    whole = updates(task, uneven_rows.reshape(1, 1, 8, 16), 3)
+    for shape in ((1, 4, 2, 16), (2, 2, 2, 16)):
+        for (params, metrics), (expected_params, expected_metrics) in zip(
+            updates(task, uneven_rows.reshape(shape), 3), whole, strict=True
+        ):
+            assert metrics.sums.count == expected_metrics.sums.count
+            assert_near(params, expected_params)
+
+
+def test_a_mean_of_the_devices_means_would_be_another_gradient(make_task, uneven_rows):
+    """The two tests above have power: on these rows the common mistake shows."""
+    task = make_task()
+    params = init(task).params
+
+    @jax.jit
+    def grad(rows_B):
+        def loss(params):
+            mask_key = jax.random.fold_in(task.key(steps.TRAIN_MASKS), 0)
+            logits, batch = steps.forward(
+                task, params, jnp.asarray(uneven_rows)[rows_B], rows_B=rows_B, mask_key=mask_key
+            )
+            sums = masked_cross_entropy(logits, batch.targets_BxK, batch.weights_BxK)
+            return sums.loss / jnp.maximum(sums.count, 1.0), sums.count
+
+        return jax.grad(loss, has_aux=True)(params)
+
+    def norm(tree):
+        return np.sqrt(sum(np.square(leaf).sum() for leaf in jax.tree.leaves(tree)))
+
+    true, _ = grad(jnp.arange(8))
+    parts, counts = zip(*(grad(jnp.arange(i, i + 2)) for i in range(0, 8, 2)), strict=True)
+    assert len(set(map(float, counts))) == 4
+    naive = jax.tree.map(lambda *leaves: sum(leaves) / 4, *parts)
+    weighted = jax.tree.map(lambda *leaves: sum(n * leaf for n, leaf in zip(counts, leaves, strict=True)) / sum(counts), *parts)
+    assert norm(jax.tree.map(np.subtract, weighted, true)) < 1e-6
+    assert norm(jax.tree.map(np.subtract, naive, true)) > 0.1 * norm(true)
+    # And it is the gradient of which train_step reports the norm.
+    (_, metrics), = updates(task, uneven_rows.reshape(4, 1, 2, 16), 1)
+    np.testing.assert_allclose(metrics.grad_norm, norm(true), rtol=1e-5)
+
+
+@pytest.fixture
+def tree():
+    return {"step": np.int32(7), "matrix": np.arange(12, dtype=np.float32).reshape(3, 4), "counts": np.arange(5)}
+
+
+def test_replicate_and_first_replica_are_inverses(tree):
+    stacked = parallel.replicate(tree)
+    for leaf, original in zip(jax.tree.leaves(stacked), jax.tree.leaves(tree), strict=True):
+        assert leaf.shape == (4, *np.shape(original))
+        assert [shard.device for shard in leaf.addressable_shards] == jax.local_devices()
+        for shard in leaf.addressable_shards:
+            np.testing.assert_array_equal(shard.data[0], original)
+    jax.tree.map(np.testing.assert_array_equal, parallel.first_replica(stacked), tree)
+    # From a device as well as from the host.
+    on_device = jax.tree.map(jnp.asarray, tree)
+    jax.tree.map(np.testing.assert_array_equal, parallel.first_replica(parallel.replicate(on_device)), tree)
+
+
+def test_global_arrays_are_whole_on_every_device_and_come_back(tree):
+    stacked = parallel.replicate(tree)
+    whole = parallel.to_global(stacked)
+    for leaf, original in zip(jax.tree.leaves(whole), jax.tree.leaves(tree), strict=True):
+        assert leaf.is_fully_replicated
+        assert len(leaf.addressable_shards) == 4
+        np.testing.assert_array_equal(leaf, original)
+    back = parallel.from_global(whole)
+    assert jax.tree.map(lambda leaf: leaf.sharding, back) == jax.tree.map(lambda leaf: leaf.sharding, stacked)
+    jax.tree.map(np.testing.assert_array_equal, back, stacked)
+    like = parallel.global_like(jax.tree.map(jnp.asarray, tree))
+    assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype, leaf.sharding), like) == jax.tree.map(
+        lambda leaf: (leaf.shape, leaf.dtype, leaf.sharding), whole
+    )
+
+
+def test_shard_deals_rows_in_order():
+    rows = np.arange(24 * 3).reshape(24, 3)
+    assert parallel.shard(rows).shape == (4, 6, 3)
+    sharded = parallel.shard(rows, shape=(2,))
+    assert sharded.shape == (4, 2, 3, 3)
+    for device, shard in zip(jax.local_devices(), sharded.addressable_shards, strict=True):
+        assert shard.device == device
+    np.testing.assert_array_equal(np.asarray(sharded).reshape(24, 3), rows)
+    assert parallel.shard(np.arange(8)).shape == (4, 2)
+
+
+def test_data_parallel_uses_every_device_and_donates():
+    def step(state, rows):
+        index = jax.lax.axis_index(parallel.AXIS)
+        return state + jax.lax.psum(rows.sum(), parallel.AXIS), index
+
+    state = parallel.replicate(np.zeros(1000, np.float32))
+    rows = parallel.shard(np.arange(8, dtype=np.float32))
+    new, index = parallel.data_parallel(step, donate_argnums=(0,))(state, rows)
+    np.testing.assert_array_equal(new, np.full((4, 1000), 28.0))
+    np.testing.assert_array_equal(index, range(4))
+    assert state.is_deleted()
+    assert not rows.is_deleted()
+
+
+def test_the_trainers_state_is_donated_whole_and_nothing_moves_by_itself(make_task, uneven_rows):
+    task = make_task()
+    state = parallel.replicate(init(task))
+    step = parallel.data_parallel(
+        functools.partial(steps.train_step, task=task, axis_name=parallel.AXIS), donate_argnums=(0,)
+    )
+    with jax.transfer_guard("disallow"):
+        new, metrics = step(state, parallel.shard(uneven_rows, shape=(1,)))
+        parallel.first_replica(metrics)
+        parallel.to_global(new)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
+    assert new.step.shape == (4,)
+
+
+def test_one_process_broadcasts_to_itself():
+    counts = np.arange(3)
+    assert parallel.broadcast_from_first(counts) is counts

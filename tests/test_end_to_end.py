@@ -1,0 +1,214 @@
+"""Whole runs: what they leave behind, going on, finishing twice, failing."""
+
+import filecmp
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.numpy
+from transformers import AutoConfig, AutoTokenizer
+
+from mlm import parallel, report, steps
+from mlm.curves import read_metrics
+from mlm.errors import UserError
+from mlm.train import train_and_evaluate
+from tests.tiny import tiny_config, write_corpus
+
+REPO = Path(__file__).parent.parent
+TIMINGS = ("perf/tokens_per_second", "perf/step_ms", "perf/input_wait_fraction")
+
+
+def run_main(*flags: str) -> subprocess.CompletedProcess:
+    """Runs main.py in a process of its own, on one device."""
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    return subprocess.run(
+        [sys.executable, "main.py", *flags], cwd=REPO, env=env, capture_output=True, text=True, timeout=300
+    )
+
+
+def metrics_of(workdir: Path) -> list[dict]:
+    """Lines of metrics.jsonl without their timings."""
+    return [
+        {name: value for name, value in line.items() if name not in TIMINGS}
+        for line in read_metrics(str(workdir / "metrics.jsonl"))
+    ]
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    """Metrics and exported models are equal, bit for bit."""
+    assert metrics_of(one) == metrics_of(other)
+    for name in ("model.safetensors", "config.json", "tokenizer.json", "trainer_state.json"):
+        assert filecmp.cmp(one / "model" / name, other / "model" / name, shallow=False), name
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> str:
+    return write_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture(scope="module")
+def finished(corpus, tmp_path_factory) -> Path:
+    """The work directory of an uninterrupted run of 8 updates."""
+    workdir = tmp_path_factory.mktemp("runs") / "straight"
+    train_and_evaluate(tiny_config(corpus), str(workdir))
+    return workdir
+
+
+@pytest.mark.slow
+def test_main_trains_exports_and_does_not_train_twice(corpus, tmp_path):
+    # Two sentences of the default config in the table; overrides as a user gives them.
+    (tmp_path / "config.py").write_text(
+        "from tests.tiny import tiny_config\n\n\ndef get_config():\n    return tiny_config(%r)\n" % corpus
+    )
+    flags = [f"--config={tmp_path / 'config.py'}", f"--workdir={tmp_path / 'run'}", "--config.logging_steps=2"]
+    result = run_main(*flags)
+    assert result.returncode == 0, result.stderr
+    assert "step 8 of 8" in result.stderr
+    assert "evaluation: loss" in result.stderr
+    assert "tokens/s" in result.stderr
+    assert "left" in result.stderr
+    assert "Number 7: the <mask> sees the cat." in result.stdout
+    assert "tensorboard --logdir" in result.stdout
+    assert "curves.png" in result.stdout
+    noise = [line for line in result.stderr.splitlines() if "arning" in line or "oneDNN" in line or "I0000" in line]
+    assert noise == []
+    assert [line["step"] for line in read_metrics(str(tmp_path / "run" / "metrics.jsonl"))] == [2, 4, 6, 8]
+
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+    again = run_main(*flags)
+    assert again.returncode == 0, again.stderr
+    assert "nothing to do: all 8 updates are made" in again.stderr
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")} == before
+
+
+def test_work_directory_has_what_the_plan_names(finished):
+    assert {path.name for path in finished.iterdir() if not path.name.startswith("events.out.tfevents")} == {
+        "config.json",
+        "tokenizer",
+        "checkpoints",
+        "metrics.jsonl",
+        "model",
+    }
+    assert len(list(finished.glob("events.out.tfevents.*"))) == 1
+    assert sorted(int(path.name) for path in (finished / "checkpoints").iterdir()) == [4, 8]
+    assert {path.name for path in (finished / "model").iterdir()} >= {
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "README.md",
+        "curves.png",
+        "trainer_state.json",
+    }
+
+
+def test_metrics_have_the_planned_names_at_the_planned_steps(finished):
+    lines = {line["step"]: set(line) for line in read_metrics(str(finished / "metrics.jsonl"))}
+    train = {"train/loss", "train/accuracy", "train/learning_rate", "train/grad_norm", *TIMINGS}
+    evaluation = {"eval/loss", "eval/accuracy", "eval/perplexity", "eval/unigram_loss"}
+    assert {step: names - {"step", "perf/device_memory_bytes"} for step, names in lines.items()} == {
+        3: train,
+        4: evaluation,
+        6: train,
+        8: train | evaluation,
+    }
+
+
+def test_exported_directory_loads_and_holds_the_trained_weights(finished):
+    config = AutoConfig.from_pretrained(finished / "model")
+    assert config.model_type == "roberta"
+    assert config.architectures == ["RobertaForMaskedLM"]
+    tokenizer = AutoTokenizer.from_pretrained(finished / "model")
+    assert tokenizer.mask_token == "<mask>"
+    assert tokenizer("the cat")["input_ids"] == AutoTokenizer.from_pretrained(finished / "tokenizer")("the cat")["input_ids"]
+    tensors = safetensors.numpy.load_file(finished / "model" / "model.safetensors")
+    assert tensors["roberta.embeddings.word_embeddings.weight"].shape == (config.vocab_size, 16)
+    # Trained, not as drawn: the output bias starts at 0.
+    assert np.abs(tensors["lm_head.bias"]).max() > 1e-3
+    card = (finished / "model" / "README.md").read_text()
+    assert "pipeline_tag: fill-mask" in card
+    assert "![" in card
+    assert json.loads((finished / "model" / "trainer_state.json").read_text())["global_step"] == 8
+
+
+def test_stopping_and_going_on_gives_the_same_run(corpus, finished, tmp_path):
+    # 5 is off the steps of logging (3), evaluating and saving (4): it is saved because it is the last, and the sums
+    # of the metrics' interval go on from the middle. A shorter run evaluates at its end, a longer one does not.
+    config = tiny_config(corpus)
+    config.num_train_steps = 5
+    train_and_evaluate(config, str(tmp_path))
+    train_and_evaluate(tiny_config(corpus), str(tmp_path))
+    lines = [line for line in metrics_of(tmp_path) if line["step"] != 5]
+    straight = metrics_of(finished)
+    # The interval 4..6 was cut in two by the line at 5.
+    assert [line for line in lines if line["step"] != 6] == [line for line in straight if line["step"] != 6]
+    for name in ("model.safetensors", "config.json", "tokenizer.json", "trainer_state.json"):
+        assert filecmp.cmp(tmp_path / "model" / name, finished / "model" / name, shallow=False), name
+
+
+@pytest.mark.parametrize("crash_at", [2, 5, 7, 8])
+def test_crashing_anywhere_gives_the_same_run(corpus, finished, tmp_path, monkeypatch, crash_at):
+    real = report.Reporter.update
+
+    def crash(self, step, *args, **kwargs):
+        real(self, step, *args, **kwargs)
+        if step == crash_at:
+            raise RuntimeError("pulled the plug")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(report.Reporter, "update", crash)
+        with pytest.raises(RuntimeError, match="pulled the plug"):
+            train_and_evaluate(tiny_config(corpus), str(tmp_path))
+    train_and_evaluate(tiny_config(corpus), str(tmp_path))
+    assert_same_run(tmp_path, finished)
+
+
+def test_crashing_between_last_checkpoint_and_export_gives_the_same_run(corpus, finished, tmp_path, monkeypatch):
+    from mlm import export
+
+    real = export.export_model
+
+    def crash(directory, *, step, **kwargs):
+        if step == 8:
+            raise RuntimeError("pulled the plug")
+        real(directory, step=step, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(export, "export_model", crash)
+        with pytest.raises(RuntimeError, match="pulled the plug"):
+            train_and_evaluate(tiny_config(corpus), str(tmp_path))
+    train_and_evaluate(tiny_config(corpus), str(tmp_path))
+    assert_same_run(tmp_path, finished)
+
+
+def test_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(corpus, tmp_path, monkeypatch):
+    real = parallel.first_replica
+
+    def poisoned(tree):
+        tree = real(tree)
+        if isinstance(tree, steps.TrainMetrics):
+            poisoned.updates += 1
+            if poisoned.updates == 6:
+                return tree.replace(sums=tree.sums.replace(loss=np.float32("nan")))
+        return tree
+
+    poisoned.updates = 0
+    monkeypatch.setattr(parallel, "first_replica", poisoned)
+    with pytest.raises(UserError, match=r"update 6 went wrong: its loss is nan"):
+        train_and_evaluate(tiny_config(corpus), str(tmp_path))
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["4"]
+    assert json.loads((tmp_path / "model" / "trainer_state.json").read_text())["global_step"] == 4
+
+
+def test_a_model_that_learns_beats_the_unigram_model(corpus, tmp_path):
+    config = tiny_config(corpus)
+    config.num_train_steps = 150
+    config.logging_steps = config.eval_steps = config.save_steps = 150
+    train_and_evaluate(config, str(tmp_path))
+    line = read_metrics(str(tmp_path / "metrics.jsonl"))[-1]
+    # The frame of the sentences is fixed: a model that reads the context must do far better than word counts.
+    assert line["eval/loss"] < line["eval/unigram_loss"] - 0.5

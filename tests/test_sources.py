@@ -1,0 +1,314 @@
+import bz2
+import gzip
+import http.server
+import json
+import lzma
+import threading
+
+import pyarrow as pa
+import pyarrow.csv as pa_csv
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+
+from mlm.data import files, sources
+from mlm.errors import UserError
+
+TEXTS = ["first", 'a "quoted" line', "é 🙂", "", "NA", "12", "last, with a comma"]
+COMPRESS = {
+    "": bytes,
+    ".gz": gzip.compress,
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+    ".zst": zstandard.compress,
+}
+
+
+def write(path, texts):
+    """Writes texts as the kind of file its name says."""
+    name = path.name
+    if ".parquet" in name:
+        pq.write_table(
+            pa.table({"id": range(len(texts)), "text": pa.array(texts, pa.string())}), path, row_group_size=3
+        )
+        return path
+    if ".json" in name:
+        data = "".join(json.dumps({"id": n, "text": text}) + "\n" for n, text in enumerate(texts)).encode()
+    elif ".csv" in name:
+        sink = pa.BufferOutputStream()
+        pa_csv.write_csv(pa.table({"id": range(len(texts)), "text": texts}), sink)
+        data = sink.getvalue().to_pybytes()
+    else:
+        data = "".join(text + "\n" for text in texts).encode()
+    path.write_bytes(COMPRESS.get(path.suffix, bytes)(data))
+    return path
+
+
+def open_files(*paths, **kwargs):
+    return sources.open_source(dataset_name=None, data_files=tuple(map(str, paths)), **kwargs)
+
+
+def read(source, shard=0, start_row=0):
+    return [text for texts in source.read(shard, start_row=start_row) for text in texts.to_pylist()]
+
+
+ALL_KINDS = [kind + c for kind in (".txt", ".jsonl", ".json", ".csv") for c in COMPRESS] + [".parquet"]
+
+
+@pytest.mark.parametrize("extension", ALL_KINDS)
+def test_every_kind_reads_and_goes_on_from_every_row(tmp_path, extension, monkeypatch):
+    monkeypatch.setattr(files, "_BLOCK_BYTES", 16)  # several blocks, and rows longer than one
+    source = open_files(write(tmp_path / f"a{extension}", TEXTS))
+    assert source.num_shards == 1
+    for start in range(len(TEXTS) + 2):
+        assert read(source, start_row=start) == TEXTS[start:]
+
+
+def test_a_file_is_a_shard_and_globs_are_sorted(tmp_path):
+    for name in ("b", "a", "c"):
+        write(tmp_path / f"{name}.txt", [name])
+    by_glob = open_files(tmp_path / "*.txt")
+    assert [read(by_glob, shard) for shard in range(by_glob.num_shards)] == [["a"], ["b"], ["c"]]
+    listed = open_files(tmp_path / "c.txt", tmp_path / "a.txt")
+    assert [read(listed, shard) for shard in range(listed.num_shards)] == [["c"], ["a"]]
+
+
+def test_a_shard_reads_only_its_own_file(tmp_path):
+    paths = [write(tmp_path / f"{n}.parquet", [str(n)]) for n in range(3)]
+    source = open_files(*paths)
+    paths[0].unlink()
+    paths[2].write_bytes(b"broken")
+    assert read(source, 1) == ["1"]
+
+
+def test_parquet_leaves_earlier_row_groups_unread(tmp_path):
+    path = write(tmp_path / "a.parquet", [f"text number {n}" for n in range(9)])
+    source = open_files(path)
+    first_group = pq.ParquetFile(path).metadata.row_group(0).column(1)
+    data = bytearray(path.read_bytes())
+    start = first_group.dictionary_page_offset or first_group.data_page_offset
+    data[start : start + first_group.total_compressed_size] = b"\xff" * first_group.total_compressed_size
+    path.write_bytes(data)
+    assert read(source, start_row=3) == [f"text number {n}" for n in range(3, 9)]
+    with pytest.raises(UserError, match="cannot read"):
+        read(source, start_row=2)
+
+
+def utf8_or_not(values):
+    binary = pa.array(values, pa.binary())
+    return pa.Array.from_buffers(pa.string(), len(binary), binary.buffers())
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "expected"),
+    [
+        ("a.txt", b"one\nt\xffwo\n\nthree", ["one", None, "", "three"]),
+        ("a.txt", b"\xef\xbb\xbfone\r\ntwo\r\n", ["one", "two"]),
+        ("a.csv", b'text,n\none,1\n"t\xffwo",2\n,3\n', ["one", None, ""]),
+        ("a.csv", b'n,text\n1,"one\ntwo"\n', ["one\ntwo"]),
+        ("a.jsonl", b'{"text":"one"}\n{"text":"t\xffwo"}\n{"text":null}\n', ["one", None, None]),
+        (
+            "a.jsonl",
+            b'{"text":"a"}\n{"text":5}\n{"text":["x"]}\n{"n":1}\n{"text":"b"}',
+            ["a", None, None, None, "b"],
+        ),
+        (
+            "a.jsonl",
+            b'{"text":"a"}\n{"text":"\\ud800"}\n{"text":"\\ud83d\\ude42"}\n',
+            ["a", None, "\U0001f642"],
+        ),
+        ("a.json", b' [\n {"text": "a"},\n {"text": 1},\n {"n": 1}\n]\n', ["a", None, None]),
+        ("a.jsonl", b'\xef\xbb\xbf{"text":"a"}\n\n{"text":"b"}\n', ["a", "b"]),
+    ],
+)
+def test_rows_that_are_no_text_are_null(tmp_path, name, data, expected):
+    (tmp_path / name).write_bytes(data)
+    assert read(open_files(tmp_path / name)) == expected
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        utf8_or_not([b"one", b"t\xffwo", None, "é".encode()]),
+        pa.array([b"one", b"t\xffwo", None, "é".encode()], pa.binary()),
+        pa.array([b"one", b"t\xffwo", None, "é".encode()], pa.large_binary()),
+        pa.array(["one", None, None, "é"], pa.large_string()),
+        pa.array(["one", None, None, "é"]).dictionary_encode(),
+    ],
+)
+def test_parquet_columns_of_every_text_type(tmp_path, column):
+    pq.write_table(pa.table({"text": column}), tmp_path / "a.parquet")
+    assert read(open_files(tmp_path / "a.parquet")) == ["one", None, None, "é"]
+
+
+def test_json_blocks_may_differ_in_keys_and_types(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "_BLOCK_BYTES", 64)
+    rows = [{"text": f"text {n}"} for n in range(20)]
+    rows += [{"text": 5}, {"text": "five"}, {"more": 1, "text": "more"}, {"text": None}, {"text": {"a": 1}}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    expected = [row["text"] if isinstance(row["text"], str) else None for row in rows]
+    assert read(open_files(tmp_path / "a.jsonl")) == expected
+
+
+def test_documents_larger_than_a_block(tmp_path):
+    texts = ["x" * (10 << 20), "y", "z" * (5 << 20)]
+    for name in ("a.txt", "a.jsonl", "a.csv", "a.parquet"):
+        assert read(open_files(write(tmp_path / name, texts))) == texts
+
+
+def named_data_set(folder):
+    """A directory `datasets` loads by name: two configurations, one of them with two splits."""
+    write(folder / "en-train.parquet", TEXTS)
+    write(folder / "en-test.parquet", ["test"])
+    write(folder / "de-train.parquet", ["eins"])
+    folder.joinpath("README.md").write_text(
+        "---\nconfigs:\n- config_name: en\n  data_files:\n  - {split: train, path: en-train.parquet}\n"
+        "  - {split: test, path: en-test.parquet}\n- config_name: de\n  data_files: de-train.parquet\n---\n"
+    )
+    return str(folder)
+
+
+def test_a_named_data_set_goes_on_from_every_row(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "_TABLE_ROWS", 2)
+    name = named_data_set(tmp_path)
+    source = sources.open_source(dataset_name=name, dataset_config_name="en")
+    for start in range(len(TEXTS) + 2):
+        assert read(source, start_row=start) == TEXTS[start:]
+    assert read(sources.open_source(dataset_name=name, dataset_config_name="en", split="test")) == ["test"]
+
+
+def test_columns_of_mixed_types_of_a_named_data_set(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text":"a \\"b\\""}\n{"text":5}\n{"text":null}\n')
+    assert read(sources.open_source(dataset_name=str(tmp_path))) == ['a "b"', None, None]
+
+
+def test_docstrings_are_the_default_that_needs_no_network():
+    source = sources.open_source(dataset_name="docstrings")
+    assert source.name == "docstrings"
+    assert source.num_shards > 20
+    assert all(read(source, shard) == read(source, shard) for shard in range(2))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"data_files": "none.txt"}, "no data file 'none.txt'"),
+        ({"data_files": "*.none.txt"}, "no file matches data_files='\\*.none.txt'"),
+        ({"data_files": "a.doc"}, "'.*a.doc'.*one of .txt, .text, .json, .jsonl, .csv, .parquet"),
+        ({"data_files": "a.parquet.gz"}, "compressed twice"),
+        ({"data_files": "."}, "is a directory"),
+        ({"data_files": ("a.txt", "a.csv")}, "of one kind, but '.*a.txt' is text and '.*a.csv' is csv"),
+        ({"data_files": "a.csv", "text_column_name": "body"}, "no column 'body' in '.*a.csv'.*: id, text$"),
+        ({"data_files": "a.parquet", "text_column_name": "body"}, "no column 'body' in '.*'.*: id, text$"),
+        ({"data_files": "a.jsonl", "text_column_name": "body"}, "no column 'body' in '.*'.*: id, text$"),
+        ({"data_files": "list.json", "text_column_name": "body"}, "no column 'body' in '.*'.*: id, text$"),
+        ({"data_files": "a.txt", "text_column_name": "body"}, "no column 'body' in '.*a.txt'.*: text$"),
+        ({"data_files": "a.parquet", "text_column_name": "id"}, "'id' of '.*' holds int64, not text"),
+        ({"data_files": "a.jsonl", "text_column_name": "id"}, "'id' of '.*' holds 0, not text"),
+        ({"data_files": "empty.txt"}, "'empty.txt' is empty"),
+        ({"data_files": "empty.jsonl"}, "'empty.jsonl' is empty"),
+        ({"data_files": "empty.csv"}, "'empty.csv' is empty"),
+        ({"data_files": "empty.parquet"}, "'empty.parquet' is empty"),
+        ({"data_files": "broken.jsonl"}, "cannot read '.*broken.jsonl'"),
+        ({"data_files": "broken.parquet"}, "cannot read '.*broken.parquet'"),
+        ({"data_files": "broken.csv"}, "cannot read '.*broken.csv'.*Expected 2 columns"),
+        ({"dataset_name": None}, "set data.dataset_name or data.data_files"),
+        ({"dataset_name": "./none"}, "no data set directory './none'"),
+        ({"dataset_name": "named"}, "cannot open the data set 'named'.*'en'.*'de'"),
+        ({"dataset_name": "named", "dataset_config_name": "fr"}, "'named'.*'fr'.*'en'.*'de'"),
+        (
+            {"dataset_name": "named", "dataset_config_name": "en", "split": "dev"},
+            "'named'.*dev.*'train'.*'test'",
+        ),
+        (
+            {"dataset_name": "named", "dataset_config_name": "en", "text_column_name": "body"},
+            "no column 'body' in 'named'.*: id, text$",
+        ),
+    ],
+)
+def test_errors_are_one_line(tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    for extension in (".txt", ".csv", ".jsonl", ".parquet"):
+        write(tmp_path / f"a{extension}", ["one", "two"])
+    for name in ("a.doc", "a.parquet.gz", "empty.txt", "empty.jsonl", "empty.csv"):
+        (tmp_path / name).write_bytes(b"")
+    (tmp_path / "list.json").write_text('[{"id": 1, "text": "a"}]')
+    (tmp_path / "broken.jsonl").write_text('{"text": "a"}\n{"text":\n')
+    (tmp_path / "broken.parquet").write_bytes(b"PAR1 or not")
+    (tmp_path / "broken.csv").write_text("id,text\n1,a\n1,2,3,4\n")
+    write(tmp_path / "empty.parquet", [])
+    (tmp_path / "named").mkdir()
+    named_data_set(tmp_path / "named")
+    with pytest.raises(UserError, match=message) as error:
+        sources.open_source(**{"dataset_name": None, **arguments})
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("compression", [".gz", ".bz2", ".xz", ".zst"])
+@pytest.mark.parametrize("kind", [".txt", ".jsonl", ".csv"])
+def test_cut_and_wrong_compressed_files(tmp_path, kind, compression):
+    path = write(tmp_path / f"a{kind}{compression}", [f"line {n * n}" for n in range(500)])
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(UserError, match=f"cannot read '.*a{kind}{compression}'"):
+        read(open_files(path))
+    path.write_bytes(b"not compressed at all")
+    with pytest.raises(UserError, match=f"cannot read '.*a{kind}{compression}'"):
+        open_files(path)
+
+
+def test_a_hub_that_cannot_be_reached_is_told_at_once(monkeypatch):
+    # Port 9 of this machine answers nobody. The hub client's own retries would take 23 seconds.
+    monkeypatch.setattr(sources.huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(sources.huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(UserError, match="the data set 'no/such' is not here and needs the network"):
+        sources.open_source(dataset_name="no/such")
+    monkeypatch.setattr(sources.huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match="'no/such' is not here and HF_HUB_OFFLINE is set"):
+        sources.open_source(dataset_name="no/such")
+
+
+class QuietHandler(http.server.SimpleHTTPRequestHandler):
+    """Serves files, and parts of them as a parquet reader asks for."""
+
+    def log_message(self, *arguments):
+        pass
+
+    def do_GET(self):
+        if "Range" not in self.headers:
+            super().do_GET()
+            return
+        with open(self.translate_path(self.path), "rb") as file:
+            data = file.read()
+        first, last = (int(number) for number in self.headers["Range"].removeprefix("bytes=").split("-"))
+        self.send_response(206)
+        self.send_header("Content-Range", f"bytes {first}-{min(last, len(data) - 1)}/{len(data)}")
+        self.send_header("Content-Length", str(len(data[first : last + 1])))
+        self.end_headers()
+        self.wfile.write(data[first : last + 1])
+
+
+@pytest.fixture
+def url(tmp_path):
+    """The address of a server of tmp_path."""
+    server = http.server.ThreadingHTTPServer(
+        ("127.0.0.1", 0), lambda *arguments: QuietHandler(*arguments, directory=str(tmp_path))
+    )
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "a.jsonl.zst", "a.csv.xz", "a.json.bz2", "a.parquet"])
+def test_a_url(tmp_path, url, name):
+    write(tmp_path / name, TEXTS)
+    source = open_files(f"{url}/{name}?download=true")
+    assert read(source) == TEXTS
+    assert read(source, start_row=3) == TEXTS[3:]
+
+
+def test_a_url_that_is_not_there(tmp_path, url):
+    with pytest.raises(UserError, match=f"cannot read '{url}/none.txt'.*not found"):
+        open_files(f"{url}/none.txt")

@@ -1,0 +1,457 @@
+import json
+
+import hypothesis
+import hypothesis.strategies as st
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from mlm.data import docstrings, packing, reader, sources, stream
+from mlm.errors import UserError
+
+BOS, EOS, PAD = 1, 2, 0
+
+
+class Letters:
+    """A tokenizer for the eye: a letter is its code point."""
+
+    bos_id, eos_id, pad_id = BOS, EOS, PAD
+
+    def encode(self, texts):
+        words = texts.to_pylist()
+        offsets = np.cumsum([0] + [len(word) for word in words]).astype(np.int64)
+        return np.array([ord(letter) for word in words for letter in word], np.int32), offsets
+
+
+def memory_source(shards, array_rows=3):
+    """Shards of texts in memory, read a few rows at a time."""
+
+    def columns(shard, row):
+        for start in range(row, len(shards[shard]), array_rows):
+            yield pa.array(shards[shard][start : start + array_rows], pa.string())
+
+    return sources.Source("memory", "text", len(shards), columns, str)
+
+
+def words(count, *, start=0):
+    """Distinct documents of one to nine letters and digits."""
+    return [f"{n:x}" + "abcdefg"[: n * 7 % 8] for n in range(start, start + count)]
+
+
+def split(items, parts):
+    """Shards of about equal size."""
+    return [items[len(items) * n // parts : len(items) * (n + 1) // parts] for n in range(parts)]
+
+
+DEFAULTS = {
+    "seed": 1,
+    "max_seq_length": 12,
+    "packing": "concatenate",
+    "shuffle_buffer_size": 7,
+    "batch_rows": 2,
+    "held_out": None,
+}
+
+
+def rows_of(source, **kwargs):
+    return stream.RowStream(source, Letters(), **DEFAULTS | kwargs)
+
+
+def take(rows, count):
+    return [next(rows).tolist() for _ in range(count)]
+
+
+def documents_in(batches):
+    """The texts of "pad" rows."""
+    return ["".join(chr(t) for t in row if t not in (BOS, EOS, PAD)) for batch in batches for row in batch]
+
+
+def epoch_documents(source, **kwargs):
+    """The documents of the first epoch in order."""
+    rows = rows_of(source, packing="pad", batch_rows=1, **kwargs)
+    found = []
+    while True:
+        batch = next(rows)
+        if rows.epoch:
+            return found
+        found += documents_in([batch])
+
+
+def saved(rows):
+    """The state as a checkpoint keeps it."""
+    return json.loads(json.dumps(rows.state_dict()))
+
+
+def resumed(source, state, **kwargs):
+    rows = rows_of(source, **kwargs)
+    rows.load_state_dict(state)
+    return rows
+
+
+def assert_resumes_everywhere(source, num_batches, **kwargs):
+    """Every state gives the rest, and so does a run restarted after every batch."""
+    rows = rows_of(source, **kwargs)
+    states = [(saved(rows), rows.counters, rows.epoch)]
+    batches = []
+    for _ in range(num_batches):
+        batches += take(rows, 1)
+        states.append((saved(rows), rows.counters, rows.epoch))
+    assert rows.epoch >= 1  # the end of an epoch is among them
+    state = states[0][0]
+    for n in range(num_batches):
+        restarted = resumed(source, state, **kwargs)  # of a restart of a restart...
+        assert (saved(restarted), restarted.counters, restarted.epoch) == states[n]
+        assert take(restarted, 1) == batches[n : n + 1]
+        state = saved(restarted)
+        assert take(restarted, num_batches - n - 1) == batches[n + 1 :]
+        assert (saved(restarted), restarted.counters, restarted.epoch) == states[-1]
+
+
+def make_source(kind, folder, monkeypatch):
+    """A source of three shards of distinct short texts, of every kind there is."""
+    shards = split([word if n % 9 else " " for n, word in enumerate(words(50))], 3)
+    if kind == "docstrings":
+        texts = split([f"{word} is a docstring" for word in words(20)], 3)
+        paths = [folder / f"{n}.py" for n in range(3)]
+        for path, part in zip(paths, texts, strict=True):
+            path.write_text("".join(f'class A:\n    """{text}"""\n' for text in part))
+        monkeypatch.setattr(docstrings, "_MIN_CHARACTERS", 1)
+        found = [docstrings.Shard(path.name, (str(path),)) for path in paths]
+        monkeypatch.setattr(docstrings, "find_shards", lambda: found)
+        return sources.open_source(dataset_name="docstrings")
+    for n, part in enumerate(shards):
+        path = folder / f"{n}.{kind}"
+        if kind in ("parquet", "named"):
+            pq.write_table(pa.table({"text": part}), folder / f"{n}.parquet", row_group_size=5)
+        elif kind == "jsonl":
+            path.write_text("".join(json.dumps({"text": text}) + "\n" for text in part))
+        else:
+            header = "text\n" if kind == "csv" else ""
+            path.write_text(header + "".join(f"{text}\n" for text in part))
+    if kind == "named":
+        return sources.open_source(dataset_name=str(folder))
+    return sources.open_source(dataset_name=None, data_files=str(folder / f"*.{kind}"))
+
+
+@pytest.mark.parametrize("how", packing.PACKINGS)
+@pytest.mark.parametrize("kind", ["txt", "jsonl", "csv", "parquet", "named", "docstrings"])
+def test_every_source_and_packing_resumes_after_every_batch(kind, how, tmp_path, monkeypatch):
+    source = make_source(kind, tmp_path, monkeypatch)
+    assert source.num_shards == 3
+    row = {"concatenate": 12, "pad": 6, "pad_lines": 8}[how]
+    held_out = pa.array([words(50)[5]])
+    # Two rows of 6 to 12 tokens a batch: an epoch is 13 to 23 batches, a window 1 to 4.
+    assert_resumes_everywhere(source, 27, packing=how, max_seq_length=row, held_out=held_out)
+
+
+def test_lines_of_a_document_resume_in_its_middle():
+    shards = [["a\nb\nc", "d", "e\n\nf\n \ng\nh\ni"], ["j\nk"]]
+    assert_resumes_everywhere(memory_source(shards), 9, packing="pad_lines", batch_rows=3, max_seq_length=4)
+
+
+@pytest.mark.parametrize("process_count", [2, 5])
+def test_every_process_resumes(process_count):
+    source = memory_source(split(words(80), 4))
+    for process in range(process_count):
+        kwargs = {"process_index": process, "process_count": process_count, "batch_rows": 1}
+        assert_resumes_everywhere(source, 40, **kwargs)
+
+
+def test_the_state_is_small_and_holds_no_text():
+    rows = rows_of(memory_source([[f"document{n}" * 20 for n in range(500)]]), shuffle_buffer_size=400)
+    take(rows, 50)
+    state = json.dumps(rows.state_dict())
+    assert len(state) < 500
+    assert "document0" not in state
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seed": 2}, "seed=1 and is now 2"),
+        ({"max_seq_length": 13}, "max_seq_length=12 and is now 13"),
+        ({"packing": "pad"}, "packing='concatenate' and is now 'pad'"),
+        ({"shuffle_buffer_size": 8}, "shuffle_buffer_size=7 and is now 8"),
+        ({"process_count": 2}, "process_count=1 and is now 2"),
+    ],
+)
+def test_a_state_of_another_order_is_refused(change, message):
+    source = memory_source([words(50)])
+    rows = rows_of(source)
+    next(rows)
+    with pytest.raises(UserError, match=message):
+        resumed(source, saved(rows), **change)
+    with pytest.raises(UserError, match="num_shards=1 and is now 2"):
+        resumed(memory_source(split(words(50), 2)), saved(rows))
+
+
+def test_batches_are_int32_and_contiguous():
+    for how in packing.PACKINGS:
+        batch = next(rows_of(memory_source([words(50)]), packing=how))
+        assert (batch.shape, batch.dtype, batch.flags.c_contiguous) == ((2, 12), np.int32, True)
+
+
+@pytest.mark.parametrize("num_shards", [1, 4, 7, 16])
+@pytest.mark.parametrize("process_count", [1, 2, 3, 8])
+@pytest.mark.parametrize("shuffle_buffer_size", [0, 10])
+def test_processes_share_an_epoch_without_overlap(process_count, num_shards, shuffle_buffer_size):
+    corpus = words(160)
+    held_out = corpus[:6]
+    source = memory_source(split([*corpus, None, " ", corpus[3]], num_shards))
+    found = []
+    for process in range(process_count):
+        found += epoch_documents(
+            source,
+            shuffle_buffer_size=shuffle_buffer_size,
+            held_out=pa.array(held_out),
+            process_index=process,
+            process_count=process_count,
+        )
+    assert sorted(found) == sorted(corpus[6:])
+
+
+def test_processes_read_only_their_shards():
+    read = []
+
+    def columns(shard, row):
+        read.append(shard)
+        yield pa.array(words(30, start=30 * shard))
+
+    source = sources.Source("counted", "text", 6, columns, str)
+    shares = []
+    for process in range(3):
+        read.clear()
+        epoch_documents(source, process_index=process, process_count=3)
+        shares.append(set(read[:2]))  # then come those of the next epoch
+    assert sorted(shard for share in shares for shard in share) == list(range(6))
+
+
+def test_a_window_is_the_source_in_another_order():
+    corpus = words(60)
+    source = memory_source([corpus])
+    found = epoch_documents(source, shuffle_buffer_size=10)
+    for start in range(0, 60, 10):
+        assert sorted(found[start : start + 10]) == sorted(corpus[start : start + 10])
+        assert found[start : start + 10] != corpus[start : start + 10]
+    orders = [[corpus[s : s + 10].index(text) for text in found[s : s + 10]] for s in range(0, 60, 10)]
+    assert len({tuple(order) for order in orders}) == 6  # every window its own
+    assert found != epoch_documents(source, shuffle_buffer_size=10, seed=2)
+    assert found == epoch_documents(source, shuffle_buffer_size=10)
+
+
+def test_every_epoch_has_its_own_order_of_windows_and_shards():
+    corpus = words(40)
+    rows = rows_of(memory_source(split(corpus, 8)), packing="pad", batch_rows=40, shuffle_buffer_size=5)
+    epochs = [documents_in(take(rows, 1)) for _ in range(3)]
+    assert all(sorted(epoch) == sorted(corpus) for epoch in epochs)
+    shard_orders = [tuple(dict.fromkeys(corpus.index(text) // 5 for text in epoch)) for epoch in epochs]
+    assert len(set(shard_orders)) == 3
+
+
+@pytest.mark.parametrize("size", [0, 1])
+def test_no_shuffling_is_the_order_of_the_source(size):
+    corpus = words(40)
+    assert epoch_documents(memory_source(split(corpus, 4)), shuffle_buffer_size=size) == corpus
+
+
+def test_the_part_row_of_an_epoch_goes_on_into_the_next():
+    corpus = ["abc", "de", "fghi"]
+    source = memory_source([corpus])
+    rows = rows_of(source, shuffle_buffer_size=0, max_seq_length=4, batch_rows=1)
+    tokens = [t for text in corpus for t in [BOS, *map(ord, text), EOS]]  # 15: no multiple of 4
+    batches, epochs = [], []
+    for _ in range(15):
+        batches += take(rows, 1)
+        epochs.append(rows.epoch)
+    assert np.ravel(batches).tolist() == tokens * 4
+    # The epoch is that of the row's last token.
+    assert epochs == [(4 * n + 3) // 15 for n in range(15)]
+
+
+def test_counters():
+    corpus = [None, "", " \n\t\u3000", "held", *words(20), "held", "\u00a0"]
+    source = memory_source(split(corpus, 2))
+    rows = rows_of(source, packing="pad", batch_rows=5, held_out=pa.array(["held", "absent"]))
+    assert rows.counters == {"documents": 0, "skipped_rows": 0, "held_out_documents": 0}
+    for n in range(1, 5):
+        next(rows)
+        assert rows.counters["documents"] == 5 * n
+    assert rows.epoch == 0
+    assert rows.counters == {"documents": 20, "skipped_rows": 4, "held_out_documents": 2}
+    take(rows, 4)
+    assert rows.epoch == 1
+    assert rows.counters == {"documents": 40, "skipped_rows": 8, "held_out_documents": 4}
+
+
+@pytest.mark.parametrize("how", packing.PACKINGS)
+def test_the_result_does_not_depend_on_how_much_is_done_at_once(how, monkeypatch):
+    shards = split(words(70), 3)
+    expected = take(rows_of(memory_source(shards), packing=how), 30)
+    monkeypatch.setattr(stream, "_CHUNK_BYTES", 1)
+    assert take(rows_of(memory_source(shards, array_rows=100), packing=how), 30) == expected
+
+
+@pytest.mark.parametrize("how", packing.PACKINGS)
+def test_windows_of_large_documents_end_early(how, monkeypatch):
+    monkeypatch.setattr(reader, "_MAX_BYTES", 40)
+    corpus = [word * (30 if n % 4 == 0 else 1) for n, word in enumerate(words(40))]
+    for array_rows in (1, 100):
+        source = memory_source(split(corpus, 3), array_rows)
+        assert_resumes_everywhere(source, 130 if how == "concatenate" else 30, packing=how, batch_rows=3)
+        found = epoch_documents(source, max_seq_length=400)
+        assert sorted(found) == sorted(corpus)
+    texts = reader.Reader(source, reader.Share((0, 1, 2))).take(1000)
+    assert sum(map(len, texts.to_pylist()[:-1])) < 40
+
+
+def test_documents_of_ten_megabytes_and_of_one_letter():
+    corpus = ["x" * (10 << 20), "y", "z" * 3, "u"]
+    source = sources.Source("large", "text", 1, lambda shard, row: iter([pa.array(corpus[row:])]), str)
+    rows = rows_of(source, shuffle_buffer_size=0, max_seq_length=1024, batch_rows=1024)
+
+    class Bytes(Letters):
+        def encode(self, texts):
+            return np.frombuffer(texts.buffers()[2], np.uint8).astype(np.int32), np.array(
+                np.frombuffer(texts.buffers()[1], np.int64)[: len(texts) + 1]
+            )
+
+    rows._tokenizer = Bytes()
+    tokens = np.concatenate([next(rows).ravel() for _ in range(11)])
+    tail = [t for text in corpus[1:] for t in [BOS, *map(ord, text), EOS]]
+    assert tokens[: 1 + (10 << 20)].tolist() == [BOS] + [ord("x")] * (10 << 20)
+    assert tokens[1 + (10 << 20) :][: 1 + len(tail)].tolist() == [EOS, *tail]
+
+
+def test_a_data_set_too_small_or_empty_is_told():
+    source = memory_source([["abc", "d", None]])
+    with pytest.raises(UserError, match=r"too small: an epoch has 2 rows of 4 tokens and a batch needs 3 "):
+        next(rows_of(source, max_seq_length=4, batch_rows=3))
+    with pytest.raises(UserError, match=r"1 rows of 4 tokens for process 1 of 2 and a batch needs 2 "):
+        next(rows_of(source, max_seq_length=4, batch_rows=2, packing="pad", process_index=1, process_count=2))
+    with pytest.raises(
+        UserError, match=r"has no documents to train on \(1 blank rows, 2 held-out documents\)"
+    ):
+        next(rows_of(source, held_out=pa.array(["d", "abc"])))
+    with pytest.raises(UserError, match="'memory' has no documents"):
+        next(rows_of(memory_source([[]])))
+
+
+def test_a_data_set_that_is_just_large_enough_goes_on():
+    rows = rows_of(memory_source([["abc", "d"]]), max_seq_length=4, batch_rows=2, shuffle_buffer_size=0)
+    take(rows, 20)
+    assert rows.epoch == 19
+
+
+def test_bad_arguments():
+    source = memory_source([["abc"]])
+    with pytest.raises(
+        UserError, match="packing='heap' is not known: choose one of concatenate, pad, pad_lines"
+    ):
+        rows_of(source, packing="heap")
+    with pytest.raises(UserError, match="max_seq_length=2 leaves no room"):
+        rows_of(source, max_seq_length=2)
+    with pytest.raises(UserError, match="at least one row, not 0"):
+        rows_of(source, batch_rows=0)
+
+
+def eval_rows(source, num_rows, **kwargs):
+    kwargs = {"max_seq_length": 6, "packing": "concatenate"} | kwargs
+    return stream.read_eval_rows(source, Letters(), num_rows=num_rows, **kwargs)
+
+
+def test_eval_rows_are_the_head_of_the_source():
+    corpus = ["abc", None, "de", " ", "abc", "fghi", "j", "klm"]
+    source = memory_source(split(corpus, 3))
+    found = eval_rows(source, 3)
+    tokens = [t for text in corpus if text and text.strip() for t in [BOS, *map(ord, text), EOS]]
+    assert found.rows.tolist() == np.reshape(tokens[:18], (3, 6)).tolist()
+    assert found.rows.dtype == np.int32
+    # "fghi" is in the rows with its first letters; "abc" twice.
+    assert found.documents.to_pylist() == ["abc", "de", "fghi"]
+    assert eval_rows(source, 2, packing="pad").documents.to_pylist() == ["abc", "de"]
+    lines = eval_rows(memory_source([["a\nb\nc", "d"]]), 2, packing="pad_lines")
+    assert lines.documents.to_pylist() == ["a\nb\nc"]
+    assert lines.rows[:, 1].tolist() == [ord("a"), ord("b")]
+
+
+def test_eval_rows_end_where_a_document_does():
+    found = eval_rows(memory_source([["abcd", "efgh", "ijkl"]]), 2)
+    assert found.documents.to_pylist() == ["abcd", "efgh"]
+
+
+def test_eval_rows_over_many_reads(monkeypatch):
+    monkeypatch.setattr(stream, "_UNSHUFFLED_WINDOW", 4)
+    source = memory_source(split(words(100), 5))
+    many = eval_rows(source, 40)
+    monkeypatch.setattr(stream, "_UNSHUFFLED_WINDOW", 1000)
+    once = eval_rows(source, 40)
+    assert many.rows.tolist() == once.rows.tolist()
+    assert many.documents.to_pylist() == once.documents.to_pylist()
+
+
+def test_no_eval_rows():
+    found = eval_rows(memory_source([["abc"]]), 0)
+    assert found.rows.shape == (0, 6)
+    assert len(found.documents) == 0
+
+
+def test_too_few_eval_rows_are_told():
+    with pytest.raises(UserError, match="'memory' has 1 rows of 6 tokens, fewer than the 2 to evaluate on"):
+        eval_rows(memory_source([["abc", "de"]]), 2)
+    with pytest.raises(UserError, match="has 0 rows of 6 tokens"):
+        eval_rows(memory_source([[None]]), 1)
+
+
+def test_held_out_documents_never_come_in_any_epoch():
+    corpus = words(60)
+    source = memory_source(split(corpus + corpus[:9], 4))
+    held_out = eval_rows(source, 5)
+    rows = rows_of(source, packing="pad", held_out=held_out.documents)
+    seen = set(documents_in(take(rows, 100)))
+    assert rows.epoch >= 2
+    assert seen == set(corpus) - set(held_out.documents.to_pylist())
+
+
+TEXTS = st.one_of(st.none(), st.text(st.sampled_from("ab \n"), max_size=12))
+
+
+@hypothesis.settings(max_examples=120, deadline=None, derandomize=True)
+@hypothesis.given(
+    shards=st.lists(st.lists(TEXTS, max_size=12), min_size=1, max_size=5),
+    array_rows=st.integers(1, 5),
+    how=st.sampled_from(packing.PACKINGS),
+    shuffle_buffer_size=st.integers(0, 9),
+    batch_rows=st.integers(1, 3),
+    process_count=st.integers(1, 4),
+    kills=st.lists(st.integers(0, 6), max_size=4),
+    data=st.data(),
+)
+def test_kills_anywhere_change_nothing(
+    shards, array_rows, how, shuffle_buffer_size, batch_rows, process_count, kills, data
+):
+    """Kill points are counted from the last one."""
+    source = memory_source(shards, array_rows)
+    kwargs = {
+        "seed": data.draw(st.integers(0, 3)),
+        "packing": how,
+        "max_seq_length": 4,
+        "shuffle_buffer_size": shuffle_buffer_size,
+        "batch_rows": batch_rows,
+        "held_out": pa.array(["a", "ab"]),
+        "process_index": data.draw(st.integers(0, process_count - 1)),
+        "process_count": process_count,
+    }
+    straight = rows_of(source, **kwargs)
+    try:
+        expected = take(straight, sum(kills) + 3)
+    except UserError:
+        hypothesis.reject()
+    rows, found = rows_of(source, **kwargs), []
+    for kill in kills:
+        found += take(rows, kill)
+        rows = resumed(source, saved(rows), **kwargs)
+    found += take(rows, 3)
+    assert found == expected
+    assert rows.counters == straight.counters
+    assert saved(rows) == saved(straight)

@@ -1,0 +1,193 @@
+import json
+import logging
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import tokenizers
+import transformers
+
+from mlm.data import sources
+from mlm.data import tokenizer as tokenizer_lib
+from mlm.errors import UserError
+
+WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "and", "the", "dog", "isn't", "amused:", "1234", "times,", "é", "or", "🙂"]
+RNG = np.random.default_rng(0)
+CORPUS = [" ".join(RNG.choice(WORDS, 12)) for _ in range(300)]
+# What a text may do to a tokenizer.
+ODD = [
+    "a <mask> b</s><s> <pad><unk>",
+    "",
+    " ",
+    "\n\n  tab\t",
+    "é🙂 ΑΒΓ 中文",
+    "don't I'LL",
+    "\u200d a\u0301",
+    "<mask>",
+]
+
+
+def train(**kwargs):
+    return tokenizer_lib.train_tokenizer(iter(CORPUS), **{"vocab_size": 300, "max_seq_length": 32} | kwargs)
+
+
+def word_piece(path):
+    """A BERT-like tokenizer saved in a directory."""
+    tokenizer = tokenizers.Tokenizer(
+        tokenizers.models.WordPiece(
+            {"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3, "[MASK]": 4, "the": 5, "dog": 6, "##s": 7},
+            unk_token="[UNK]",
+        )
+    )
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+    named = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
+    named = {f"{name}_token": token for name, token in named.items()}
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **named).save_pretrained(path)
+    return str(path)
+
+
+def ragged(tokenizer, texts):
+    ids, offsets = tokenizer.encode(
+        texts if isinstance(texts, pa.Array | pa.ChunkedArray) else pa.array(texts)
+    )
+    assert ids.dtype == np.int32
+    assert offsets.dtype == np.int64
+    assert len(ids) == offsets[-1]
+    return [ids[a:b].tolist() for a, b in zip(offsets, offsets[1:], strict=False)]
+
+
+def test_a_trained_tokenizer_is_robertas():
+    tokenizer = train()
+    assert tokenizer.num_ids == 300
+    names = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    assert tokenizer.hf.convert_tokens_to_ids(names) == [0, 1, 2, 3, 4]
+    ids = (tokenizer.bos_id, tokenizer.pad_id, tokenizer.eos_id, tokenizer.mask_id)
+    assert ids == (0, 1, 2, 4)
+    assert tokenizer.special_ids == (0, 1, 2, 3, 4)
+    assert tokenizer.hf.model_max_length == 32
+    [the] = ragged(tokenizer, [" the"])
+    # As in RoBERTa, the mask takes the space before it.
+    assert tokenizer.hf(" the <mask> the")["input_ids"] == [0, *the, 4, *the, 2]
+    assert tokenizer.hf.decode(tokenizer.hf(CORPUS[0])["input_ids"], skip_special_tokens=True) == CORPUS[0]
+
+
+def test_the_same_texts_give_the_same_files(tmp_path):
+    for name in ("a", "b"):
+        train().save(str(tmp_path / name))
+    files = sorted(path.name for path in (tmp_path / "a").iterdir())
+    assert "tokenizer.json" in files
+    for name in files:
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_a_saved_tokenizer_loads_anywhere_with_the_same_ids(tmp_path):
+    trained = train()
+    trained.save(str(tmp_path))
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert config["tokenizer_class"] == "RobertaTokenizer"
+    assert config["model_max_length"] == 32
+    loaded = tokenizer_lib.load_tokenizer(str(tmp_path))
+    auto = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    raw = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    texts = CORPUS[:50] + ODD
+    assert ragged(loaded, texts) == ragged(trained, texts)
+    for text in texts:
+        ids = trained.hf(text)["input_ids"]
+        assert auto(text)["input_ids"] == ids
+        assert raw.encode(text).ids == ids
+    for field in ("num_ids", "bos_id", "eos_id", "pad_id", "mask_id", "special_ids", "backend"):
+        assert getattr(loaded, field) == getattr(trained, field)
+
+
+@pytest.mark.parametrize("backend", ["gigatoken", "tokenizers"])
+def test_encode_is_the_hugging_face_one_without_special_tokens(backend):
+    tokenizer = train(backend=backend)
+    assert tokenizer.backend == backend
+    assert ragged(tokenizer, CORPUS) == tokenizer.hf(CORPUS, add_special_tokens=False)["input_ids"]
+
+
+@pytest.mark.parametrize("backend", ["gigatoken", "tokenizers"])
+def test_a_text_that_spells_special_tokens_is_text(backend):
+    tokenizer = train(backend=backend)
+    for text, ids in zip(ODD, ragged(tokenizer, ODD), strict=True):
+        assert not set(ids) & set(tokenizer.special_ids)
+        assert tokenizer.hf.decode(ids, clean_up_tokenization_spaces=False) == text
+
+
+@pytest.mark.parametrize("backend", ["gigatoken", "tokenizers"])
+def test_columns_of_every_shape(backend):
+    tokenizer = train(backend=backend)
+    expected = ragged(tokenizer, CORPUS)
+    large = pa.array(CORPUS, pa.large_string())
+    assert ragged(tokenizer, large) == expected
+    assert ragged(tokenizer, large.slice(3, 7)) == expected[3:10]
+    assert ragged(tokenizer, pa.chunked_array([CORPUS[:9], CORPUS[9:]])) == expected
+    assert ragged(tokenizer, large.slice(3, 0)) == []
+    assert ragged(tokenizer, pa.array(["", ""])) == [[], []]
+    assert ragged(tokenizer, pa.chunked_array([], pa.string())) == []
+
+
+def test_word_piece_goes_through_tokenizers(tmp_path):
+    tokenizer = tokenizer_lib.load_tokenizer(word_piece(tmp_path))
+    assert tokenizer.backend == "tokenizers"
+    ids = (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, tokenizer.mask_id)
+    assert ids == (2, 3, 0, 4)
+    assert ragged(tokenizer, ["the dogs", "the [MASK]"])[0] == [5, 6, 7]
+    assert not set(ragged(tokenizer, ["[SEP] the [MASK]"])[0]) & {0, 2, 3, 4}
+    with pytest.raises(UserError, match="only byte-level BPE"):
+        tokenizer_lib.load_tokenizer(word_piece(tmp_path), backend="gigatoken")
+
+
+def test_a_backend_that_differs_is_left_with_one_line(monkeypatch, caplog):
+    honest = tokenizer_lib._encode_gigatoken
+
+    def wrong(*arguments):
+        ids, offsets = honest(*arguments)
+        return np.where(np.arange(len(ids)) == 5, ids + 1, ids).astype(np.int32), offsets
+
+    monkeypatch.setattr(tokenizer_lib, "_encode_gigatoken", wrong)
+    tokenizer = train()
+    assert tokenizer.backend == "gigatoken"
+    with caplog.at_level(logging.INFO, logger="absl"):
+        assert ragged(tokenizer, CORPUS) == tokenizer.hf(CORPUS, add_special_tokens=False)["input_ids"]
+        ragged(tokenizer, CORPUS)
+    assert tokenizer.backend == "tokenizers"
+    assert [record.getMessage() for record in caplog.records if "gigatoken" in record.getMessage()] == [
+        "gigatoken differs from tokenizers on trained: going on with tokenizers."
+    ]
+
+
+def test_ids_with_holes_count_by_the_highest(tmp_path):
+    word_piece(tmp_path)
+    saved = json.loads((tmp_path / "tokenizer.json").read_text())
+    saved["model"]["vocab"]["far"] = 20
+    (tmp_path / "tokenizer.json").write_text(json.dumps(saved))
+    tokenizer = tokenizer_lib.load_tokenizer(str(tmp_path))
+    assert len(tokenizer.hf) == 9
+    assert tokenizer.num_ids == 21
+    assert tokenizer.special_ids == (0, 1, 2, 3, 4)
+
+
+def test_errors(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="vocab_size=100 .* need at least 261"):
+        train(vocab_size=100)
+    with pytest.raises(UserError, match="backend='rust' is not known"):
+        train(backend="rust")
+    with pytest.raises(UserError, match="use_fast_tokenizer=False: only fast"):
+        tokenizer_lib.load_tokenizer("roberta-base", use_fast_tokenizer=False)
+    with pytest.raises(UserError, match=r"no tokenizer directory './none'"):
+        tokenizer_lib.load_tokenizer("./none")
+    with pytest.raises(UserError, match="no tokenizer in"):
+        tokenizer_lib.load_tokenizer(str(tmp_path))
+    hf = transformers.PreTrainedTokenizerFast(tokenizer_object=train().hf.backend_tokenizer)
+    with pytest.raises(UserError, match="'maskless' has no mask token"):
+        tokenizer_lib.Tokenizer(hf, name="maskless")
+    hf = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=train().hf.backend_tokenizer, mask_token="<mask>"
+    )
+    with pytest.raises(UserError, match="'endless' has no begin token"):
+        tokenizer_lib.Tokenizer(hf, name="endless")
+    monkeypatch.setattr(sources.huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(sources.huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(UserError, match="'no-such/tokenizer' is not here and needs the network"):
+        tokenizer_lib.load_tokenizer("no-such/tokenizer", cache_dir=str(tmp_path))
