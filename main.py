@@ -42,8 +42,15 @@ def main(argv: list[str]) -> None:
     check_keys(FLAGS.config)
     set_up_log(verbose=FLAGS.verbosity > 0)
 
-    # It takes seconds to import; a mistake on the command line should not.
+    # These take seconds to import; a mistake on the command line should not.
+    import jax
+
     from mlm.train import train_and_evaluate
+
+    if not jax.config.jax_compilation_cache_dir:
+        # The second start of the same run compiles nothing.
+        cache = os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache"))
+        jax.config.update("jax_compilation_cache_dir", os.path.join(cache, "mlm", "jax"))
 
     train_and_evaluate(FLAGS.config, FLAGS.workdir)
 

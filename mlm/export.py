@@ -17,7 +17,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from mlm.curves import draw_curves
 from mlm.data.tokenizer import Tokenizer
 from mlm.errors import UserError
-from mlm.fill_mask import Filling
+from mlm.fill_mask import Filling, shown
 from mlm.models import weights
 from mlm.models.config import EncoderConfig
 
@@ -123,7 +123,7 @@ def model_card(
     mask = tokenizer.hf.mask_token
     examples = "\n".join(
         f"| {filling.sentence.replace('<mask>', f'`{mask}`')} | "
-        + ", ".join(f"{word.replace('|', chr(92) + '|')} ({100 * prob:.1f} %)" for word, prob in filling.guesses)
+        + ", ".join(f"`{shown(word)}` ({100 * prob:.1f} %)".replace("|", "\\|") for word, prob in filling.guesses)
         + " |"
         for filling in fillings
     )

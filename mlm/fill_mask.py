@@ -1,11 +1,11 @@
 """The model's guesses for the masked word of a sentence."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from mlm.data.tokenizer import Tokenizer
@@ -30,43 +30,58 @@ def fill_mask(
       model: the model.
       params: its parameters, unstacked.
       tokenizer: its tokenizer.
-      sentences: each with one masked word, no longer than the model's rows.
+      sentences: as `encode` takes them.
       top_k: how many guesses.
-
-    Raises:
-      UserError: a sentence without a mask, or too long.
     """
     if not sentences:
         return []
-    encoded = []
-    for sentence in sentences:
-        ids = tokenizer.hf(sentence.replace("<mask>", tokenizer.hf.mask_token))["input_ids"]
-        if tokenizer.mask_id not in ids:
-            raise UserError(f"no <mask> in the sentence {sentence!r}")
-        if len(ids) > model.config.max_seq_length:
-            raise UserError(f"{sentence[:60]!r}... has {len(ids)} tokens, the model takes {model.config.max_seq_length}")
-        encoded.append(ids)
+    encoded = encode(tokenizer, sentences, max_seq_length=model.config.max_seq_length)
     tokens_BxL = np.full((len(encoded), max(map(len, encoded))), tokenizer.pad_id, np.int32)
     for row, ids in enumerate(encoded):
         tokens_BxL[row, : len(ids)] = ids
     positions_Bx1 = np.array([[ids.index(tokenizer.mask_id)] for ids in encoded], np.int32)
-
-    @jax.jit
-    def guess(params: Any, tokens_BxL: jax.Array, positions_Bx1: jax.Array) -> tuple[jax.Array, jax.Array]:
-        logits_Bx1xV = model.apply({"params": params}, tokens_BxL, positions_BxK=positions_Bx1)
-        return jax.lax.top_k(jax.nn.softmax(logits_Bx1xV[:, 0].astype(jnp.float32)), top_k)
-
-    probs_BxK, ids_BxK = jax.device_get(guess(*jax.device_put((params, tokens_BxL, positions_Bx1))))
+    arrays = jax.device_put((params, tokens_BxL, positions_Bx1))
+    probs_BxK, ids_BxK = jax.device_get(_guess(*arrays, model=model, top_k=top_k))
     return [
-        Filling(sentence, tuple((tokenizer.hf.decode([i]).strip(), float(p)) for i, p in zip(ids, probs, strict=True)))
+        Filling(sentence, tuple((tokenizer.hf.decode([i]), float(p)) for i, p in zip(ids, probs, strict=True)))
         for sentence, ids, probs in zip(sentences, ids_BxK, probs_BxK, strict=True)
     ]
+
+
+def encode(tokenizer: Tokenizer, sentences: Sequence[str], *, max_seq_length: int) -> list[list[int]]:
+    """The ids of each sentence, begin and end tokens included.
+
+    Raises:
+      UserError: a sentence without a mask, or of more than `max_seq_length` tokens.
+    """
+    encoded = []
+    for sentence in sentences:
+        ids = tokenizer.hf(sentence.replace("<mask>", tokenizer.hf.mask_token))["input_ids"]
+        if tokenizer.mask_id not in ids:
+            raise UserError(f"no <mask> in the sentence {sentence!r}; write it where a word is to be guessed")
+        if len(ids) > max_seq_length:
+            raise UserError(f"the sentence {sentence!r} has {len(ids)} tokens, the model takes {max_seq_length}")
+        encoded.append(ids)
+    return encoded
+
+
+@functools.partial(jax.jit, static_argnames=("model", "top_k"))
+def _guess(
+    params: Any, tokens_BxL: jax.Array, positions_Bx1: jax.Array, *, model: MaskedLM, top_k: int
+) -> tuple[jax.Array, jax.Array]:
+    logits_Bx1xV = model.apply({"params": params}, tokens_BxL, positions_BxK=positions_Bx1)
+    return jax.lax.top_k(jax.nn.softmax(logits_Bx1xV[:, 0]), top_k)
 
 
 def table(fillings: Sequence[Filling]) -> str:
     """Fillings as lines for a terminal: a sentence, then its guesses with their probabilities."""
     lines = []
     for filling in fillings:
-        guesses = "   ".join(f"{word or repr(word)} {100 * prob:.1f}%" for word, prob in filling.guesses)
+        guesses = "   ".join(f"{shown(word)} {100 * prob:.1f} %" for word, prob in filling.guesses)
         lines += [f"  {filling.sentence}", f"      {guesses}"]
     return "\n".join(lines)
+
+
+def shown(word: str) -> str:
+    """A guess as a person can read it: without the blank before it, in quotes where nothing else is left."""
+    return word.strip() or repr(word)

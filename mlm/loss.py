@@ -30,7 +30,7 @@ def masked_cross_entropy(logits_BxKxV: jax.Array, targets_BxK: jax.Array, weight
     Args:
       logits_BxKxV: float32.
       targets_BxK: int32 ids.
-      weights_BxK: float32, 0 leaves a slot out if its logits are finite; NaN shows, even there: the model is broken.
+      weights_BxK: float32, 0 leaves a slot out. A logit that is not finite shows even there: the model is broken.
 
     Returns:
       The sums. With no slot in use all are 0.

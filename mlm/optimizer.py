@@ -18,8 +18,8 @@ def create_schedule(
     """Linear warm-up from 0, then `schedule` down to 0 (or constant).
 
     Returns:
-      A function of the number of updates done *before* this one, so the first update of a warm-up has rate 0, as in
-      the reference script.
+      A function of the number of updates done *before* this one, so the first update of a warm-up has rate 0,
+      as in the reference script.
 
     Raises:
       UserError: the schedule is not known, or a number cannot be.
@@ -41,13 +41,15 @@ def create_schedule(
         decay = optax.constant_schedule(learning_rate)
     if warmup_steps == 0:
         return decay
-    return optax.join_schedules([optax.linear_schedule(0.0, learning_rate, warmup_steps), decay], [warmup_steps])
+    return optax.join_schedules(
+        [optax.linear_schedule(0.0, learning_rate, warmup_steps), decay], [warmup_steps]
+    )
 
 
 def decays(params: Any) -> Any:
     """A tree of booleans: True where weight decay applies, to matrices and embeddings.
 
-    Told by the last name of the path and by rank, so that a bias with a leading axis of layers is still a bias.
+    Told by the last name of the path and by rank: a bias with a leading axis of layers is still a bias.
     """
 
     def decays_leaf(path: tuple[Any, ...], leaf: jax.Array) -> bool:
@@ -81,6 +83,6 @@ def create_optimizer(
     adamw = optax.adamw(
         schedule, b1=adam_beta1, b2=adam_beta2, eps=adam_epsilon, weight_decay=weight_decay, mask=decays
     )
-    # A run may go on with another max_grad_norm: its optimizer state must have the same shape with and without one.
+    # A run may go on with another max_grad_norm: the state must have the same structure with and without.
     clip = optax.clip_by_global_norm(max_grad_norm) if max_grad_norm else optax.identity()
     return optax.chain(clip, adamw)

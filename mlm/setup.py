@@ -17,6 +17,7 @@ from absl import logging
 from huggingface_hub.errors import HfHubHTTPError
 from ml_collections import ConfigDict
 
+from mlm import fill_mask
 from mlm.data import packing, sources, stream
 from mlm.data import tokenizer as tokenizers
 from mlm.data.tokenizer import Tokenizer
@@ -84,6 +85,7 @@ def build(config: ConfigDict, workdir: WorkDir) -> Run:
     eval_source = source if config.data.eval_data_files is None else _open(config, config.data.eval_data_files)
     tokenizer = _load_tokenizer(config, workdir, source)
     encoder = _encoder_config(config, copied, tokenizer)
+    fill_mask.encode(tokenizer, config.report.sentences, max_seq_length=encoder.max_seq_length)
     if pretrained is not None:
         weights.from_hf(pretrained, encoder)
 

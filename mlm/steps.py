@@ -2,7 +2,8 @@
 
 Needs only jax, flax, optax and NumPy, so a step can be timed where there is no TensorFlow.
 
-Legend: A forward passes of one update, B rows of one pass on one device, L tokens, K predicted tokens, V vocabulary.
+Legend: A forward passes of one update, B rows of one pass on one device, L tokens, K predicted tokens,
+V vocabulary.
 """
 
 import dataclasses
@@ -72,7 +73,9 @@ def init_state(task: Task, params: Any) -> TrainState:
     return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=task.optimizer.init(params))
 
 
-def forward(task: Task, params: Any, tokens_BxL: jax.Array, *, rows_B: jax.Array, mask_key: jax.Array, **model_args):
+def forward(
+    task: Task, params: Any, tokens_BxL: jax.Array, *, rows_B: jax.Array, mask_key: jax.Array, **model_args
+):
     """Masks a batch and predicts it. Returns the logits (float32) and the masked batch."""
     batch = mask_tokens(tokens_BxL, rows_B=rows_B, key=mask_key, spec=task.masking)
     logits_BxKxV = task.model.apply(
@@ -86,8 +89,8 @@ def train_step(
 ) -> tuple[TrainState, TrainMetrics]:
     """Makes one update from this device's share of the global batch.
 
-    Gradients, losses and counts are sums until all passes and devices are in, then divided once by the number of
-    predicted tokens: the update does not depend on how rows are dealt to devices or passes.
+    Gradients, losses and counts are sums until all passes and devices are in, then divided once by the number
+    of predicted tokens: the update does not depend on how rows are dealt to devices or passes.
 
     Args:
       state: the same on every device.
@@ -130,7 +133,9 @@ def train_step(
     updates, opt_state = task.optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     metrics = TrainMetrics(
-        sums=sums, grad_norm=optax.global_norm(grads), learning_rate=jnp.asarray(task.schedule(state.step), jnp.float32)
+        sums=sums,
+        grad_norm=optax.tree.norm(grads),
+        learning_rate=jnp.asarray(task.schedule(state.step), jnp.float32),
     )
     return TrainState(step=state.step + 1, params=params, opt_state=opt_state), metrics
 

@@ -2,8 +2,9 @@
 
 import os
 
-# Before jax, TensorFlow and datasets are imported: they read these once. Processes that tests start inherit them.
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4".strip()
+# Before jax, TensorFlow and datasets are imported: they read these once. Processes that tests start have them too.
+flags = os.environ.get("XLA_FLAGS", "")
+os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=4".strip()
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
@@ -20,7 +21,7 @@ from mlm.masking import MaskingSpec
 from mlm.models.config import EncoderConfig
 from mlm.models.encoder import MaskedLM
 from mlm.optimizer import create_optimizer, create_schedule
-from mlm.steps import Task
+from mlm.steps import Task, init_params, init_state
 
 # Broadcasting [V] against [B, K, V] is more often a mistake than meant.
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -31,7 +32,7 @@ PAD, MASK = 1, 4
 
 
 class BagOfTokens(nn.Module):
-    """Predicts a token from its own input and the mean of its row. Compiles in a tenth of the encoder's time."""
+    """Predicts a token from its own input and the mean of its row. Compiles faster than the encoder."""
 
     dropout: float = 0.0
 
@@ -101,8 +102,21 @@ def make_task(tiny_config):
 
 
 @pytest.fixture(scope="session")
+def encoder_task(make_task):
+    """The task of `encoder_state`, with the real encoder. Its step takes long to compile."""
+    return make_task(model="encoder")
+
+
+@pytest.fixture(scope="session")
+def encoder_state(encoder_task):
+    """The state before the first update, unstacked."""
+    params = jax.jit(init_params, static_argnums=0, static_argnames="length")(encoder_task, length=LENGTH)
+    return init_state(encoder_task, params)
+
+
+@pytest.fixture(scope="session")
 def uneven_rows():
-    """int32 [8, 16]: rows of very different numbers of tokens, so that devices hold different numbers of masks."""
+    """int32 [8, 16]: rows of very different lengths, so that devices hold different numbers of masks."""
     rows = np.random.default_rng(0).integers(5, VOCAB, (8, LENGTH)).astype(np.int32)
     for row, tokens in zip(rows, (16, 16, 2, 4, 16, 8, 0, 3), strict=True):
         row[tokens:] = PAD

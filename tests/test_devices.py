@@ -1,4 +1,4 @@
-"""The update does not depend on how many devices and passes share the batch; and how arrays get to devices."""
+"""The update does not depend on how many devices and passes share the batch; how arrays get to devices."""
 
 import functools
 
@@ -19,8 +19,8 @@ def init(task):
     return steps.init_state(task, steps.init_params(task, length=16))
 
 
-def updates(task, tokens_DxAxBxL, number):
-    """Parameters and metrics after each of `number` updates on the same rows, dealt to D devices and A passes."""
+def updates(task, state, tokens_DxAxBxL, number):
+    """Parameters and metrics after each of `number` updates on the same rows, on D devices in A passes."""
     devices = jax.devices()[: len(tokens_DxAxBxL)]
     step = jax.pmap(
         functools.partial(steps.train_step, task=task, axis_name=parallel.AXIS),
@@ -28,14 +28,21 @@ def updates(task, tokens_DxAxBxL, number):
         devices=devices,
         donate_argnums=(0,),
     )
-    state = jax.tree.map(lambda leaf: jnp.stack([leaf] * len(devices)), init(task))
+    sharding = jax.NamedSharding(jax.sharding.Mesh(np.array(devices), (parallel.AXIS,)), jax.P(parallel.AXIS))
+    state = jax.tree.map(lambda leaf: np.stack([leaf] * len(devices)), jax.device_get(state))
+    state, tokens_DxAxBxL = jax.device_put((state, tokens_DxAxBxL), sharding)
     results = []
     for _ in range(number):
         state, metrics = step(state, tokens_DxAxBxL)
-        results.append(jax.tree.map(lambda leaf: np.array(leaf[0]), (state.params, metrics)))
-        for leaf in jax.tree.leaves(state):
-            for copy in leaf:
-                np.testing.assert_array_equal(copy, leaf[0])
+        first, *others = jax.device_get(
+            [
+                jax.tree.map(lambda leaf, i=i: leaf.addressable_data(i), (state.params, metrics))
+                for i in range(len(devices))
+            ]
+        )
+        for other in others:
+            jax.tree.map(np.testing.assert_array_equal, other, first)
+        results.append(jax.tree.map(np.copy, first))
     return results
 
 
@@ -43,25 +50,28 @@ def test_there_are_four_devices():
     assert jax.local_device_count() == 4
 
 
-def test_one_and_four_devices_make_the_same_updates(make_task, uneven_rows):
-    task = make_task(model="encoder")
-    one = updates(task, uneven_rows.reshape(1, 1, 8, 16), 3)
-    four = updates(task, uneven_rows.reshape(4, 1, 2, 16), 3)
+def test_one_and_four_devices_make_the_same_updates(encoder_task, encoder_state, uneven_rows):
+    one = updates(encoder_task, encoder_state, uneven_rows.reshape(1, 1, 8, 16), 3)
+    four = updates(encoder_task, encoder_state, uneven_rows.reshape(4, 1, 2, 16), 3)
     for (params, metrics), (expected_params, expected_metrics) in zip(four, one, strict=True):
         assert metrics.sums.count == expected_metrics.sums.count
         np.testing.assert_allclose(metrics.sums.loss, expected_metrics.sums.loss, rtol=1e-6)
         np.testing.assert_allclose(metrics.grad_norm, expected_metrics.grad_norm, rtol=1e-5)
         assert_near(params, expected_params)
     # An update moves parameters by up to the learning rate, 10^4 times the tolerance.
-    assert max(np.abs(a - b).max() for a, b in zip(*map(jax.tree.leaves, (one[0][0], one[2][0])), strict=True)) > 5e-3
+    assert (
+        max(np.abs(a - b).max() for a, b in zip(*map(jax.tree.leaves, (one[0][0], one[2][0])), strict=True))
+        > 5e-3
+    )
 
 
 def test_passes_make_the_same_updates_as_one_batch(make_task, uneven_rows):
     task = make_task()
-    whole = updates(task, uneven_rows.reshape(1, 1, 8, 16), 3)
+    state = init(task)
+    whole = updates(task, state, uneven_rows.reshape(1, 1, 8, 16), 3)
     for shape in ((1, 4, 2, 16), (2, 2, 2, 16)):
         for (params, metrics), (expected_params, expected_metrics) in zip(
-            updates(task, uneven_rows.reshape(shape), 3), whole, strict=True
+            updates(task, state, uneven_rows.reshape(shape), 3), whole, strict=True
         ):
             assert metrics.sums.count == expected_metrics.sums.count
             assert_near(params, expected_params)
@@ -70,7 +80,7 @@ def test_passes_make_the_same_updates_as_one_batch(make_task, uneven_rows):
 def test_a_mean_of_the_devices_means_would_be_another_gradient(make_task, uneven_rows):
     """The two tests above have power: on these rows the common mistake shows."""
     task = make_task()
-    params = init(task).params
+    state = init(task)
 
     @jax.jit
     def grad(rows_B):
@@ -82,7 +92,7 @@ def test_a_mean_of_the_devices_means_would_be_another_gradient(make_task, uneven
             sums = masked_cross_entropy(logits, batch.targets_BxK, batch.weights_BxK)
             return sums.loss / jnp.maximum(sums.count, 1.0), sums.count
 
-        return jax.grad(loss, has_aux=True)(params)
+        return jax.grad(loss, has_aux=True)(state.params)
 
     def norm(tree):
         return np.sqrt(sum(np.square(leaf).sum() for leaf in jax.tree.leaves(tree)))
@@ -91,17 +101,23 @@ def test_a_mean_of_the_devices_means_would_be_another_gradient(make_task, uneven
     parts, counts = zip(*(grad(jnp.arange(i, i + 2)) for i in range(0, 8, 2)), strict=True)
     assert len(set(map(float, counts))) == 4
     naive = jax.tree.map(lambda *leaves: sum(leaves) / 4, *parts)
-    weighted = jax.tree.map(lambda *leaves: sum(n * leaf for n, leaf in zip(counts, leaves, strict=True)) / sum(counts), *parts)
+    weighted = jax.tree.map(
+        lambda *leaves: sum(n * leaf for n, leaf in zip(counts, leaves, strict=True)) / sum(counts), *parts
+    )
     assert norm(jax.tree.map(np.subtract, weighted, true)) < 1e-6
     assert norm(jax.tree.map(np.subtract, naive, true)) > 0.1 * norm(true)
     # And it is the gradient of which train_step reports the norm.
-    (_, metrics), = updates(task, uneven_rows.reshape(4, 1, 2, 16), 1)
+    ((_, metrics),) = updates(task, state, uneven_rows.reshape(4, 1, 2, 16), 1)
     np.testing.assert_allclose(metrics.grad_norm, norm(true), rtol=1e-5)
 
 
 @pytest.fixture
 def tree():
-    return {"step": np.int32(7), "matrix": np.arange(12, dtype=np.float32).reshape(3, 4), "counts": np.arange(5)}
+    return {
+        "step": np.int32(7),
+        "matrix": np.arange(12, dtype=np.float32).reshape(3, 4),
+        "counts": np.arange(5),
+    }
 
 
 def test_replicate_and_first_replica_are_inverses(tree):
@@ -158,18 +174,28 @@ def test_data_parallel_uses_every_device_and_donates():
     assert not rows.is_deleted()
 
 
-def test_the_trainers_state_is_donated_whole_and_nothing_moves_by_itself(make_task, uneven_rows):
+def test_the_trainers_step_compiles_once_donates_its_state_and_moves_nothing_by_itself(
+    make_task, uneven_rows
+):
     task = make_task()
+    traces = 0
+
+    def step(*args):
+        nonlocal traces
+        traces += 1
+        return steps.train_step(*args, task=task, axis_name=parallel.AXIS)
+
+    step = parallel.data_parallel(step, donate_argnums=(0,))
     state = parallel.replicate(init(task))
-    step = parallel.data_parallel(
-        functools.partial(steps.train_step, task=task, axis_name=parallel.AXIS), donate_argnums=(0,)
-    )
     with jax.transfer_guard("disallow"):
-        new, metrics = step(state, parallel.shard(uneven_rows, shape=(1,)))
-        parallel.first_replica(metrics)
-        parallel.to_global(new)
-    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
-    assert new.step.shape == (4,)
+        for _ in range(2):
+            new, metrics = step(state, parallel.shard(uneven_rows, shape=(1,)))
+            assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
+            parallel.first_replica(metrics)
+            # A state that comes from a checkpoint is the same kind of array.
+            state = parallel.from_global(parallel.to_global(new))
+    assert state.step.shape == (4,)
+    assert traces == 1
 
 
 def test_one_process_broadcasts_to_itself():

@@ -29,6 +29,10 @@ if os.name:
     else:
         def sixth():
             """Short."""
+match os.name:
+    case "posix":
+        def matched():
+            """Matched: {LONG}"""
 def seventh():
     f"""Not a docstring: {LONG}"""
 def eighth():
@@ -47,6 +51,7 @@ def test_docstrings_of_a_module_from_top_to_bottom(tmp_path):
         f"Third \\d: {LONG}",
         f"Fourth: {LONG}",
         f"Fifth: {LONG}",
+        f"Matched: {LONG}",
     ]
 
 

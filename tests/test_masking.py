@@ -72,9 +72,7 @@ def assert_whole(tokens, masked):
     assert np.isin(shown, [*ORDINARY, MASK]).all()
 
 
-@pytest.mark.parametrize(
-    ("mask_share", "random_share"), [(0.8, 0.1), (0.0, 0.0), (0.5, 0.5)]
-)
+@pytest.mark.parametrize(("mask_share", "random_share"), [(0.8, 0.1), (0.0, 0.0), (0.5, 0.5)])
 def test_shares_of_hidden_random_and_kept(mask_share, random_share):
     tokens = ordinary_rows(8192, 32)
     masked = mask(tokens, mask_token_share=mask_share, random_token_share=random_share)
@@ -134,7 +132,10 @@ def test_any_tokens_stay_whole(tokens, seed):
 def test_places_are_uniform():
     masked = mask(ordinary_rows(8192, 32))
     # The slots in use, and the first alone: a place must not be more likely to be chosen first either.
-    for used in (masked.weights_BxK == 1, masked.weights_BxK * (np.arange(masked.weights_BxK.shape[1]) == 0) == 1):
+    for used in (
+        masked.weights_BxK == 1,
+        masked.weights_BxK * (np.arange(masked.weights_BxK.shape[1]) == 0) == 1,
+    ):
         assert_uniform(np.bincount(masked.positions_BxK[used], minlength=32))
 
 

@@ -125,9 +125,13 @@ def test_closing_gives_up_on_a_read_that_hangs():
 
 
 def test_an_error_in_the_loop_closes_it():
-    with pytest.raises(KeyboardInterrupt), prefetch.Prefetcher(Count(), depth=2) as batches:
-        next(batches)
-        raise KeyboardInterrupt
+    def loop():
+        with prefetch.Prefetcher(Count(), depth=2) as batches:
+            next(batches)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        loop()
     assert threads() == []
 
 

@@ -20,6 +20,7 @@ GRADIENT_DESCENT = {
 }
 
 
+@functools.cache  # Compiled once for all tests that have the task.
 def train_step(task):
     return parallel.data_parallel(functools.partial(steps.train_step, task=task, axis_name=parallel.AXIS))
 
@@ -32,48 +33,44 @@ def norm(tree):
     return np.sqrt(sum(np.sum(np.square(leaf, dtype=np.float64)) for leaf in jax.tree.leaves(tree)))
 
 
-@pytest.fixture(scope="module")
-def encoder_task(make_task):
-    return make_task(model="encoder")
-
-
-@pytest.fixture(scope="module")
-def encoder_step(encoder_task):
-    return train_step(encoder_task)
-
-
-@pytest.fixture(scope="module")
-def encoder_state(encoder_task):
-    return init(encoder_task)
-
-
-def test_golden_first_update(encoder_state, encoder_step, uneven_rows):
+def test_golden_first_update(encoder_task, encoder_state, uneven_rows):
     """A number that moves here moves every run: find out why before writing the new one down."""
-    state, metrics = encoder_step(parallel.replicate(encoder_state), parallel.shard(uneven_rows, shape=(1,)))
+    step = train_step(encoder_task)
+    state, metrics = step(parallel.replicate(encoder_state), parallel.shard(uneven_rows, shape=(1,)))
     metrics = parallel.first_replica(metrics)
     params = jax.tree.leaves(parallel.first_replica(state.params))
-    assert metrics.sums.count == 27
+    assert metrics.sums.count == 21
     assert metrics.sums.correct == 0
     assert metrics.learning_rate == np.float32(0.01)
     # Processors differ in the order of sums and in their exponentials: a few units of float32's 6e-8.
-    np.testing.assert_allclose(metrics.sums.loss / 27, 0, rtol=1e-5)
+    np.testing.assert_allclose(metrics.sums.loss / 21, 0, rtol=1e-5)
     np.testing.assert_allclose(metrics.grad_norm, 0, rtol=1e-5)
     np.testing.assert_allclose(sum(np.abs(leaf).sum() for leaf in params), 0, rtol=1e-5)
     assert parallel.first_replica(state.step) == 1
 
 
-def test_loss_falls_below_what_knowing_the_frequencies_gives(encoder_state, encoder_step):
-    # Every row repeats one token: only the context tells which.
+def losses_on_repeated_tokens(task, state):
+    """Thirty updates on eight rows, each of which repeats a token of its own."""
     rows = np.repeat(np.arange(10, 18, dtype=np.int32)[:, None], 16, axis=1)
-    tokens, state = parallel.shard(rows, shape=(1,)), parallel.replicate(encoder_state)
+    tokens, step, state = parallel.shard(rows, shape=(1,)), train_step(task), parallel.replicate(state)
     losses = []
     for _ in range(30):
-        state, metrics = encoder_step(state, tokens)
+        state, metrics = step(state, tokens)
         sums = parallel.first_replica(metrics.sums)
         losses.append(sums.loss / sums.count)
-    assert losses[0] > np.log(50) - 0.2  # An even guess over the vocabulary.
-    assert losses[-1] < np.log(8) / 2  # The entropy of eight tokens alike.
     assert parallel.first_replica(state.step) == 30
+    return losses
+
+
+def test_the_encoder_learns_which_tokens_occur(encoder_task, encoder_state):
+    losses = losses_on_repeated_tokens(encoder_task, encoder_state)
+    assert abs(losses[0] - np.log(50)) < 0.1  # An even guess over the vocabulary.
+    assert losses[-1] < np.log(8) + 0.1  # An even guess over the eight tokens.
+
+
+def test_context_is_learned(make_task):
+    task = make_task()
+    assert losses_on_repeated_tokens(task, init(task))[-1] < np.log(8) / 2
 
 
 def test_the_same_seed_gives_the_same_bits_another_does_not(make_task, uneven_rows):
@@ -91,7 +88,9 @@ def test_the_same_seed_gives_the_same_bits_another_does_not(make_task, uneven_ro
     assert not set(first[0]) & set(other[0])
     # The first step's masks too, not the parameters alone.
     batch = [
-        steps.forward(task, init(task).params, uneven_rows, rows_B=jnp.arange(8), mask_key=task.key(steps.TRAIN_MASKS))[1]
+        steps.forward(
+            task, init(task).params, uneven_rows, rows_B=jnp.arange(8), mask_key=task.key(steps.TRAIN_MASKS)
+        )[1]
         for task in (make_task(seed=1), make_task(seed=2))
     ]
     assert (batch[0].inputs_BxL != batch[1].inputs_BxL).any()
@@ -105,7 +104,7 @@ def test_random_streams_differ(make_task):
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_dropout_differs_by_device_pass_and_step_and_by_nothing_else(make_task, dropout):
-    # Every token is masked, so that masks have nothing random; one row, the others are padding and count nothing.
+    # Every token is masked: masks have nothing random. All rows but one are padding and count for nothing.
     task = make_task(dropout=dropout, masking={"mlm_probability": 1.0, "mask_token_share": 1.0})
     step, state = train_step(task), init(task)
 
@@ -148,7 +147,7 @@ def test_clipping_comes_after_the_division(make_task, uneven_rows):
     # Without clipping the update's norm is the gradient's.
     length, grad_norm = update(free)
     np.testing.assert_allclose(length, grad_norm, rtol=1e-4)
-    # A limit over the mean's norm, under the sum's: to clip the sum first would make the update 27 times too short.
+    # A limit over the mean's norm, under the sum's: to clip the sum would make the update 10 times too short.
     loose = 2.0 * grad_norm
     length, reported = update(make_task(optimizer=GRADIENT_DESCENT | {"max_grad_norm": loose}))
     np.testing.assert_allclose(length, grad_norm, rtol=1e-4)
@@ -161,7 +160,9 @@ def test_clipping_comes_after_the_division(make_task, uneven_rows):
 def test_a_batch_of_padding_changes_nothing_but_the_step(make_task):
     task = make_task(optimizer={"weight_decay": 0.0})
     state = init(task)
-    new, metrics = train_step(task)(parallel.replicate(state), parallel.shard(np.ones((8, 16), np.int32), shape=(1,)))
+    new, metrics = train_step(task)(
+        parallel.replicate(state), parallel.shard(np.ones((8, 16), np.int32), shape=(1,))
+    )
     jax.tree.map(np.testing.assert_array_equal, parallel.first_replica(new.params), state.params)
     metrics = parallel.first_replica(metrics)
     assert metrics.sums.count == metrics.sums.loss == metrics.grad_norm == 0

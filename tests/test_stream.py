@@ -186,6 +186,14 @@ def test_a_state_of_another_order_is_refused(change, message):
         resumed(memory_source(split(words(50), 2)), saved(rows))
 
 
+@pytest.mark.parametrize("how", packing.PACKINGS)
+def test_data_that_changed_is_told(how):
+    rows = rows_of(memory_source([["a\nb\nc\nd\ne\nf" + "g" * 99] * 9]), packing=how, batch_rows=3)
+    take(rows, 4)
+    with pytest.raises(UserError, match="data set 'memory' is not what it was"):
+        next(resumed(memory_source([["a"]]), saved(rows), packing=how, batch_rows=3))
+
+
 def test_batches_are_int32_and_contiguous():
     for how in packing.PACKINGS:
         batch = next(rows_of(memory_source([words(50)]), packing=how))
@@ -351,6 +359,8 @@ def test_bad_arguments():
         rows_of(source, packing="heap")
     with pytest.raises(UserError, match="max_seq_length=2 leaves no room"):
         rows_of(source, max_seq_length=2)
+    with pytest.raises(UserError, match="seed=-1 is negative"):
+        rows_of(source, seed=-1)
     with pytest.raises(UserError, match="at least one row, not 0"):
         rows_of(source, batch_rows=0)
 

@@ -1,3 +1,4 @@
+import itertools
 import json
 import logging
 
@@ -11,9 +12,9 @@ from mlm.data import sources
 from mlm.data import tokenizer as tokenizer_lib
 from mlm.errors import UserError
 
-WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "and", "the", "dog", "isn't", "amused:", "1234", "times,", "é", "or", "🙂"]
+TEXT = "the quick brown fox jumps over a lazy dog and the dog isn't amused: 1234 times, é or 🙂"
 RNG = np.random.default_rng(0)
-CORPUS = [" ".join(RNG.choice(WORDS, 12)) for _ in range(300)]
+CORPUS = [" ".join(RNG.choice(TEXT.split(), 12)) for _ in range(300)]
 # What a text may do to a tokenizer.
 ODD = [
     "a <mask> b</s><s> <pad><unk>",
@@ -53,7 +54,7 @@ def ragged(tokenizer, texts):
     assert ids.dtype == np.int32
     assert offsets.dtype == np.int64
     assert len(ids) == offsets[-1]
-    return [ids[a:b].tolist() for a, b in zip(offsets, offsets[1:], strict=False)]
+    return [ids[a:b].tolist() for a, b in itertools.pairwise(offsets)]
 
 
 def test_a_trained_tokenizer_is_robertas():
@@ -169,7 +170,7 @@ def test_ids_with_holes_count_by_the_highest(tmp_path):
 
 
 def test_errors(tmp_path, monkeypatch):
-    with pytest.raises(UserError, match="vocab_size=100 .* need at least 261"):
+    with pytest.raises(UserError, match=r"vocab_size=100 .* need at least 261"):
         train(vocab_size=100)
     with pytest.raises(UserError, match="backend='rust' is not known"):
         train(backend="rust")

@@ -1,9 +1,9 @@
 """One data file -> Arrow arrays of one column, a few megabytes at a time, with no Python object a row.
 
-The readers of `datasets` 5.2.0 are not used for files: they cast every chunk to the columns of the first (a new
-key ends the run), put quotes around the texts of a JSON chunk in which one value is a number, take a zstandard
-file that was cut for a whole one, and make a Python string of every line. Named data sets go through them, see
-sources.py.
+The readers of `datasets` 5.2.0 are not used for files: they cast every chunk to the columns of the first (a
+new key ends the run), put quotes around the texts of a later JSON chunk in which one value is a number, take
+a zstandard file that was cut short for a whole one, and make a Python string of every line. Named data sets
+go through them, see sources.py.
 """
 
 import contextlib
@@ -59,8 +59,8 @@ def kind_of(file: str) -> str:
 def read_column(file: str, column: str, *, start_row: int = 0) -> Iterator[pa.Array]:
     """The values of a column, from `start_row` on, whatever their type: bytes need not be UTF-8.
 
-    A line of a text file is a row of a column "text". Parquet skips the row groups before `start_row` unread; the
-    other formats must be read to be counted.
+    A line of a text file is a row of a column "text". Parquet skips the row groups before `start_row` unread;
+    the other formats must be read to be counted.
 
     Raises:
         UserError: there is no such column.

@@ -9,8 +9,8 @@ import pyarrow.compute as pc
 
 from mlm.data import sources
 
-# Documents taken at once end at this many bytes even if they are fewer than asked for: memory stays bounded when
-# documents are large.
+# Documents taken at once end at this many bytes even if they are fewer than asked for: memory stays bounded
+# when documents are large.
 _MAX_BYTES = 64 << 20
 
 
@@ -26,8 +26,8 @@ class Share:
 def deal(order: np.ndarray, *, process_index: int = 0, process_count: int = 1) -> Share:
     """Deals an epoch's shards to the processes: over all of them every row of every shard once.
 
-    With at least as many shards as processes, process p takes every P-th shard of `order`. With fewer, a shard is
-    read by several processes, the same one in every epoch, and its rows are dealt among them.
+    With at least as many shards as processes, process p takes every P-th shard of `order`. With fewer, a
+    shard is read by several processes, the same one in every epoch, and its rows are dealt among them.
     """
     num_shards = len(order)
     if num_shards >= process_count:
@@ -41,7 +41,7 @@ class Reader:
     """Takes the documents of a share in order.
 
     Attributes:
-        shard, row: the place among the share's shards, and the row there, right after the last document taken.
+        shard, row: the place among the share's shards, and the row there, right after the last document.
     """
 
     def __init__(self, source: sources.Source, share: Share, *, shard: int = 0, row: int = 0):

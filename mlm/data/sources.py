@@ -1,6 +1,6 @@
 """A name, files or a URL -> shards of rows, read as Arrow arrays.
 
-Named data sets are read through streaming `datasets`, files through files.py, docstrings through docstrings.py.
+Named data sets are read through streaming `datasets`, files by files.py, docstrings by docstrings.py.
 """
 
 import dataclasses
@@ -61,8 +61,8 @@ class Source:
     def read(self, shard: int, *, start_row: int = 0) -> Iterator[pa.LargeStringArray]:
         """The texts of a shard's rows from `start_row` on, null where a row is null, not text or not UTF-8.
 
-        The row number is all the state there is: reading on from it gives exactly the rows after it. The saved
-        state of `datasets` counts rows, too, and is no quicker to go on from.
+        The row number is all the state there is: reading on from it gives exactly the rows after it. The
+        saved state of `datasets` counts rows, too, and is no quicker to go on from.
         """
         columns = self.columns(shard, start_row)
         while True:

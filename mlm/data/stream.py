@@ -1,9 +1,10 @@
 """The endless stream of rows: shuffle windows, held-out documents, this process's share, exact resume.
 
 A window is the next `shuffle_buffer_size` documents in the epoch's order of shards. It is permuted by a seed
-made of (seed, epoch, window), so a position in the stream is a few numbers: where the window starts, how many of
-its documents are used up, and how many tokens of the next. To resume, the window is read and permuted again, that
-one document is tokenized again, and its first tokens are left out. No text and no token is ever saved.
+made of (seed, epoch, window), so a position in the stream is a few numbers: where the window starts, how many
+of its documents are used up, and how many tokens of the next. To resume, the window is read and permuted
+again, that one document is tokenized again, and its first tokens are left out. No text and no token is ever
+saved.
 """
 
 import dataclasses
@@ -89,6 +90,8 @@ class RowStream:
         process_count: int = 1,
     ):
         _check(packing=packing, max_seq_length=max_seq_length)
+        if seed < 0:
+            raise UserError(f"seed={seed} is negative: set 0 or more")
         if batch_rows < 1:
             raise UserError(f"a batch must have at least one row, not {batch_rows}")
         self._source = source
@@ -206,8 +209,12 @@ class RowStream:
                 texts, self._tokenizer, packing=self._packing, max_seq_length=self._max_seq_length
             )
             self._used = resumed_unit
+            if resumed_unit > len(self._chunk.data):
+                raise self._changed()
             return
         if window is not None:
+            if self._chunk_document > len(window.order):
+                raise self._changed()
             self._start = dataclasses.replace(
                 self._start,
                 shard=window.next_shard,
@@ -224,6 +231,12 @@ class RowStream:
         self._chunk = packing_lib.Units(self._chunk.data[:0], np.zeros(1, np.int64))
         self._chunk_document = 0
         self._used = 0
+
+    def _changed(self) -> UserError:
+        return UserError(
+            f"cannot resume the data stream: the data set {self._source.name!r} is not what it was when the "
+            "checkpoint was written; restore it, or start in a new work directory"
+        )
 
     def _end_epoch(self) -> None:
         if self._epoch_units < self._units_per_batch:
@@ -328,8 +341,8 @@ def read_eval_rows(
         texts = reader.take(_UNSHUFFLED_WINDOW)
         if texts is None:
             raise UserError(
-                f"the data set {source.name!r} has {have // units_per_row} rows of {max_seq_length} tokens, fewer "
-                f"than the {num_rows} to evaluate on: lower data.num_eval_samples"
+                f"the data set {source.name!r} has {have // units_per_row} rows of {max_seq_length} tokens, "
+                f"fewer than the {num_rows} to evaluate on: lower data.num_eval_samples"
             )
         texts = texts.filter(pa.array(reader_lib.has_text(texts)))
         units = packing_lib.pack(texts, tokenizer, packing=packing, max_seq_length=max_seq_length)

@@ -16,7 +16,13 @@ from mlm.errors import UserError
 BACKENDS = ("auto", "gigatoken", "tokenizers")
 # RoBERTa's, in the order of its vocabulary.
 SPECIAL_TOKENS = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
-# The first documents on which the two backends are compared.
+# What the two backends are compared on: this, the special tokens' names, and the first documents.
+_PROBES = (
+    "",
+    "  two  spaces\n\n\ttab ",
+    "don't I'LL 1234567 x\u00b2",
+    "\u00e9\U0001f642 e\u0301 \u4e2d\u6587\u200d ",
+)
 _CHECKED_DOCUMENTS = 256
 _CHECKED_BYTES = 1 << 20
 
@@ -91,12 +97,13 @@ class Tokenizer:
 
     def _check(self, texts: pa.LargeStringArray) -> None:
         """Falls back to `tokenizers` if gigatoken gives other ids for the head of the first texts."""
-        lengths = np.diff(_offsets(texts))
-        head = min(_CHECKED_DOCUMENTS, int(np.searchsorted(np.cumsum(lengths), _CHECKED_BYTES)) + 1)
-        texts = texts.slice(0, head)
         if len(texts) == 0:
             return
         self._checked = True
+        lengths = np.diff(_offsets(texts))
+        head = min(_CHECKED_DOCUMENTS, int(np.searchsorted(np.cumsum(lengths), _CHECKED_BYTES)) + 1)
+        probes = pa.array([*_PROBES, *self.hf.all_special_tokens], pa.large_string())
+        texts = pa.concat_arrays([probes, texts.slice(0, head)])
         expected, expected_offsets = _encode_tokenizers(self._reference, texts)
         ids, offsets = _encode_gigatoken(self._gigatoken, texts)
         if not (np.array_equal(offsets, expected_offsets) and np.array_equal(ids, expected)):
@@ -114,8 +121,8 @@ def load_tokenizer(
     """Loads a tokenizer from a local directory or the Hugging Face hub."""
     if not use_fast_tokenizer:
         raise UserError(
-            "tokenizer.use_fast_tokenizer=False: only fast tokenizers keep up with a device, and they give the same "
-            "ids; leave it True"
+            "tokenizer.use_fast_tokenizer=False: only fast tokenizers keep up with a device, and they give "
+            "the same ids; leave it True"
         )
     local = os.path.isdir(tokenizer_name)
     if not local and sources.is_local_path(tokenizer_name):
