@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -176,7 +177,7 @@ class Hub:
     def __init__(self, repo_id: str, *, private: bool):
         self._api = huggingface_hub.HfApi()
         self._pool = concurrent.futures.ThreadPoolExecutor(max_workers=1, thread_name_prefix="hub")
-        self._last: concurrent.futures.Future | None = None
+        self._upload: concurrent.futures.Future | None = None
         try:
             self.repo_id = self._api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         except huggingface_hub.errors.LocalTokenNotFoundError:
@@ -192,36 +193,52 @@ class Hub:
             ) from None
 
     def push(self, workdir: str, *, step: int) -> None:
-        """Starts an upload unless one is still under way; the next evaluation then brings the newer model anyway."""
-        if self._last is not None and not self._last.done():
-            logging.warning("step %d: the upload before is still under way; this one is left out", step)
+        """Starts an upload, unless one is under way: the next evaluation then brings a newer model anyway."""
+        if self._upload is not None and not self._upload.done():
+            logging.warning("step %d: not pushed, for the upload before it is still under way", step)
             return
-        self._last = self._pool.submit(self._upload, workdir, step)
+        if error := self._error():
+            logging.warning("the last push to %s failed: %s", self.repo_id, error)
+        # Hard links: what is being uploaded stays as it is when the next export replaces it.
+        snapshot = tempfile.mkdtemp(prefix="push.", dir=workdir)
+        model = shutil.copytree(
+            os.path.join(workdir, "model"), os.path.join(snapshot, "model"), copy_function=os.link
+        )
+        files = {name: os.path.join(model, name) for name in os.listdir(model)}
+        for name in os.listdir(workdir):
+            if name.startswith("events.out.tfevents"):
+                files[f"runs/{name}"] = shutil.copy(os.path.join(workdir, name), snapshot)
+        self._upload = self._pool.submit(self._commit, files, snapshot, step)
 
-    def _upload(self, workdir: str, step: int) -> None:
+    def _commit(self, files: Mapping[str, str], snapshot: str, step: int) -> None:
         operations = [
             huggingface_hub.CommitOperationAdd(path_in_repo=name, path_or_fileobj=path)
-            for name, path in _files_to_push(workdir)
+            for name, path in sorted(files.items())
         ]
-        self._api.create_commit(self.repo_id, operations, commit_message=f"Update {step}")
+        try:
+            self._api.create_commit(self.repo_id, operations, commit_message=f"Update {step}")
+        finally:
+            shutil.rmtree(snapshot, ignore_errors=True)
         logging.info("step %d: pushed to %s", step, self.repo_id)
 
-    def finish(self, workdir: str, *, step: int) -> str | None:
-        """Waits for the last upload, makes the final one, and returns what went wrong with it, if anything."""
-        if self._last is not None:
-            concurrent.futures.wait([self._last])
-        try:
-            self._upload(workdir, step)
-        except (HfHubHTTPError, OSError) as error:
-            return str(error).strip().splitlines()[0]
-        finally:
-            self._pool.shutdown()
-        return None
+    def finish(self, workdir: str, *, step: int) -> None:
+        """Pushes the final model, after the upload under way, and waits for it.
 
+        Raises:
+          UserError: it failed; says how to push by hand.
+        """
+        if self._upload is not None:
+            concurrent.futures.wait([self._upload])
+        self.push(workdir, step=step)
+        error = self._error()
+        self._pool.shutdown()
+        if error:
+            raise UserError(
+                f"the run is finished, but pushing it to {self.repo_id} failed ({error}); push by hand: "
+                f"hf upload {self.repo_id} {os.path.join(workdir, 'model')}"
+            )
 
-def _files_to_push(workdir: str) -> list[tuple[str, str]]:
-    """(name in the repository, path) of the model's files and the tensorboard traces."""
-    model = os.path.join(workdir, "model")
-    files = [(name, os.path.join(model, name)) for name in sorted(os.listdir(model))]
-    traces = [name for name in sorted(os.listdir(workdir)) if name.startswith("events.out.tfevents")]
-    return files + [(f"runs/{name}", os.path.join(workdir, name)) for name in traces]
+    def _error(self) -> str | None:
+        """Waits for the last upload and returns what went wrong with it, in a line."""
+        error = self._upload.exception() if self._upload is not None else None
+        return None if error is None else f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"

@@ -47,15 +47,13 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> None:
         batches = stack.enter_context(Prefetcher(run.stream, depth=config.data.prefetch_batches))
         # Text too short for a batch shows here, before anything is written or compiled.
         stream = itertools.chain([next(batches)], batches)
-        place.create(config.to_dict(), save_tokenizer=run.tokenizer.save)
+        if jax.process_index() == 0:
+            place.create(config.to_dict(), save_tokenizer=run.tokenizer.save)
+        parallel.barrier("work directory made")
         reporter = stack.enter_context(_reporter(config, place, run, start, restored))
         if start == 0:
             reporter.write_hparams(flatten(config.to_dict()))
-            parameter_overview.log_parameter_overview(
-                parallel.first_replica(state.params), include_stats=False, jax_logging_process=0
-            )
-        else:
-            logging.info("going on after update %d", start)
+        _say_what_runs(config, run, state, start)
         train_step = parallel.data_parallel(
             functools.partial(steps.train_step, task=run.task, axis_name=parallel.AXIS), donate_argnums=(0,)
         )
@@ -81,7 +79,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> None:
 
         def export_model(step: int, metrics: dict[str, float]) -> None:
             with reporter.apart("export"):
-                if step == last:
+                if step >= last:
                     # An exported last step says that the run is finished: its checkpoint must be there by then.
                     checkpointer.wait()
                 if jax.process_index() == 0:
@@ -90,8 +88,8 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> None:
                         hub.push(place.path, step=step)
 
         with jax.transfer_guard("disallow"):
-            if start == last:  # The end was cut off between the last checkpoint and the export.
-                export_model(last, evaluate(last))
+            if start >= last:  # The end was cut off between the last checkpoint and the export.
+                export_model(start, evaluate(start))
             for step in range(start + 1, last + 1):
                 batch = next(stream)
                 tokens = parallel.shard(batch.tokens, shape=(config.gradient_accumulation_steps,))
@@ -115,11 +113,8 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> None:
         reporter.flush()
         if jax.process_index() == 0:
             _show(config, place, run, parallel.first_replica(state.params))
-        if hub is not None and (error := hub.finish(place.path, step=last)):
-            raise UserError(
-                f"the run is finished, but the last push to {hub.repo_id} failed ({error}); push by hand with: "
-                f"hf upload {hub.repo_id} {place.model}"
-            )
+        if hub is not None:
+            hub.finish(place.path, step=last)
 
 
 def _restore(run: setup.Run, checkpointer: Checkpointer) -> tuple[steps.TrainState, dict[str, Any] | None]:
@@ -139,6 +134,30 @@ def _restore(run: setup.Run, checkpointer: Checkpointer) -> tuple[steps.TrainSta
         )
     run.stream.load_state_dict(restored.streams[jax.process_index()])
     return parallel.from_global(restored.state), restored.loop
+
+
+def _say_what_runs(config: ConfigDict, run: setup.Run, state: steps.TrainState, start: int) -> None:
+    """Logs the model, the data and the devices."""
+    if jax.process_index() > 0:
+        return
+    params = parallel.first_replica(state.params)
+    overview = parameter_overview.get_parameter_overview(params, include_stats=False)
+    rows = config.per_device_train_batch_size * config.gradient_accumulation_steps * jax.device_count()
+    device = jax.devices()[0]
+    logging.info("parameters of the %s encoder:\n%s", run.encoder.model_type, overview)
+    logging.info("text: %s, tokenized by %s", run.data_name, run.tokenizer.name)
+    logging.info(
+        "an update: %s rows of %d tokens on %d %s device%s of %d process%s",
+        f"{rows:,}",
+        config.data.max_seq_length,
+        jax.device_count(),
+        device.device_kind,
+        "s" * (jax.device_count() > 1),
+        jax.process_count(),
+        "es" * (jax.process_count() > 1),
+    )
+    if start:
+        logging.info("going on after update %d", start)
 
 
 def _reporter(

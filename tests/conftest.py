@@ -1,10 +1,10 @@
 """Four devices on the CPU, no network, and tiny tasks for the tests that make steps."""
 
+import functools
 import os
 
-# Before jax, TensorFlow and datasets are imported: they read these once. Processes that tests start have them too.
-flags = os.environ.get("XLA_FLAGS", "")
-os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=4".strip()
+# Before jax, TensorFlow and datasets are imported, which read these once. Processes of tests inherit them.
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
@@ -17,11 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mlm import parallel, steps
 from mlm.masking import MaskingSpec
 from mlm.models.config import EncoderConfig
 from mlm.models.encoder import MaskedLM
 from mlm.optimizer import create_optimizer, create_schedule
-from mlm.steps import Task, init_params, init_state
 
 # Broadcasting [V] against [B, K, V] is more often a mistake than meant.
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -79,7 +79,7 @@ def make_task(tiny_config):
             "adam_beta2": 0.98,
             # Large: where the gradient is 0 but for rounding, a small one makes steps of the rounding's sign.
             "adam_epsilon": 1e-3,
-            "weight_decay": 0.01,
+            "weight_decay": 0.0,
             "max_grad_norm": 1.0,
         } | (optimizer or {})
         fields = {
@@ -90,7 +90,7 @@ def make_task(tiny_config):
             "special_ids": (0, PAD, 2, 3, MASK),
             "num_ids": VOCAB,
         } | (masking or {})
-        return Task(
+        return steps.Task(
             model=MaskedLM(tiny_config.replace(**rates)) if model == "encoder" else BagOfTokens(dropout),
             masking=MaskingSpec(**fields),
             optimizer=create_optimizer(options.pop("schedule", schedule), **options),
@@ -102,16 +102,60 @@ def make_task(tiny_config):
 
 
 @pytest.fixture(scope="session")
-def encoder_task(make_task):
-    """The task of `encoder_state`, with the real encoder. Its step takes long to compile."""
-    return make_task(model="encoder")
+def init():
+    """task -> the state before the first update, unstacked."""
+
+    def init(task):
+        params = jax.jit(functools.partial(steps.init_params, task, length=LENGTH))()
+        return steps.init_state(task, params)
+
+    return init
 
 
 @pytest.fixture(scope="session")
-def encoder_state(encoder_task):
-    """The state before the first update, unstacked."""
-    params = jax.jit(init_params, static_argnums=0, static_argnames="length")(encoder_task, length=LENGTH)
-    return init_state(encoder_task, params)
+def train_step():
+    """task -> its step on all devices, which leaves the state that it is given alone."""
+
+    def train_step(task):
+        return parallel.data_parallel(functools.partial(steps.train_step, task=task, axis_name=parallel.AXIS))
+
+    return train_step
+
+
+@pytest.fixture(scope="session")
+def encoder_task(make_task):
+    """With the real encoder and weight decay."""
+    return make_task(model="encoder", optimizer={"weight_decay": 0.01})
+
+
+@pytest.fixture(scope="session")
+def encoder_state(encoder_task, init):
+    """Of `encoder_task`."""
+    return init(encoder_task)
+
+
+@pytest.fixture(scope="session")
+def encoder_step(encoder_task, train_step):
+    """Of `encoder_task`."""
+    return train_step(encoder_task)
+
+
+@pytest.fixture(scope="session")
+def bag_task(make_task):
+    """The cheapest."""
+    return make_task()
+
+
+@pytest.fixture(scope="session")
+def bag_state(bag_task, init):
+    """Of `bag_task`."""
+    return init(bag_task)
+
+
+@pytest.fixture(scope="session")
+def bag_step(bag_task, train_step):
+    """Of `bag_task`."""
+    return train_step(bag_task)
 
 
 @pytest.fixture(scope="session")

@@ -15,10 +15,6 @@ def assert_near(actual, wanted):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6), actual, wanted)
 
 
-def init(task):
-    return steps.init_state(task, steps.init_params(task, length=16))
-
-
 def updates(task, state, tokens_DxAxBxL, number):
     """Parameters and metrics after each of `number` updates on the same rows, on D devices in A passes."""
     devices = jax.devices()[: len(tokens_DxAxBxL)]
@@ -65,50 +61,46 @@ def test_one_and_four_devices_make_the_same_updates(encoder_task, encoder_state,
     )
 
 
-def test_passes_make_the_same_updates_as_one_batch(make_task, uneven_rows):
-    task = make_task()
-    state = init(task)
-    whole = updates(task, state, uneven_rows.reshape(1, 1, 8, 16), 3)
-    for shape in ((1, 4, 2, 16), (2, 2, 2, 16)):
-        for (params, metrics), (expected_params, expected_metrics) in zip(
-            updates(task, state, uneven_rows.reshape(shape), 3), whole, strict=True
-        ):
-            assert metrics.sums.count == expected_metrics.sums.count
-            assert_near(params, expected_params)
+def test_four_passes_make_the_same_updates_as_one_of_four_times_the_rows(bag_task, bag_state, uneven_rows):
+    one = updates(bag_task, bag_state, uneven_rows.reshape(1, 1, 8, 16), 3)
+    four = updates(bag_task, bag_state, uneven_rows.reshape(1, 4, 2, 16), 3)
+    for (params, metrics), (expected_params, expected_metrics) in zip(four, one, strict=True):
+        assert metrics.sums.count == expected_metrics.sums.count
+        assert_near(params, expected_params)
 
 
-def test_a_mean_of_the_devices_means_would_be_another_gradient(make_task, uneven_rows):
+def test_a_mean_of_the_devices_means_would_be_another_gradient(bag_task, bag_state, bag_step, uneven_rows):
     """The two tests above have power: on these rows the common mistake shows."""
-    task = make_task()
-    state = init(task)
 
     @jax.jit
     def grad(rows_B):
         def loss(params):
-            mask_key = jax.random.fold_in(task.key(steps.TRAIN_MASKS), 0)
-            logits, batch = steps.forward(
-                task, params, jnp.asarray(uneven_rows)[rows_B], rows_B=rows_B, mask_key=mask_key
-            )
+            mask_key = jax.random.fold_in(bag_task.key(steps.TRAIN_MASKS), 0)
+            tokens_BxL = jnp.asarray(uneven_rows)[rows_B]
+            logits, batch = steps.forward(bag_task, params, tokens_BxL, rows_B=rows_B, mask_key=mask_key)
             sums = masked_cross_entropy(logits, batch.targets_BxK, batch.weights_BxK)
             return sums.loss / jnp.maximum(sums.count, 1.0), sums.count
 
-        return jax.grad(loss, has_aux=True)(state.params)
+        return jax.grad(loss, has_aux=True)(bag_state.params)
 
     def norm(tree):
         return np.sqrt(sum(np.square(leaf).sum() for leaf in jax.tree.leaves(tree)))
 
-    true, _ = grad(jnp.arange(8))
+    true, count = grad(jnp.arange(8))
     parts, counts = zip(*(grad(jnp.arange(i, i + 2)) for i in range(0, 8, 2)), strict=True)
     assert len(set(map(float, counts))) == 4
-    naive = jax.tree.map(lambda *leaves: sum(leaves) / 4, *parts)
-    weighted = jax.tree.map(
-        lambda *leaves: sum(n * leaf for n, leaf in zip(counts, leaves, strict=True)) / sum(counts), *parts
-    )
-    assert norm(jax.tree.map(np.subtract, weighted, true)) < 1e-6
-    assert norm(jax.tree.map(np.subtract, naive, true)) > 0.1 * norm(true)
-    # And it is the gradient of which train_step reports the norm.
-    ((_, metrics),) = updates(task, state, uneven_rows.reshape(4, 1, 2, 16), 1)
-    np.testing.assert_allclose(metrics.grad_norm, norm(true), rtol=1e-5)
+
+    def average(weights):
+        return jax.tree.map(
+            lambda *leaves: sum(w * leaf for w, leaf in zip(weights, leaves, strict=True)), *parts
+        )
+
+    shares = [n / count for n in counts]
+    assert norm(jax.tree.map(np.subtract, average(shares), true)) < 1e-6 * norm(true)
+    assert norm(jax.tree.map(np.subtract, average([0.25] * 4), true)) > 0.1 * norm(true)
+    # And it is the true gradient of which the step reports the norm.
+    _, metrics = bag_step(parallel.replicate(bag_state), parallel.shard(uneven_rows, shape=(1,)))
+    np.testing.assert_allclose(parallel.first_replica(metrics.grad_norm), norm(true), rtol=1e-5)
 
 
 @pytest.fixture
@@ -175,18 +167,17 @@ def test_data_parallel_uses_every_device_and_donates():
 
 
 def test_the_trainers_step_compiles_once_donates_its_state_and_moves_nothing_by_itself(
-    make_task, uneven_rows
+    bag_task, bag_state, uneven_rows
 ):
-    task = make_task()
     traces = 0
 
     def step(*args):
         nonlocal traces
         traces += 1
-        return steps.train_step(*args, task=task, axis_name=parallel.AXIS)
+        return steps.train_step(*args, task=bag_task, axis_name=parallel.AXIS)
 
     step = parallel.data_parallel(step, donate_argnums=(0,))
-    state = parallel.replicate(init(task))
+    state = parallel.replicate(bag_state)
     with jax.transfer_guard("disallow"):
         for _ in range(2):
             new, metrics = step(state, parallel.shard(uneven_rows, shape=(1,)))

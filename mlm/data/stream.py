@@ -194,7 +194,10 @@ class RowStream:
         """Moves on to the next chunk of the window, the next window, or the next epoch."""
         if self._window is None:  # the first call, or the first after a resume
             self._reader = self._open_reader()
+            seen = self._start.counted
             self._window = self._read_window()
+            if seen and self._window is None:
+                raise self._changed()
             resumed_unit = self._start.unit
         else:
             self._chunk_document += len(self._chunk.offsets) - 1
@@ -213,7 +216,7 @@ class RowStream:
                 raise self._changed()
             return
         if window is not None:
-            if self._chunk_document > len(window.order):
+            if self._chunk_document + (resumed_unit > 0) > len(window.order):
                 raise self._changed()
             self._start = dataclasses.replace(
                 self._start,

@@ -1,0 +1,28 @@
+"""Masked-language-model training in JAX: the map of the package.
+
+    train       the run: build, restore, loop over batch, step, log, evaluate, save, export
+    setup       a config -> the parts of a run; everything a user can get wrong is found there
+    workdir     the work directory's paths, and whether a run may go on in it
+    report      metric files and progress lines;  curves  their picture
+    checkpoint  the only file that imports Orbax
+    export      the Hugging Face model directory, its card, its way to the hub
+    evaluate    sums over the evaluation rows, divided once;  fill_mask  guesses for the masked word
+    parallel    the only file that knows devices
+
+    steps       TrainState, train_step, eval_step: pure functions of one device's share
+    masking     (key, tokens) -> inputs, positions, targets, weights
+    models      the encoder in Linen, its config and weights in Hugging Face's form
+    loss        cross-entropy as sums and counts
+    optimizer   schedules and AdamW
+
+    data        text -> this host's rows of token ids; knows no device
+      sources     a name, files or a URL -> shards of text;  docstrings  the embedded one
+      stream      sharding, shuffle windows, held-out documents, exact resume
+      tokenizer   load, train, save; a column of strings -> ragged ids
+      packing     ragged ids -> rows
+      prefetch    a thread that makes batches ahead
+
+Imports point one way: main -> train -> the first group -> the second. `errors` holds the one exception that is meant
+for the user. Beside the plan of the house there are `setup` (train.py would pass 400 lines), `workdir`, `curves` and
+`fill_mask` (each has two users).
+"""
