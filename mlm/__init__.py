@@ -16,13 +16,15 @@
     optimizer   schedules and AdamW
 
     data        text -> this host's rows of token ids; knows no device
-      sources     a name, files or a URL -> shards of text;  docstrings  the embedded one
-      stream      sharding, shuffle windows, held-out documents, exact resume
+      sources     a name, files or a URL -> shards of text;  docstrings, files  two kinds of them
+      reader      a process's share of the shards
+      stream      shuffle windows, held-out documents, exact resume
       tokenizer   load, train, save; a column of strings -> ragged ids
       packing     ragged ids -> rows
       prefetch    a thread that makes batches ahead
 
 Imports point one way: main -> train -> the first group -> the second. `errors` holds the one exception that is meant
 for the user. Beside the plan of the house there are `setup` (train.py would pass 400 lines), `workdir`, `curves` and
-`fill_mask` (each has two users).
+`fill_mask` (each has two users), and `data/files`: text, JSON-lines, CSV and parquet files are read with Arrow itself,
+for `datasets` 5.2 stops on a column that only some files have, and gives numbers among strings back as strings.
 """

@@ -40,32 +40,37 @@ PEAK_FLOPS = {
 class JsonLinesWriter(metric_writers.MetricWriter):
     """Appends scalars to a file, one line a step: {"step": 250, "train/loss": 7.31, ...}.
 
-    Scalars of one step may come in several calls; the line is written when the next step begins or at `flush`.
+    Scalars of one step may come in several calls; the line is written when the next step begins or at `flush`, and
+    written over when more come after that.
     """
 
     def __init__(self, path: str, *, last_step: int):
         """Goes on after `last_step`: later lines, of an interrupted run, are dropped, for they will come again."""
-        lines = read_metrics(path)
+        lines = [line for line in read_metrics(path) if line["step"] <= last_step]
         partial = path + ".tmp"
         with open(partial, "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(line) + "\n" for line in lines if line["step"] < last_step)
+            file.writelines(json.dumps(line) + "\n" for line in lines)
         os.replace(partial, path)
         self._path = path
-        # The line of last_step itself may be added to, by an evaluation that was cut off.
-        self._line: dict[str, Any] = next((line for line in lines if line["step"] == last_step), {})
+        # The last line may be added to, by an evaluation that was cut off.
+        self._line: dict[str, Any] = lines[-1] if lines else {}
+        # The file's bytes before that line.
+        self._start = os.path.getsize(path) - (len(json.dumps(self._line)) + 1 if lines else 0)
 
     def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
         """Adds to the line of `step`."""
         if self._line and self._line["step"] != step:
             self.flush()
+            self._line, self._start = {}, os.path.getsize(self._path)
         self._line |= {"step": step} | {name: np.asarray(value).item() for name, value in scalars.items()}
 
     def flush(self) -> None:
         """Writes the line, whole."""
         if self._line:
-            with open(self._path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(self._line) + "\n")
-            self._line = {}
+            with open(self._path, "r+b") as file:
+                file.seek(self._start)
+                file.write(json.dumps(self._line).encode() + b"\n")
+                file.truncate()
 
     def close(self) -> None:
         """Writes what is left."""
@@ -224,8 +229,9 @@ class Reporter:
         self._clock = time.monotonic()
 
     def log_evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Writes an evaluation's metrics."""
+        """Writes an evaluation's metrics, to the disk: the curves are drawn from there next."""
         self._writer.write_scalars(step, metrics)
+        self._writer.flush()
         logging.info(
             "step %*d of %d   evaluation: loss %.3f (unigram model %.3f)   accuracy %4.1f %%   perplexity %.1f",
             len(str(self._num_train_steps)),

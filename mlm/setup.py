@@ -95,6 +95,7 @@ def build(config: ConfigDict, workdir: WorkDir) -> Run:
         num_rows=config.data.num_eval_samples,
         max_seq_length=config.data.max_seq_length,
         packing=config.data.packing,
+        allow_fewer=eval_source is not source,
     )
     rows = stream.RowStream(
         source,
@@ -185,7 +186,7 @@ def _open(config: ConfigDict, data_files: Any) -> sources.Source:
         data_files=data_files,
         split=config.data.split,
         text_column_name=config.data.text_column_name,
-        cache_dir=config.data.cache_dir,
+        cache_dir=config.data.cache_dir or "",
     )
 
 
@@ -197,7 +198,7 @@ def _load_tokenizer(config: ConfigDict, workdir: WorkDir, source: sources.Source
     if name:
         return tokenizers.load_tokenizer(
             name,
-            cache_dir=config.data.cache_dir,
+            cache_dir=config.data.cache_dir or "",
             use_fast_tokenizer=options.use_fast_tokenizer,
             backend=options.backend,
         )

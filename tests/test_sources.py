@@ -81,14 +81,25 @@ def test_a_shard_reads_only_its_own_file(tmp_path):
     assert read(source, 1) == ["1"]
 
 
+def break_parquet(path, column):
+    """Overwrites a column of the first row group."""
+    chunk = pq.ParquetFile(path).metadata.row_group(0).column(column)
+    data = bytearray(path.read_bytes())
+    start = chunk.dictionary_page_offset or chunk.data_page_offset
+    data[start : start + chunk.total_compressed_size] = b"\xff" * chunk.total_compressed_size
+    path.write_bytes(data)
+
+
+def test_parquet_leaves_other_columns_unread(tmp_path):
+    break_parquet(write(tmp_path / "a.parquet", TEXTS), 0)
+    assert read(open_files(tmp_path / "a.parquet")) == TEXTS
+    assert read(sources.open_source(dataset_name=str(tmp_path))) == TEXTS
+
+
 def test_parquet_leaves_earlier_row_groups_unread(tmp_path):
     path = write(tmp_path / "a.parquet", [f"text number {n}" for n in range(9)])
     source = open_files(path)
-    first_group = pq.ParquetFile(path).metadata.row_group(0).column(1)
-    data = bytearray(path.read_bytes())
-    start = first_group.dictionary_page_offset or first_group.data_page_offset
-    data[start : start + first_group.total_compressed_size] = b"\xff" * first_group.total_compressed_size
-    path.write_bytes(data)
+    break_parquet(path, 1)
     assert read(source, start_row=3) == [f"text number {n}" for n in range(3, 9)]
     with pytest.raises(UserError, match="cannot read"):
         read(source, start_row=2)
@@ -148,6 +159,13 @@ def test_json_blocks_may_differ_in_keys_and_types(tmp_path, monkeypatch):
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     expected = [row["text"] if isinstance(row["text"], str) else None for row in rows]
     assert read(open_files(tmp_path / "a.jsonl")) == expected
+
+
+@pytest.mark.parametrize("compression", [".gz", ".bz2", ".xz", ".zst"])
+def test_compressed_files_of_several_members(tmp_path, compression):
+    path = tmp_path / f"a.txt{compression}"
+    path.write_bytes(COMPRESS[compression](b"one\ntw") + COMPRESS[compression](b"o\nthree\n"))
+    assert read(open_files(path)) == ["one", "two", "three"]
 
 
 def test_documents_larger_than_a_block(tmp_path):

@@ -4,6 +4,7 @@ Named data sets are read through streaming `datasets`, files by files.py, docstr
 """
 
 import dataclasses
+import functools
 import glob
 import json
 import logging as std_logging
@@ -170,10 +171,13 @@ def _open_named(name: str, *, config: str | None, split: str, text_column: str, 
         if is_local_path(name):
             raise UserError(f"no data set directory {name!r}: check data.dataset_name")
         require_hub(f"the data set {name!r}")
+    load = functools.partial(
+        datasets.load_dataset, name, config or None, split=split, streaming=True, cache_dir=cache_dir or None
+    )
     try:
-        dataset = datasets.load_dataset(
-            name, config or None, split=split, streaming=True, cache_dir=cache_dir or None
-        )
+        dataset = load()
+        if dataset.info.builder_name == "parquet" and text_column in (dataset.features or ()):
+            dataset = load(columns=[text_column])  # leaves the other columns where they are
     except (*_READ_ERRORS, RuntimeError) as error:
         raise UserError(f"cannot open the data set {name!r}: {one_line(error)}") from None
     num_shards = dataset.num_shards
@@ -186,7 +190,7 @@ def _open_named(name: str, *, config: str | None, split: str, text_column: str, 
             yield table.column(text_column)
 
     return Source(
-        name=name if config is None else f"{name}, {config}",
+        name=f"{name}, {config}" if config else name,
         text_column=text_column,
         num_shards=num_shards,
         columns=lambda shard, row: _skip_rows(columns(shard), row),

@@ -333,8 +333,12 @@ def read_eval_rows(
     num_rows: int,
     max_seq_length: int,
     packing: str,
+    allow_fewer: bool = False,
 ) -> EvalRows:
-    """The first `num_rows` rows of the source in its own order: the same in every process and every run."""
+    """The first `num_rows` rows of the source in its own order: the same in every process and every run.
+
+    With `allow_fewer` a source that has fewer gives those, less a last part row.
+    """
     _check(packing=packing, max_seq_length=max_seq_length)
     units_per_row = packing_lib.units_per_row(packing, max_seq_length=max_seq_length)
     needed, have = num_rows * units_per_row, 0
@@ -342,6 +346,8 @@ def read_eval_rows(
     reader = reader_lib.Reader(source, reader_lib.deal(np.arange(source.num_shards)))
     while have < needed:
         texts = reader.take(_UNSHUFFLED_WINDOW)
+        if texts is None and allow_fewer and have >= units_per_row:
+            break
         if texts is None:
             raise UserError(
                 f"the data set {source.name!r} has {have // units_per_row} rows of {max_seq_length} tokens, "
@@ -353,8 +359,9 @@ def read_eval_rows(
         documents.append(texts.slice(0, int(np.searchsorted(units.offsets[:-1], needed - have))))
         have += len(parts[-1])
     rows = np.concatenate(parts) if parts else np.empty(0, np.int32)
+    rows = rows[: have // units_per_row * units_per_row].reshape(-1, max_seq_length)
     texts = pa.concat_arrays(documents) if documents else pa.array([], pa.large_string())
-    return EvalRows(rows.reshape(num_rows, max_seq_length), pc.unique(texts))
+    return EvalRows(rows, pc.unique(texts))
 
 
 def _check(*, packing: str, max_seq_length: int) -> None:

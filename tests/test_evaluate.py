@@ -1,0 +1,83 @@
+"""The evaluation: the same figures on any number of devices and in any batches."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mlm import parallel, steps
+from mlm.evaluate import Evaluator, unigram_log_probs
+from mlm.loss import masked_cross_entropy
+
+SPECIAL = (0, 1, 2, 3, 4)
+ROWS = 21  # 4 devices never divide it.
+
+
+@pytest.fixture(scope="module")
+def rows():
+    rows = np.random.default_rng(3).integers(5, 50, (ROWS, 16)).astype(np.int32)
+    rows[::3, 5:] = 1
+    return rows
+
+
+@pytest.fixture(scope="module")
+def log_probs():
+    counts = np.random.default_rng(4).integers(0, 1000, 50)
+    return unigram_log_probs(counts, special_ids=SPECIAL)
+
+
+@pytest.fixture(scope="module")
+def eval_step(bag_task):
+    step = functools.partial(steps.eval_step, task=bag_task, axis_name=parallel.AXIS)
+    return parallel.data_parallel(step)
+
+
+@pytest.fixture(scope="module")
+def by_hand(bag_task, bag_state, rows, log_probs):
+    """All rows in one batch on one device."""
+    logits, batch = steps.forward(
+        bag_task,
+        bag_state.params,
+        jnp.asarray(rows),
+        rows_B=jnp.arange(ROWS),
+        mask_key=bag_task.key(steps.EVAL_MASKS),
+    )
+    sums = jax.device_get(masked_cross_entropy(logits, batch.targets_BxK, batch.weights_BxK))
+    targets = np.asarray(batch.targets_BxK)[np.asarray(batch.weights_BxK) == 1]
+    assert sums.count == len(targets)
+    return {
+        "eval/loss": sums.loss / sums.count,
+        "eval/accuracy": sums.correct / sums.count,
+        "eval/perplexity": np.exp(sums.loss / sums.count),
+        "eval/unigram_loss": -np.mean([log_probs[target] for target in targets], dtype=np.float64),
+    }
+
+
+@pytest.mark.parametrize("per_device_batch_size", [1, 2, 8])
+def test_batches_and_devices_do_not_matter(
+    eval_step, bag_state, rows, log_probs, by_hand, per_device_batch_size
+):
+    evaluator = Evaluator(eval_step, rows, per_device_batch_size=per_device_batch_size, pad_id=1)
+    params = parallel.replicate(bag_state.params)
+    with jax.transfer_guard("disallow"):
+        metrics = evaluator(params, log_probs)
+    assert metrics.keys() == by_hand.keys()
+    # A sum of some hundred float32.
+    for name, value in by_hand.items():
+        np.testing.assert_allclose(metrics[name], value, rtol=1e-6, err_msg=name)
+    assert metrics["eval/accuracy"] == by_hand["eval/accuracy"] > 0  # Counts are exact.
+    assert all(type(value) is float for value in metrics.values())
+    # Nothing changes from one evaluation to the next.
+    assert evaluator(params, log_probs) == metrics
+
+
+def test_unigram_log_probs_are_those_of_numpy():
+    counts = np.array([7, 0, 90, 3, 5])
+    log_probs = unigram_log_probs(counts, special_ids=(0, 4))
+    assert log_probs.dtype == np.float32
+    # One is added to each of the three that are left: 1, 91 and 4 of 96.
+    np.testing.assert_allclose(log_probs[1:4], np.log(np.array([1, 91, 4]) / 96), rtol=1e-6)
+    np.testing.assert_array_equal(log_probs[[0, 4]], 0)
+    np.testing.assert_array_equal(counts, [7, 0, 90, 3, 5])

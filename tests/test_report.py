@@ -1,0 +1,301 @@
+"""What a run tells: metric lines, means over intervals, durations, operation counts, curves."""
+
+import json
+import struct
+import types
+
+import jax
+import jax.numpy as jnp
+import matplotlib.figure
+import numpy as np
+import pytest
+
+from mlm import parallel, report
+from mlm.curves import draw_curves, read_metrics
+from mlm.data.prefetch import Batch
+from mlm.errors import UserError
+from mlm.loss import LossSums
+from mlm.report import JsonLinesWriter, Reporter, duration, flops_per_token
+from mlm.steps import TrainMetrics
+from mlm.workdir import WorkDir
+
+
+@pytest.fixture
+def path(tmp_path):
+    return str(tmp_path / "metrics.jsonl")
+
+
+def test_one_line_a_step(path):
+    writer = JsonLinesWriter(path, last_step=0)
+    writer.write_scalars(2, {"a": np.float32(0.5), "n": np.int64(3)})
+    writer.write_scalars(2, {"b": jnp.float32(1.5)})
+    writer.write_scalars(4, {"a": 2.125})
+    writer.flush()
+    writer.flush()
+    # More of a step whose line is on disk, shorter than before and longer.
+    writer.write_scalars(4, {"a": 1})
+    writer.flush()
+    writer.write_scalars(4, {"b": 0.25})
+    writer.write_scalars(6, {"a": 0})
+    writer.close()
+    assert read_metrics(path) == [
+        {"step": 2, "a": 0.5, "n": 3, "b": 1.5},
+        {"step": 4, "a": 1, "b": 0.25},
+        {"step": 6, "a": 0},
+    ]
+
+
+def write_lines(path, steps, rest=""):
+    with open(path, "w", encoding="utf-8") as file:
+        file.writelines(json.dumps({"step": step, "old": True}) + "\n" for step in steps)
+        file.write(rest)
+
+
+@pytest.mark.parametrize("last_step", [0, 1, 4, 5, 6, 7])
+def test_no_step_twice_after_going_on(path, last_step):
+    write_lines(path, [2, 4, 6], rest='{"step": 8, "old": tr')
+    writer = JsonLinesWriter(path, last_step=last_step)
+    kept = [step for step in (2, 4, 6) if step <= last_step]
+    # They stay on disk whatever happens next.
+    assert [line["step"] for line in read_metrics(path)] == kept
+    for step in range(max(last_step, 1), 10):
+        if step % 2 == 0:
+            writer.write_scalars(step, {"new": True})
+    writer.close()
+    lines = read_metrics(path)
+    assert [line["step"] for line in lines] == [2, 4, 6, 8]
+    assert [line["step"] for line in lines if "old" in line] == kept
+    # The line of last_step is added to; those before it are left alone.
+    assert [line["step"] for line in lines if "new" in line] == [s for s in (2, 4, 6, 8) if s >= last_step]
+
+
+def test_a_line_cut_off_is_left_out(path):
+    assert read_metrics(path) == []
+    write_lines(path, [1, 2], rest='{"step": 3, "o')
+    assert [line["step"] for line in read_metrics(path)] == [1, 2]
+
+
+class Clock:
+    """Stands for the module `time` in `report`."""
+
+    now = 100.0
+
+    def monotonic(self):
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(report, "time", clock)
+    return clock
+
+
+@pytest.fixture
+def make_reporter(tmp_path, monkeypatch, clock):
+    # Tensorboard's part is CLU's own.
+    monkeypatch.setattr(
+        report, "create_writer", lambda place, last_step: JsonLinesWriter(place.metrics, last_step=last_step)
+    )
+    place = WorkDir(str(tmp_path))
+
+    def make(restored=None, step=0):
+        return Reporter(
+            place,
+            num_train_steps=100,
+            vocab_size=10,
+            flops_per_token=1e3,
+            profile={"first_step": 1, "num_steps": 0},
+            restored=restored,
+            step=step,
+        )
+
+    return make
+
+
+# Update n: sums, tokens, time until it is done, and of that the wait for its batch.
+LOSSES = {1: 30.0, 2: 10.0, 3: 64.0, 4: 50.0, 5: 24.0}
+COUNTS = {1: 10.0, 2: 2.0, 3: 16.0, 4: 25.0, 5: 4.0}
+SECONDS = {1: 1.0, 2: 2.0, 3: 5.0, 4: 1.0, 5: 1.0}
+WAITS = {1: 0.25, 2: 0.0, 3: 0.75, 4: 0.5, 5: 0.0}
+
+
+def fake(step, loss=None, grad_norm=1.0):
+    metrics = TrainMetrics(
+        sums=LossSums(
+            np.float32(LOSSES[step] if loss is None else loss), np.float32(step), np.float32(COUNTS[step])
+        ),
+        grad_norm=np.float32(grad_norm * step),
+        learning_rate=np.float32(step / 8),
+    )
+    tokens = np.array([[step, step, 9]], np.int32)
+    return parallel.replicate(metrics), Batch(tokens, {}, 0, {})
+
+
+def run(reporter, clock, steps, *, since=1, log=()):
+    """Makes updates whose waits add up since update `since`, as a process's do."""
+    for step in steps:
+        reporter.update(step, *fake(step), wait_seconds=sum(WAITS[i] for i in range(since, step + 1)))
+        clock.now += SECONDS[step]
+        if step in log:
+            reporter.settle()
+            reporter.log_updates(step)
+
+
+EXPECTED = [
+    {
+        "step": 3,
+        "train/loss": 104 / 28,
+        "train/accuracy": 6 / 28,
+        "train/learning_rate": 3 / 8,
+        "train/grad_norm": 3.0,
+        "perf/tokens_per_second": 9 / 8,
+        "perf/step_ms": 8000 / 3,
+        "perf/input_wait_fraction": 1 / 8,
+    },
+    {
+        "step": 5,
+        "train/loss": 74 / 29,
+        "train/accuracy": 9 / 29,
+        "train/learning_rate": 5 / 8,
+        "train/grad_norm": 5.0,
+        "perf/tokens_per_second": 6 / 2,
+        "perf/step_ms": 2000 / 2,
+        "perf/input_wait_fraction": 0.5 / 2,
+    },
+]
+
+
+def test_lines_hold_means_over_their_interval(make_reporter, clock, path):
+    with make_reporter() as reporter:
+        run(reporter, clock, range(1, 6), log=(3, 5))
+        np.testing.assert_array_equal(reporter.counts_V, [0, 2, 2, 2, 2, 2, 0, 0, 0, 5])
+    # Exact: few and small numbers.
+    assert read_metrics(path) == EXPECTED
+
+
+@pytest.mark.parametrize("stop", [1, 2, 3, 4])
+def test_lines_are_the_same_after_going_on(make_reporter, clock, path, stop):
+    with make_reporter() as reporter:
+        run(reporter, clock, range(1, stop + 1), log=(3, 5))
+        reporter.settle()
+        saved = json.loads(json.dumps(reporter.to_json()))
+        assert read_metrics(path) == [line for line in EXPECTED if line["step"] <= stop]
+        run(reporter, clock, range(stop + 1, 6), log=(3, 5))  # Lost by a crash.
+    clock.now += 1000
+    with make_reporter(restored={"step": stop, **saved}, step=stop) as reporter:
+        run(reporter, clock, range(stop + 1, 6), since=stop + 1, log=(3, 5))
+        np.testing.assert_array_equal(reporter.counts_V, [0, 2, 2, 2, 2, 2, 0, 0, 0, 5])
+    assert read_metrics(path) == EXPECTED
+
+
+def test_evaluations_join_the_line_and_their_time_is_not_the_updates(make_reporter, clock, path):
+    evaluation = {"eval/loss": 3.0, "eval/unigram_loss": 6.0, "eval/accuracy": 0.25, "eval/perplexity": 20.0}
+    with make_reporter() as reporter:
+        run(reporter, clock, range(1, 3))
+        reporter.settle()
+        with reporter.apart("evaluation"):
+            clock.now += 500
+            reporter.log_evaluation(2, evaluation)
+        assert read_metrics(path) == [{"step": 2, **evaluation}]  # On disk, for the curves.
+        run(reporter, clock, range(3, 4), since=1, log=(3,))
+        with reporter.apart("evaluation"):
+            reporter.log_evaluation(3, evaluation)
+    assert read_metrics(path) == [{"step": 2, **evaluation}, {**EXPECTED[0], **evaluation}]
+
+
+@pytest.mark.parametrize(
+    ("fault", "value"), [("loss", np.nan), ("loss", np.inf), ("grad_norm", np.inf), ("grad_norm", np.nan)]
+)
+def test_a_number_that_is_not_finite_ends_the_run_by_the_updates_name(make_reporter, fault, value):
+    with make_reporter() as reporter:
+        reporter.update(1, *fake(1), wait_seconds=0.0)
+        reporter.update(2, *fake(2, **{fault: value}), wait_seconds=0.0)
+        # Found one update later, as that of the update before.
+        with pytest.raises(UserError, match=r"^update 2 went wrong: .*optimizer\.learning_rate") as raised:
+            reporter.update(3, *fake(3), wait_seconds=0.0)
+        assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [
+        (0.2, "0 s"),
+        (12, "12 s"),
+        (59.6, "1 min 0 s"),
+        (200, "3 min 20 s"),
+        (3599.7, "1 h 0 min"),
+        (4 * 3600 + 12 * 60 + 59, "4 h 12 min"),
+        (2 * 86400 + 3 * 3600 + 1800, "2 d 3 h"),
+    ],
+)
+def test_duration(seconds, said):
+    assert duration(seconds) == said
+
+
+def test_flops_are_those_of_every_matrix_product(tiny_config):
+    config = tiny_config.replace(num_hidden_layers=3)
+    length, slots = 12, 5
+    d, f, v = 16, 32, 50  # hidden_size, intermediate_size, vocab_size
+    products = 3 * [  # (rows, inner, columns), once for a row of tokens
+        *3 * [(length, d, d)],  # queries, keys, values
+        (length, d, length),  # scores, all heads
+        (length, length, d),  # their use
+        (length, d, d),
+        (length, d, f),
+        (length, f, d),
+    ]
+    products += [(slots, d, d), (slots, d, v)]
+    forward = sum(2 * m * k * n for m, k, n in products)
+    assert flops_per_token(config, length=length, slots=slots) * length == pytest.approx(
+        3 * forward, rel=1e-12
+    )
+
+
+@pytest.mark.parametrize(
+    ("kind", "peak"),
+    [
+        ("TPU v3", 61.5e12),
+        ("TPU v5 lite", 197e12),
+        ("TPU v5", 459e12),
+        ("NVIDIA H200", 989e12),
+        ("cpu", None),
+    ],
+)
+def test_the_peak_is_that_of_the_device(monkeypatch, kind, peak):
+    monkeypatch.setattr(jax, "devices", lambda: [types.SimpleNamespace(device_kind=kind)])
+    assert report.peak_flops() == peak
+
+
+@pytest.mark.parametrize(
+    "lines", [[], EXPECTED, [line | {"eval/loss": 1.0, "eval/unigram_loss": 2.0} for line in EXPECTED]]
+)
+def test_curves_are_a_picture_with_named_axes(path, tmp_path, monkeypatch, lines):
+    with open(path, "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(line) + "\n" for line in lines)
+    figures = []
+    save = matplotlib.figure.Figure.savefig
+    monkeypatch.setattr(
+        matplotlib.figure.Figure,
+        "savefig",
+        lambda figure, *a, **k: figures.append(figure) or save(figure, *a, **k),
+    )
+    draw_curves(path, str(tmp_path / "curves.png"), title="a run, 5 updates")
+    content = (tmp_path / "curves.png").read_bytes()
+    assert content[:8] == b"\x89PNG\r\n\x1a\n"
+    assert struct.unpack(">II", content[16:24]) == (1100, 770)
+    (figure,) = figures
+    assert [(axis.get_title(), axis.get_ylabel()) for axis in figure.axes] == [
+        ("Loss", "nats per predicted token"),
+        ("Accuracy", "% of predicted tokens"),
+        ("Learning rate", "per update"),
+        ("Throughput", "tokens per second"),
+    ]
+    assert [axis.get_xlabel() for axis in figure.axes[2:]] == ["updates", "updates"]
+    names = [[line.get_label() for line in axis.get_lines()] for axis in figure.axes]
+    evaluated = any("eval/loss" in line for line in lines)
+    assert names[0] == (["train"] if lines else []) + (["evaluation", "unigram model"] if evaluated else [])
+    if lines:
+        x, y = figure.axes[1].get_lines()[0].get_data()
+        np.testing.assert_array_equal(x, [3, 5])
+        np.testing.assert_allclose(y, [100 * 6 / 28, 100 * 9 / 29])  # In percent.
