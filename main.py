@@ -8,6 +8,7 @@ explains them all. The same command, run again, goes on after an interruption.
 
 import difflib
 import glob
+import itertools
 import logging as python_logging
 import os
 import re
@@ -58,7 +59,7 @@ def main(argv: list[str]) -> None:
 def parse_flags(argv: list[str]) -> list[str]:
     """Parses the command line; a mistake in it, or in the config file, is a UserError."""
     # --config=FILE or --config FILE
-    path = next((value for flag, value in zip(argv, [*argv[1:], None]) if re.match(r"--?config$", flag)), None)
+    path = next((value for flag, value in itertools.pairwise([*argv, None]) if re.match(r"--?config$", flag)), None)
     path = next((arg.split("=", 1)[1] for arg in argv if re.match(r"--?config=", arg)), path)
     if path is not None:
         check_config_file(path)
@@ -106,7 +107,7 @@ def _check_key(key: str, shown: str) -> None:
     known = flatten(default.get_config().to_dict())
     if key not in known:
         nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
-        raise UserError(f"{shown}: there is no such key; did you mean {nearest}? (configs/default.py explains them all)")
+        raise UserError(f"{shown}: there is no such key; did you mean {nearest}? (see configs/default.py)")
 
 
 def set_up_log(*, verbose: bool) -> None:

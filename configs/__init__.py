@@ -1,0 +1,1 @@
+"""One configuration a file; default.py explains every key."""

@@ -179,8 +179,8 @@ class Reporter:
         self._metrics = metrics = parallel.first_replica(metrics)
         if not np.isfinite([metrics.sums.loss, metrics.grad_norm]).all():
             raise UserError(
-                f"update {step} went wrong: its loss is {metrics.sums.loss / max(metrics.sums.count, 1.0)}, its gradient "
-                f"norm {metrics.grad_norm}. The checkpoints before it are kept; go on from them with a lower "
+                f"update {step} went wrong: its loss is {metrics.sums.loss / max(metrics.sums.count, 1.0)}, its "
+                f"gradient norm {metrics.grad_norm}. The checkpoints before it are kept; go on from them with a lower "
                 "optimizer.learning_rate, more warmup_steps or max_grad_norm=1.0"
             )
         self._interval.loss += float(metrics.sums.loss)

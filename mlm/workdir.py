@@ -51,7 +51,9 @@ class WorkDir:
             # Rights do not tell: root has them all, and a read-only disk has none.
             tempfile.TemporaryFile(dir=existing).close()
         except OSError as error:
-            raise UserError(f"--workdir={path}: {existing} is not writable ({error.strerror}); choose another") from None
+            raise UserError(
+                f"--workdir={path}: {existing} is not writable ({error.strerror}); choose another"
+            ) from None
 
     def check_same_run(self, config: dict[str, Any]) -> None:
         """Refuses a config that differs from the directory's own in a key that changes the run's result."""

@@ -414,6 +414,16 @@ def test_too_few_eval_rows_are_told():
         eval_rows(memory_source([[None]]), 1)
 
 
+def test_fewer_eval_rows_where_that_is_allowed():
+    source = memory_source([["abc", "de"]])  # 9 tokens: one row of 6, and a part row that is left out
+    found = eval_rows(source, 2, allow_fewer=True)
+    assert found.rows.tolist() == eval_rows(source, 1).rows.tolist()
+    assert found.documents.to_pylist() == ["abc", "de"]
+    assert eval_rows(source, 2, packing="pad", allow_fewer=True).rows.shape == (2, 6)
+    with pytest.raises(UserError, match="has 0 rows of 6 tokens"):
+        eval_rows(memory_source([["a"]]), 1, allow_fewer=True)
+
+
 def test_held_out_documents_never_come_in_any_epoch():
     corpus = words(60)
     source = memory_source(split(corpus + corpus[:9], 4))

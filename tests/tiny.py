@@ -15,10 +15,11 @@ VERBS = ["sees", "likes", "follows", "hears", "finds"]
 def sentences(count: int, *, seed: int = 0) -> list[str]:
     """Sentences, no two alike."""
     draw = random.Random(seed)
-    return [
-        f"Number {i}: the {draw.choice(NOUNS)} {draw.choice(VERBS)} the {draw.choice(NOUNS)} and the {draw.choice(NOUNS)}."
-        for i in range(count)
-    ]
+
+    def noun() -> str:
+        return draw.choice(NOUNS)
+
+    return [f"Number {i}: the {noun()} {draw.choice(VERBS)} the {noun()} and the {noun()}." for i in range(count)]
 
 
 def write_corpus(directory: Path, *, files: int = 3, documents: int = 400) -> str:
