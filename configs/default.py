@@ -135,7 +135,7 @@ def get_config() -> ConfigDict:
     # Sentences with "<mask>" (whatever the tokenizer's own mask token is) that the finished model fills in.
     report.sentences = (
         "The capital of France is <mask>.",
-        "Returns the <mask> of the two arrays.",
-        "If <mask> is not given, the default value is used.",
+        "She opened the <mask> and went into the house.",
+        "In the year 1969, two men walked on the <mask>.",
     )
     return config.lock()

@@ -40,6 +40,13 @@ def get_config() -> ConfigDict:
     config.model.overrides.hidden_dropout_prob = 0.0
     config.model.overrides.attention_probs_dropout_prob = 0.0
 
+    config.report.sentences = (
+        "Returns the <mask> of the two arrays.",
+        "If <mask> is not given, the default value is used.",
+        "Raises a <mask> if the file does not exist.",
+        "A list of <mask> to be used by the model.",
+    )
+
     config.optimizer.learning_rate = 3e-3
     config.optimizer.warmup_steps = 80
     config.optimizer.adam_beta2 = 0.98

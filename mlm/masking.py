@@ -37,7 +37,7 @@ class MaskingSpec:
 
     def slots(self, length: int) -> int:
         """The largest number of tokens that a row of `length` tokens has to predict (K)."""
-        # 1e-6: 0.15 * 100 is a little over 15 in floating point.
+        # 1e-6: 0.07 * 100 is a little over 7 in floating point.
         return max(1, math.ceil(self.mlm_probability * length - 1e-6))
 
 

@@ -250,7 +250,8 @@ class Reporter:
 
     def write_hparams(self, hparams: Mapping[str, Any]) -> None:
         """Tells tensorboard the run's configuration."""
-        self._writer.write_hparams({key: str(value) for key, value in hparams.items()})
+        plain = (bool, int, float, str)  # What tensorboard takes.
+        self._writer.write_hparams({k: v if isinstance(v, plain) else str(v) for k, v in hparams.items()})
 
     def flush(self) -> None:
         """Writes to disk what is buffered."""

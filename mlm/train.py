@@ -203,7 +203,7 @@ def _export(
         tokenizer=run.tokenizer,
         card=export.Card(
             title=os.path.basename(place.path),
-            data=run.data_name,
+            data="the docstrings of Python packages" if run.data_name == "docstrings" else run.data_name,
             data_id=config.data.dataset_name if named and not os.path.exists(config.data.dataset_name) else None,
             recipe=recipe,
         ),

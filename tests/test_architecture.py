@@ -56,9 +56,7 @@ def imports(tree):
 
 
 def files_importing(name):
-    return {
-        file for file, tree in TREES.items() if any(f"{i}.".startswith(f"{name}.") for i in imports(tree))
-    }
+    return {file for file, tree in TREES.items() if any(f"{i}.".startswith(f"{name}.") for i in imports(tree))}
 
 
 def mlm_rooms(file):
@@ -102,9 +100,7 @@ def test_a_step_needs_nothing_but_jax_flax_optax_and_numpy():
     ]
     rooms = ", ".join(f"mlm.{room}" for room in sorted(STEP_ROOMS))
     code = f"import sys\nsys.modules.update(dict.fromkeys({blocked}))\nimport {rooms}, mlm.models.weights"
-    result = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
 
 
@@ -152,9 +148,7 @@ def test_pmap_is_in_parallel_alone():
 @pytest.mark.parametrize("folder", ["mlm", "configs", "benchmarks", "."])
 def test_no_file_passes_400_lines(folder):
     glob = "*.py" if folder == "." else "**/*.py"
-    lengths = {
-        path: len(path.read_text(encoding="utf-8").splitlines()) for path in (ROOT / folder).glob(glob)
-    }
+    lengths = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in (ROOT / folder).glob(glob)}
     assert {str(path): length for path, length in lengths.items() if length > 400} == {}
 
 
@@ -200,9 +194,7 @@ def test_every_key_is_read_and_every_key_read_is_there():
     for tree in TREES.values():
         for function in ast.walk(tree):
             if isinstance(function, ast.FunctionDef) and any(
-                arg.arg == "config"
-                and arg.annotation is not None
-                and ast.unparse(arg.annotation) == "ConfigDict"
+                arg.arg == "config" and arg.annotation is not None and ast.unparse(arg.annotation) == "ConfigDict"
                 for arg in function.args.args
             ):
                 read |= set(keys_read(function))
@@ -218,9 +210,7 @@ def test_every_key_is_read_and_every_key_read_is_there():
                 names.add(node.target.id)
             elif isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant):
                 names.add(node.slice.value)
-    handed_on = {
-        key for key in keys if key.rpartition(".")[0] in read - {""} and key.rpartition(".")[2] in names
-    }
+    handed_on = {key for key in keys if key.rpartition(".")[0] in read - {""} and key.rpartition(".")[2] in names}
     assert keys - read - handed_on == set()
 
 

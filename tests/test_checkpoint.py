@@ -86,9 +86,7 @@ def test_a_checkpoint_half_written_does_not_count(directory):
     like = parallel.global_like({"weight": np.zeros((2, 3), np.float32)})
     with Checkpointer(directory, keep_checkpoints=3) as checkpointer:
         assert checkpointer.latest_step() == 4
-        np.testing.assert_array_equal(
-            checkpointer.restore(4, like=like).state["weight"], np.full((2, 3), 7.0)
-        )
+        np.testing.assert_array_equal(checkpointer.restore(4, like=like).state["weight"], np.full((2, 3), 7.0))
 
 
 def test_without_a_directory_there_is_no_checkpoint_and_none_is_made(tmp_path):

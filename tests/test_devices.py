@@ -55,10 +55,7 @@ def test_one_and_four_devices_make_the_same_updates(encoder_task, encoder_state,
         np.testing.assert_allclose(metrics.grad_norm, expected_metrics.grad_norm, rtol=1e-5)
         assert_near(params, expected_params)
     # An update moves parameters by up to the learning rate, 10^4 times the tolerance.
-    assert (
-        max(np.abs(a - b).max() for a, b in zip(*map(jax.tree.leaves, (one[0][0], one[2][0])), strict=True))
-        > 5e-3
-    )
+    assert max(np.abs(a - b).max() for a, b in zip(*map(jax.tree.leaves, (one[0][0], one[2][0])), strict=True)) > 5e-3
 
 
 def test_four_passes_make_the_same_updates_as_one_of_four_times_the_rows(bag_task, bag_state, uneven_rows):
@@ -91,9 +88,7 @@ def test_a_mean_of_the_devices_means_would_be_another_gradient(bag_task, bag_sta
     assert len(set(map(float, counts))) == 4
 
     def average(weights):
-        return jax.tree.map(
-            lambda *leaves: sum(w * leaf for w, leaf in zip(weights, leaves, strict=True)), *parts
-        )
+        return jax.tree.map(lambda *leaves: sum(w * leaf for w, leaf in zip(weights, leaves, strict=True)), *parts)
 
     shares = [n / count for n in counts]
     assert norm(jax.tree.map(np.subtract, average(shares), true)) < 1e-6 * norm(true)

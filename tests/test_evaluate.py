@@ -56,9 +56,7 @@ def by_hand(bag_task, bag_state, rows, log_probs):
 
 
 @pytest.mark.parametrize("per_device_batch_size", [1, 2, 8])
-def test_batches_and_devices_do_not_matter(
-    eval_step, bag_state, rows, log_probs, by_hand, per_device_batch_size
-):
+def test_batches_and_devices_do_not_matter(eval_step, bag_state, rows, log_probs, by_hand, per_device_batch_size):
     evaluator = Evaluator(eval_step, rows, per_device_batch_size=per_device_batch_size, pad_id=1)
     params = parallel.replicate(bag_state.params)
     with jax.transfer_guard("disallow"):

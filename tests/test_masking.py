@@ -180,7 +180,7 @@ def test_every_row_and_key_draws_its_own():
 
 
 def test_slots_are_the_ceiling_of_the_share():
-    for probability in ("0.15", "0.3", "0.1", "0.2", "0.7", "0.5", "1.0", "0.01"):
+    for probability in ("0.15", "0.07", "0.55", "0.3", "0.1", "0.2", "0.7", "0.5", "1.0", "0.01"):
         spec = dataclasses.replace(SPEC, mlm_probability=float(probability))
         for length in range(1, 513):
             assert spec.slots(length) == math.ceil(fractions.Fraction(probability) * length)

@@ -143,9 +143,7 @@ def test_a_run_may_go_on_with_another_choice_of_numbers():
     params = {"kernel": jnp.ones((2, 2))}
 
     def state_like(kind, **change):
-        schedule = create_schedule(
-            kind, learning_rate=1.0, warmup_steps=change.pop("warmup", 0), num_train_steps=9
-        )
+        schedule = create_schedule(kind, learning_rate=1.0, warmup_steps=change.pop("warmup", 0), num_train_steps=9)
         return jax.eval_shape(create_optimizer(schedule, **(ADAMW | change)).init, params)
 
     plain = state_like("constant", max_grad_norm=0.0, weight_decay=0.0)

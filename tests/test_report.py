@@ -32,9 +32,10 @@ def test_one_line_a_step(path):
     writer.write_scalars(4, {"a": 2.125})
     writer.flush()
     writer.flush()
-    # More of a step whose line is on disk, shorter than before and longer.
+    # More of a step whose line is on disk: shorter than before, then longer.
     writer.write_scalars(4, {"a": 1})
     writer.flush()
+    assert read_metrics(path)[1:] == [{"step": 4, "a": 1}]
     writer.write_scalars(4, {"b": 0.25})
     writer.write_scalars(6, {"a": 0})
     writer.close()
@@ -122,9 +123,7 @@ WAITS = {1: 0.25, 2: 0.0, 3: 0.75, 4: 0.5, 5: 0.0}
 
 def fake(step, loss=None, grad_norm=1.0):
     metrics = TrainMetrics(
-        sums=LossSums(
-            np.float32(LOSSES[step] if loss is None else loss), np.float32(step), np.float32(COUNTS[step])
-        ),
+        sums=LossSums(np.float32(LOSSES[step] if loss is None else loss), np.float32(step), np.float32(COUNTS[step])),
         grad_norm=np.float32(grad_norm * step),
         learning_rate=np.float32(step / 8),
     )
@@ -194,6 +193,7 @@ def test_evaluations_join_the_line_and_their_time_is_not_the_updates(make_report
     with make_reporter() as reporter:
         run(reporter, clock, range(1, 3))
         reporter.settle()
+        clock.now += 1  # Still the loop's own.
         with reporter.apart("evaluation"):
             clock.now += 500
             reporter.log_evaluation(2, evaluation)
@@ -201,7 +201,8 @@ def test_evaluations_join_the_line_and_their_time_is_not_the_updates(make_report
         run(reporter, clock, range(3, 4), since=1, log=(3,))
         with reporter.apart("evaluation"):
             reporter.log_evaluation(3, evaluation)
-    assert read_metrics(path) == [{"step": 2, **evaluation}, {**EXPECTED[0], **evaluation}]
+    timings = {"perf/tokens_per_second": 1.0, "perf/step_ms": 3000.0, "perf/input_wait_fraction": 1 / 9}
+    assert read_metrics(path) == [{"step": 2, **evaluation}, {**EXPECTED[0], **timings, **evaluation}]
 
 
 @pytest.mark.parametrize(
@@ -247,9 +248,7 @@ def test_flops_are_those_of_every_matrix_product(tiny_config):
     ]
     products += [(slots, d, d), (slots, d, v)]
     forward = sum(2 * m * k * n for m, k, n in products)
-    assert flops_per_token(config, length=length, slots=slots) * length == pytest.approx(
-        3 * forward, rel=1e-12
-    )
+    assert flops_per_token(config, length=length, slots=slots) * length == pytest.approx(3 * forward, rel=1e-12)
 
 
 @pytest.mark.parametrize(

@@ -82,18 +82,14 @@ def test_the_same_seed_gives_the_same_bits_another_does_not(
 
 
 def test_random_streams_differ(bag_task):
-    keys = [
-        bag_task.key(stream) for stream in (steps.INIT, steps.TRAIN_MASKS, steps.EVAL_MASKS, steps.DROPOUT)
-    ]
+    keys = [bag_task.key(stream) for stream in (steps.INIT, steps.TRAIN_MASKS, steps.EVAL_MASKS, steps.DROPOUT)]
     assert len({tuple(np.asarray(jax.random.key_data(key))) for key in keys}) == 4
 
 
 def test_masks_change_with_the_step_alone(bag_step, bag_state, uneven_rows):
     def loss(updates):
         state = parallel.replicate(dataclasses.replace(bag_state, step=np.int32(updates)))
-        return float(
-            parallel.first_replica(bag_step(state, parallel.shard(uneven_rows, shape=(1,)))[1].sums.loss)
-        )
+        return float(parallel.first_replica(bag_step(state, parallel.shard(uneven_rows, shape=(1,)))[1].sums.loss))
 
     assert len({loss(updates) for updates in range(4)}) == 4
     assert loss(2) == loss(2)
