@@ -39,19 +39,36 @@ def get_config() -> ConfigDict:
     data.data_files = placeholder(object)
     # The same for evaluation. None: the first num_eval_samples rows of the training text are held out.
     data.eval_data_files = placeholder(object)
+    # Several sources: (name, weight) or (name, weight, {key: value}) each, the name a data set's or a free one for the
+    # metrics eval/<name>/loss, the keys dataset_name, dataset_config_name, data_files, eval_data_files, split and
+    # text_column_name, where they differ from the ones here. Weights are shares of the rows.
+    data.mixture = ()
     data.split = "train"
     # The column that holds the text. Text files have "text".
     data.text_column_name = "text"
     # Tokens in a row, begin and end tokens included.
     data.max_seq_length = 128
     # How documents become rows. "concatenate": they run on over row borders, an end token between them (no token
-    # is lost, none is padding). "pad": a document a row, cut or padded (the reference's pad_to_max_length).
-    # "pad_lines": a line a row (its line_by_line).
+    # is lost, none is padding). "isolate": the same rows, but attention and positions stay inside a document.
+    # "pad": a document a row, cut or padded (the reference's pad_to_max_length). "pad_lines": a line a row (its
+    # line_by_line).
     data.packing = "concatenate"
     # Documents read, then shuffled among themselves. 0: the order of the source.
     data.shuffle_buffer_size = 10_000
     # Rows in the evaluation set. Documents in it are never trained on.
     data.num_eval_samples = 5_000
+    # (first, last) updates whose data is left out, the cure for a loss that spikes: update `first` is trained on what
+    # update last + 1 would have had. The numbers are those of the run with none left out.
+    data.skip_steps = ()
+    # Over a network (URLs and the hub): seconds of failing, with nothing new in between, for which a read is tried
+    # again, with growing waits, before its shard is set aside for the rest of the epoch. Five minutes outlast what
+    # servers and routers need to start again.
+    data.network_deadline_seconds = 300.0
+    # Seconds of silence after which a connection counts as broken.
+    data.network_timeout_seconds = 30.0
+    # Shards that a process may set aside in one epoch of a source, or one after the other, before the run stops. With
+    # the deadline: a server that is gone stops it after three quarters of an hour. 0: the first one stops it.
+    data.max_failed_shards = 8
     # Batches made ahead of the step, in a thread.
     data.prefetch_batches = 4
     # Where `datasets` and `transformers` keep what they download. None: their own default.

@@ -23,11 +23,11 @@ def get_config() -> ConfigDict:
 
     config.data.dataset_name = "docstrings"
     config.data.max_seq_length = 64
-    config.data.shuffle_buffer_size = 4_000
+    config.data.shuffle_buffer_size = 2_000
     config.data.num_eval_samples = 1_024
 
     config.tokenizer.vocab_size = 2_048
-    config.tokenizer.train_documents = 10_000
+    config.tokenizer.train_documents = 5_000
 
     config.model.overrides.hidden_size = 128
     config.model.overrides.num_hidden_layers = 2

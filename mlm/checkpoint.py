@@ -107,7 +107,7 @@ class Checkpointer:
           loop: JSON-serializable, the same on every process.
           stream: JSON-serializable, this process's own.
         """
-        self._manager.save(
+        saved = self._manager.save(
             step,
             args=ocp.args.Composite(
                 state=ocp.args.StandardSave(state),
@@ -115,6 +115,9 @@ class Checkpointer:
                 stream=ProcessJsonSave(dict(stream)),
             ),
         )
+        if not saved:
+            # Orbax says no more than False, for a step that is not past the newest one.
+            raise ValueError(f"Orbax did not save step {step}; the newest checkpoint is {self.latest_step()}")
 
     def restore(self, step: int, *, like: Any) -> Restored:
         """Reads checkpoint `step`; `like` is a tree of `jax.ShapeDtypeStruct` with shardings."""

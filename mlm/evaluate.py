@@ -1,6 +1,6 @@
 """The evaluation set's loss: sums over all rows, divided once."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -30,8 +30,8 @@ def unigram_log_probs(counts_V: np.ndarray, *, special_ids: tuple[int, ...]) -> 
 class Evaluator:
     """Evaluates the same rows with the same masks, at every call.
 
-    Rows are dealt to batches, processes and devices in order; the last batch is filled up with rows of padding, which
-    count for nothing. Every process holds all rows.
+    Rows are dealt to batches, processes and devices in order, those of each source apart; a source's last batch is
+    filled up with rows of padding, which count for nothing. Every process holds all rows.
     """
 
     def __init__(
@@ -41,15 +41,27 @@ class Evaluator:
         *,
         per_device_batch_size: int,
         pad_id: int,
+        counts: Mapping[str, int] | None = None,
     ):
-        """Takes the step under `data_parallel`, and the rows, int32."""
+        """Takes the step under `data_parallel`, and the rows, int32.
+
+        `counts` says how many of them are of which source, one source after the other. With several, each has a loss
+        of its own, `eval/<name>/loss`.
+        """
         local = per_device_batch_size * jax.local_device_count()
         batch = per_device_batch_size * jax.device_count()
-        filled = -(-len(rows_RxL) // batch) * batch
-        padding = np.full((filled - len(rows_RxL), rows_RxL.shape[1]), pad_id, np.int32)
-        tokens = np.concatenate([rows_RxL, padding])
-        starts = range(jax.process_index() * local, filled, batch)
-        self._batches = [(tokens[i : i + local], np.arange(i, i + local, dtype=np.int32)) for i in starts]
+        self._batches: list[tuple[np.ndarray, np.ndarray]] = []
+        self._sources: list[str] = []  # of the batches
+        first = 0
+        for name, count in (counts or {"": len(rows_RxL)}).items():
+            filled = -(-count // batch) * batch
+            padding = np.full((filled - count, rows_RxL.shape[1]), pad_id, np.int32)
+            tokens = np.concatenate([rows_RxL[first : first + count], padding])
+            for i in range(jax.process_index() * local, filled, batch):
+                # A row's number, and so its masks, do not depend on the size of batches.
+                self._batches.append((tokens[i : i + local], np.arange(first + i, first + i + local, dtype=np.int32)))
+                self._sources.append(name)
+            first += count
         self._step = eval_step
 
     def __call__(self, params: Any, unigram_V: np.ndarray) -> dict[str, float]:
@@ -59,12 +71,22 @@ class Evaluator:
             self._step(params, parallel.shard(tokens), parallel.shard(rows), unigram)
             for tokens, rows in self._batches
         ]
-        total = jax.tree.map(lambda *parts: float(np.sum(parts, dtype=np.float64)), *parallel.first_replica(results))
+        results = parallel.first_replica(results)
+        total = _add_up(results)
         count = max(total.sums.count, 1.0)
         loss = total.sums.loss / count
-        return {
+        metrics = {
             "eval/loss": loss,
             "eval/accuracy": total.sums.correct / count,
             "eval/perplexity": float(np.exp(min(loss, 700.0))),
             "eval/unigram_loss": total.unigram_loss / count,
         }
+        names = dict.fromkeys(self._sources)
+        for name in names if len(names) > 1 else ():
+            part = _add_up([result for result, of in zip(results, self._sources, strict=True) if of == name])
+            metrics[f"eval/{name}/loss"] = part.sums.loss / max(part.sums.count, 1.0)
+        return metrics
+
+
+def _add_up(results: list[EvalSums]) -> EvalSums:
+    return jax.tree.map(lambda *parts: float(np.sum(parts, dtype=np.float64)), *results)

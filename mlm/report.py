@@ -105,6 +105,7 @@ class Interval:
     count: float = 0.0
     steps: int = 0
     tokens: int = 0
+    padding: int = 0
     seconds: float = 0.0
     wait_seconds: float = 0.0
 
@@ -126,17 +127,23 @@ class Reporter:
         profile: Mapping[str, int],
         restored: Mapping[str, Any] | None,
         step: int,
+        pad_id: int | None = None,
     ):
-        """Goes on at `step`, from what `to_json` gave then (`restored`)."""
+        """Goes on at `step`, from what `to_json` gave then (`restored`).
+
+        With a `pad_id` the share of padding in the rows of process 0 is logged; None for rows that never have any.
+        """
         restored = restored or {"interval": {}, "counts_V": [0] * vocab_size}
         self.counts_V = np.asarray(restored["counts_V"], np.int64)
         self._interval = Interval(**restored["interval"])
         self._writer = create_writer(workdir, last_step=step)
         self._num_train_steps = num_train_steps
         self._flops_per_token = flops_per_token
+        self._pad_id = pad_id
         self._pending: tuple[int, TrainMetrics] | None = None
         self._metrics: TrainMetrics | None = None
-        self._clock = time.monotonic()
+        # Both begin with the first update: until it was dispatched the loop was compiling.
+        self._clock: float | None = None
         self._waited = 0.0
         self._progress = periodic_actions.ReportProgress(num_train_steps=num_train_steps, every_secs=60.0)
         self._hooks = [self._progress]
@@ -154,15 +161,20 @@ class Reporter:
     def update(self, step: int, metrics: TrainMetrics, batch: Batch, *, wait_seconds: float) -> None:
         """Takes an update that was just dispatched; reads the one before, while the devices work on this one.
 
-        `wait_seconds` is how long the loop has waited for batches since it began.
+        `wait_seconds` is how long batches have been waited for, in all.
         """
+        if self._clock is None:
+            self._clock, self._waited = time.monotonic(), wait_seconds
         self.settle()
         self._pending = (step, metrics)
         self._interval.steps += 1
         self._interval.tokens += batch.tokens.size * jax.process_count()
         self._interval.wait_seconds += wait_seconds - self._waited
         self._waited = wait_seconds
-        self.counts_V += np.bincount(batch.tokens.ravel(), minlength=len(self.counts_V))
+        counts_V = np.bincount(batch.tokens.ravel(), minlength=len(self.counts_V))
+        self.counts_V += counts_V
+        if self._pad_id is not None:
+            self._interval.padding += int(counts_V[self._pad_id]) * jax.process_count()
         for hook in self._hooks:
             hook(step)
 
@@ -201,6 +213,8 @@ class Reporter:
             "perf/step_ms": 1e3 * seconds / total.steps,
             "perf/input_wait_fraction": min(1.0, total.wait_seconds / seconds),
         }
+        if self._pad_id is not None:
+            scalars["data/padding_fraction"] = total.padding / max(total.tokens, 1)
         if peak := peak_flops():
             rate = total.tokens * self._flops_per_token / seconds
             scalars["perf/mfu"] = rate / (peak * jax.device_count())
@@ -226,7 +240,8 @@ class Reporter:
         self._lap()
         with self._progress.timed(name, wait_jax_async_dispatch=False):
             yield
-        self._clock = time.monotonic()
+        if self._clock is not None:
+            self._clock = time.monotonic()
 
     def log_evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
         """Writes an evaluation's metrics, to the disk: the curves are drawn from there next."""
@@ -265,8 +280,9 @@ class Reporter:
 
     def _lap(self) -> None:
         now = time.monotonic()
-        self._interval.seconds += now - self._clock
-        self._clock = now
+        if self._clock is not None:
+            self._interval.seconds += now - self._clock
+            self._clock = now
 
 
 def peak_flops() -> float | None:

@@ -5,7 +5,6 @@ import dataclasses
 import glob
 import json
 import os
-from collections.abc import Iterator
 from typing import Any
 
 import huggingface_hub
@@ -13,13 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
-from absl import logging
 from huggingface_hub.errors import HfHubHTTPError
 from ml_collections import ConfigDict
 
 from mlm import fill_mask
-from mlm.data import packing, sources, stream
-from mlm.data import tokenizer as tokenizers
+from mlm import text as text_lib
+from mlm.data import packing
+from mlm.data.batches import BatchStream, check_ranges
 from mlm.data.tokenizer import Tokenizer
 from mlm.errors import UserError
 from mlm.export import Hub
@@ -29,6 +28,7 @@ from mlm.models.config import EncoderConfig, default_config
 from mlm.models.encoder import MaskedLM
 from mlm.optimizer import create_optimizer, create_schedule
 from mlm.steps import Task, init_params
+from mlm.text import Text
 from mlm.workdir import WorkDir
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -43,17 +43,15 @@ class Run:
       encoder: the model's config.
       tokenizer: text to ids.
       stream: this process's training rows, at their beginning.
-      eval_rows_RxL: int32, the evaluation set, the same on every process.
-      data_name: what the text is, for people.
+      text: what they and the evaluation rows come from.
       pretrained: the weights to start from, or None.
     """
 
     task: Task
     encoder: EncoderConfig
     tokenizer: Tokenizer
-    stream: stream.RowStream
-    eval_rows_RxL: np.ndarray
-    data_name: str
+    stream: BatchStream
+    text: Text
     pretrained: dict[str, np.ndarray] | None
 
     def initial_params(self) -> Any:
@@ -61,7 +59,7 @@ class Run:
         if self.pretrained is not None:
             return weights.from_hf(self.pretrained, self.encoder)
         return jax.jit(init_params, static_argnums=0, static_argnames="length")(
-            self.task, length=self.eval_rows_RxL.shape[1]
+            self.task, length=self.text.eval_rows_RxL.shape[1]
         )
 
 
@@ -81,56 +79,41 @@ def build(config: ConfigDict, workdir: WorkDir) -> Run:
     optimizer = create_optimizer(schedule, **options)
     copied, pretrained = _load_model(config)
 
-    source = _open(config, config.data.data_files)
-    eval_source = source if config.data.eval_data_files is None else _open(config, config.data.eval_data_files)
-    tokenizer = _load_tokenizer(config, workdir, source)
+    text_sources = text_lib.open_sources(config)
+    tokenizer = text_lib.open_tokenizer(config, workdir, text_sources)
     encoder = _encoder_config(config, copied, tokenizer)
     fill_mask.encode(tokenizer, config.report.sentences, max_seq_length=encoder.max_seq_length)
     if pretrained is not None:
         weights.from_hf(pretrained, encoder)
 
-    eval_rows = stream.read_eval_rows(
-        eval_source,
-        tokenizer,
-        num_rows=config.data.num_eval_samples,
-        max_seq_length=config.data.max_seq_length,
-        packing=config.data.packing,
-        allow_fewer=eval_source is not source,
-    )
-    rows = stream.RowStream(
-        source,
-        tokenizer,
-        seed=config.seed,
-        max_seq_length=config.data.max_seq_length,
-        packing=config.data.packing,
-        shuffle_buffer_size=config.data.shuffle_buffer_size,
-        batch_rows=config.per_device_train_batch_size
-        * config.gradient_accumulation_steps
-        * jax.local_device_count(),
-        held_out=eval_rows.documents,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
-    masking = MaskingSpec(
-        **config.masking,
-        mask_id=tokenizer.mask_id,
-        special_ids=tokenizer.special_ids,
-        num_ids=tokenizer.num_ids,
-    )
+    text = text_lib.open_text(config, text_sources, tokenizer)
     return Run(
         task=Task(
-            model=MaskedLM(encoder, DTYPES[config.model.dtype]),
-            masking=masking,
+            model=MaskedLM(
+                encoder,
+                DTYPES[config.model.dtype],
+                begin_id=tokenizer.bos_id if config.data.packing == "isolate" else None,
+            ),
+            masking=open_masking(config, tokenizer),
             optimizer=optimizer,
             schedule=schedule,
             seed=config.seed,
         ),
         encoder=encoder,
         tokenizer=tokenizer,
-        stream=rows,
-        eval_rows_RxL=eval_rows.rows,
-        data_name=source.name,
+        stream=text.batches(),
+        text=text,
         pretrained=pretrained,
+    )
+
+
+def open_masking(config: ConfigDict, tokenizer: Tokenizer) -> MaskingSpec:
+    """What is masked, and with what."""
+    return MaskingSpec(
+        **config.masking,
+        mask_id=tokenizer.mask_id,
+        special_ids=tokenizer.special_ids,
+        num_ids=tokenizer.num_ids,
     )
 
 
@@ -163,6 +146,8 @@ def check_numbers(config: ConfigDict) -> None:
         raise UserError(f"data.max_seq_length={config.data.max_seq_length} must be at least 3: begin, text, end")
     if config.data.shuffle_buffer_size < 0:
         raise UserError(f"data.shuffle_buffer_size={config.data.shuffle_buffer_size} must not be negative")
+    check_ranges(config.data.skip_steps)
+    text_lib.check_mixture(config.data.mixture)
     if config.data.packing not in packing.PACKINGS:
         raise UserError(f"data.packing={config.data.packing!r} is not one of {', '.join(packing.PACKINGS)}")
     if config.model.dtype not in DTYPES:
@@ -177,50 +162,6 @@ def check_numbers(config: ConfigDict) -> None:
             f"masking.mask_token_share={shares.mask_token_share} and masking.random_token_share="
             f"{shares.random_token_share} add up to more than 1"
         )
-
-
-def _open(config: ConfigDict, data_files: Any) -> sources.Source:
-    return sources.open_source(
-        dataset_name=config.data.dataset_name,
-        dataset_config_name=config.data.dataset_config_name,
-        data_files=data_files,
-        split=config.data.split,
-        text_column_name=config.data.text_column_name,
-        cache_dir=config.data.cache_dir or "",
-    )
-
-
-def _load_tokenizer(config: ConfigDict, workdir: WorkDir, source: sources.Source) -> Tokenizer:
-    """The run's own once it has one, else the named one, else one trained on the head of the text."""
-    options = config.tokenizer
-    name = workdir.tokenizer if os.path.isdir(workdir.tokenizer) else options.tokenizer_name
-    name = name or config.model.model_name_or_path
-    if name:
-        return tokenizers.load_tokenizer(
-            name,
-            cache_dir=config.data.cache_dir or "",
-            use_fast_tokenizer=options.use_fast_tokenizer,
-            backend=options.backend,
-        )
-    logging.info("training a tokenizer of %d entries on the head of %s", options.vocab_size, source.name)
-    return tokenizers.train_tokenizer(
-        _head(source, options.train_documents),
-        vocab_size=options.vocab_size,
-        max_seq_length=config.data.max_seq_length,
-        backend=options.backend,
-    )
-
-
-def _head(source: sources.Source, documents: int) -> Iterator[str]:
-    """The first documents in source order, nulls left out."""
-    left = documents
-    for shard in range(source.num_shards):
-        for column in source.read(shard):
-            texts = column.drop_null().slice(0, left)
-            yield from texts.to_pylist()
-            left -= len(texts)
-            if left <= 0:
-                return
 
 
 def _encoder_config(config: ConfigDict, copied: EncoderConfig | None, tokenizer: Tokenizer) -> EncoderConfig:

@@ -14,8 +14,8 @@ from ml_collections import ConfigDict
 
 from mlm import export, parallel, report, setup, steps
 from mlm.checkpoint import Checkpointer
+from mlm.data.packing import RUN_ON
 from mlm.data.prefetch import Prefetcher
-from mlm.errors import UserError
 from mlm.evaluate import Evaluator, unigram_log_probs
 from mlm.fill_mask import fill_mask, table
 from mlm.workdir import WorkDir, flatten
@@ -59,16 +59,16 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> None:
         )
         evaluator = Evaluator(
             parallel.data_parallel(functools.partial(steps.eval_step, task=run.task, axis_name=parallel.AXIS)),
-            run.eval_rows_RxL,
+            run.text.eval_rows_RxL,
             per_device_batch_size=config.per_device_eval_batch_size,
             pad_id=run.tokenizer.pad_id,
+            counts=run.text.eval_counts,
         )
 
         def evaluate(step: int) -> dict[str, float]:
             with reporter.apart("evaluation"):
-                counts_V = parallel.broadcast_from_first(reporter.counts_V)
-                unigram_V = unigram_log_probs(counts_V, special_ids=run.tokenizer.special_ids)
-                metrics = evaluator(state.params, unigram_V)
+                unigram_V = unigram_log_probs(reporter.counts_V, special_ids=run.tokenizer.special_ids)
+                metrics = evaluator(state.params, parallel.broadcast_from_first(unigram_V))
                 reporter.log_evaluation(step, metrics)
             return metrics
 
@@ -127,17 +127,14 @@ def _restore(run: setup.Run, checkpointer: Checkpointer) -> tuple[steps.TrainSta
         return parallel.replicate(steps.init_state(run.task, run.initial_params())), None
     like = jax.eval_shape(lambda: steps.init_state(run.task, run.initial_params()))
     restored = checkpointer.restore(step, like=parallel.global_like(like))
-    if len(restored.streams) != jax.process_count():
-        raise UserError(
-            f"the checkpoint of update {step} was written by {len(restored.streams)} processes, this run has "
-            f"{jax.process_count()}; start as many"
-        )
-    run.stream.load_state_dict(restored.streams[jax.process_index()])
+    run.stream.restore(restored.streams)
     return parallel.from_global(restored.state), restored.loop
 
 
 def _say_what_runs(config: ConfigDict, run: setup.Run, state: steps.TrainState, start: int) -> None:
-    """Logs the model, the data and the devices."""
+    """Logs the model, the data and the devices; each process, which text it reads."""
+    for line in run.text.describe_shares(run.stream):
+        logging.info("process %d of %d reads %s", jax.process_index(), jax.process_count(), line)
     if jax.process_index() > 0:
         return
     params = parallel.first_replica(state.params)
@@ -145,7 +142,7 @@ def _say_what_runs(config: ConfigDict, run: setup.Run, state: steps.TrainState, 
     rows = config.per_device_train_batch_size * config.gradient_accumulation_steps * jax.device_count()
     device = jax.devices()[0]
     logging.info("parameters of the %s encoder:\n%s", run.encoder.model_type, overview)
-    logging.info("text: %s, tokenized by %s", run.data_name, run.tokenizer.name)
+    logging.info("text: %s, tokenized by %s", run.text.name, run.tokenizer.name)
     logging.info(
         "an update: %s rows of %d tokens on %d %s device%s of %d process%s",
         f"{rows:,}",
@@ -173,6 +170,7 @@ def _reporter(
         profile=config.profile,
         restored=restored,
         step=step,
+        pad_id=None if config.data.packing in RUN_ON else run.tokenizer.pad_id,
     )
 
 
@@ -194,7 +192,7 @@ def _export(
         "`dtype` of the computation": config.model.dtype,
         "`seed`": config.seed,
     }
-    named = config.data.data_files is None and config.data.dataset_name != "docstrings"
+    named = not config.data.mixture and config.data.data_files is None and config.data.dataset_name != "docstrings"
     export.export_model(
         place.model,
         step=step,
@@ -203,7 +201,7 @@ def _export(
         tokenizer=run.tokenizer,
         card=export.Card(
             title=os.path.basename(place.path),
-            data="the docstrings of Python packages" if run.data_name == "docstrings" else run.data_name,
+            data="the docstrings of Python packages" if run.text.name == "docstrings" else run.text.name,
             data_id=config.data.dataset_name if named and not os.path.exists(config.data.dataset_name) else None,
             recipe=recipe,
         ),

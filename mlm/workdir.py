@@ -17,7 +17,11 @@ MAY_CHANGE = (
     "eval_steps",
     "save_steps",
     "data.prefetch_batches",
+    # Past the checkpoint only: mlm/data/batches.py refuses others.
+    "data.skip_steps",
     "data.cache_dir",
+    "data.network_",
+    "data.max_failed_shards",
     "tokenizer.backend",
     "optimizer.",
     "checkpoint.",
@@ -111,5 +115,11 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         if isinstance(value, dict):
             flat |= flatten(value, f"{prefix}{key}.")
         else:
-            flat[prefix + key] = list(value) if isinstance(value, tuple) else value
+            flat[prefix + key] = _as_json(value)
     return flat
+
+
+def _as_json(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return [_as_json(part) for part in value]
+    return value

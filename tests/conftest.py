@@ -1,7 +1,9 @@
 """Four devices on the CPU, no network, and tiny tasks for the tests that make steps."""
 
+import atexit
 import functools
 import os
+import tempfile
 
 # Before jax, TensorFlow and datasets are imported, which read these once. Processes of tests inherit them.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
@@ -25,6 +27,13 @@ from mlm.optimizer import create_optimizer, create_schedule
 
 # Broadcasting [V] against [B, K, V] is more often a mistake than meant.
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# Tests compile much and compute little: half the time. Programs that tests start compile as users' do.
+jax.config.update("jax_disable_most_optimizations", True)
+# Whole runs in one test process compile the same programs again and again.
+_cache = tempfile.TemporaryDirectory()
+atexit.register(_cache.cleanup)
+jax.config.update("jax_compilation_cache_dir", _cache.name)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 LENGTH = 16
 VOCAB = 50

@@ -31,6 +31,12 @@ def test_concatenate():
     assert units.data.dtype == np.int32
 
 
+def test_isolate_gives_the_units_of_concatenate():
+    texts = ["abc", "d", "", "ef"]
+    assert pack(texts, "isolate").data.tolist() == pack(texts, "concatenate").data.tolist()
+    assert pack(texts, "isolate").offsets.tolist() == pack(texts, "concatenate").offsets.tolist()
+
+
 def test_pad_cuts_and_fills():
     units = pack(["abcdef", "abc", "a", ""], "pad")
     assert units.data.tolist() == [
@@ -65,4 +71,4 @@ def test_no_documents(how):
 
 
 def test_units_per_row():
-    assert [packing.units_per_row(how, max_seq_length=7) for how in packing.PACKINGS] == [7, 1, 1]
+    assert [packing.units_per_row(how, max_seq_length=7) for how in packing.PACKINGS] == [7, 1, 1, 7]

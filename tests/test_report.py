@@ -100,7 +100,7 @@ def make_reporter(tmp_path, monkeypatch, clock):
     )
     place = WorkDir(str(tmp_path))
 
-    def make(restored=None, step=0):
+    def make(restored=None, step=0, pad_id=None):
         return Reporter(
             place,
             num_train_steps=100,
@@ -109,6 +109,7 @@ def make_reporter(tmp_path, monkeypatch, clock):
             profile={"first_step": 1, "num_steps": 0},
             restored=restored,
             step=step,
+            pad_id=pad_id,
         )
 
     return make
@@ -118,7 +119,7 @@ def make_reporter(tmp_path, monkeypatch, clock):
 LOSSES = {1: 30.0, 2: 10.0, 3: 64.0, 4: 50.0, 5: 24.0}
 COUNTS = {1: 10.0, 2: 2.0, 3: 16.0, 4: 25.0, 5: 4.0}
 SECONDS = {1: 1.0, 2: 2.0, 3: 5.0, 4: 1.0, 5: 1.0}
-WAITS = {1: 0.25, 2: 0.0, 3: 0.75, 4: 0.5, 5: 0.0}
+WAITS = {1: 0.0, 2: 0.0, 3: 0.75, 4: 0.5, 5: 0.0}
 
 
 def fake(step, loss=None, grad_norm=1.0):
@@ -134,7 +135,8 @@ def fake(step, loss=None, grad_norm=1.0):
 def run(reporter, clock, steps, *, since=1, log=()):
     """Makes updates whose waits add up since update `since`, as a process's do."""
     for step in steps:
-        reporter.update(step, *fake(step), wait_seconds=sum(WAITS[i] for i in range(since, step + 1)))
+        # The wait for the first batch, 7 s here, is before the first update: it is nobody's.
+        reporter.update(step, *fake(step), wait_seconds=7 + sum(WAITS[i] for i in range(since + 1, step + 1)))
         clock.now += SECONDS[step]
         if step in log:
             reporter.settle()
@@ -150,7 +152,7 @@ EXPECTED = [
         "train/grad_norm": 3.0,
         "perf/tokens_per_second": 9 / 8,
         "perf/step_ms": 8000 / 3,
-        "perf/input_wait_fraction": 1 / 8,
+        "perf/input_wait_fraction": 0.75 / 8,
     },
     {
         "step": 5,
@@ -163,6 +165,11 @@ EXPECTED = [
         "perf/input_wait_fraction": 0.5 / 2,
     },
 ]
+
+
+def without_waits(lines):
+    """Lines but for the wait for batches, which begins anew with a process."""
+    return [{name: value for name, value in line.items() if name != "perf/input_wait_fraction"} for line in lines]
 
 
 def test_lines_hold_means_over_their_interval(make_reporter, clock, path):
@@ -185,7 +192,21 @@ def test_lines_are_the_same_after_going_on(make_reporter, clock, path, stop):
     with make_reporter(restored={"step": stop, **saved}, step=stop) as reporter:
         run(reporter, clock, range(stop + 1, 6), since=stop + 1, log=(3, 5))
         np.testing.assert_array_equal(reporter.counts_V, [0, 2, 2, 2, 2, 2, 0, 0, 0, 5])
-    assert read_metrics(path) == EXPECTED
+    assert without_waits(read_metrics(path)) == without_waits(EXPECTED)
+
+
+@pytest.mark.parametrize("stop", [1, 2, 3, 4])
+def test_the_share_of_padding_is_that_of_the_intervals_rows(make_reporter, clock, path, stop):
+    """The rows of update n are n, n, 9: with id 3 as padding, one interval has 2 of 9, the other none."""
+    with make_reporter(pad_id=3) as reporter:
+        run(reporter, clock, range(1, stop + 1), log=(3, 5))
+        reporter.settle()
+        saved = json.loads(json.dumps(reporter.to_json()))
+    with make_reporter(restored={"step": stop, **saved}, step=stop, pad_id=3) as reporter:
+        run(reporter, clock, range(stop + 1, 6), since=stop + 1, log=(3, 5))
+    shares = [2 / 9, 0.0]
+    wanted = [{**line, "data/padding_fraction": share} for line, share in zip(EXPECTED, shares, strict=True)]
+    assert without_waits(read_metrics(path)) == without_waits(wanted)
 
 
 def test_evaluations_join_the_line_and_their_time_is_not_the_updates(make_reporter, clock, path):
@@ -201,7 +222,7 @@ def test_evaluations_join_the_line_and_their_time_is_not_the_updates(make_report
         run(reporter, clock, range(3, 4), since=1, log=(3,))
         with reporter.apart("evaluation"):
             reporter.log_evaluation(3, evaluation)
-    timings = {"perf/tokens_per_second": 1.0, "perf/step_ms": 3000.0, "perf/input_wait_fraction": 1 / 9}
+    timings = {"perf/tokens_per_second": 1.0, "perf/step_ms": 3000.0, "perf/input_wait_fraction": 0.75 / 9}
     assert read_metrics(path) == [{"step": 2, **evaluation}, {**EXPECTED[0], **timings, **evaluation}]
 
 

@@ -113,7 +113,9 @@ def test_dropout_differs_by_device_pass_and_step_and_by_nothing_else(make_task, 
 
     losses = [loss(place) for place in range(8)] + [loss(0, updates=1)]
     assert losses == [loss(place) for place in range(8)] + [loss(0, updates=1)]
-    assert len(set(losses)) == (9 if dropout else 1)
+    # Apart by more, or less, than the rounding of sums taken in another order.
+    gaps = np.diff(np.sort(losses)) / losses[0]
+    assert gaps.min() > 1e-5 if dropout else gaps.max() < 1e-6
 
 
 def test_clipping_comes_after_the_division(make_task, bag_step, bag_state, train_step, uneven_rows):

@@ -20,8 +20,8 @@ import pyarrow as pa
 
 # Shorter docstrings ("Returns self.") say little, and many times.
 _MIN_CHARACTERS = 40
-# A package of more files than this is several shards.
-_FILES_PER_SHARD = 64
+# A package of more files than this is several shards: few, so that a shuffle window holds many packages.
+_FILES_PER_SHARD = 8
 # Docstrings of tests restate their names; the others are not the packages' own text.
 _SKIPPED_FOLDERS = frozenset(
     {"test", "tests", "testing", "idlelib", "lib2to3", "__pycache__", "node_modules"}

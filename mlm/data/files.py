@@ -21,6 +21,7 @@ import pyarrow.csv as pa_csv
 import pyarrow.json as pa_json
 import pyarrow.parquet as pq
 
+from mlm.data import network, remote
 from mlm.errors import UserError
 
 # Extension -> kind.
@@ -39,6 +40,8 @@ _BLOCK_BYTES = 4 << 20
 _CSV_BLOCK_BYTES = 32 << 20
 _JSON_PARSE_BYTES = 1 << 20
 _PARQUET_ROWS = 256
+# Taken at once from a connection.
+_NETWORK_BYTES = 1 << 20
 _BOM = b"\xef\xbb\xbf"
 
 
@@ -56,22 +59,25 @@ def kind_of(file: str) -> str:
     return kind
 
 
-def read_column(file: str, column: str, *, start_row: int = 0) -> Iterator[pa.Array]:
+def read_column(
+    file: str, column: str, *, start_row: int = 0, patience: network.Patience | None = None
+) -> Iterator[pa.Array]:
     """The values of a column, from `start_row` on, whatever their type: bytes need not be UTF-8.
 
     A line of a text file is a row of a column "text". Parquet skips the row groups before `start_row` unread;
-    the other formats must be read to be counted.
+    the other formats must be read to be counted. `patience` is for http(s) URLs; other URLs are fsspec's.
 
     Raises:
         UserError: there is no such column.
         OSError, EOFError, ValueError, lzma.LZMAError, pa.ArrowException: what is wrong with the file.
+        OSError, those of network.ERRORS: what is wrong with the network.
     """
     kind = kind_of(file)
     if kind == "parquet":
-        yield from _read_parquet(file, column, start_row)
+        yield from _read_parquet(file, column, start_row, patience)
         return
     read = {"text": _read_text, "json": _read_json, "csv": _read_csv}[kind]
-    with _open(file) as stream:
+    with _open(file, patience) as stream:
         for values in read(stream, file, column):
             if start_row < len(values):
                 yield values.slice(start_row)
@@ -92,12 +98,19 @@ def _split_compression(file: str) -> tuple[str, str]:
     return (stem, extension) if extension in COMPRESSIONS else (path, "")
 
 
+def _is_http(file: str) -> bool:
+    return file.lower().startswith(("http://", "https://"))
+
+
 @contextlib.contextmanager
-def _open(file: str) -> Iterator[io.IOBase | pa.NativeFile]:
+def _open(file: str, patience: network.Patience | None = None) -> Iterator[io.IOBase | pa.NativeFile]:
     """The decompressed bytes of a local file or a URL."""
     codec = COMPRESSIONS.get(_split_compression(file)[1])
     with contextlib.ExitStack() as stack:
-        if "://" in file:
+        if _is_http(file):
+            connection = remote.RemoteStream(file, patience=patience or network.Patience())
+            raw = stack.enter_context(io.BufferedReader(connection, _NETWORK_BYTES))
+        elif "://" in file:
             raw = stack.enter_context(fsspec.open(file, "rb"))
         elif codec == "xz":
             raw = stack.enter_context(open(file, "rb"))
@@ -233,9 +246,13 @@ def _read_csv(stream: io.IOBase | pa.NativeFile, file: str, column: str) -> Iter
         yield batch.column(0)
 
 
-def _read_parquet(file: str, column: str, start_row: int) -> Iterator[pa.Array]:
+def _read_parquet(
+    file: str, column: str, start_row: int, patience: network.Patience | None
+) -> Iterator[pa.Array]:
     with contextlib.ExitStack() as stack:
-        if "://" in file:
+        if _is_http(file):
+            raw = stack.enter_context(remote.RemoteParts(file, patience=patience or network.Patience()))
+        elif "://" in file:
             raw = stack.enter_context(fsspec.open(file, "rb"))
         else:
             raw = stack.enter_context(pa.OSFile(file))

@@ -12,7 +12,9 @@ import pyarrow.compute as pc
 
 from mlm.data import tokenizer as tokenizer_lib
 
-PACKINGS = ("concatenate", "pad", "pad_lines")
+PACKINGS = ("concatenate", "pad", "pad_lines", "isolate")
+# Those whose documents run on over row borders: their rows hold no padding.
+RUN_ON = ("concatenate", "isolate")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,7 +22,7 @@ class Units:
     """What some documents come to, in order.
 
     Attributes:
-        data: int32 [U] tokens ("concatenate") or [U, L] rows ("pad", "pad_lines"), U the number of units.
+        data: int32 [U] tokens (RUN_ON) or [U, L] rows ("pad", "pad_lines"), U the number of units.
         offsets: int64 [N + 1]; document n is units offsets[n] to offsets[n + 1].
     """
 
@@ -30,7 +32,7 @@ class Units:
 
 def units_per_row(packing: str, *, max_seq_length: int) -> int:
     """How many units make one row of `max_seq_length` tokens."""
-    return max_seq_length if packing == "concatenate" else 1
+    return max_seq_length if packing in RUN_ON else 1
 
 
 def pack(
@@ -38,10 +40,11 @@ def pack(
 ) -> Units:
     """Tokenizes N documents (strings without nulls) and lays begin and end tokens around them.
 
-    "concatenate" gives `<s> document </s>` runs; "pad" a row a document and "pad_lines" a row for every line
+    "concatenate" gives `<s> document </s>` runs, and so does "isolate": the model finds the documents again by
+    their begin tokens (mlm/models/encoder.py). "pad" gives a row a document and "pad_lines" a row for every line
     that is not blank, each cut to `max_seq_length` with `</s>` kept last, or filled up with the pad id.
     """
-    if packing == "concatenate":
+    if packing in RUN_ON:
         return concatenate(*tokenizer.encode(texts), bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id)
     if packing == "pad_lines":
         texts, offsets = _lines(texts)

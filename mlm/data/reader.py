@@ -1,64 +1,83 @@
-"""A process's share of the documents, one after the other, from any place on."""
+"""A process's share of the documents, one after the other, from any place on.
+
+Where the network fails for longer than its deadline (network.py), the further rows of the shard are set aside for the
+rest of the epoch, and reading goes on with the next shard. At most `max_failed_shards` are, in one epoch of one process
+and one after the other; past that the stream ends with a UserError, after the batches made before it. Lines in the
+log name them, and a counter counts them.
+
+The row where a shard broke off becomes the end of its piece, and pieces are part of the saved position. So a resume
+makes the same documents of it, and the same batches, although the shard may well be whole by then; the next
+epoch reads it whole. What is read to find the window again in which a checkpoint lies must come whole: setting it aside
+would change batches that were half used. If it does not come, the run does not start, and the checkpoint stays.
+What no state can promise: where the network will fail after a checkpoint. Dealt anew to another number of processes,
+what was set aside stays so for the epoch.
+"""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from absl import logging
 
 from mlm.data import sources
+from mlm.data.dealing import Piece
+from mlm.errors import UserError
 
 # Documents taken at once end at this many bytes even if they are fewer than asked for: memory stays bounded
 # when documents are large.
 _MAX_BYTES = 64 << 20
 
 
-@dataclasses.dataclass(frozen=True)
-class Share:
-    """What one process reads in an epoch: of each of `shards` the rows first, first + step..."""
+@dataclasses.dataclass
+class Losses:
+    """What a process may do without, over all its epochs, and what it just did."""
 
-    shards: tuple[int, ...]
-    first: int = 0
-    step: int = 1
-
-
-def deal(order: np.ndarray, *, process_index: int = 0, process_count: int = 1) -> Share:
-    """Deals an epoch's shards to the processes: over all of them every row of every shard once.
-
-    With at least as many shards as processes, process p takes every P-th shard of `order`. With fewer, a
-    shard is read by several processes, the same one in every epoch, and its rows are dealt among them.
-    """
-    num_shards = len(order)
-    if num_shards >= process_count:
-        return Share(tuple(int(shard) for shard in order[process_index::process_count]))
-    shard = process_index % num_shards
-    readers = range(shard, process_count, num_shards)
-    return Share((shard,), first=readers.index(process_index), step=len(readers))
+    max_failed_shards: int = 0
+    in_a_row: int = 0
 
 
 class Reader:
-    """Takes the documents of a share in order.
+    """Takes the documents of some pieces in order.
 
     Attributes:
-        shard, row: the place among the share's shards, and the row there, right after the last document.
+        shard, row: the place among the pieces, and the row of that shard, right after the last document.
+        places: int64 [N, 2], shard of the source and row there of each document last taken.
+        pieces: what is read; a shard that is set aside gets an end.
+        failed_shards: set aside by this reader.
+        exact: whether no shard may be set aside just now.
     """
 
-    def __init__(self, source: sources.Source, share: Share, *, shard: int = 0, row: int = 0):
+    def __init__(
+        self,
+        source: sources.Source,
+        pieces: Sequence[Piece],
+        *,
+        shard: int = 0,
+        row: int = 0,
+        losses: Losses | None = None,
+    ):
         self.shard = shard
         self.row = row
+        self.places = np.empty((0, 2), np.int64)
         self._source = source
-        self._share = share
+        self.pieces = tuple(pieces)
+        self.failed_shards = 0
+        self.exact = False
+        self._losses = losses or Losses()
         self._arrays: Iterator[pa.LargeStringArray] | None = None
         self._texts = pa.array([], pa.large_string())  # read and not yet taken
 
     def take(self, num_documents: int) -> pa.LargeStringArray | None:
         """The next `num_documents` texts (null: no text), fewer if they are large; None at the end."""
-        step = self._share.step
         parts: list[pa.Array] = []
+        places: list[np.ndarray] = []
         count = size = 0
         while count < num_documents and size < _MAX_BYTES and self._fill():
-            skipped = (self._share.first - self.row) % step  # rows of other processes before ours
+            piece = self.pieces[self.shard]
+            step = piece.step
+            skipped = (piece.first - self.row) % step  # rows of other processes before ours
             wanted = np.arange(skipped, len(self._texts), step)[: num_documents - count]
             if len(wanted) == 0:
                 self._drop(len(self._texts))
@@ -68,10 +87,15 @@ class Reader:
             # A text is taken if those before it leave room: the same whatever the size of the arrays read.
             taken = min(len(mine), int(np.searchsorted(ends, _MAX_BYTES - size)) + 1)
             parts.append(mine.slice(0, taken))
+            rows = self.row + wanted[:taken]
+            places.append(np.stack([np.full_like(rows, piece.shard), rows], axis=1))
             count += taken
             size += int(ends[taken - 1])
             self._drop(int(wanted[taken - 1]) + 1)
-        return pa.concat_arrays(parts) if parts else None
+        if not parts:
+            return None
+        self.places = np.concatenate(places)
+        return pa.concat_arrays(parts)
 
     def _drop(self, rows: int) -> None:
         self._texts = self._texts.slice(rows)
@@ -80,16 +104,42 @@ class Reader:
     def _fill(self) -> bool:
         """Reads on until there are rows to take; False at the end of the last shard."""
         while len(self._texts) == 0:
+            if self.shard == len(self.pieces):
+                return False
+            piece = self.pieces[self.shard]
             if self._arrays is None:
-                if self.shard == len(self._share.shards):
-                    return False
-                self._arrays = self._source.read(self._share.shards[self.shard], start_row=self.row)
-            texts = next(self._arrays, None)
+                self.row = max(self.row, piece.start)
+                self._arrays = self._source.read(piece.shard, start_row=self.row)
+            texts = None
+            if piece.end is None or self.row < piece.end:
+                try:
+                    texts = next(self._arrays, None)
+                except sources.ShardLostError as lost:
+                    self._set_aside(lost)
             if texts is None:
                 self.shard, self.row, self._arrays = self.shard + 1, 0, None
             else:
-                self._texts = texts
+                self._texts = texts if piece.end is None else texts.slice(0, piece.end - self.row)
+                self._losses.in_a_row = 0
         return True
+
+    def _set_aside(self, lost: sources.ShardLostError) -> None:
+        """Ends the piece under way here, or raises UserError."""
+        if self.exact:
+            raise UserError(f"cannot resume the data stream: {lost}; start again when it can be read") from None
+        self._losses.in_a_row += 1
+        before, piece, after = self.pieces[: self.shard], self.pieces[self.shard], self.pieces[self.shard + 1 :]
+        pieces = (*before, piece._replace(end=self.row), *after)
+        failed = max(self._losses.in_a_row, sum(piece.end is not None for piece in pieces))
+        allowed = self._losses.max_failed_shards
+        if failed > allowed:
+            raise UserError(
+                f"{lost}; it is number {failed} of the shards to fail and data.max_failed_shards={allowed}: "
+                "start again when it can be read"
+            ) from None
+        logging.warning("%s; it is set aside for the rest of the epoch (%d of at most %d)", lost, failed, allowed)
+        self.pieces = pieces
+        self.failed_shards += 1
 
 
 def has_text(texts: pa.LargeStringArray) -> np.ndarray:

@@ -22,7 +22,7 @@ import datasets.exceptions
 import huggingface_hub
 import pyarrow as pa
 
-from mlm.data import docstrings, files
+from mlm.data import docstrings, files, network
 from mlm.errors import UserError
 
 _HUB_TIMEOUT_SECONDS = 10.0
@@ -38,7 +38,15 @@ _READ_ERRORS = (
     zlib.error,
     lzma.LZMAError,
     datasets.exceptions.DatasetsError,
+    *network.ERRORS,
 )
+
+
+class ShardLostError(UserError):
+    """A shard that the network did not give, however patiently it was asked.
+
+    Who can do without its further rows goes on with another shard; for all others it is a UserError.
+    """
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +59,7 @@ class Source:
         num_shards: how many parts can be read without reading the others.
         columns: (shard, first row) -> the arrays of the texts from that row on, whatever their type.
         shard_name: shard -> its name, for messages.
+        patience: with the network that the shards come over; None where they do not.
     """
 
     name: str
@@ -58,21 +67,41 @@ class Source:
     num_shards: int
     columns: Callable[[int, int], Iterator[pa.Array | pa.ChunkedArray]]
     shard_name: Callable[[int], str]
+    patience: network.Patience | None = None
 
     def read(self, shard: int, *, start_row: int = 0) -> Iterator[pa.LargeStringArray]:
         """The texts of a shard's rows from `start_row` on, null where a row is null, not text or not UTF-8.
 
         The row number is all the state there is: reading on from it gives exactly the rows after it. The
         saved state of `datasets` counts rows, too, and is no quicker to go on from.
+
+        Over a network, what mends itself within the deadline is not noticed: see network.py. What its clients have
+        not mended already is read again from the row where it broke off.
+
+        Raises:
+            ShardLostError: the network was bad for longer than that.
+            UserError: the rows cannot be read, and will not be.
         """
-        columns = self.columns(shard, start_row)
+        name = self.shard_name(shard)
+        row = start_row
+        columns = self.columns(shard, row)
+        retries = network.Retries(self.patience or network.Patience(), name)
         while True:
             try:
                 column = next(columns, None)
             except _READ_ERRORS as error:
-                raise UserError(f"cannot read {self.shard_name(shard)}: {one_line(error)}") from None
+                if self.patience is None or network.failure_of(error) is network.Failure.FINAL:
+                    raise UserError(f"cannot read {name}: {one_line(error)}") from None
+                try:
+                    retries.failed(error)
+                except network.GaveUpError as gave_up:
+                    raise ShardLostError(f"cannot read {name} from row {row} on: {one_line(gave_up)}") from None
+                columns = self.columns(shard, row)
+                continue
             if column is None:
                 return
+            retries.succeeded()
+            row += len(column)
             yield _as_text(column, column_name=self.text_column, source_name=self.name)
 
 
@@ -84,6 +113,7 @@ def open_source(
     split: str = "train",
     text_column_name: str = "text",
     cache_dir: str = "",
+    patience: network.Patience | None = None,
 ) -> Source:
     """Opens the rows to train on; reads no more than the first of them.
 
@@ -94,15 +124,17 @@ def open_source(
         split: of a named data set.
         text_column_name: the column that holds the documents.
         cache_dir: where `datasets` keeps its files; "" for its own choice.
+        patience: with the network; None for the defaults.
 
     Raises:
         UserError: what does not exist, cannot be read, has no such column or no rows.
     """
     _silence_datasets()
+    patience = patience or network.Patience()
     if isinstance(data_files, str):
         data_files = (data_files,) if data_files else ()
     if data_files:
-        source = _open_files(tuple(data_files), text_column=text_column_name)
+        source = _open_files(tuple(data_files), text_column=text_column_name, patience=patience)
     elif dataset_name == "docstrings":
         shards = docstrings.find_shards()
         source = Source(
@@ -119,6 +151,7 @@ def open_source(
             split=split,
             text_column=text_column_name,
             cache_dir=cache_dir,
+            patience=patience,
         )
     else:
         raise UserError("no data: set data.dataset_name or data.data_files")
@@ -129,7 +162,7 @@ def open_source(
     raise UserError(f"the data set {source.name!r} is empty: it has no rows")
 
 
-def _open_files(patterns: tuple[str, ...], *, text_column: str) -> Source:
+def _open_files(patterns: tuple[str, ...], *, text_column: str, patience: network.Patience) -> Source:
     paths = expand_files(patterns)
     kinds = [files.kind_of(path) for path in paths]
     for path, kind in zip(paths, kinds, strict=True):
@@ -141,8 +174,11 @@ def _open_files(patterns: tuple[str, ...], *, text_column: str) -> Source:
         name=patterns[0] if len(patterns) == 1 else f"{patterns[0]} and {len(patterns) - 1} more",
         text_column=text_column,
         num_shards=len(paths),
-        columns=lambda shard, row: files.read_column(paths[shard], text_column, start_row=row),
+        columns=lambda shard, row: files.read_column(
+            paths[shard], text_column, start_row=row, patience=patience
+        ),
         shard_name=lambda shard: repr(paths[shard]),
+        patience=patience if any("://" in path for path in paths) else None,
     )
 
 
@@ -166,20 +202,40 @@ def expand_files(patterns: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(file if "://" in file else os.path.abspath(file) for file in files)
 
 
-def _open_named(name: str, *, config: str | None, split: str, text_column: str, cache_dir: str) -> Source:
-    if not os.path.isdir(name):
+def _open_named(
+    name: str,
+    *,
+    config: str | None,
+    split: str,
+    text_column: str,
+    cache_dir: str,
+    patience: network.Patience,
+) -> Source:
+    remote = not os.path.isdir(name)
+    if remote:
         if is_local_path(name):
             raise UserError(f"no data set directory {name!r}: check data.dataset_name")
         require_hub(f"the data set {name!r}")
+        network.be_patient(patience)
     load = functools.partial(
         datasets.load_dataset, name, config or None, split=split, streaming=True, cache_dir=cache_dir or None
     )
-    try:
-        dataset = load()
-        if dataset.info.builder_name == "parquet" and text_column in (dataset.features or ()):
-            dataset = load(columns=[text_column])  # leaves the other columns where they are
-    except (*_READ_ERRORS, RuntimeError) as error:
-        raise UserError(f"cannot open the data set {name!r}: {one_line(error)}") from None
+    retries = network.Retries(patience, name)
+    while True:
+        try:
+            dataset = load()
+            if dataset.info.builder_name == "parquet" and text_column in (dataset.features or ()):
+                dataset = load(columns=[text_column])  # leaves the other columns where they are
+            break
+        except (*_READ_ERRORS, RuntimeError) as error:
+            reason = one_line(error)
+            try:
+                if remote and network.failure_of(error) is network.Failure.BROKEN:
+                    retries.failed(error)
+                    continue
+            except network.GaveUpError as gave_up:
+                reason = one_line(gave_up)
+            raise UserError(f"cannot open the data set {name!r}: {reason}") from None
     num_shards = dataset.num_shards
 
     def columns(shard: int) -> Iterator[pa.ChunkedArray]:
@@ -195,6 +251,7 @@ def _open_named(name: str, *, config: str | None, split: str, text_column: str, 
         num_shards=num_shards,
         columns=lambda shard, row: _skip_rows(columns(shard), row),
         shard_name=lambda shard: f"{name!r} (shard {shard} of {num_shards})",
+        patience=patience if remote else None,
     )
 
 

@@ -5,19 +5,26 @@ made of (seed, epoch, window), so a position in the stream is a few numbers: whe
 of its documents are used up, and how many tokens of the next. To resume, the window is read and permuted
 again, that one document is tokenized again, and its first tokens are left out. No text and no token is ever
 saved.
+
+Processes end together because no stream ends: one whose share is used up begins its next epoch, whatever the others
+are at. So every process has a batch for every step, and none waits in a collective for one that has stopped. What could
+stop a single one is a share too small for a batch. Where a share is the same in every epoch that is told before the
+first step, by the first `next`; where shards are dealt in another order each epoch, a small share is followed by
+others, and only `_PATIENCE` small ones in a row are an error.
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from mlm.data import ledger, sources
 from mlm.data import packing as packing_lib
 from mlm.data import reader as reader_lib
-from mlm.data import sources
 from mlm.data import tokenizer as tokenizer_lib
+from mlm.data.dealing import Piece, Position, deal_anew, deal_shards
 from mlm.errors import UserError
 
 # Texts are tokenized this many bytes at a time: enough to keep the cores busy, little enough for a quick
@@ -25,24 +32,8 @@ from mlm.errors import UserError
 _CHUNK_BYTES = 2 << 20
 # With no shuffling a window is only a unit of reading.
 _UNSHUFFLED_WINDOW = 1024
-
-
-@dataclasses.dataclass
-class _Position:
-    """Where the stream stands; all of it but the counters is in one epoch."""
-
-    epoch: int = 0
-    shard: int = 0  # place in the epoch's order of shards where the window starts
-    row: int = 0  # row of that shard where the window starts
-    window: int = 0  # windows of the epoch before this one
-    document: int = 0  # documents of the window used up, of those left after dropping and in permuted order
-    unit: int = 0  # units (tokens, or rows when padding) of the next document used up
-    epoch_units: int = 0  # units of the epoch used up
-    # Counted over the whole run: documents up to the start of the window, the other two with all of it.
-    documents: int = 0
-    skipped_rows: int = 0
-    held_out_documents: int = 0
-    counted: bool = False  # whether the window is in these two already
+# Epochs in a row in which a share that is another in each may be too small for one batch.
+_PATIENCE = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,8 +41,8 @@ class _Window:
     texts: pa.LargeStringArray
     order: np.ndarray  # int64: the documents kept, permuted
     ends: np.ndarray  # int64: bytes of texts up to and with each of `order`
-    next_shard: int
-    next_row: int
+    places: np.ndarray  # int64 [N, 2]: shard and row of each of `order`
+    end: tuple[int, int]  # the reader's place after it
 
 
 class RowStream:
@@ -70,6 +61,7 @@ class RowStream:
         batch_rows: rows this process gives at a time.
         held_out: texts dropped wherever they occur.
         process_index, process_count: whose share this is.
+        max_failed_shards: how many shards an epoch may do without where the network fails, see reader.py.
 
     Raises:
         UserError: from `next`, when one epoch has no document or not enough rows for one batch.
@@ -88,8 +80,9 @@ class RowStream:
         held_out: pa.Array | None = None,
         process_index: int = 0,
         process_count: int = 1,
+        max_failed_shards: int = 0,
     ):
-        _check(packing=packing, max_seq_length=max_seq_length)
+        check(packing=packing, max_seq_length=max_seq_length)
         if seed < 0:
             raise UserError(f"seed={seed} is negative: set 0 or more")
         if batch_rows < 1:
@@ -100,28 +93,51 @@ class RowStream:
         self._max_seq_length = max_seq_length
         self._packing = packing
         self._shuffle_buffer_size = shuffle_buffer_size
+        self._shuffled = shuffle_buffer_size > 1
         self._batch_rows = batch_rows
         self._held_out = held_out.cast(pa.large_string()) if held_out is not None else None
         self._process_index = process_index
         self._process_count = process_count
-        self._units_per_batch = batch_rows * packing_lib.units_per_row(packing, max_seq_length=max_seq_length)
-        self.load_state_dict(self._identity() | dataclasses.asdict(_Position()))
+        self.units_per_row = packing_lib.units_per_row(packing, max_seq_length=max_seq_length)
+        self._units_per_batch = batch_rows * self.units_per_row
+        self._short_epochs = 0
+        self._losses = reader_lib.Losses(max_failed_shards)
+        self._go_on(Position())
 
     def __iter__(self) -> Iterator[np.ndarray]:
         return self
 
     def __next__(self) -> np.ndarray:
+        return self.take(self._batch_rows)
+
+    def take(self, rows: int) -> np.ndarray:
+        """The next rows, however many."""
+        needed = rows * self.units_per_row
         parts, have = [], 0
-        while have < self._units_per_batch:
+        self._parts = []
+        while have < needed:
             if self._used == len(self._chunk.data):
                 self._advance()
                 continue
-            part = self._chunk.data[self._used : self._used + self._units_per_batch - have]
+            part = self._chunk.data[self._used : self._used + needed - have]
+            places = self._window.places[self._chunk_document :]
+            used = self._used, self._used + len(part)
+            self._parts.append(ledger.Part(self._start.epoch, places, self._chunk.offsets, *used))
             parts.append(part)
             have += len(part)
             self._used += len(part)
             self._epoch_units += len(part)
-        return np.concatenate(parts).reshape(self._batch_rows, self._max_seq_length)
+        return np.concatenate(parts).reshape(rows, self._max_seq_length)
+
+    def documents(self) -> list[ledger.Used]:
+        """The documents of the last batch, in order."""
+        return ledger.documents(self._parts)
+
+    def share(self) -> tuple[Piece, ...]:
+        """What this process reads of the epoch it is in (of the lane, after a deal anew), whole."""
+        if self._start.pieces is not None:
+            return self._start.pieces
+        return self._fresh(self._start.epoch, self._process_index, self._process_count)
 
     @property
     def epoch(self) -> int:
@@ -130,24 +146,21 @@ class RowStream:
 
     @property
     def counters(self) -> dict[str, int]:
-        """Over the run so far: documents begun, rows skipped for want of text, documents held out.
+        """Over the run so far: documents begun, rows skipped for want of text, documents held out, shards failed.
 
         Rows skipped and held out count as soon as their window is read.
         """
-        document, unit = self._place()
+        position = self._position()
         return {
-            "documents": self._start.documents + document + (unit > 0),
-            "skipped_rows": self._start.skipped_rows,
-            "held_out_documents": self._start.held_out_documents,
+            "documents": position.begun_documents(),
+            "skipped_rows": position.skipped_rows,
+            "held_out_documents": position.held_out_documents,
+            "failed_shards": position.failed_shards,
         }
 
     def state_dict(self) -> dict:
         """The state after the last batch: a few numbers and names, for JSON."""
-        document, unit = self._place()
-        position = dataclasses.replace(
-            self._start, document=document, unit=unit, epoch_units=self._epoch_units
-        )
-        return self._identity() | dataclasses.asdict(position)
+        return self._identity() | self._position().to_json()
 
     def load_state_dict(self, state: dict) -> None:
         """Goes on right after the batch whose `state_dict()` this is.
@@ -155,21 +168,52 @@ class RowStream:
         Raises:
             UserError: the state is of another order of the data (seed, shards, packing, processes...).
         """
-        for key, value in self._identity().items():
+        self._check_identity(state, self._identity())
+        self._go_on(Position.from_json(state))
+
+    def restore(self, states: Sequence[dict]) -> None:
+        """Goes on from the states of all processes of a run, by process, also of another number of them.
+
+        dealing.py says what is promised then.
+
+        Raises:
+            UserError: as `load_state_dict`, but for the number of processes.
+        """
+        if len(states) == self._process_count:
+            self.load_state_dict(states[self._process_index])
+            return
+        for old, state in enumerate(states):
+            self._check_identity(state, self._identity() | {"process_index": old, "process_count": len(states)})
+        position = deal_anew(
+            [Position.from_json(state) for state in states],
+            process_index=self._process_index,
+            process_count=self._process_count,
+            fresh=self._fresh,
+        )
+        self._go_on(position)
+
+    def _check_identity(self, state: dict, identity: dict) -> None:
+        for key, value in identity.items():
             if state[key] != value:
                 raise UserError(
                     f"cannot resume the data stream: it was saved with {key}={state[key]!r} and is now "
                     f"{value!r}; restore that, or start in a new work directory"
                 )
-        names = [field.name for field in dataclasses.fields(_Position)]
+
+    def _go_on(self, position: Position) -> None:
         # `document` and `unit` say where to go on in the window; the rest of `_start` is the window's start.
-        self._start = _Position(**{name: state[name] for name in names})
-        self._epoch_units = self._start.epoch_units
+        self._start = position
+        self._epoch_units = position.epoch_units
         self._window: _Window | None = None
         self._reader: reader_lib.Reader | None = None
         self._chunk = packing_lib.Units(np.empty(0, np.int32), np.zeros(1, np.int64))
-        self._chunk_document = self._start.document
+        self._chunk_document = position.document
         self._used = 0
+        self._parts: list[ledger.Part] = []
+
+    def _position(self) -> Position:
+        document, unit = self._place()
+        return dataclasses.replace(self._start, document=document, unit=unit, epoch_units=self._epoch_units)
 
     def _identity(self) -> dict:
         """What must be the same for a saved position to mean the same."""
@@ -191,17 +235,19 @@ class RowStream:
         return self._chunk_document + done, self._used - int(self._chunk.offsets[done])
 
     def _advance(self) -> None:
-        """Moves on to the next chunk of the window, the next window, or the next epoch."""
-        if self._window is None:  # the first call, or the first after a resume
-            self._reader = self._open_reader()
-            seen = self._start.counted
+        """Moves on to the next chunk of the window, the next window, or the next lane or epoch."""
+        resumed_unit = 0
+        if self._window is None:  # the beginning of a lane or an epoch, or the first call after a resume
+            pieces = self.share()
+            place = {"shard": self._start.shard, "row": self._start.row}
+            self._reader = reader_lib.Reader(self._source, pieces, **place, losses=self._losses)
+            seen = self._start.window_end is not None
             self._window = self._read_window()
             if seen and self._window is None:
                 raise self._changed()
             resumed_unit = self._start.unit
         else:
             self._chunk_document += len(self._chunk.offsets) - 1
-            resumed_unit = 0
         window = self._window
         if window is not None and self._chunk_document < len(window.order):
             first = self._chunk_document
@@ -220,20 +266,20 @@ class RowStream:
                 raise self._changed()
             self._start = dataclasses.replace(
                 self._start,
-                shard=window.next_shard,
-                row=window.next_row,
+                shard=window.end[0],
+                row=window.end[1],
                 window=self._start.window + 1,
+                window_end=None,
                 document=0,
                 unit=0,
                 documents=self._start.documents + len(window.order),
-                counted=False,
             )
-            self._window = self._read_window()
-        if self._window is None:
-            self._end_epoch()
+            self._window = self._read_window() if self._start.part is None else None
         self._chunk = packing_lib.Units(self._chunk.data[:0], np.zeros(1, np.int64))
         self._chunk_document = 0
         self._used = 0
+        if self._window is None:
+            self._end_lane()
 
     def _changed(self) -> UserError:
         return UserError(
@@ -241,55 +287,55 @@ class RowStream:
             "checkpoint was written; restore it, or start in a new work directory"
         )
 
-    def _end_epoch(self) -> None:
-        if self._epoch_units < self._units_per_batch:
-            counters = self.counters
-            lost = (
-                f"{counters['skipped_rows']} blank rows, {counters['held_out_documents']} held-out documents"
-            )
-            who = (
-                f" for process {self._process_index} of {self._process_count}"
-                if self._process_count > 1
-                else ""
-            )
-            if self._epoch_units == 0:
-                raise UserError(
-                    f"the data set {self._source.name!r} has no documents to train on{who} ({lost})"
-                )
-            rows = self._epoch_units * self._batch_rows // self._units_per_batch
-            raise UserError(
-                f"the data set {self._source.name!r} is too small: an epoch has {rows} rows of "
-                f"{self._max_seq_length} tokens{who} and a batch needs {self._batch_rows} ({lost}); "
-                "lower per_device_train_batch_size or data.max_seq_length, or add data"
-            )
-        self._epoch_units = 0
-        self._start = dataclasses.replace(
-            self._start,
-            epoch=self._start.epoch + 1,
-            shard=0,
-            row=0,
-            window=0,
-            document=0,
-            unit=0,
-            epoch_units=0,
-        )
-        self._reader = self._open_reader()
-        self._window = self._read_window()
+    def _end_lane(self) -> None:
+        if self._start.pieces is None:
+            self._check_size()
+        parts = self._parts  # the batch under way goes on
+        self._go_on(self._start.next_lane())
+        self._parts = parts
 
-    def _open_reader(self) -> reader_lib.Reader:
-        order = np.arange(self._source.num_shards)
-        if self._shuffle_buffer_size > 1:
-            order = np.random.default_rng((self._seed, 0, self._start.epoch)).permutation(order)
-        share = reader_lib.deal(order, process_index=self._process_index, process_count=self._process_count)
-        return reader_lib.Reader(self._source, share, shard=self._start.shard, row=self._start.row)
+    def _check_size(self) -> None:
+        """UserError where an epoch of this process's share has no batch, and others will not be better."""
+        if self._epoch_units >= self._units_per_batch:
+            self._short_epochs = 0
+            return
+        self._short_epochs += 1
+        others = self._shuffled and self._source.num_shards >= self._process_count > 1
+        if others and self._short_epochs < _PATIENCE:
+            return
+        counters = self.counters
+        lost = f"{counters['skipped_rows']} blank rows, {counters['held_out_documents']} held-out documents"
+        who = f" for process {self._process_index} of {self._process_count}" if self._process_count > 1 else ""
+        if self._epoch_units == 0:
+            raise UserError(f"the data set {self._source.name!r} has no documents to train on{who} ({lost})")
+        rows = self._epoch_units * self._batch_rows // self._units_per_batch
+        raise UserError(
+            f"the data set {self._source.name!r} is too small: an epoch has {rows} rows of "
+            f"{self._max_seq_length} tokens{who} and a batch needs {self._batch_rows} ({lost}); "
+            "lower per_device_train_batch_size or data.max_seq_length, or add data"
+        )
+
+    def _fresh(self, epoch: int, process_index: int, process_count: int) -> tuple[Piece, ...]:
+        return deal_shards(
+            self._source.num_shards,
+            seed=self._seed,
+            epoch=epoch,
+            shuffled=self._shuffled,
+            process_index=process_index,
+            process_count=process_count,
+        )
 
     def _read_window(self) -> _Window | None:
-        shuffled = self._shuffle_buffer_size > 1
-        texts = self._reader.take(self._shuffle_buffer_size if shuffled else _UNSHUFFLED_WINDOW)
+        reader = self._reader
+        reader.exact = self._start.window_end is not None
+        texts = reader.take(self._shuffle_buffer_size if self._shuffled else _UNSHUFFLED_WINDOW)
+        if reader.failed_shards:
+            failed, reader.failed_shards = self._start.failed_shards + reader.failed_shards, 0
+            self._start = dataclasses.replace(self._start, pieces=reader.pieces, failed_shards=failed)
         if texts is None:
             return None
         order = np.arange(len(texts))
-        if shuffled:
+        if self._shuffled:
             key = (self._seed, 1, self._start.epoch, self._start.window)
             order = np.random.default_rng(key).permutation(len(texts))
         kept = reader_lib.has_text(texts)
@@ -297,79 +343,29 @@ class RowStream:
         if self._held_out is not None and len(self._held_out):
             kept &= ~np.asarray(pc.is_in(texts, value_set=self._held_out))
         order = order[kept[order]]
-        if not self._start.counted:  # a window read again after a resume was counted the first time
+        end = self._reader.shard, self._reader.row
+        if self._start.window_end is None:  # a window read again after a resume was counted the first time
             self._start = dataclasses.replace(
                 self._start,
                 skipped_rows=self._start.skipped_rows + skipped_rows,
                 held_out_documents=self._start.held_out_documents + len(texts) - skipped_rows - len(order),
-                counted=True,
+                window_end=end,
             )
+        if self._start.part is not None:
+            first, step = self._start.part
+            order = order[first::step]
         return _Window(
             texts=texts,
             order=order,
             ends=np.cumsum(reader_lib.num_bytes(texts)[order]),
-            next_shard=self._reader.shard,
-            next_row=self._reader.row,
+            places=self._reader.places[order],
+            end=end,
         )
 
 
-@dataclasses.dataclass(frozen=True)
-class EvalRows:
-    """Rows to evaluate on, and what to keep out of training for their sake.
-
-    Attributes:
-        rows: int32 [num_rows, max_seq_length].
-        documents: the distinct texts any part of which is in the rows.
-    """
-
-    rows: np.ndarray
-    documents: pa.LargeStringArray
-
-
-def read_eval_rows(
-    source: sources.Source,
-    tokenizer: tokenizer_lib.Tokenizer,
-    *,
-    num_rows: int,
-    max_seq_length: int,
-    packing: str,
-    allow_fewer: bool = False,
-) -> EvalRows:
-    """The first `num_rows` rows of the source in its own order: the same in every process and every run.
-
-    With `allow_fewer` a source that has fewer gives those, less a last part row.
-    """
-    _check(packing=packing, max_seq_length=max_seq_length)
-    units_per_row = packing_lib.units_per_row(packing, max_seq_length=max_seq_length)
-    needed, have = num_rows * units_per_row, 0
-    parts, documents = [], []
-    reader = reader_lib.Reader(source, reader_lib.deal(np.arange(source.num_shards)))
-    while have < needed:
-        texts = reader.take(_UNSHUFFLED_WINDOW)
-        if texts is None and allow_fewer and have >= units_per_row:
-            break
-        if texts is None:
-            raise UserError(
-                f"the data set {source.name!r} has {have // units_per_row} rows of {max_seq_length} tokens, "
-                f"fewer than the {num_rows} to evaluate on: lower data.num_eval_samples"
-            )
-        texts = texts.filter(pa.array(reader_lib.has_text(texts)))
-        units = packing_lib.pack(texts, tokenizer, packing=packing, max_seq_length=max_seq_length)
-        parts.append(units.data[: needed - have])
-        documents.append(texts.slice(0, int(np.searchsorted(units.offsets[:-1], needed - have))))
-        have += len(parts[-1])
-    rows = np.concatenate(parts) if parts else np.empty(0, np.int32)
-    rows = rows[: have // units_per_row * units_per_row].reshape(-1, max_seq_length)
-    texts = pa.concat_arrays(documents) if documents else pa.array([], pa.large_string())
-    return EvalRows(rows, pc.unique(texts))
-
-
-def _check(*, packing: str, max_seq_length: int) -> None:
+def check(*, packing: str, max_seq_length: int) -> None:
+    """UserError for a packing that is not known, or rows without room for text."""
     if packing not in packing_lib.PACKINGS:
-        raise UserError(
-            f"data.packing={packing!r} is not known: choose one of {', '.join(packing_lib.PACKINGS)}"
-        )
+        raise UserError(f"data.packing={packing!r} is not known: choose one of {', '.join(packing_lib.PACKINGS)}")
     if max_seq_length < 3:
-        raise UserError(
-            f"data.max_seq_length={max_seq_length} leaves no room between begin and end: set 3 or more"
-        )
+        raise UserError(f"data.max_seq_length={max_seq_length} leaves no room between begin and end: set 3 or more")

@@ -1,7 +1,7 @@
 """A RoBERTa-style masked language model in Linen, with the semantics of transformers' `RobertaForMaskedLM`.
 
 Shapes: B rows, L tokens a row, K predicted positions a row, D hidden_size, F intermediate_size, H heads,
-E = D / H, V vocab_size. In attention, M is L again, on the side of keys.
+E = D / H, V vocab_size. In attention, M is L again, on the side of keys; visible_BxLxM says which keys a token sees.
 
 Parameters are float32; `dtype` is that of the matrix multiplications and of what flows between them. Layer
 norm's statistics, softmax, the sum of embeddings and the logits are float32 whatever `dtype` is.
@@ -63,23 +63,22 @@ class Embeddings(nn.Module):
         self.norm = _norm(cfg, dtype=self.dtype)
         self.dropout = nn.Dropout(cfg.hidden_dropout_prob)
 
-    def __call__(self, inputs_BxL: jax.Array, mask_BxL: jax.Array, *, deterministic: bool) -> jax.Array:
-        """Return hidden_BxLxD of token ids; `mask_BxL` is true where they are not padding."""
-        # fairseq's positions: tokens are counted from pad + 1, padding stays at pad.
-        positions_BxL = jnp.cumsum(mask_BxL, axis=1, dtype=jnp.int32) * mask_BxL + self.config.pad_token_id
+    def __call__(self, inputs_BxL: jax.Array, counts_BxL: jax.Array, *, deterministic: bool) -> jax.Array:
+        """Return hidden_BxLxD of token ids; `counts_BxL` numbers them from 1 in their document, padding is 0."""
+        positions_BxL = counts_BxL + self.config.pad_token_id  # fairseq's
         token_types_1x1 = jnp.zeros((1, 1), jnp.int32)
         sum_BxLxD = self.word(inputs_BxL) + self.token_type(token_types_1x1) + self.position(positions_BxL)
         return self.dropout(self.norm(sum_BxLxD), deterministic=deterministic)
 
 
 class SelfAttention(nn.Module):
-    """Multi-head attention of every token to all that are not padding (Vaswani et al., arXiv:1706.03762)."""
+    """Multi-head attention of every token to those it may see (Vaswani et al., arXiv:1706.03762)."""
 
     config: EncoderConfig
     dtype: Any
 
     @nn.compact
-    def __call__(self, hidden_BxLxD: jax.Array, mask_BxL: jax.Array, *, deterministic: bool) -> jax.Array:
+    def __call__(self, hidden_BxLxD: jax.Array, visible_BxLxM: jax.Array, *, deterministic: bool) -> jax.Array:
         """Return the heads' outputs, projected: [B, L, D]."""
         cfg = self.config
         # One parameter, hence one matrix multiplication, for queries, keys and values; columns in that order.
@@ -94,7 +93,7 @@ class SelfAttention(nn.Module):
             key_BxMxHxE,
             preferred_element_type=jnp.float32,
         )
-        scores_BxHxLxM = jnp.where(mask_BxL[:, None, None, :], scores_BxHxLxM, jnp.finfo(jnp.float32).min)
+        scores_BxHxLxM = jnp.where(visible_BxLxM[:, None], scores_BxHxLxM, jnp.finfo(jnp.float32).min)
         weights_BxHxLxM = jax.nn.softmax(scores_BxHxLxM).astype(self.dtype)
         weights_BxHxLxM = nn.Dropout(cfg.attention_probs_dropout_prob)(
             weights_BxHxLxM, deterministic=deterministic
@@ -126,13 +125,13 @@ class Block(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, hidden_BxLxD: jax.Array, mask_BxL: jax.Array, *, deterministic: bool) -> jax.Array:
+    def __call__(self, hidden_BxLxD: jax.Array, visible_BxLxM: jax.Array, *, deterministic: bool) -> jax.Array:
         """Return the next hidden_BxLxD."""
         cfg = self.config
         dropout = functools.partial(nn.Dropout(cfg.hidden_dropout_prob), deterministic=deterministic)
 
         update_BxLxD = SelfAttention(cfg, self.dtype, name="attention")(
-            hidden_BxLxD, mask_BxL, deterministic=deterministic
+            hidden_BxLxD, visible_BxLxM, deterministic=deterministic
         )
         hidden_BxLxD = _norm(cfg, dtype=self.dtype, name="attention_norm")(
             hidden_BxLxD + dropout(update_BxLxD)
@@ -163,11 +162,38 @@ class Head(nn.Module):
         return logits_BxKxV + bias_V[None, None, :]
 
 
+def segments(inputs_BxL: jax.Array, *, pad_id: int, begin_id: int | None) -> tuple[jax.Array, jax.Array]:
+    """Return which document of its row a token belongs to, and its number there.
+
+    A document begins at every `begin_id`; what stands before a row's first one is the tail of a document. Without
+    a `begin_id` a row is one document. Packing lays begin tokens and text never holds one; masking neither hides
+    nor draws special tokens: a masked row has the segments of the row.
+
+    Returns:
+      segments_BxL: int32; 1 for the tail, 2... for the documents that begin in the row (1 if none does), 0 for padding.
+      counts_BxL: int32; tokens of a document (or of what the row has of it) are 1, 2..., padding is 0.
+    """
+    is_token_BxL = inputs_BxL != pad_id
+    counts_BxL = jnp.cumsum(is_token_BxL, axis=1, dtype=jnp.int32)
+    if begin_id is None:
+        return is_token_BxL.astype(jnp.int32), counts_BxL * is_token_BxL
+    begins_BxL = inputs_BxL == begin_id
+    segments_BxL = 1 + jnp.cumsum(begins_BxL, axis=1, dtype=jnp.int32)
+    # Tokens of the row before the document.
+    before_BxL = jax.lax.cummax(jnp.where(begins_BxL, counts_BxL - 1, 0), axis=1)
+    return segments_BxL * is_token_BxL, (counts_BxL - before_BxL) * is_token_BxL
+
+
 class MaskedLM(nn.Module):
-    """The whole model. Its parameters are `init(key, inputs_BxL)["params"]`, laid out as `weights` says."""
+    """The whole model. Its parameters are `init(key, inputs_BxL)["params"]`, laid out as `weights` says.
+
+    With a `begin_id` each document of a row is on its own: attention stays inside it and positions start anew, as
+    `segments` finds them. Without one a row is one document, whatever is in it. The parameters are the same.
+    """
 
     config: EncoderConfig
     dtype: Any = jnp.float32
+    begin_id: int | None = None
 
     def setup(self):
         """Make the parts."""
@@ -190,10 +216,14 @@ class MaskedLM(nn.Module):
                 f"rows of {inputs_BxL.shape[1]} tokens are too long for a model of max_position_embeddings="
                 f"{cfg.max_position_embeddings}, which takes at most {cfg.max_seq_length}"
             )
-        mask_BxL = inputs_BxL != cfg.pad_token_id
-        hidden_BxLxD = self.embeddings(inputs_BxL, mask_BxL, deterministic=deterministic)
+        segments_BxL, counts_BxL = segments(inputs_BxL, pad_id=cfg.pad_token_id, begin_id=self.begin_id)
+        # Of one document, every token sees all that are not padding: M of them, the same for each (L is 1).
+        visible_BxLxM = segments_BxL[:, None, :] > 0
+        if self.begin_id is not None:
+            visible_BxLxM = segments_BxL[:, :, None] == segments_BxL[:, None, :]
+        hidden_BxLxD = self.embeddings(inputs_BxL, counts_BxL, deterministic=deterministic)
         for block in self.layer:
-            hidden_BxLxD = block(hidden_BxLxD, mask_BxL, deterministic=deterministic)
+            hidden_BxLxD = block(hidden_BxLxD, visible_BxLxM, deterministic=deterministic)
         if positions_BxK is not None:
             hidden_BxLxD = jnp.take_along_axis(hidden_BxLxD, positions_BxK[:, :, None], axis=1)
         return self.head(hidden_BxLxD, self.embeddings.word.embedding)

@@ -1,0 +1,193 @@
+"""A web server on 127.0.0.1 that behaves badly on demand, and speaks as much of the Hugging Face hub as is needed."""
+
+import collections
+import contextlib
+import email.utils
+import hashlib
+import http.server
+import json
+import re
+import socket
+import struct
+import threading
+import time
+import urllib.parse
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+class Server:
+    """Serves `files`, path -> bytes, under `url`; `faults` of a path are its next answers, one a request.
+
+    A fault is a status, or a status with headers, or one of
+        "reset"         the connection is reset before an answer
+        "hang"          no answer, for longer than a test's time-out
+        "reset midway"  and "hang midway", "cut": half of the body, then a reset, silence, or the end
+        "cut unsaid"    half of the body, its length not told
+        "garbled"       a body of the right length, and of nonsense
+        "changed"       a proper answer of a file with another ETag
+    The last of `always`, if there are any, is the answer to every request after that; None is a proper answer.
+
+    Attributes:
+        requests: (method, path, Range) of all requests.
+        hub: path of the repository -> its files' names, for the calls of the hub.
+        ranges: whether parts of files are served.
+    """
+
+    def __init__(self):
+        self.files: dict[str, bytes] = {}
+        self.faults: dict[str, collections.deque] = collections.defaultdict(collections.deque)
+        self.always: dict[str, object] = {}
+        self.requests: list[tuple[str, str, str]] = []
+        self.ranges = True
+        self.hub: dict[str, list[str]] = {}
+        self.silence_seconds = 0.5
+        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
+        self._server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02})
+        self._thread.start()
+
+    def close(self):
+        self._server.shutdown()
+        self._thread.join()
+        self._server.server_close()
+
+    def count(self, path):
+        """Requests of a path."""
+        return sum(asked == path for _, asked, _ in self.requests)
+
+    def heal(self):
+        """All is well from now on."""
+        self.faults.clear()
+        self.always.clear()
+        self.requests.clear()
+
+    def next_fault(self, path):
+        if self.faults[path]:
+            return self.faults[path].popleft()
+        return self.always.get(path)
+
+    def _handler(server):  # noqa: N805
+        class Handler(http.server.BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def log_message(self, *arguments):
+                pass
+
+            def do_HEAD(self):
+                server.answer(self)
+
+            do_GET = do_POST = do_HEAD
+
+        return Handler
+
+    def answer(self, handler):
+        path = urllib.parse.unquote(urllib.parse.urlsplit(handler.path).path)
+        wanted = handler.headers.get("Range", "")
+        content = handler.rfile.read(int(handler.headers.get("Content-Length", 0)))
+        self.requests.append((handler.command, path, wanted))
+        fault = self.next_fault(path)
+        if fault == "reset":
+            reset(handler)
+        elif fault == "hang":
+            time.sleep(self.silence_seconds)
+            handler.close_connection = True
+        elif isinstance(fault, int | tuple):
+            status, headers = fault if isinstance(fault, tuple) else (fault, {})
+            send(handler, status, b"no", headers)
+        elif (body := self.hub_answer(handler, path, content)) is not None:
+            send(handler, 200, json.dumps(body).encode(), {"Content-Type": "application/json"})
+        elif (data := self.find(path)) is None:
+            code = "EntryNotFound" if "/resolve/" in path or "/tree/" in path else "RepoNotFound"
+            send(handler, 404, b"none", {"X-Error-Code": code})
+        else:
+            self.send_file(handler, data, wanted, fault)
+
+    def find(self, path):
+        if match := re.fullmatch(r"/datasets/(.+)/resolve/[^/]+/(.+)", path):
+            path = f"/{match[1]}/{match[2]}"
+        return self.files.get(path)
+
+    def send_file(self, handler, data, wanted, fault):
+        etag = hashlib.sha1(data).hexdigest() + ("x" if fault == "changed" else "")
+        headers = {"ETag": f'"{etag}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
+        status, body = 200, data
+        if wanted and self.ranges:
+            first, last = re.fullmatch(r"bytes=(\d+)-(\d*)", wanted).groups()
+            first, last = int(first), min(int(last or len(data)), len(data) - 1)
+            if first >= len(data):
+                send(handler, 416, b"", {"Content-Range": f"bytes */{len(data)}"})
+                return
+            status, body = 206, data[first : last + 1]
+            headers["Content-Range"] = f"bytes {first}-{last}/{len(data)}"
+        if fault == "garbled":
+            body = b"\xff" * len(body)
+        if fault == "cut unsaid":
+            headers["Connection"] = "close"
+            send(handler, status, body[: len(body) // 2], headers, told=False)
+            handler.close_connection = True
+        elif fault in ("cut", "reset midway", "hang midway"):
+            send(handler, status, body, headers, length=(len(body) + 1) // 2)
+            if fault == "reset midway":
+                # What is under way would be lost with the reset.
+                time.sleep(0.05)
+                reset(handler)
+            elif fault == "hang midway":
+                time.sleep(self.silence_seconds)
+            handler.close_connection = True
+        else:
+            send(handler, status, body, headers)
+
+    def hub_answer(self, handler, path, content):
+        """What the hub's API says, None where it is no such question."""
+        for repository, names in self.hub.items():
+            base = f"/api/datasets/{repository}"
+            if path in (base, f"{base}/revision/main", f"{base}/revision/{COMMIT}"):
+                siblings = [{"rfilename": name} for name in names]
+                return {"id": repository, "sha": COMMIT, "private": False, "tags": [], "siblings": siblings}
+            entries = {
+                name: {
+                    "type": "file",
+                    "path": name,
+                    "size": len(self.files[f"/{repository}/{name}"]),
+                    "oid": hashlib.sha1(self.files[f"/{repository}/{name}"]).hexdigest(),
+                }
+                for name in names
+            }
+            if path.startswith(f"{base}/paths-info/"):
+                if handler.headers.get("Content-Type", "").startswith("application/json"):
+                    asked = json.loads(content)["paths"]
+                else:
+                    asked = urllib.parse.parse_qs(content.decode())["paths"]
+                return [entries[name] for name in asked if name in entries]
+            if path in (f"{base}/tree/main", f"{base}/tree/{COMMIT}"):
+                return list(entries.values())
+        return None
+
+
+def send(handler, status, body, headers, *, length=None, told=True):
+    """An answer, or its first `length` bytes."""
+    handler.send_response(status)
+    for name, value in headers.items():
+        handler.send_header(name, value)
+    if told:
+        handler.send_header("Content-Length", str(len(body)))
+    handler.end_headers()
+    if handler.command != "HEAD":
+        with contextlib.suppress(ConnectionError):
+            handler.wfile.write(body[:length])
+            handler.wfile.flush()
+
+
+def reset(handler):
+    """Ends a connection the hard way."""
+    handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    handler.connection.close()
+    handler.close_connection = True
+    handler.rfile = handler.wfile = open("/dev/null", "r+b", buffering=0)  # noqa: SIM115
+
+
+def http_date(seconds_from_now):
+    """A moment, as headers write it."""
+    return email.utils.formatdate(time.time() + seconds_from_now, usegmt=True)

@@ -1,0 +1,183 @@
+"""packing="isolate": documents that share a row do not know of each other, in training and in evaluation."""
+
+import dataclasses
+import functools
+import itertools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import tiny_config as tiny_run_config
+from tiny import write_corpus
+
+from mlm import parallel, setup, steps
+from mlm.evaluate import Evaluator
+from mlm.masking import MaskingSpec, mask_tokens
+from mlm.models.encoder import MaskedLM, segments
+from mlm.workdir import WorkDir
+
+BEGIN, PAD, END, UNKNOWN, MASK = range(5)  # conftest's special ids
+LENGTH, VOCAB = 16, 50
+
+
+def text(length, seed):
+    return np.random.default_rng(seed).integers(5, VOCAB, length).tolist()
+
+
+# The tail of a document that began in a row before, a whole document, an empty one, and one that the row cuts.
+PARTS = [[*text(3, 0), END], [BEGIN, *text(3, 1), END], [BEGIN, END], [BEGIN, *text(4, 2)]]
+ROW = np.array([[*itertools.chain(*PARTS)]], np.int32)
+STARTS = np.cumsum([0] + [len(part) for part in PARTS])
+
+
+@pytest.fixture(scope="module")
+def config(tiny_config):
+    # Far from the start, so that attention and positions weigh as much as the token itself.
+    return tiny_config.replace(num_hidden_layers=2, initializer_range=0.5)
+
+
+@pytest.fixture(scope="module")
+def params(config):
+    return jax.jit(MaskedLM(config).init)(jax.random.key(0), ROW)["params"]
+
+
+@functools.partial(jax.jit, static_argnames=("config", "begin_id"))
+def logits_of(params, rows, *, config, begin_id):
+    return MaskedLM(config, begin_id=begin_id).apply({"params": params}, rows)
+
+
+def test_segments_and_counts():
+    rows = np.array([ROW[0], [7] * LENGTH, [PAD] * LENGTH, [BEGIN, 7, END] + [PAD] * 13])
+    segments_BxL, counts_BxL = segments(rows, pad_id=PAD, begin_id=BEGIN)
+    assert segments_BxL.tolist() == [
+        [1] * 4 + [2] * 5 + [3] * 2 + [4] * 5,
+        [1] * LENGTH,
+        [0] * LENGTH,
+        [2] * 3 + [0] * 13,
+    ]
+    assert counts_BxL.tolist() == [
+        [1, 2, 3, 4, 1, 2, 3, 4, 5, 1, 2, 1, 2, 3, 4, 5],
+        list(range(1, 17)),
+        [0] * LENGTH,
+        [1, 2, 3] + [0] * 13,
+    ]
+    segments_BxL, counts_BxL = segments(rows[[0, 3]], pad_id=PAD, begin_id=None)
+    assert segments_BxL.tolist() == [[1] * LENGTH, [1] * 3 + [0] * 13]
+    assert counts_BxL.tolist() == [list(range(1, 17)), [1, 2, 3] + [0] * 13]
+
+
+def test_a_document_in_a_row_has_the_logits_it_has_alone(config, params):
+    together = logits_of(params, ROW, config=config, begin_id=BEGIN)[0]
+    run_on = logits_of(params, ROW, config=config, begin_id=None)[0]
+    for part, start in zip(PARTS, STARTS[:-1], strict=True):
+        alone = np.full((1, LENGTH), PAD, np.int32)
+        alone[0, : len(part)] = part
+        found = together[start : start + len(part)]
+        for begin_id in (None, BEGIN):
+            wanted = logits_of(params, alone, config=config, begin_id=begin_id)[0, : len(part)]
+            np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5 * np.abs(wanted).max())
+        # "concatenate" lets them see each other: the test can fail.
+        assert np.abs(run_on[start : start + len(part)] - wanted).max() > 0.01 * np.abs(wanted).max()
+
+
+def test_the_loss_of_a_document_has_no_gradient_at_another(config, params):
+    def logits(delta_BxLxD):
+        def add(next_fun, args, kwargs, context):
+            out = next_fun(*args, **kwargs)
+            is_sum = context.module.name == "embeddings" and context.method_name == "__call__"
+            return out + delta_BxLxD if is_sum else out
+
+        with nn.intercept_methods(add):
+            return MaskedLM(config, begin_id=BEGIN).apply({"params": params}, ROW)
+
+    @jax.jit
+    @jax.grad
+    def gradient(delta_BxLxD, inside_L):
+        losses_L = -jax.nn.log_softmax(logits(delta_BxLxD))[0, jnp.arange(LENGTH), ROW[0]]
+        return (losses_L * inside_L).sum()
+
+    for start, stop in itertools.pairwise(STARTS):
+        inside_L = (np.arange(LENGTH) >= start) & (np.arange(LENGTH) < stop)
+        gradient_LxD = np.asarray(gradient(jnp.zeros((1, LENGTH, config.hidden_size)), inside_L)[0])
+        assert (gradient_LxD[~inside_L] == 0).all()
+        assert (gradient_LxD[inside_L] != 0).any(axis=1).all()
+
+
+def test_masking_leaves_the_segments_as_they_are():
+    spec = MaskingSpec(
+        mlm_probability=1.0,
+        mask_token_share=0.4,
+        random_token_share=0.4,
+        mask_id=MASK,
+        special_ids=(BEGIN, PAD, END, UNKNOWN, MASK),
+        num_ids=VOCAB,
+    )
+    rows = np.random.default_rng(0).integers(0, VOCAB // 4, (500, LENGTH)).astype(np.int32)
+    mask = jax.jit(functools.partial(mask_tokens, spec=spec))
+    masked = mask(rows, rows_B=np.arange(500), key=jax.random.key(0)).inputs_BxL
+    assert (masked != rows).mean() > 0.3
+    wanted, found = (segments(array, pad_id=PAD, begin_id=BEGIN) for array in (rows, masked))
+    jax.tree.map(np.testing.assert_array_equal, found, wanted)
+
+
+def test_parameters_are_those_of_every_packing(config, params):
+    ours = jax.jit(MaskedLM(config, begin_id=BEGIN).init)(jax.random.key(0), ROW)["params"]
+    jax.tree.map(np.testing.assert_array_equal, ours, params)
+
+
+def test_a_step_trains(encoder_task, encoder_state, train_step):
+    """Eight rows of five documents "begin, x, x": the first x of each says what the second is."""
+    task = dataclasses.replace(encoder_task, model=dataclasses.replace(encoder_task.model, begin_id=BEGIN))
+    words = np.random.default_rng(0).integers(10, 18, (8, 5, 1))
+    documents = np.concatenate([np.full_like(words, BEGIN), words, words], axis=2).reshape(8, 15)
+    rows = np.concatenate([documents, np.full((8, 1), END)], axis=1).astype(np.int32)
+    step, state, losses = train_step(task), parallel.replicate(encoder_state), []
+    for _ in range(30):
+        state, metrics = step(state, parallel.shard(rows, shape=(1,)))
+        sums = parallel.first_replica(metrics.sums)
+        losses.append(sums.loss / sums.count)
+    assert abs(losses[0] - np.log(VOCAB)) < 0.1  # An even guess over the vocabulary.
+    assert losses[-1] < np.log(8) + 0.1  # An even guess over the eight words.
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """packing -> a run's parts, of one corpus and one tokenizer."""
+    folder = tmp_path_factory.mktemp("isolate")
+    corpus, place = write_corpus(folder), WorkDir(str(folder / "run"))
+    parts = {}
+    for packing in ("concatenate", "isolate"):
+        config = tiny_run_config(corpus)
+        config.data.packing = packing
+        parts[packing] = setup.build(config, place)
+    return parts
+
+
+def test_setup_tells_the_model_and_the_rows_are_those_of_concatenate(runs):
+    isolate, concatenate = runs["isolate"], runs["concatenate"]
+    assert concatenate.task.model.begin_id is None
+    assert isolate.task.model.begin_id == isolate.tokenizer.bos_id == 0
+    np.testing.assert_array_equal(isolate.eval_rows_RxL, concatenate.eval_rows_RxL)
+    for _ in range(9):
+        np.testing.assert_array_equal(next(isolate.stream), next(concatenate.stream))
+
+
+def test_evaluation_isolates_too(runs):
+    params = parallel.replicate(runs["isolate"].initial_params())
+
+    eval_steps = {
+        packing: parallel.data_parallel(functools.partial(steps.eval_step, task=run.task, axis_name=parallel.AXIS))
+        for packing, run in runs.items()
+    }
+    tokenizer, rows_RxL = runs["isolate"].tokenizer, runs["isolate"].eval_rows_RxL
+
+    def loss(packing, rows_RxL):
+        evaluator = Evaluator(eval_steps[packing], rows_RxL, per_device_batch_size=8, pad_id=tokenizer.pad_id)
+        return evaluator(params, np.zeros(tokenizer.num_ids, np.float32))["eval/loss"]
+
+    assert loss("isolate", rows_RxL) != loss("concatenate", rows_RxL)
+    # Rows without a begin token are one document to both.
+    tails_RxL = np.where(rows_RxL == tokenizer.bos_id, tokenizer.eos_id, rows_RxL)
+    assert loss("isolate", tails_RxL) == pytest.approx(loss("concatenate", tails_RxL), rel=1e-6)

@@ -1,0 +1,320 @@
+"""A bad network, over real sockets: the rows are those of a healthy server, once each, or the user is told."""
+
+import bz2
+import dataclasses
+import gzip
+import io
+import json
+import lzma
+import os
+import subprocess
+import sys
+import time
+
+import aiohttp
+import datasets
+import fsspec.exceptions
+import httpx2
+import huggingface_hub
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv as pa_csv
+import pyarrow.parquet as pq
+import pytest
+import requests
+import zstandard
+
+from mlm.data import files, network, sources, stream
+from mlm.data.network import Failure, Patience
+from mlm.data.prefetch import Prefetcher
+from mlm.errors import UserError
+from tests.bad_server import Server, http_date
+
+# Long enough for a busy machine, where nothing is really wrong; the server is silent for 0.5 s.
+PATIENCE = Patience(deadline_seconds=30.0, timeout_seconds=0.2, first_wait_seconds=0.001, max_wait_seconds=0.01)
+IMPATIENCE = dataclasses.replace(PATIENCE, deadline_seconds=0.05)
+# Random letters, so that compressed files are large, too.
+TEXTS = [
+    f"{n} " + "".join(map(chr, letters))
+    for n, letters in enumerate(np.random.default_rng(0).integers(97, 123, (400, 200)))
+]
+COMPRESS = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress, ".zst": zstandard.compress}
+KINDS = ["a.jsonl", "a.txt", "a.csv", "a.parquet", "a.jsonl.gz", "a.txt.zst", "a.csv.xz", "a.txt.bz2"]
+TRANSIENT = [
+    "reset",
+    "reset midway",
+    "cut",
+    "hang",
+    "hang midway",
+    500,
+    502,
+    503,
+    504,
+    408,
+    (429, {}),
+    (429, {"Retry-After": "0"}),
+    (429, {"ratelimit": '"api";r=0;t=0'}),
+]
+# What no length tells, but a decoder.
+DECODED = ["a.jsonl.gz", "a.txt.zst", "a.csv.xz", "a.txt.bz2", "a.parquet"]
+
+
+@pytest.fixture
+def server():
+    """Behaves well until told otherwise."""
+    server = Server()
+    yield server
+    server.close()
+
+
+@pytest.fixture(autouse=True)
+def small_reads(monkeypatch):
+    """Files of this size take many."""
+    monkeypatch.setattr(files, "_NETWORK_BYTES", 3000)
+    monkeypatch.setattr(files, "_BLOCK_BYTES", 7000)
+
+
+def encode(name, texts):
+    """The bytes of a file of this name."""
+    stem, extension = os.path.splitext(name)
+    if extension in COMPRESS:
+        return COMPRESS[extension](encode(stem, texts))
+    sink = io.BytesIO()
+    if extension == ".parquet":
+        pq.write_table(pa.table({"text": texts}), sink, row_group_size=100)
+    elif extension == ".csv":
+        pa_csv.write_csv(pa.table({"id": range(len(texts)), "text": texts}), sink)
+    elif extension == ".jsonl":
+        sink.write("".join(json.dumps({"text": text}) + "\n" for text in texts).encode())
+    else:
+        sink.write("".join(text + "\n" for text in texts).encode())
+    return sink.getvalue()
+
+
+def open_url(server, *names, patience=PATIENCE):
+    return sources.open_source(
+        dataset_name=None, data_files=[f"{server.url}/{name}" for name in names], patience=patience
+    )
+
+
+def rows_of(source, shard=0, start_row=0):
+    return [text for texts in source.read(shard, start_row=start_row) for text in texts.to_pylist()]
+
+
+def serve(server, name, texts=TEXTS, patience=PATIENCE):
+    """The source of one file."""
+    server.files[f"/{name}"] = encode(name, texts)
+    source = open_url(server, name, patience=patience)
+    server.requests.clear()
+    return source
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+@pytest.mark.parametrize("name", KINDS)
+def test_rows_are_those_of_a_healthy_server(server, name, ranges):
+    source = serve(server, name)
+    server.ranges = ranges or name.endswith(".parquet")
+    server.faults[f"/{name}"].extend(TRANSIENT)
+    start = 123 if ranges else 0
+    assert rows_of(source, start_row=start) == TEXTS[start:]
+    assert not server.faults[f"/{name}"]  # all of them were met
+
+
+@pytest.mark.parametrize("fault", TRANSIENT, ids=str)
+def test_a_start_goes_through_every_failure(server, fault):
+    server.files["/a.txt"] = encode("a.txt", TEXTS)
+    server.faults["/a.txt"].extend([fault, None, fault])
+    assert rows_of(open_url(server, "a.txt")) == TEXTS
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_body_that_always_breaks_off_is_read_on_from_there(server, name):
+    source = serve(server, name)
+    server.always[f"/{name}"] = "cut"
+    assert rows_of(source) == TEXTS
+    if not name.endswith(".parquet"):
+        # Halves of what was left: no byte is asked for twice.
+        size = len(server.files[f"/{name}"])
+        starts = [int(wanted.removeprefix("bytes=").removesuffix("-")) for _, _, wanted in server.requests if wanted]
+        left = [size - start for start in starts]
+        assert left[0] == size // 2
+        assert all(after == before // 2 for before, after in zip(left, left[1:], strict=False))
+
+
+@pytest.mark.parametrize("fault", ["cut unsaid", "garbled"])
+@pytest.mark.parametrize("name", DECODED)
+def test_what_does_not_decode_is_fetched_again(server, name, fault):
+    source = serve(server, name)
+    server.faults[f"/{name}"].extend([fault] * (network._UNREADABLE_TRIES - 1))
+    assert rows_of(source) == TEXTS
+
+
+@pytest.mark.parametrize("name", DECODED)
+def test_what_never_decodes_is_given_up_before_the_deadline(server, name):
+    source = serve(server, name)
+    server.always[f"/{name}"] = "garbled"
+    with pytest.raises(sources.ShardLostError, match=f"cannot read '.*/{name}' from row 0 on: .*tried 5 times"):
+        rows_of(source)
+
+
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("fault", [500, "reset", "hang"])
+def test_past_the_deadline_the_shard_is_lost_with_its_row(server, name, fault):
+    source = serve(server, name, patience=IMPATIENCE)
+    # The first answer ends halfway, then nothing comes any more.
+    server.always[f"/{name}"] = fault
+    server.faults[f"/{name}"].extend([None] * 3 if name.endswith(".parquet") else ["cut"])
+    found = []
+    with pytest.raises(sources.ShardLostError, match=f"cannot read '.*/{name}' from row ") as error:
+        for texts in source.read(0):
+            found += texts.to_pylist()
+    assert f" from row {len(found)} on: " in str(error.value)
+    assert "\n" not in str(error.value)
+    assert found == TEXTS[: len(found)]
+    server.heal()
+    assert rows_of(source, start_row=len(found)) == TEXTS[len(found) :]
+
+
+@pytest.mark.parametrize(
+    ("status", "message"), [(404, "not found: "), (410, "not found: "), (403, "403"), (401, "401")]
+)
+@pytest.mark.parametrize("name", ["a.txt", "a.parquet", "a.jsonl.gz"])
+def test_refusals_are_told_at_once(server, name, status, message):
+    source = serve(server, name)
+    server.always[f"/{name}"] = status
+    for read in (lambda: rows_of(source), lambda: open_url(server, name)):
+        server.requests.clear()
+        with pytest.raises(UserError, match=f"cannot read '.*/{name}': .*{message}") as error:
+            read()
+        assert not isinstance(error.value, sources.ShardLostError)
+        assert server.count(f"/{name}") == 1
+
+
+def test_a_refusal_halfway(server):
+    source = serve(server, "a.txt")
+    server.faults["/a.txt"].extend(["cut", 403])
+    with pytest.raises(UserError, match="answers 403"):
+        rows_of(source)
+    assert server.count("/a.txt") == 2
+
+
+def test_a_file_that_changes_while_it_is_read(server):
+    source = serve(server, "a.txt")
+    server.faults["/a.txt"].extend(["cut", "changed"])
+    with pytest.raises(UserError, match="changed while it was read"):
+        rows_of(source)
+
+
+def test_parquet_from_a_server_without_ranges_is_told(server):
+    server.ranges = False
+    with pytest.raises(UserError, match="does not serve parts of files, which parquet needs"):
+        serve(server, "a.parquet")
+
+
+def test_a_host_that_does_not_exist_is_told_at_once(server):
+    start = time.monotonic()
+    for address in ("http://127.0.0.1:9", "http://host.invalid"):
+        with pytest.raises(UserError, match="cannot be reached") as error:
+            sources.open_source(dataset_name=None, data_files=f"{address}/a.txt", patience=PATIENCE)
+        assert not isinstance(error.value, sources.ShardLostError)
+    assert time.monotonic() - start < PATIENCE.deadline_seconds
+
+
+def test_a_host_that_goes_away_and_comes_back(server):
+    source = serve(server, "a.txt", patience=IMPATIENCE)
+    columns = source.read(0)
+    found = next(columns).to_pylist()
+    server.close()
+    with pytest.raises(sources.ShardLostError, match="refused"):
+        rows_of(source, start_row=len(found))
+
+
+def test_retry_after_is_waited_for(server):
+    source = serve(server, "a.txt")
+    for value in (lambda: "1", lambda: http_date(2.5)):
+        server.faults["/a.txt"].append((429, {"Retry-After": value()}))
+        start = time.monotonic()
+        assert rows_of(source) == TEXTS
+        # A date is in whole seconds.
+        assert 0.9 < time.monotonic() - start < PATIENCE.deadline_seconds
+
+
+def test_retry_after_past_the_deadline_is_tried_at_the_deadline(server):
+    source = serve(server, "a.txt", patience=dataclasses.replace(PATIENCE, deadline_seconds=0.3))
+    server.faults["/a.txt"].append((503, {"Retry-After": "3600"}))
+    assert rows_of(source) == TEXTS
+    server.always["/a.txt"] = (503, {"Retry-After": "3600"})
+    with pytest.raises(sources.ShardLostError, match=r"answers 503 .*\(tried 2 times in 0 s\)"):
+        rows_of(source)
+
+
+def test_waits_grow_up_to_the_deadline(monkeypatch):
+    now, waits = [1000.0], []
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(time, "sleep", lambda wait: (waits.append(wait), now.__setitem__(0, now[0] + wait)))
+    np.random.seed(0)
+    before = np.random.get_state()[1].tolist()
+    retries = network.Retries(Patience(), "it")
+    with pytest.raises(network.GaveUpError, match=r"^no \(tried \d+ times in 300 s\)$"):
+        while True:
+            retries.failed("no")
+    assert sum(waits) == pytest.approx(300)
+    for wait, full in zip(waits[:-1], [1, 2, 4, 8, 16] + [30] * len(waits), strict=False):
+        assert full / 2 <= wait <= full
+    retries.succeeded()
+    waits.clear()
+    retries.failed("no", retry_after=70)
+    retries.failed("no")
+    assert waits[0] == 70
+    assert 1 <= waits[1] <= 2
+    assert np.random.get_state()[1].tolist() == before
+
+
+def raised_from(error, cause):
+    error.__cause__ = cause
+    return error
+
+
+def answered(status):
+    request = httpx2.Request("GET", "http://127.0.0.1/")
+    return httpx2.Response(status, request=request)
+
+
+@pytest.mark.parametrize(
+    ("error", "failure"),
+    [
+        (ConnectionResetError("reset"), Failure.BROKEN),
+        (TimeoutError("late"), Failure.BROKEN),
+        (httpx2.ReadTimeout("late"), Failure.BROKEN),
+        (httpx2.RemoteProtocolError("cut"), Failure.BROKEN),
+        (httpx2.StreamClosed(), Failure.BROKEN),
+        (aiohttp.ClientPayloadError("cut"), Failure.BROKEN),
+        (aiohttp.ServerDisconnectedError(), Failure.BROKEN),
+        (aiohttp.ClientResponseError(None, (), status=503), Failure.BROKEN),
+        (aiohttp.ClientResponseError(None, (), status=403), Failure.FINAL),
+        (aiohttp.InvalidURL("nonsense"), Failure.FINAL),
+        (requests.ConnectionError("reset"), Failure.BROKEN),
+        (requests.exceptions.ChunkedEncodingError("cut"), Failure.BROKEN),
+        (fsspec.exceptions.FSTimeoutError(), Failure.BROKEN),
+        (raised_from(ConnectionError("Server Disconnected"), httpx2.ReadError("reset")), Failure.BROKEN),
+        (huggingface_hub.errors.HfHubHTTPError("busy", response=answered(503)), Failure.BROKEN),
+        (huggingface_hub.errors.GatedRepoError("ask", response=answered(403)), Failure.FINAL),
+        (huggingface_hub.errors.LocalEntryNotFoundError("offline"), Failure.FINAL),
+        (
+            raised_from(huggingface_hub.errors.LocalEntryNotFoundError("no net"), httpx2.ConnectError("reset")),
+            Failure.BROKEN,
+        ),
+        (raised_from(FileNotFoundError("a"), aiohttp.ClientResponseError(None, (), status=404)), Failure.FINAL),
+        (FileNotFoundError("a"), Failure.FINAL),
+        (ImportError("s3fs"), Failure.FINAL),
+        (httpx2.InvalidURL("nonsense"), Failure.FINAL),
+        (datasets.exceptions.DatasetGenerationError("?"), Failure.UNREADABLE),
+        (pa.ArrowInvalid("no magic bytes"), Failure.UNREADABLE),
+        (EOFError("ended"), Failure.UNREADABLE),
+        (raised_from(OSError("?"), network.GaveUpError("busy")), Failure.GAVE_UP),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",
+)
+def test_exceptions_of_every_client_are_told_apart(error, failure):
+    assert network.failure_of(error) is failure
+    assert isinstance(error, sources._READ_ERRORS)  # so that none becomes a traceback
