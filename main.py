@@ -3,7 +3,8 @@
     python main.py --config=configs/quickstart.py --workdir=runs/quickstart
 
 Any key of the config can be set from the command line: --config.optimizer.learning_rate=1e-4. `configs/default.py`
-explains them all. The same command, run again, goes on after an interruption.
+explains them all. The same command, run again, goes on after an interruption. With --mode=show_data --step=N it prints what
+update N of the run was trained on.
 """
 
 import difflib
@@ -32,28 +33,43 @@ from mlm.workdir import flatten
 FLAGS = flags.FLAGS
 config_flags.DEFINE_config_file("config", None, "the run's configuration, such as configs/quickstart.py")
 flags.DEFINE_string("workdir", None, "the run's directory: checkpoints, metrics, model; made if it is not there")
+flags.DEFINE_enum("mode", "train", ["train", "show_data"], "show_data prints what the update --step was trained on")
+flags.DEFINE_integer("step", None, "show_data: the update, from 1 on")
+flags.DEFINE_integer("rows", 4, "show_data: how many of its rows to print", lower_bound=1)
+flags.DEFINE_integer("process", 0, "show_data: whose rows, in a run of several processes", lower_bound=0)
 
 
 def main(argv: list[str]) -> None:
-    """Runs one training run."""
+    """Does what --mode says."""
     if len(argv) > 1:
         raise UserError(f"{argv[1]!r} is not a flag; flags begin with --, their values follow after =")
     if not FLAGS.workdir:
         raise UserError("no --workdir; name the run's directory, such as --workdir=runs/quickstart")
+    if FLAGS.mode == "show_data" and FLAGS.step is None:
+        raise UserError("--mode=show_data needs the update to show, such as --step=100")
     check_keys(FLAGS.config)
     set_up_log(verbose=FLAGS.verbosity > 0)
 
+    if FLAGS.mode == "show_data":
+        # Before jax is imported: a device may be busy with the run itself.
+        os.environ["JAX_PLATFORMS"] = "cpu"
+
     # These take seconds to import; a mistake on the command line should not.
     import jax
-
-    from mlm.train import train_and_evaluate
 
     if not jax.config.jax_compilation_cache_dir:
         # The second start of the same run compiles nothing.
         cache = os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache"))
         jax.config.update("jax_compilation_cache_dir", os.path.join(cache, "mlm", "jax"))
 
-    train_and_evaluate(FLAGS.config, FLAGS.workdir)
+    if FLAGS.mode == "show_data":
+        from mlm.show_data import show_data
+
+        show_data(FLAGS.config, FLAGS.workdir, step=FLAGS.step, rows=FLAGS.rows, process_index=FLAGS.process)
+    else:
+        from mlm.train import train_and_evaluate
+
+        train_and_evaluate(FLAGS.config, FLAGS.workdir)
 
 
 def parse_flags(argv: list[str]) -> list[str]:

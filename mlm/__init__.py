@@ -17,7 +17,8 @@
 
     data        text -> this host's rows of token ids; knows no device
       sources     a name, files or a URL -> shards of text;  docstrings, files  two kinds of them
-      reader      a process's share of the shards
+      network, remote  what is tried again when the network is bad;  files at URLs
+      reader      a process's share of the shards, less those the network did not give
       stream      shuffle windows, held-out documents, exact resume
       tokenizer   load, train, save; a column of strings -> ragged ids
       packing     ragged ids -> rows

@@ -129,6 +129,14 @@ class Checkpointer:
         )
         return Restored(step=step, state=restored.state, loop=dict(restored.loop), streams=restored.stream)
 
+    def steps(self) -> list[int]:
+        """The steps of the complete checkpoints, in order."""
+        return sorted(self._manager.all_steps())
+
+    def streams(self, step: int) -> list[dict[str, Any]]:
+        """Reads the stream states of checkpoint `step`, by process, and nothing else."""
+        return self._manager.restore(step, args=ocp.args.Composite(stream=ProcessJsonRestore())).stream
+
     def wait(self) -> None:
         """Blocks until everything saved is on disk."""
         self._manager.wait_until_finished()

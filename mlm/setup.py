@@ -146,6 +146,12 @@ def check_numbers(config: ConfigDict) -> None:
         raise UserError(f"data.max_seq_length={config.data.max_seq_length} must be at least 3: begin, text, end")
     if config.data.shuffle_buffer_size < 0:
         raise UserError(f"data.shuffle_buffer_size={config.data.shuffle_buffer_size} must not be negative")
+    if config.data.max_failed_shards < 0:
+        raise UserError(f"data.max_failed_shards={config.data.max_failed_shards} must not be negative")
+    if config.data.network_deadline_seconds < 0:
+        raise UserError(f"data.network_deadline_seconds={config.data.network_deadline_seconds} must not be negative")
+    if config.data.network_timeout_seconds <= 0:
+        raise UserError(f"data.network_timeout_seconds={config.data.network_timeout_seconds} must be positive")
     check_ranges(config.data.skip_steps)
     text_lib.check_mixture(config.data.mixture)
     if config.data.packing not in packing.PACKINGS:

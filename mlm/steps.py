@@ -59,7 +59,12 @@ class Task:
 
     def key(self, stream: int) -> jax.Array:
         """The key of a random stream. Threefry: masks must not depend on how rows are dealt to devices."""
-        return jax.random.fold_in(jax.random.key(self.seed, impl="threefry2x32"), stream)
+        return random_key(self.seed, stream)
+
+
+def random_key(seed: int, stream: int) -> jax.Array:
+    """The key of a random stream of a run."""
+    return jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), stream)
 
 
 def init_params(task: Task, *, length: int) -> Any:

@@ -48,7 +48,12 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> None:
         # Text too short for a batch shows here, before anything is written or compiled.
         stream = itertools.chain([next(batches)], batches)
         if jax.process_index() == 0:
-            place.create(config.to_dict(), save_tokenizer=run.tokenizer.save)
+            place.create(
+                config.to_dict(),
+                save_tokenizer=run.tokenizer.save,
+                processes=jax.process_count(),
+                rows_per_process=run.text.batch_rows,
+            )
         parallel.barrier("work directory made")
         reporter = stack.enter_context(_reporter(config, place, run, start, restored))
         if start == 0:

@@ -87,7 +87,18 @@ class WorkDir:
         except (json.JSONDecodeError, KeyError, TypeError):
             raise UserError(f"{self.config} is not a run's config; choose another --workdir") from None
 
-    def create(self, config: dict[str, Any], *, save_tokenizer: Callable[[str], None]) -> None:
+    def read_layout(self) -> tuple[int, int] | None:
+        """(processes, rows of an update on each) of the last start of the run; None where there is none."""
+        if not os.path.exists(self.config):
+            return None
+        self.read_config()
+        with open(self.config, encoding="utf-8") as file:
+            content = json.load(file)
+        return content["processes"], content["rows_per_process"]
+
+    def create(
+        self, config: dict[str, Any], *, save_tokenizer: Callable[[str], None], processes: int, rows_per_process: int
+    ) -> None:
         """Makes the directory, the config and the tokenizer, each whole or not at all."""
         os.makedirs(self.checkpoints, exist_ok=True)
         if not os.path.isdir(self.tokenizer):
@@ -95,7 +106,8 @@ class WorkDir:
             save_tokenizer(self.tokenizer + ".tmp")
             os.rename(self.tokenizer + ".tmp", self.tokenizer)
         with open(self.config + ".tmp", "w", encoding="utf-8") as file:
-            json.dump({"config": config}, file, indent=2)
+            content = {"config": config, "processes": processes, "rows_per_process": rows_per_process}
+            json.dump(content, file, indent=2)
             file.write("\n")
         os.replace(self.config + ".tmp", self.config)
 

@@ -34,7 +34,7 @@ class Server:
         ranges: whether parts of files are served.
     """
 
-    def __init__(self):
+    def __init__(self, port=0):
         self.files: dict[str, bytes] = {}
         self.faults: dict[str, collections.deque] = collections.defaultdict(collections.deque)
         self.always: dict[str, object] = {}
@@ -42,8 +42,11 @@ class Server:
         self.ranges = True
         self.hub: dict[str, list[str]] = {}
         self.silence_seconds = 0.5
-        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
+        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", port), self._handler())
         self._server.daemon_threads = True
+        # Clients may break off, too.
+        self._server.handle_error = lambda *arguments: None
+        self.port = self._server.server_port
         self.url = f"http://127.0.0.1:{self._server.server_port}"
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02})
         self._thread.start()

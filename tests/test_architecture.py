@@ -32,9 +32,11 @@ ROOMS = {
     "fill_mask": "data errors models",
     "export": "curves data errors fill_mask models",
     "report": "curves data errors models parallel steps workdir",
-    "setup": "data errors export fill_mask masking models optimizer steps workdir",
-    "train": "checkpoint data errors evaluate export fill_mask parallel report setup steps workdir",
-    "main": "errors train workdir",
+    "text": "data errors workdir",
+    "setup": "data errors export fill_mask masking models optimizer steps text workdir",
+    "show_data": "checkpoint data errors masking setup steps text workdir",
+    "train": "checkpoint data evaluate export fill_mask parallel report setup steps workdir",
+    "main": "errors show_data train workdir",
 }
 # A step is timed on machines that have only these.
 STEP_ROOMS = {"models", "masking", "loss", "optimizer", "parallel", "steps"}
@@ -127,9 +129,11 @@ def test_datasets_are_the_data_rooms_own_and_it_knows_no_device():
         assert not files_importing(package) & data
 
 
-def test_config_dicts_stop_at_train_and_setup():
+def test_config_dicts_stop_at_train_setup_text_and_show_data():
     assert {file for file in files_importing("ml_collections") if file.startswith("mlm/")} == {
         "mlm/setup.py",
+        "mlm/show_data.py",
+        "mlm/text.py",
         "mlm/train.py",
     }
 

@@ -9,6 +9,7 @@ import lzma
 import os
 import subprocess
 import sys
+import threading
 import time
 
 import aiohttp
@@ -165,9 +166,13 @@ def test_past_the_deadline_the_shard_is_lost_with_its_row(server, name, fault):
     server.always[f"/{name}"] = fault
     server.faults[f"/{name}"].extend([None] * 3 if name.endswith(".parquet") else ["cut"])
     found = []
-    with pytest.raises(sources.ShardLostError, match=f"cannot read '.*/{name}' from row ") as error:
+
+    def read():
         for texts in source.read(0):
-            found += texts.to_pylist()
+            found.extend(texts.to_pylist())
+
+    with pytest.raises(sources.ShardLostError, match=f"cannot read '.*/{name}' from row ") as error:
+        read()
     assert f" from row {len(found)} on: " in str(error.value)
     assert "\n" not in str(error.value)
     assert found == TEXTS[: len(found)]
@@ -221,12 +226,22 @@ def test_a_host_that_does_not_exist_is_told_at_once(server):
 
 
 def test_a_host_that_goes_away_and_comes_back(server):
-    source = serve(server, "a.txt", patience=IMPATIENCE)
-    columns = source.read(0)
-    found = next(columns).to_pylist()
+    source = serve(server, "a.txt")
     server.close()
-    with pytest.raises(sources.ShardLostError, match="refused"):
-        rows_of(source, start_row=len(found))
+    again = []
+
+    def come_back():
+        time.sleep(0.3)
+        again.append(Server(port=server.port))
+        again[0].files |= server.files
+
+    thread = threading.Thread(target=come_back)
+    thread.start()
+    try:
+        assert rows_of(source) == TEXTS
+    finally:
+        thread.join()
+        again[0].close()
 
 
 def test_retry_after_is_waited_for(server):
@@ -255,9 +270,13 @@ def test_waits_grow_up_to_the_deadline(monkeypatch):
     np.random.seed(0)
     before = np.random.get_state()[1].tolist()
     retries = network.Retries(Patience(), "it")
-    with pytest.raises(network.GaveUpError, match=r"^no \(tried \d+ times in 300 s\)$"):
+
+    def fail():
         while True:
             retries.failed("no")
+
+    with pytest.raises(network.GaveUpError, match=r"^no \(tried \d+ times in 300 s\)$"):
+        fail()
     assert sum(waits) == pytest.approx(300)
     for wait, full in zip(waits[:-1], [1, 2, 4, 8, 16] + [30] * len(waits), strict=False):
         assert full / 2 <= wait <= full
@@ -318,3 +337,71 @@ def answered(status):
 def test_exceptions_of_every_client_are_told_apart(error, failure):
     assert network.failure_of(error) is failure
     assert isinstance(error, sources._READ_ERRORS)  # so that none becomes a traceback
+
+
+class Letters:
+    """A letter is its code point."""
+
+    bos_id, eos_id, pad_id = 1, 2, 0
+
+    def encode(self, texts):
+        words = texts.to_pylist()
+        offsets = np.cumsum([0] + [len(word) for word in words]).astype(np.int64)
+        return np.array([ord(letter) for word in words for letter in word], np.int32), offsets
+
+
+SHARDS = [f"{n}.txt" for n in range(4)]
+# Short documents, so that a row of 8 holds one, and every one of them tells its shard and row.
+SHARD_TEXTS = {name: [f"{name[0]}.{row}" for row in range(40)] for name in SHARDS}
+
+
+def serve_shards(server, *, patience=PATIENCE):
+    for name in SHARDS:
+        server.files[f"/{name}"] = encode(name, SHARD_TEXTS[name])
+    return open_url(server, *SHARDS, patience=patience)
+
+
+def row_stream(source, **options):
+    defaults = {"seed": 1, "max_seq_length": 8, "packing": "pad", "shuffle_buffer_size": 6, "batch_rows": 3}
+    return stream.RowStream(source, Letters(), **defaults | {"max_failed_shards": 2} | options)
+
+
+def take(rows, count):
+    return [next(rows).tolist() for _ in range(count)]
+
+
+def documents(batches):
+    return ["".join(chr(token) for token in row if token > 2) for batch in batches for row in batch]
+
+
+def first_epoch(rows):
+    """Its documents and the states after each batch; the last batch reaches into the second epoch."""
+    states, batches = [rows.state_dict()], []
+    while rows.epoch == 0:
+        batches.append(next(rows).tolist())
+        states.append(json.loads(json.dumps(rows.state_dict())))
+    return batches, states
+
+
+def break_off(server, name, row):
+    """The shard ends before this row, and then nothing but errors comes."""
+    text = encode(name, SHARD_TEXTS[name][:row])
+    share = len(text) / len(server.files[f"/{name}"])
+    assert 0 < share < 1
+    server.broken[f"/{name}"] = len(text)
+    server.always[f"/{name}"] = 500
+
+
+@pytest.mark.parametrize("process_count", [1, 3, 6])
+def test_a_failed_shard_is_set_aside_for_the_rest_of_the_epoch(server, process_count):
+    """A resume from every batch gives the same batches, though the network is well again."""
+    source = serve_shards(server, patience=IMPATIENCE)
+    monkey_rows = 17
+    break_off(server, "2.txt", monkey_rows)
+    found = []
+    for index in range(process_count):
+        rows = row_stream(source, process_index=index, process_count=process_count)
+        batches, states = first_epoch(rows)
+        lost = rows.counters["failed_shards"]
+        assert lost == (1 if process_count < 6 and any(p.shard == 2 for p in row_stream(source, process_index=index, process_count=process_count).share()) or (process_count == 6 and index in (2,)) else 0)
+        found += documents(batches)
