@@ -24,6 +24,7 @@ class Server:
         "hang"          no answer, for longer than a test's time-out
         "reset midway"  and "hang midway", "cut": half of the body, then a reset, silence, or the end
         "cut unsaid"    half of the body, its length not told
+        ("stop", n)     the first n bytes, then the end; 500 to who asks for more
         "garbled"       a body of the right length, and of nonsense
         "changed"       a proper answer of a file with another ETag
     The last of `always`, if there are any, is the answer to every request after that; None is a proper answer.
@@ -96,7 +97,7 @@ class Server:
         elif fault == "hang":
             time.sleep(self.silence_seconds)
             handler.close_connection = True
-        elif isinstance(fault, int | tuple):
+        elif isinstance(fault, int) or (isinstance(fault, tuple) and fault[0] != "stop"):
             status, headers = fault if isinstance(fault, tuple) else (fault, {})
             send(handler, status, b"no", headers)
         elif (body := self.hub_answer(handler, path, content)) is not None:
@@ -124,9 +125,15 @@ class Server:
                 return
             status, body = 206, data[first : last + 1]
             headers["Content-Range"] = f"bytes {first}-{last}/{len(data)}"
-        if fault == "garbled":
-            body = b"\xff" * len(body)
-        if fault == "cut unsaid":
+        if isinstance(fault, tuple):
+            if wanted:
+                send(handler, 500, b"no", {})
+            else:
+                send(handler, 200, body, headers, length=fault[1])
+                handler.close_connection = True
+        elif fault == "garbled":
+            send(handler, status, b"\xff" * len(body), headers)
+        elif fault == "cut unsaid":
             headers["Connection"] = "close"
             send(handler, status, body[: len(body) // 2], headers, told=False)
             handler.close_connection = True
