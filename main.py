@@ -3,8 +3,8 @@
     python main.py --config=configs/quickstart.py --workdir=runs/quickstart
 
 Any key of the config can be set from the command line: --config.optimizer.learning_rate=1e-4. `configs/default.py`
-explains them all. The same command, run again, goes on after an interruption. With --mode=show_data --step=N it prints what
-update N of the run was trained on.
+explains them all. The same command, run again, goes on after an interruption. With --mode=show_data --step=N it prints
+what update N of the run was trained on.
 """
 
 import difflib

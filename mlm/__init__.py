@@ -1,7 +1,9 @@
 """Masked-language-model training in JAX: the map of the package.
 
     train       the run: build, restore, loop over batch, step, log, evaluate, save, export
+    show_data   the ledger: documents and masked rows of any update of a run, made again
     setup       a config -> the parts of a run; everything a user can get wrong is found there
+    text        a config -> sources, tokenizer, evaluation rows, and any process's batches
     workdir     the work directory's paths, and whether a run may go on in it
     report      metric files and progress lines;  curves  their picture
     checkpoint  the only file that imports Orbax
@@ -19,13 +21,15 @@
       sources     a name, files or a URL -> shards of text;  docstrings, files  two kinds of them
       network, remote  what is tried again when the network is bad;  files at URLs
       reader      a process's share of the shards, less those the network did not give
-      stream      shuffle windows, held-out documents, exact resume
+      dealing     who reads what, also when a run goes on with another number of processes
+      stream      rows of one source: shuffle windows, held-out documents, exact resume;  ledger  their documents
+      batches     rows of one source or a mixture, less the steps left out;  eval_rows  those held out
       tokenizer   load, train, save; a column of strings -> ragged ids
       packing     ragged ids -> rows
       prefetch    a thread that makes batches ahead
 
 Imports point one way: main -> train -> the first group -> the second. `errors` holds the one exception that is meant
 for the user. Beside the plan of the house there are `setup` (train.py would pass 400 lines), `workdir`, `curves` and
-`fill_mask` (each has two users), and `data/files`: text, JSON-lines, CSV and parquet files are read with Arrow itself,
+`fill_mask` (each has two users), `text` (what `show_data` needs of `setup`), and `data/files`: text, JSON-lines, CSV and parquet files are read with Arrow itself,
 for `datasets` 5.2 stops on a column that only some files have, and gives numbers among strings back as strings.
 """

@@ -114,14 +114,15 @@ class Text:
         )
 
     def describe_shares(self, batches: BatchStream) -> Iterator[str]:
-        """What a process reads of each source in the epoch it is in, a line each."""
+        """What a process reads of each source before its next epoch, a line each."""
         for source in self.sources:
-            pieces = batches.streams[source.name].share()
-            names = [source.train.shard_name(piece.shard) for piece in pieces[:_SHARDS_NAMED]]
-            if pieces and pieces[0].step > 1 and len(pieces) == 1:
-                names = [f"every {pieces[0].step}. row of {names[0]}, from row {pieces[0].first} on"]
-            more = f" and {len(pieces) - _SHARDS_NAMED} more" if len(pieces) > _SHARDS_NAMED else ""
-            yield f"{len(pieces)} of {source.train.num_shards} shards of {source.train.name}: {', '.join(names)}{more}"
+            pieces = batches.streams[source.name].ahead()
+            shards = list(dict.fromkeys(piece.shard for piece in pieces))
+            names = [source.train.shard_name(shard) for shard in shards[:_SHARDS_NAMED]]
+            if len(shards) > _SHARDS_NAMED:
+                names.append(f"and {len(shards) - _SHARDS_NAMED} more")
+            part = "" if all(piece.start == 0 and piece.step == 1 for piece in pieces) else ", some rows of them"
+            yield f"{len(shards)} of {source.train.num_shards} shards of {source.train.name}{part}: {', '.join(names)}"
 
     def shard_name(self, source: str, shard: int) -> str:
         """The name of a shard of the source of this name."""

@@ -20,7 +20,8 @@ MAY_CHANGE = (
     # Past the checkpoint only: mlm/data/batches.py refuses others.
     "data.skip_steps",
     "data.cache_dir",
-    "data.network_",
+    "data.network_deadline_seconds",
+    "data.network_timeout_seconds",
     "data.max_failed_shards",
     "tokenizer.backend",
     "optimizer.",

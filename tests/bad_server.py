@@ -1,11 +1,17 @@
 """A web server on 127.0.0.1 that behaves badly on demand, and speaks as much of the Hugging Face hub as is needed."""
 
+import bz2
 import collections
 import contextlib
+import dataclasses
 import email.utils
+import gzip
 import hashlib
 import http.server
+import io
 import json
+import lzma
+import os
 import re
 import socket
 import struct
@@ -13,7 +19,42 @@ import threading
 import time
 import urllib.parse
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv as pa_csv
+import pyarrow.parquet as pq
+import zstandard
+
+from mlm.data import sources
+from mlm.data.network import Patience
+
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+# Long enough for a busy machine, where nothing is really wrong; the server is silent for 0.5 s.
+PATIENCE = Patience(deadline_seconds=30.0, timeout_seconds=0.2, first_wait_seconds=0.001, max_wait_seconds=0.01)
+# For what is wrong for good; what is well may take its time.
+IMPATIENCE = dataclasses.replace(PATIENCE, deadline_seconds=0.05, timeout_seconds=5.0)
+# Random letters, so that compressed files are large, too.
+TEXTS = [
+    f"{n} " + "".join(map(chr, letters))
+    for n, letters in enumerate(np.random.default_rng(0).integers(97, 123, (400, 200)))
+]
+COMPRESS = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress, ".zst": zstandard.compress}
+TRANSIENT = [
+    "reset",
+    "reset midway",
+    "cut",
+    "hang",
+    "hang midway",
+    500,
+    502,
+    503,
+    504,
+    408,
+    (429, {}),
+    (429, {"Retry-After": "0"}),
+    (429, {"ratelimit": '"api";r=0;t=0'}),
+]
 
 
 class Server:
@@ -33,6 +74,7 @@ class Server:
         requests: (method, path, Range) of all requests.
         hub: path of the repository -> its files' names, for the calls of the hub.
         ranges: whether parts of files are served.
+        limit: after so many requests every answer is 500; None for no limit.
     """
 
     def __init__(self, port=0):
@@ -41,6 +83,7 @@ class Server:
         self.always: dict[str, object] = {}
         self.requests: list[tuple[str, str, str]] = []
         self.ranges = True
+        self.limit: int | None = None
         self.hub: dict[str, list[str]] = {}
         self.silence_seconds = 0.5
         self._server = http.server.ThreadingHTTPServer(("127.0.0.1", port), self._handler())
@@ -68,6 +111,8 @@ class Server:
         self.requests.clear()
 
     def next_fault(self, path):
+        if self.limit is not None and len(self.requests) > self.limit:
+            return 500
         if self.faults[path]:
             return self.faults[path].popleft()
         return self.always.get(path)
@@ -201,3 +246,30 @@ def reset(handler):
 def http_date(seconds_from_now):
     """A moment, as headers write it."""
     return email.utils.formatdate(time.time() + seconds_from_now, usegmt=True)
+
+
+def encode(name, texts):
+    """The bytes of a file of this name."""
+    stem, extension = os.path.splitext(name)
+    if extension in COMPRESS:
+        return COMPRESS[extension](encode(stem, texts))
+    sink = io.BytesIO()
+    if extension == ".parquet":
+        pq.write_table(pa.table({"text": texts}), sink, row_group_size=100)
+    elif extension == ".csv":
+        pa_csv.write_csv(pa.table({"id": range(len(texts)), "text": texts}), sink)
+    elif extension == ".jsonl":
+        sink.write("".join(json.dumps({"text": text}) + "\n" for text in texts).encode())
+    else:
+        sink.write("".join(text + "\n" for text in texts).encode())
+    return sink.getvalue()
+
+
+def open_url(server, *names, patience=PATIENCE):
+    return sources.open_source(
+        dataset_name=None, data_files=[f"{server.url}/{name}" for name in names], patience=patience
+    )
+
+
+def rows_of(source, shard=0, start_row=0):
+    return [text for texts in source.read(shard, start_row=start_row) for text in texts.to_pylist()]

@@ -139,6 +139,30 @@ def test_word_piece_goes_through_tokenizers(tmp_path):
         tokenizer_lib.load_tokenizer(word_piece(tmp_path), backend="gigatoken")
 
 
+def test_unigram_never_gives_special_ids_for_a_text(tmp_path):
+    """Its vocabulary has "<s>" as a piece of text, too."""
+    names = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    pieces = [(name, 0.0) for name in names] + [("\u2581", -1.0), ("a", -2.0), ("b", -2.0)]
+    model = tokenizers.Tokenizer(tokenizers.models.Unigram(pieces, unk_id=3))
+    model.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    hf = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=model, cls_token="<s>", sep_token="</s>", pad_token="<pad>", unk_token="<unk>",
+        mask_token="<mask>",
+    )  # fmt: skip
+    tokenizer = tokenizer_lib.Tokenizer(hf, name="pieces")
+    assert ragged(tokenizer, ["a<s>b", "<mask>", "", "x</s> a"]) == [[5, 6, 7], [5], [], [5, 3, 5, 6]]
+
+
+def test_parts_of_a_column_are_put_together_in_order(monkeypatch):
+    tokenizer = train(backend="tokenizers")
+    texts = [*CORPUS[:40], "", "the dog " * 50, *CORPUS[40:80], ""]
+    expected = [tokenizer.encode(pa.array([text]))[0].tolist() for text in texts]
+    assert ragged(tokenizer, texts) == expected
+    for size in (1, 100, 1000):
+        monkeypatch.setattr(tokenizer_lib, "_PART_BYTES", size)
+        assert ragged(tokenizer, pa.array(["before", *texts], pa.large_string()).slice(1)) == expected
+
+
 def test_a_backend_that_differs_is_left_with_one_line(monkeypatch, caplog):
     honest = tokenizer_lib._encode_gigatoken
 

@@ -1,9 +1,9 @@
 """Reading over a network that is bad: what is tried again, for how long, and what is given up.
 
 What is promised. A request that is reset, times out, is cut short or is answered with 408, 425, 429 or 5xx is made
-again after a growing wait, no sooner than a Retry-After says, until nothing has come for `deadline_seconds`; a
-body goes on at the byte where it broke off. So the bytes, and the rows made of them, are those of a healthy server,
-each once and in order. After the deadline it is `GaveUpError`. Other answers of 4xx are refusals, which waiting does not
+again after a growing wait, no sooner than a Retry-After says, until nothing has come for `deadline_seconds`; a body
+goes on at the byte where it broke off. So the bytes, and the rows made of them, are those of a healthy server, each
+once and in order. After the deadline it is `GaveUpError`. Other answers of 4xx are refusals, which waiting does not
 mend. The waits have a jitter, drawn from a generator of its own: it has no part in the data.
 
 The same holds for the Hugging Face hub, through `be_patient`. Left alone, huggingface_hub 2.4 tries a request 6 times

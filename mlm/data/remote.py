@@ -1,7 +1,9 @@
 """A file at an http(s) URL as a Python file, from first to last or here and there; network.py says how patiently."""
 
+import atexit
 import contextlib
 import io
+import weakref
 from collections.abc import Iterator
 
 from huggingface_hub.utils import httpx
@@ -50,6 +52,16 @@ class _Remote(io.RawIOBase):
             raise network.RefusedError("the server sends another part of the file than it was asked for")
 
 
+# While Python ends, modules go before the generators that read; a connection closed by those complains.
+_streams: "weakref.WeakSet[RemoteStream]" = weakref.WeakSet()
+
+
+@atexit.register
+def _close_streams() -> None:
+    for stream in list(_streams):
+        stream.close()
+
+
 class RemoteStream(_Remote):
     """The bytes of a URL from first to last. A body that breaks off is gone on with, by a Range request."""
 
@@ -59,6 +71,7 @@ class RemoteStream(_Remote):
         self._chunks: Iterator[bytes] = iter(())
         self._chunk = memoryview(b"")  # come and not yet given
         self._received = 0  # bytes
+        _streams.add(self)
 
     def readinto(self, buffer: memoryview) -> int:
         """Fills part of a buffer; 0 at the end."""
@@ -162,7 +175,7 @@ class RemoteParts(_Remote):
         response = self._get(f"{self._position}-{self._position + count - 1}")
         try:
             if response.status_code != 206:
-                raise network.RefusedError("the server does not serve parts of files, which parquet needs: download it first")
+                raise network.RefusedError("the server gives no parts of files, which parquet needs: download it first")
             self._check_start(response, self._position)
             yield response
         finally:

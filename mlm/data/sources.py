@@ -12,6 +12,7 @@ import lzma
 import os
 import re
 import ssl
+import time
 import urllib.error
 import urllib.request
 import zlib
@@ -26,6 +27,8 @@ from mlm.data import docstrings, files, network
 from mlm.errors import UserError
 
 _HUB_TIMEOUT_SECONDS = 10.0
+# Of the first question to the hub.
+_HUB_TRIES = 3
 # Rows of a table read through `datasets`.
 _TABLE_ROWS = 256
 # What the readers raise on a file that is not what it seems, or ends early.
@@ -313,23 +316,31 @@ def is_local_path(name: str) -> bool:
 
 
 def require_hub(what: str) -> None:
-    """UserError, within seconds, if the Hugging Face hub cannot be reached: its own retries take minutes."""
+    """UserError, within seconds, if the Hugging Face hub cannot be reached: its own retries take minutes.
+
+    A connection that breaks off is tried again, one that is refused is not.
+    """
     endpoint = huggingface_hub.constants.ENDPOINT
     if huggingface_hub.constants.HF_HUB_OFFLINE:
         raise UserError(f"{what} is not here and HF_HUB_OFFLINE is set: unset it, or name local files")
     request = urllib.request.Request(endpoint, method="HEAD")
-    try:
-        urllib.request.urlopen(request, timeout=_HUB_TIMEOUT_SECONDS).close()
-    except urllib.error.HTTPError:
-        return  # it answers
-    except OSError as error:
-        reason = getattr(error, "reason", error)
-        if isinstance(reason, ssl.SSLError):
-            return  # it answers; the hub's own client knows other certificates
-        raise UserError(
-            f"{what} is not here and needs the network, but {endpoint} cannot be reached "
-            f"({one_line(reason)}): check the network, or name local files"
-        ) from None
+    for tries in range(1, _HUB_TRIES + 1):
+        try:
+            urllib.request.urlopen(request, timeout=_HUB_TIMEOUT_SECONDS).close()
+            return
+        except urllib.error.HTTPError:
+            return  # it answers
+        except OSError as error:
+            reason = getattr(error, "reason", error)
+            if isinstance(reason, ssl.SSLError):
+                return  # it answers; the hub's own client knows other certificates
+            if isinstance(reason, ConnectionResetError | TimeoutError) and tries < _HUB_TRIES:
+                time.sleep(tries)
+                continue
+            raise UserError(
+                f"{what} is not here and needs the network, but {endpoint} cannot be reached "
+                f"({one_line(reason)}): check the network, or name local files"
+            ) from None
 
 
 def one_line(error: BaseException) -> str:

@@ -139,6 +139,10 @@ class RowStream:
             return self._start.pieces
         return self._fresh(self._start.epoch, self._process_index, self._process_count)
 
+    def ahead(self) -> tuple[Piece, ...]:
+        """`share`, and after a deal anew all that is to come before the next epoch."""
+        return sum((lane.pieces for lane in self._start.lanes), self.share())
+
     @property
     def epoch(self) -> int:
         """The epoch of the last row given; 0 before the first."""

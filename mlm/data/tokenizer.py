@@ -1,8 +1,10 @@
 """Tokenizers: load, train, save; a column of strings -> one flat array of token ids with offsets."""
 
+import itertools
 import json
 import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pyarrow as pa
@@ -25,6 +27,9 @@ _PROBES = (
 )
 _CHECKED_DOCUMENTS = 256
 _CHECKED_BYTES = 1 << 20
+# `tokenizers` gets texts in parts of this many bytes, from two threads by turns: it encodes on all cores and lets go
+# of the interpreter, in which the other thread makes an array of the ids of the part before.
+_PART_BYTES = 256 << 10
 
 
 class Tokenizer:
@@ -57,6 +62,8 @@ class Tokenizer:
         self.num_ids: int = max(hf.get_vocab().values()) + 1
         special = {id for id, token in hf.added_tokens_decoder.items() if token.special}
         self.special_ids: tuple[int, ...] = tuple(sorted(special | set(hf.all_special_ids)))
+        self._is_laid = np.zeros(self.num_ids, bool)  # special, and not "unknown", which stands for a piece of text
+        self._is_laid[[id for id in self.special_ids if id != hf.unk_token_id]] = True
 
         model = json.loads(hf.backend_tokenizer.to_str())
         self._reference = _text_only(hf.backend_tokenizer)
@@ -84,7 +91,9 @@ class Tokenizer:
     def encode(self, texts: pa.Array | pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
         """N strings without nulls -> ids int32 [T], offsets int64 [N + 1].
 
-        No begin or end tokens are added, nothing is cut, and a text that spells a special token is text.
+        No begin or end tokens are added, nothing is cut, and a text that spells a special token is text. Where a
+        vocabulary has no other id for it than the special one (Unigram, or words split at spaces alone), the name is
+        left out: begin, end, padding and mask stand only where packing and masking lay them.
         """
         if isinstance(texts, pa.ChunkedArray):
             texts = texts.combine_chunks()
@@ -92,8 +101,13 @@ class Tokenizer:
         if self._gigatoken is not None and not self._checked:
             self._check(texts)
         if self._gigatoken is None:
-            return _encode_tokenizers(self._reference, texts)
-        return _encode_gigatoken(self._gigatoken, texts)
+            ids, offsets = _encode_tokenizers(self._reference, texts)
+        else:
+            ids, offsets = _encode_gigatoken(self._gigatoken, texts)
+        kept = ~self._is_laid[ids]
+        if kept.all():
+            return ids, offsets
+        return ids[kept], np.concatenate([[0], np.cumsum(kept)])[offsets]
 
     def _check(self, texts: pa.LargeStringArray) -> None:
         """Falls back to `tokenizers` if gigatoken gives other ids for the head of the first texts."""
@@ -232,16 +246,22 @@ def _encode_gigatoken(tokenizer, texts: pa.LargeStringArray) -> tuple[np.ndarray
     return ids[token_offsets[0] : token_offsets[-1]], token_offsets - token_offsets[0]
 
 
-def _encode_tokenizers(
-    tokenizer: tokenizers.Tokenizer, texts: pa.LargeStringArray
-) -> tuple[np.ndarray, np.ndarray]:
-    encodings = tokenizer.encode_batch_fast(texts.to_pylist(), add_special_tokens=False)
-    offsets = np.zeros(len(encodings) + 1, np.int64)
-    np.cumsum([len(encoding) for encoding in encodings], out=offsets[1:])
-    ids = np.empty(offsets[-1], np.int32)
-    for n, encoding in enumerate(encodings):
-        ids[offsets[n] : offsets[n + 1]] = encoding.ids
-    return ids, offsets
+def _encode_tokenizers(tokenizer: tokenizers.Tokenizer, texts: pa.LargeStringArray) -> tuple[np.ndarray, np.ndarray]:
+    def encode(part: pa.LargeStringArray) -> tuple[np.ndarray, list[int]]:
+        encodings = tokenizer.encode_batch_fast(part.to_pylist(), add_special_tokens=False)
+        ids = [encoding.ids for encoding in encodings]
+        lengths = [len(document) for document in ids]
+        return np.fromiter(itertools.chain.from_iterable(ids), np.int32, sum(lengths)), lengths
+
+    starts = _offsets(texts)
+    # A part ends with the document that fills it.
+    _, firsts = np.unique((starts[:-1] - starts[0]) // _PART_BYTES, return_index=True)
+    parts = [texts.slice(first, stop - first) for first, stop in itertools.pairwise([*firsts.tolist(), len(texts)])]
+    with ThreadPoolExecutor(2, thread_name_prefix="mlm-tokenizers") as pool:
+        encoded = list(pool.map(encode, parts))
+    offsets = np.zeros(len(texts) + 1, np.int64)
+    np.cumsum([length for _, lengths in encoded for length in lengths], out=offsets[1:])
+    return np.concatenate([np.empty(0, np.int32), *(ids for ids, _ in encoded)]), offsets
 
 
 def _offsets(texts: pa.LargeStringArray) -> np.ndarray:

@@ -1,0 +1,134 @@
+"""Runs of real processes: who reads what, and going on with another number of them."""
+
+import collections
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mlm import show_data
+from mlm.workdir import WorkDir
+from tests.test_dealing import of_epoch, units
+from tests.test_stream import split, words
+from tests.tiny import tiny_config, write_corpus
+
+REPO = Path(__file__).parent.parent
+
+READ = """
+import json, sys
+from mlm.data import sources
+from tests.test_stream import rows_of
+index, count, files = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+stream = rows_of(sources.open_source(dataset_name=None, data_files=files), batch_rows=1,
+                 process_index=index, process_count=count)
+used = []
+while stream.epoch == 0:
+    next(stream)
+    used += [document for document in stream.documents() if document.epoch == 0]
+print(json.dumps(used))
+"""
+
+TRAIN = """
+import json, os, sys
+port, index, count, corpus, workdir, last, out = sys.argv[1:]
+import jax
+if int(count) > 1:
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.distributed.initialize(f"127.0.0.1:{port}", int(count), int(index))
+from absl import logging
+logging.set_verbosity(logging.INFO)
+from mlm import report
+from mlm.train import train_and_evaluate
+from tests.tiny import tiny_config
+real, rows = report.Reporter.update, {}
+def update(self, step, metrics, batch, *, wait_seconds):
+    rows[step] = batch.tokens.tolist()
+    real(self, step, metrics, batch, wait_seconds=wait_seconds)
+report.Reporter.update = update
+config = tiny_config(corpus)
+config.num_train_steps = int(last)
+config.data.num_eval_samples = 5
+train_and_evaluate(config, workdir)
+open(out, "w").write(json.dumps(rows))
+"""
+
+
+def run_all(code: str, arguments: list[list[str]]) -> list[subprocess.CompletedProcess]:
+    """Runs processes at the same time, of two devices each, to their end."""
+    env = {
+        **os.environ,
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        "PYTHONPATH": str(REPO),
+    }
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, *own],
+            cwd=REPO,
+            env=env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for own in arguments
+    ]
+    try:
+        return [
+            subprocess.CompletedProcess(process.args, process.returncode, *output)
+            for process in started
+            for output in [process.communicate(timeout=300)]
+        ]
+    finally:
+        for process in started:
+            process.kill()
+
+
+@pytest.mark.slow
+def test_processes_share_an_epoch(tmp_path):
+    shards = split(words(120), 4)
+    for n, part in enumerate(shards):
+        (tmp_path / f"{n}.txt").write_text("".join(f"{text}\n" for text in part))
+    results = run_all(READ, [[str(n), "3", str(tmp_path / "*.txt")] for n in range(3)])
+    used = collections.Counter()
+    for result in results:
+        assert result.returncode == 0, result.stderr
+        for epoch, shard, row, begin, end in json.loads(result.stdout):
+            used[epoch, shard, row] += end - begin
+    assert of_epoch(used, 0) == units(shards)
+
+
+@pytest.mark.slow
+def test_two_processes_train_and_one_goes_on(tmp_path):
+    corpus, workdir = write_corpus(tmp_path), str(tmp_path / "run")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    rows = {}
+    for count, last in ((2, 5), (1, 8)):
+        outs = [str(tmp_path / f"{last}-{n}.json") for n in range(count)]
+        results = run_all(
+            TRAIN, [[port, str(n), str(count), corpus, workdir, str(last), outs[n]] for n in range(count)]
+        )
+        for n, result in enumerate(results):
+            assert result.returncode == 0, result.stderr
+            assert f"process {n} of {count} reads " in result.stderr
+            rows |= {(int(step), n): batch for step, batch in json.loads(Path(outs[n]).read_text()).items()}
+    # One file and two of three, then what is left of all.
+    assert {len(batch) for batch in rows.values()} == {8}
+    assert set(rows) == {(step, n) for step in range(1, 6) for n in range(2)} | {(step, 0) for step in range(6, 9)}
+
+    config = tiny_config(corpus)
+    config.data.num_eval_samples = 5
+    assert WorkDir(workdir).read_layout() == (1, 8)
+    used = collections.Counter()
+    for (step, process), batch in rows.items():
+        update = show_data.replay(config, workdir, step=step, process_index=process)
+        assert update.tokens_RxL.tolist() == batch
+        used.update({(d.epoch, d.shard, d.row) for d in update.documents})
+    # A document that is cut by a row or a batch comes in two updates; no other comes twice.
+    assert {epoch for epoch, *_ in used} == {0}
+    assert max(used.values()) <= 2
+    assert sum(number == 2 for number in used.values()) <= len(rows)
