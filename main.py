@@ -13,6 +13,7 @@ import itertools
 import logging as python_logging
 import os
 import re
+import shlex
 import sys
 
 # Before these libraries are imported: what they say about themselves is of no use to who trains a model.
@@ -59,7 +60,7 @@ def main(argv: list[str]) -> None:
 
     if not jax.config.jax_compilation_cache_dir:
         # The second start of the same run compiles nothing.
-        cache = os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache"))
+        cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
         jax.config.update("jax_compilation_cache_dir", os.path.join(cache, "mlm", "jax"))
 
     if FLAGS.mode == "show_data":
@@ -69,7 +70,7 @@ def main(argv: list[str]) -> None:
     else:
         from mlm.train import train_and_evaluate
 
-        train_and_evaluate(FLAGS.config, FLAGS.workdir)
+        train_and_evaluate(FLAGS.config, FLAGS.workdir, command=shlex.join(["python", *sys.argv]))
 
 
 def parse_flags(argv: list[str]) -> list[str]:
@@ -121,6 +122,9 @@ def check_keys(config: ConfigDict) -> None:
 
 def _check_key(key: str, shown: str) -> None:
     known = flatten(default.get_config().to_dict())
+    if any(name.startswith(f"{key}.") for name in known):
+        members = ", ".join(name for name in known if name.startswith(f"{key}."))
+        raise UserError(f"{shown} is a group of keys; set one of them: {members}")
     if key not in known:
         nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
         raise UserError(f"{shown}: there is no such key; did you mean {nearest}? (see configs/default.py)")

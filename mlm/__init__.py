@@ -30,6 +30,7 @@
 
 Imports point one way: main -> train -> the first group -> the second. `errors` holds the one exception that is meant
 for the user. Beside the plan of the house there are `setup` (train.py would pass 400 lines), `workdir`, `curves` and
-`fill_mask` (each has two users), `text` (what `show_data` needs of `setup`), and `data/files`: text, JSON-lines, CSV and parquet files are read with Arrow itself,
-for `datasets` 5.2 stops on a column that only some files have, and gives numbers among strings back as strings.
+`fill_mask` (each has two users), `text` (what `show_data` needs of `setup`), and `data/files`: text, JSON-lines, CSV
+and parquet files are read with Arrow itself, for `datasets` 5.2 stops on a column that only some files have, and gives
+numbers among strings back as strings.
 """

@@ -15,6 +15,8 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import future
 
+from mlm.errors import UserError
+
 
 class ProcessJsonHandler(ocp.AsyncCheckpointHandler):
     """Writes one JSON file per process; Orbax's own handler writes the first process's only."""
@@ -120,13 +122,20 @@ class Checkpointer:
             raise ValueError(f"Orbax did not save step {step}; the newest checkpoint is {self.latest_step()}")
 
     def restore(self, step: int, *, like: Any) -> Restored:
-        """Reads checkpoint `step`; `like` is a tree of `jax.ShapeDtypeStruct` with shardings."""
-        restored = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardRestore(like), loop=ocp.args.JsonRestore(), stream=ProcessJsonRestore()
-            ),
-        )
+        """Reads checkpoint `step`; `like` is a tree of `jax.ShapeDtypeStruct` with shardings.
+
+        Raises:
+          UserError: it is damaged, or not of such a state.
+        """
+        items = {"state": ocp.args.StandardRestore(like), "loop": ocp.args.JsonRestore(), "stream": ProcessJsonRestore()}
+        try:
+            restored = self._manager.restore(step, args=ocp.args.Composite(**items))
+        except (KeyError, ValueError, OSError) as error:
+            reason = str(error).strip().splitlines()[0][:200]
+            raise UserError(
+                f"checkpoint {step} cannot be read ({type(error).__name__}: {reason}); remove "
+                f"{self._manager.directory / str(step)} to go on from the one before"
+            ) from None
         return Restored(step=step, state=restored.state, loop=dict(restored.loop), streams=restored.stream)
 
     def steps(self) -> list[int]:

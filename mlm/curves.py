@@ -6,13 +6,23 @@ from typing import Any
 
 import matplotlib.figure
 
+from mlm.errors import UserError
+
 
 def read_metrics(path: str) -> list[dict[str, Any]]:
     """Reads `metrics.jsonl`; a last line cut off by a crash is left out."""
     if not os.path.exists(path):
         return []
-    with open(path, encoding="utf-8") as file:
-        return [json.loads(line) for line in file if line.endswith("\n")]
+    lines = []
+    with open(path, encoding="utf-8", errors="replace") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.endswith("\n"):
+                break
+            try:
+                lines.append(json.loads(line))
+            except ValueError:
+                raise UserError(f"{path}, line {number}, is not JSON; mend or remove the line") from None
+    return lines
 
 
 def draw_curves(metrics_path: str, picture_path: str, *, title: str) -> None:
@@ -44,5 +54,5 @@ def draw_curves(metrics_path: str, picture_path: str, *, title: str) -> None:
         axis.grid(alpha=0.3)
         if len(axis.get_lines()) > 1:
             axis.legend()
-    figure.suptitle(title)
+    figure.suptitle(title, parse_math=False)
     figure.savefig(picture_path, dpi=110)

@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import dataclasses
+import glob
 import json
 import os
 import shutil
@@ -13,7 +14,6 @@ import huggingface_hub
 import numpy as np
 import safetensors.numpy
 from absl import logging
-from huggingface_hub.errors import HfHubHTTPError
 
 from mlm.curves import draw_curves
 from mlm.data.tokenizer import Tokenizer
@@ -31,12 +31,14 @@ class Card:
       title: the model's name.
       data: what it was trained on.
       data_id: the dataset's id on the hub, if it is one.
+      start: "from scratch", or from what.
       recipe: rows of a table, name to value.
     """
 
     title: str
     data: str
     data_id: str | None
+    start: str
     recipe: Mapping[str, Any]
 
 
@@ -135,7 +137,7 @@ def model_card(
 
 # {card.title}
 
-A {config.model_type} encoder trained from scratch with masked language modelling on {card.data}, for {step:,} updates.
+A {config.model_type} encoder trained {card.start} with masked language modelling on {card.data}, for {step:,} updates.
 
 ```python
 from transformers import pipeline
@@ -145,7 +147,7 @@ fill_mask({sentence!r})
 
 ## Figures
 
-On rows held out from training, loss in nats per masked token:
+On text that was not trained on, loss in nats per masked token:
 
 | metric | value |
 |---|---|
@@ -174,27 +176,33 @@ class Hub:
       UserError: no token, or one that may not write, before any training.
     """
 
-    def __init__(self, repo_id: str, *, private: bool):
+    def __init__(self, repo_id: str, *, private: bool, workdir: str):
+        """Makes the repository if it is not there, and removes what an interrupted push left in `workdir`."""
+        for left in glob.glob(os.path.join(glob.escape(workdir), "push.*")):
+            shutil.rmtree(left, ignore_errors=True)
+        self.repo_id = repo_id
         self._api = huggingface_hub.HfApi()
         self._pool = concurrent.futures.ThreadPoolExecutor(max_workers=1, thread_name_prefix="hub")
-        self._upload: concurrent.futures.Future | None = None
-        try:
-            self.repo_id = self._api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        except huggingface_hub.errors.LocalTokenNotFoundError:
+        self._upload = self._pool.submit(self._api.create_repo, repo_id, private=private, exist_ok=True)
+        if error := self._error():
+            raise UserError(
+                f"hub.hub_model_id={repo_id!r}: the repository cannot be made ({error}); check the name, the "
+                "token's rights (`hf auth whoami`) and the network, or set --config.hub.push_to_hub=False"
+            )
+        self.repo_id = self._upload.result().repo_id
+
+    @staticmethod
+    def require_token() -> None:
+        """Raises UserError where there is no token to push with."""
+        if huggingface_hub.get_token() is None:
             raise UserError(
                 "hub.push_to_hub=True needs a token: run `hf auth login`, set HF_TOKEN, or set "
                 "--config.hub.push_to_hub=False"
-            ) from None
-        except (HfHubHTTPError, OSError, ValueError) as error:
-            raise UserError(
-                f"hub.hub_model_id={repo_id!r}: the repository cannot be made ({str(error).strip().splitlines()[0]}); "
-                "check the name, the token's rights (`hf auth whoami`) and the network, or set "
-                "--config.hub.push_to_hub=False"
-            ) from None
+            )
 
     def push(self, workdir: str, *, step: int) -> None:
         """Starts an upload, unless one is under way: the next evaluation then brings a newer model anyway."""
-        if self._upload is not None and not self._upload.done():
+        if not self._upload.done():
             logging.warning("step %d: not pushed, for the upload before it is still under way", step)
             return
         if error := self._error():
@@ -202,7 +210,7 @@ class Hub:
         # Hard links: what is being uploaded stays as it is when the next export replaces it.
         snapshot = tempfile.mkdtemp(prefix="push.", dir=workdir)
         model = shutil.copytree(
-            os.path.join(workdir, "model"), os.path.join(snapshot, "model"), copy_function=os.link
+            os.path.join(workdir, "model"), os.path.join(snapshot, "model"), copy_function=_link_or_copy
         )
         files = {name: os.path.join(model, name) for name in os.listdir(model)}
         for name in os.listdir(workdir):
@@ -227,8 +235,7 @@ class Hub:
         Raises:
           UserError: it failed; says how to push by hand.
         """
-        if self._upload is not None:
-            concurrent.futures.wait([self._upload])
+        concurrent.futures.wait([self._upload])
         self.push(workdir, step=step)
         error = self._error()
         self._pool.shutdown()
@@ -240,5 +247,13 @@ class Hub:
 
     def _error(self) -> str | None:
         """Waits for the last upload and returns what went wrong with it, in a line."""
-        error = self._upload.exception() if self._upload is not None else None
+        error = self._upload.exception()
         return None if error is None else f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    """A hard link where the file system has them."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)

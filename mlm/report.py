@@ -114,6 +114,7 @@ class Reporter:
     """Collects what updates and evaluations give, and tells it to metric files, log and terminal.
 
     Attributes:
+      tokens_seen: tokens of all updates, padding included, over all processes.
       counts_V: int64, how often each id was trained on by process 0, for the unigram model.
     """
 
@@ -133,7 +134,8 @@ class Reporter:
 
         With a `pad_id` the share of padding in the rows of process 0 is logged; None for rows that never have any.
         """
-        restored = restored or {"interval": {}, "counts_V": [0] * vocab_size}
+        restored = restored or {"interval": {}, "counts_V": [0] * vocab_size, "tokens_seen": 0}
+        self.tokens_seen: int = restored["tokens_seen"]
         self.counts_V = np.asarray(restored["counts_V"], np.int64)
         self._interval = Interval(**restored["interval"])
         self._writer = create_writer(workdir, last_step=step)
@@ -145,6 +147,7 @@ class Reporter:
         # Both begin with the first update: until it was dispatched the loop was compiling.
         self._clock: float | None = None
         self._waited = 0.0
+        self._told_skipped = 0
         self._progress = periodic_actions.ReportProgress(num_train_steps=num_train_steps, every_secs=60.0)
         self._hooks = [self._progress]
         if profile["num_steps"] and jax.process_index() == 0:
@@ -169,6 +172,8 @@ class Reporter:
         self._pending = (step, metrics)
         self._interval.steps += 1
         self._interval.tokens += batch.tokens.size * jax.process_count()
+        self.tokens_seen += batch.tokens.size * jax.process_count()
+        self._batch = batch
         self._interval.wait_seconds += wait_seconds - self._waited
         self._waited = wait_seconds
         counts_V = np.bincount(batch.tokens.ravel(), minlength=len(self.counts_V))
@@ -213,6 +218,8 @@ class Reporter:
             "perf/step_ms": 1e3 * seconds / total.steps,
             "perf/input_wait_fraction": min(1.0, total.wait_seconds / seconds),
         }
+        scalars |= {"data/epoch": self._batch.epoch}
+        scalars |= {f"data/{name}": number for name, number in self._batch.counters.items()}
         if self._pad_id is not None:
             scalars["data/padding_fraction"] = total.padding / max(total.tokens, 1)
         if peak := peak_flops():
@@ -232,6 +239,10 @@ class Reporter:
             f"{scalars['perf/tokens_per_second']:,.0f}",
             duration((self._num_train_steps - step) * seconds / total.steps),
         )
+        skipped = self._batch.counters["skipped_rows"]
+        if skipped > self._told_skipped:
+            logging.info("%s rows so far were left out: null, empty, not text or not UTF-8", f"{skipped:,}")
+            self._told_skipped = skipped
         self._interval = Interval()
 
     @contextlib.contextmanager
@@ -261,7 +272,7 @@ class Reporter:
     def to_json(self) -> dict[str, Any]:
         """What a checkpoint keeps. Call after `settle`; everything reported so far is on disk after it."""
         self._writer.flush()
-        return {"interval": dataclasses.asdict(self._interval), "counts_V": self.counts_V.tolist()}
+        return {"interval": dataclasses.asdict(self._interval), "counts_V": self.counts_V.tolist(), "tokens_seen": self.tokens_seen}
 
     def write_hparams(self, hparams: Mapping[str, Any]) -> None:
         """Tells tensorboard the run's configuration."""

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from mlm import fill_mask
 from mlm import text as text_lib
-from mlm.data import packing
+from mlm.data import packing, sources
 from mlm.data.batches import BatchStream, check_ranges
 from mlm.data.tokenizer import Tokenizer
 from mlm.errors import UserError
@@ -69,6 +69,8 @@ def build(config: ConfigDict, workdir: WorkDir) -> Run:
     Raises:
       UserError: the config, the data, the tokenizer and the model do not fit together, or one of them is not there.
     """
+    if config.hub.push_to_hub:
+        Hub.require_token()
     options = config.optimizer.to_dict()
     schedule = create_schedule(
         options.pop("schedule"),
@@ -82,11 +84,11 @@ def build(config: ConfigDict, workdir: WorkDir) -> Run:
     text_sources = text_lib.open_sources(config)
     tokenizer = text_lib.open_tokenizer(config, workdir, text_sources)
     encoder = _encoder_config(config, copied, tokenizer)
-    fill_mask.encode(tokenizer, config.report.sentences, max_seq_length=encoder.max_seq_length)
     if pretrained is not None:
         weights.from_hf(pretrained, encoder)
 
     text = text_lib.open_text(config, text_sources, tokenizer)
+    fill_mask.encode(tokenizer, config.report.sentences, max_seq_length=encoder.max_seq_length)
     return Run(
         task=Task(
             model=MaskedLM(
@@ -112,7 +114,8 @@ def open_masking(config: ConfigDict, tokenizer: Tokenizer) -> MaskingSpec:
     return MaskingSpec(
         **config.masking,
         mask_id=tokenizer.mask_id,
-        special_ids=tokenizer.special_ids,
+        # No token has the ids between: they cannot replace one.
+        special_ids=tuple(sorted({*tokenizer.special_ids, *tokenizer.unused_ids})),
         num_ids=tokenizer.num_ids,
     )
 
@@ -121,7 +124,8 @@ def open_hub(config: ConfigDict, workdir: WorkDir) -> Hub | None:
     """The repository to push to, made if need be; None on other processes than the first, or when not asked for."""
     if not config.hub.push_to_hub or jax.process_index() > 0:
         return None
-    return Hub(config.hub.hub_model_id or os.path.basename(workdir.path), private=config.hub.private)
+    repo_id = config.hub.hub_model_id or os.path.basename(workdir.path)
+    return Hub(repo_id, private=config.hub.private, workdir=workdir.path)
 
 
 def check_numbers(config: ConfigDict) -> None:
@@ -142,6 +146,8 @@ def check_numbers(config: ConfigDict) -> None:
     for key, value in positive.items():
         if value < 1:
             raise UserError(f"{key}={value} must be at least 1")
+    if not 0 <= config.seed < 2**32:
+        raise UserError(f"seed={config.seed} must lie between 0 and 2**32 - 1")
     if config.data.max_seq_length < 3:
         raise UserError(f"data.max_seq_length={config.data.max_seq_length} must be at least 3: begin, text, end")
     if config.data.shuffle_buffer_size < 0:
@@ -161,9 +167,9 @@ def check_numbers(config: ConfigDict) -> None:
     shares = config.masking
     if not 0 < shares.mlm_probability <= 1:
         raise UserError(f"masking.mlm_probability={shares.mlm_probability} must lie in (0, 1]")
-    if min(shares.mask_token_share, shares.random_token_share) < 0:
+    if not (shares.mask_token_share >= 0 and shares.random_token_share >= 0):
         raise UserError("masking.mask_token_share and masking.random_token_share must not be negative")
-    if shares.mask_token_share + shares.random_token_share > 1 + 1e-9:
+    if not shares.mask_token_share + shares.random_token_share <= 1 + 1e-9:
         raise UserError(
             f"masking.mask_token_share={shares.mask_token_share} and masking.random_token_share="
             f"{shares.random_token_share} add up to more than 1"
@@ -175,12 +181,14 @@ def _encoder_config(config: ConfigDict, copied: EncoderConfig | None, tokenizer:
     overrides = {name: value for name, value in config.model.overrides.to_dict().items() if value is not None}
     encoder = copied
     if encoder is None:
-        encoder = default_config(config.model.model_type).replace(
-            vocab_size=tokenizer.num_ids,
-            pad_token_id=tokenizer.pad_id,
-            bos_token_id=tokenizer.bos_id,
-            eos_token_id=tokenizer.eos_id,
-        )
+        encoder = default_config(config.model.model_type)
+        ids = {
+            "vocab_size": tokenizer.num_ids,
+            "pad_token_id": tokenizer.pad_id,
+            "bos_token_id": tokenizer.bos_id,
+            "eos_token_id": tokenizer.eos_id,
+        }
+        overrides = ids | overrides
     encoder = encoder.replace(**overrides)
     if tokenizer.num_ids > encoder.vocab_size:
         raise UserError(
@@ -213,13 +221,16 @@ def _load_model(config: ConfigDict) -> tuple[EncoderConfig | None, dict[str, np.
     try:
         with open(os.path.join(path, "config.json"), encoding="utf-8") as file:
             copied = EncoderConfig.from_hf(json.load(file))
-    except json.JSONDecodeError:
+    except ValueError:
         raise UserError(f"{path}/config.json is not JSON") from None
     if not model.model_name_or_path:
         return copied, None
     tensors: dict[str, np.ndarray] = {}
     for shard in sorted(glob.glob(os.path.join(glob.escape(path), "*.safetensors"))):
-        tensors |= safetensors.numpy.load_file(shard)
+        try:
+            tensors |= safetensors.numpy.load_file(shard)
+        except (safetensors.SafetensorError, OSError) as error:
+            raise UserError(f"{shard} cannot be read ({sources.one_line(error)}); fetch it anew") from None
     if not tensors:
         raise UserError(f"model.model_name_or_path={name!r} has no *.safetensors files to start from")
     return copied, tensors
@@ -227,8 +238,11 @@ def _load_model(config: ConfigDict) -> tuple[EncoderConfig | None, dict[str, np.
 
 def _fetch(name: str, *, cache_dir: str | None, with_weights: bool) -> str:
     """A local directory with the model's files: `name` itself, or its copy from the hub."""
+    name = os.path.expanduser(name)
     if os.path.isfile(os.path.join(name, "config.json")):
         return name
+    if sources.is_local_path(name) and not os.path.exists(name):
+        raise UserError(f"there is no model directory {name!r}")
     if os.path.exists(name):
         raise UserError(f"the model directory {name!r} has no config.json")
     try:

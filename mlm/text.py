@@ -1,7 +1,6 @@
 """From a config to text: sources, tokenizer, evaluation rows, and any process's batches."""
 
 import dataclasses
-import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -203,7 +202,7 @@ def _open(config: ConfigDict, options: Mapping[str, Any]) -> sources.Source:
 def open_tokenizer(config: ConfigDict, workdir: WorkDir, text_sources: tuple[TextSource, ...]) -> Tokenizer:
     """The run's own once it has one, else the named one, else one trained on the head of the text."""
     options = config.tokenizer
-    name = workdir.tokenizer if os.path.isdir(workdir.tokenizer) else options.tokenizer_name
+    name = workdir.tokenizer if workdir.has_tokenizer() else options.tokenizer_name
     name = name or config.model.model_name_or_path
     if name:
         return tokenizers.load_tokenizer(

@@ -21,8 +21,10 @@ from mlm.fill_mask import fill_mask, table
 from mlm.workdir import WorkDir, flatten
 
 
-def train_and_evaluate(config: ConfigDict, workdir: str) -> None:
+def train_and_evaluate(config: ConfigDict, workdir: str, *, command: str = "python main.py ...") -> None:
     """Trains up to `num_train_steps`, going on from the newest checkpoint in `workdir` if there is one.
+
+    `command` is what started the run, for the hint how to train on.
 
     Raises:
       UserError: the run cannot be made from this config, cannot go on, or went wrong in a way its user can mend.
@@ -35,10 +37,12 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> None:
         logging.info("nothing to do: all %d updates are made; the model is in %s", exported, place.model)
         return
     setup.check_numbers(config)
-    hub = setup.open_hub(config, place)
-    run = setup.build(config, place)
 
     with contextlib.ExitStack() as stack:
+        stack.callback(place.unlock)
+        if jax.process_index() == 0:
+            place.lock()
+        run = setup.build(config, place)
         checkpointer = stack.enter_context(
             Checkpointer(place.checkpoints, keep_checkpoints=config.checkpoint.keep_checkpoints)
         )
@@ -47,13 +51,16 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> None:
         batches = stack.enter_context(Prefetcher(run.stream, depth=config.data.prefetch_batches))
         # Text too short for a batch shows here, before anything is written or compiled.
         stream = itertools.chain([next(batches)], batches)
+        hub = setup.open_hub(config, place)
         if jax.process_index() == 0:
+            _warn_of_other_rows(place, run)
             place.create(
                 config.to_dict(),
                 save_tokenizer=run.tokenizer.save,
                 processes=jax.process_count(),
                 rows_per_process=run.text.batch_rows,
             )
+            place.lock()
         parallel.barrier("work directory made")
         reporter = stack.enter_context(_reporter(config, place, run, start, restored))
         if start == 0:
@@ -88,7 +95,8 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> None:
                     # An exported last step says that the run is finished: its checkpoint must be there by then.
                     checkpointer.wait()
                 if jax.process_index() == 0:
-                    _export(config, place, run, parallel.first_replica(state.params), step, metrics)
+                    params = parallel.first_replica(state.params)
+                    _export(config, place, run, params, step, metrics, tokens_seen=reporter.tokens_seen)
                     if hub is not None and step < last:
                         hub.push(place.path, step=step)
 
@@ -117,7 +125,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> None:
                     export_model(step, eval_metrics)
         reporter.flush()
         if jax.process_index() == 0:
-            _show(config, place, run, parallel.first_replica(state.params))
+            _show(config, place, run, parallel.first_replica(state.params), command)
         if hub is not None:
             hub.finish(place.path, step=last)
 
@@ -162,6 +170,19 @@ def _say_what_runs(config: ConfigDict, run: setup.Run, state: steps.TrainState, 
         logging.info("going on after update %d", start)
 
 
+def _warn_of_other_rows(place: WorkDir, run: setup.Run) -> None:
+    """An update's rows follow the number of devices: a run that goes on with others is not what it was."""
+    layout = place.read_layout()
+    rows = jax.process_count() * run.text.batch_rows
+    if layout is not None and layout[0] * layout[1] != rows:
+        logging.warning(
+            "an update had %d rows in this run so far and has %d from now on, for the devices are not as many; "
+            "per_device_train_batch_size or gradient_accumulation_steps can make up for it in a new run",
+            layout[0] * layout[1],
+            rows,
+        )
+
+
 def _reporter(
     config: ConfigDict, place: WorkDir, run: setup.Run, step: int, restored: dict[str, Any] | None
 ) -> report.Reporter:
@@ -180,16 +201,22 @@ def _reporter(
 
 
 def _export(
-    config: ConfigDict, place: WorkDir, run: setup.Run, params: Any, step: int, metrics: dict[str, float]
+    config: ConfigDict,
+    place: WorkDir,
+    run: setup.Run,
+    params: Any,
+    step: int,
+    metrics: dict[str, float],
+    *,
+    tokens_seen: int,
 ) -> None:
     """Writes `model/`."""
     rows = config.per_device_train_batch_size * config.gradient_accumulation_steps * jax.device_count()
     device = jax.devices()[0].device_kind
-    tokens = step * rows * config.data.max_seq_length
     recipe = {
         "updates": f"{step:,} of {config.num_train_steps:,}",
         "rows an update": f"{rows:,} of {config.data.max_seq_length} tokens",
-        "tokens seen": f"{tokens:,}",
+        "tokens seen": f"{tokens_seen:,}",
         "devices": f"{jax.device_count()} x {device}",
         **{f"`{key}`": value for key, value in flatten(config.optimizer.to_dict()).items()},
         "`mlm_probability`": config.masking.mlm_probability,
@@ -208,6 +235,7 @@ def _export(
             title=os.path.basename(place.path),
             data="the docstrings of Python packages" if run.text.name == "docstrings" else run.text.name,
             data_id=config.data.dataset_name if named and not os.path.exists(config.data.dataset_name) else None,
+            start=f"from {config.model.model_name_or_path}" if config.model.model_name_or_path else "from scratch",
             recipe=recipe,
         ),
         metrics=metrics,
@@ -216,12 +244,11 @@ def _export(
     )
 
 
-def _show(config: ConfigDict, place: WorkDir, run: setup.Run, params: Any) -> None:
+def _show(config: ConfigDict, place: WorkDir, run: setup.Run, params: Any, command: str) -> None:
     """Prints what the finished model says, and what to do next."""
     if config.report.sentences:
         print("\nThe model's five best fillings:\n")
         print(table(fill_mask(run.task.model, params, run.tokenizer, config.report.sentences)))
-    command = f"python main.py --config=CONFIG --workdir={shlex.quote(place.path)}"
     print(f"""
 Model      {place.model}
 Curves     {os.path.join(place.model, "curves.png")}

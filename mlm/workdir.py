@@ -1,5 +1,7 @@
 """The work directory: where its files are, and whether a run may go on in it."""
 
+import fcntl
+import glob
 import json
 import os
 import shutil
@@ -40,12 +42,19 @@ class WorkDir:
     """
 
     def __init__(self, path: str):
+        if "://" in path:
+            raise UserError(f"--workdir={path}: URLs are not supported; name a local or mounted directory")
         self.path = os.path.abspath(os.path.expanduser(path))
+        if glob.has_magic(self.path):
+            # Orbax lists its files by glob, and would write checkpoints that it cannot find.
+            raise UserError(f"--workdir={path}: a path with *, ? or [ cannot hold checkpoints; choose another")
         self.config = os.path.join(self.path, "config.json")
         self.tokenizer = os.path.join(self.path, "tokenizer")
         self.checkpoints = os.path.join(self.path, "checkpoints")
         self.metrics = os.path.join(self.path, "metrics.jsonl")
         self.model = os.path.join(self.path, "model")
+
+        self._lock = None
 
         existing = self.path
         while not os.path.lexists(existing):
@@ -63,6 +72,8 @@ class WorkDir:
     def check_same_run(self, config: dict[str, Any]) -> None:
         """Refuses a config that differs from the directory's own in a key that changes the run's result."""
         if not os.path.exists(self.config):
+            if os.path.isdir(self.checkpoints) and os.listdir(self.checkpoints):
+                raise UserError(f"{self.path} has checkpoints but no config.json; put it back, or choose another --workdir")
             return
         old, new = flatten(self.read_config()), flatten(config)
         differing = [
@@ -84,9 +95,12 @@ class WorkDir:
         """
         try:
             with open(self.config, encoding="utf-8") as file:
-                return json.load(file)["config"]
-        except (json.JSONDecodeError, KeyError, TypeError):
-            raise UserError(f"{self.config} is not a run's config; choose another --workdir") from None
+                config = json.load(file)["config"]
+        except (ValueError, KeyError, TypeError):
+            config = None
+        if not isinstance(config, dict):
+            raise UserError(f"{self.config} is damaged or not a run's config; mend it, or choose another --workdir")
+        return config
 
     def read_layout(self) -> tuple[int, int] | None:
         """(processes, rows of an update on each) of the last start of the run; None where there is none."""
@@ -102,6 +116,9 @@ class WorkDir:
     ) -> None:
         """Makes the directory, the config and the tokenizer, each whole or not at all."""
         os.makedirs(self.checkpoints, exist_ok=True)
+        if not os.path.exists(self.config):
+            # Of a run that was killed before it had a config: it may be another's.
+            shutil.rmtree(self.tokenizer, ignore_errors=True)
         if not os.path.isdir(self.tokenizer):
             shutil.rmtree(self.tokenizer + ".tmp", ignore_errors=True)
             save_tokenizer(self.tokenizer + ".tmp")
@@ -112,13 +129,40 @@ class WorkDir:
             file.write("\n")
         os.replace(self.config + ".tmp", self.config)
 
+    def has_tokenizer(self) -> bool:
+        """Whether the run here has made its tokenizer. One without a config is left of a start that was killed."""
+        return os.path.isdir(self.tokenizer) and os.path.exists(self.config)
+
     def exported_step(self) -> int | None:
         """The step of the model in `model/`, None when there is no complete one."""
-        path = os.path.join(self.model, "trainer_state.json")
-        if not os.path.exists(path):
+        try:
+            with open(os.path.join(self.model, "trainer_state.json"), encoding="utf-8") as file:
+                return json.load(file)["global_step"]
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
             return None
-        with open(path, encoding="utf-8") as file:
-            return json.load(file)["global_step"]
+
+    def lock(self) -> None:
+        """Holds the directory, if it is there, until `unlock` or until this process ends, however it ends.
+
+        Raises:
+          UserError: another process holds it.
+        """
+        if self._lock is not None or not os.path.isdir(self.path):
+            return
+        self._lock = open(os.path.join(self.path, ".lock"), "w")  # noqa: SIM115
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.unlock()
+            raise UserError(f"{self.path} is in use by another run; wait for it, or choose another --workdir") from None
+        except OSError:
+            pass  # A file system without locks, such as some network mounts.
+
+    def unlock(self) -> None:
+        """Lets the directory go. The file stays: removing it could take another run's lock away."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -135,4 +179,6 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def _as_json(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_as_json(part) for part in value]
+    if isinstance(value, dict):
+        return {key: _as_json(part) for key, part in value.items()}
     return value

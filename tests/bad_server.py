@@ -32,6 +32,8 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 # Long enough for a busy machine, where nothing is really wrong; the server is silent for 0.5 s.
 PATIENCE = Patience(deadline_seconds=30.0, timeout_seconds=0.2, first_wait_seconds=0.001, max_wait_seconds=0.01)
+# Where requests are counted.
+CALM = dataclasses.replace(PATIENCE, timeout_seconds=5.0)
 # For what is wrong for good; what is well may take its time.
 IMPATIENCE = dataclasses.replace(PATIENCE, deadline_seconds=0.05, timeout_seconds=5.0)
 # Random letters, so that compressed files are large, too.
@@ -68,7 +70,7 @@ class Server:
         ("stop", n)     the first n bytes, then the end; 500 to who asks for more
         "garbled"       a body of the right length, and of nonsense
         "changed"       a proper answer of a file with another ETag
-    The last of `always`, if there are any, is the answer to every request after that; None is a proper answer.
+    After those every answer is `always` of the path, if there is one; None is a proper answer.
 
     Attributes:
         requests: (method, path, Range) of all requests.

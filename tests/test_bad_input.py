@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,8 +10,10 @@ from pathlib import Path
 import pytest
 from ml_collections import ConfigDict
 
+from mlm.curves import read_metrics
 from mlm.errors import UserError
 from mlm.train import train_and_evaluate
+from mlm.workdir import WorkDir
 from tests.tiny import sentences, tiny_config, write_corpus
 
 REPO = Path(__file__).parent.parent
@@ -36,6 +39,7 @@ def run_main(*flags: str) -> subprocess.CompletedProcess:
         ((QUICKSTART, "--workdr={tmp}/x"), "Unknown command line flag 'workdr'. Did you mean: workdir ?"),
         ((QUICKSTART, "--config.optimizer.learning_rat=1"), "did you mean optimizer.learning_rate?"),
         ((QUICKSTART, "--config.optimiser.learning_rate=1"), "did you mean optimizer.learning_rate?"),
+        ((QUICKSTART, "--config.data=3"), "--config.data is a group of keys; set one of them: data.cache_dir, "),
         ((QUICKSTART, "--config.num_train_steps=many"), "--config.num_train_steps=many"),
         ((QUICKSTART, "--config.model.overrides.hidden_size=1.5"), "--config.model.overrides.hidden_size=1.5"),
         ((QUICKSTART, "--config.hub.push_to_hub=perhaps"), "--config.hub.push_to_hub=perhaps"),
@@ -102,6 +106,10 @@ def refuse(config: ConfigDict, tmp_path: Path, message: str) -> None:
         ("data.num_eval_samples", 0, "data.num_eval_samples=0"),
         ("data.max_seq_length", 2, "data.max_seq_length=2 must be at least 3"),
         ("data.max_seq_length", 19, "data.max_seq_length=19 is past the model's positions, which end at 18"),
+        ("seed", -1, "seed=-1 must lie between 0 and 2**32 - 1"),
+        ("data.data_files", "", "data.data_files='' names no file"),
+        ("data.data_files", 5, "data.data_files=5 names no file"),
+        ("masking.mask_token_share", float("nan"), "must not be negative"),
         ("data.packing", "tight", "data.packing='tight' is not one of concatenate"),
         ("data.shuffle_buffer_size", -1, "data.shuffle_buffer_size=-1"),
         ("data.prefetch_batches", 0, "data.prefetch_batches=0"),
@@ -198,7 +206,7 @@ def test_work_directories(config, tmp_path):
         train_and_evaluate(config, "/proc/run")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "config.json").write_text(json.dumps({"model_type": "bert"}))
-    with pytest.raises(UserError, match="is not a run's config"):
+    with pytest.raises(UserError, match="not a run's config"):
         train_and_evaluate(config, str(tmp_path / "other"))
 
 
@@ -227,8 +235,78 @@ def test_rows_without_text_are_skipped_and_counted(config, tmp_path, caplog):
     config.data.data_files = str(path)
     config.num_train_steps = 60
     config.logging_steps = config.eval_steps = config.save_steps = 60
+    with caplog.at_level("INFO"):
+        train_and_evaluate(config, str(tmp_path / "run"))
+    line = read_metrics(str(tmp_path / "run" / "metrics.jsonl"))[-1]
+    assert line["data/epoch"] >= 1
+    # Five of them a pass over the file.
+    assert line["data/skipped_rows"] % 5 == 0
+    assert line["data/skipped_rows"] >= 5
+    assert f"{line['data/skipped_rows']} rows so far were left out" in caplog.text
+
+
+def test_work_directories_that_cannot_hold_checkpoints(config, tmp_path):
+    for workdir, message in [("gs://bucket/run", "URLs are not supported"), (f"{tmp_path}/a[1]", "cannot hold")]:
+        with pytest.raises(UserError, match=message):
+            train_and_evaluate(config, workdir)
+    assert not (tmp_path / "a[1]").exists()
+
+
+def test_two_runs_in_one_work_directory(config, tmp_path):
+    (tmp_path / "run").mkdir()
+    holder = WorkDir(str(tmp_path / "run"))
+    holder.lock()
+    with pytest.raises(UserError, match="is in use by another run"):
+        train_and_evaluate(config, str(tmp_path / "run"))
+    holder.unlock()
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
+
+
+@pytest.fixture
+def trained(config, tmp_path) -> Path:
+    """A work directory with the checkpoints of updates 1 and 2, the run not at its end."""
+    config.save_steps = 1
+    config.num_train_steps = 2
     train_and_evaluate(config, str(tmp_path / "run"))
-    stream = json.loads(next((tmp_path / "run" / "checkpoints" / "60" / "stream").glob("process_*")).read_text())
-    assert stream["epoch"] >= 1
-    assert stream["skipped_rows"] % 5 == 0
-    assert stream["skipped_rows"] >= 5
+    config.num_train_steps = 3
+    return tmp_path / "run"
+
+
+def test_damaged_work_directories(config, trained):
+    def refuse_damage(message: str) -> None:
+        with pytest.raises(UserError, match=message) as error:
+            train_and_evaluate(config, str(trained))
+        assert "\n" not in str(error.value)
+
+    good = (trained / "config.json").read_bytes()
+    for damage in (b"\xff\xfe", b'{"config": 3}', b"{", b'{"config"'):
+        (trained / "config.json").write_bytes(damage)
+        refuse_damage("is damaged or not a run's config")
+    (trained / "config.json").unlink()
+    refuse_damage("has checkpoints but no config.json")
+    (trained / "config.json").write_bytes(good)
+
+    lines = (trained / "metrics.jsonl").read_text()
+    (trained / "metrics.jsonl").write_text("garbage\n" + lines)
+    refuse_damage("metrics.jsonl, line 1, is not JSON")
+    (trained / "metrics.jsonl").write_text(lines)
+
+    shutil.rmtree(trained / "checkpoints" / "2" / "stream")
+    refuse_damage("checkpoint 2 cannot be read .* remove .*checkpoints/2 to go on from the one before")
+    shutil.rmtree(trained / "checkpoints" / "2")
+    (trained / "model" / "trainer_state.json").write_text("")
+    train_and_evaluate(config, str(trained))
+    assert json.loads((trained / "model" / "trainer_state.json").read_text())["global_step"] == 3
+
+
+def test_a_tokenizer_left_by_a_start_that_was_killed_is_not_used(config, tmp_path, monkeypatch):
+    config.num_train_steps = 1
+    train_and_evaluate(config, str(tmp_path / "straight"))
+    config.tokenizer.vocab_size = 290
+    train_and_evaluate(config, str(tmp_path / "other"))
+    (tmp_path / "run").mkdir()
+    shutil.copytree(tmp_path / "other" / "tokenizer", tmp_path / "run" / "tokenizer")
+    config.tokenizer.vocab_size = 300
+    train_and_evaluate(config, str(tmp_path / "run"))
+    for name in ("tokenizer/tokenizer.json", "model/model.safetensors"):
+        assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "straight" / name).read_bytes()

@@ -87,7 +87,7 @@ def test_main_trains_exports_and_does_not_train_twice(corpus, tmp_path):
 
 
 def test_work_directory_has_what_the_plan_names(finished):
-    assert {path.name for path in finished.iterdir() if not path.name.startswith("events.out.tfevents")} == {
+    assert {path.name for path in finished.iterdir() if not path.name.startswith(("events.out.tfevents", "."))} == {
         "config.json",
         "tokenizer",
         "checkpoints",
@@ -110,6 +110,7 @@ def test_work_directory_has_what_the_plan_names(finished):
 def test_metrics_have_the_planned_names_at_the_planned_steps(finished):
     lines = {line["step"]: set(line) for line in read_metrics(str(finished / "metrics.jsonl"))}
     train = {"train/loss", "train/accuracy", "train/learning_rate", "train/grad_norm", *TIMINGS}
+    train |= {"data/epoch", "data/documents", "data/skipped_rows", "data/held_out_documents", "data/failed_shards"}
     evaluation = {"eval/loss", "eval/accuracy", "eval/perplexity", "eval/unigram_loss"}
     assert {step: names - {"step", "perf/device_memory_bytes"} for step, names in lines.items()} == {
         3: train,

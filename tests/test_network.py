@@ -18,7 +18,7 @@ import requests
 from mlm.data import files, network, sources
 from mlm.data.network import Failure, Patience
 from mlm.errors import UserError
-from tests.bad_server import IMPATIENCE, PATIENCE, TEXTS, TRANSIENT, Server, encode, http_date, open_url, rows_of
+from tests.bad_server import CALM, IMPATIENCE, PATIENCE, TEXTS, TRANSIENT, Server, encode, http_date, open_url, rows_of
 
 KINDS = ["a.jsonl", "a.txt", "a.csv", "a.parquet", "a.jsonl.gz", "a.txt.zst", "a.csv.xz", "a.txt.bz2"]
 # What no length tells, but a decoder.
@@ -68,7 +68,7 @@ def test_a_start_goes_through_every_failure(server, fault):
 
 @pytest.mark.parametrize("name", KINDS)
 def test_a_body_that_always_breaks_off_is_read_on_from_there(server, name):
-    source = serve(server, name)
+    source = serve(server, name, patience=CALM)
     server.always[f"/{name}"] = "cut"
     assert rows_of(source) == TEXTS
     if not name.endswith(".parquet"):
@@ -90,7 +90,7 @@ def test_what_does_not_decode_is_fetched_again(server, name, fault):
 
 @pytest.mark.parametrize("name", DECODED)
 def test_what_never_decodes_is_given_up_before_the_deadline(server, name):
-    source = serve(server, name)
+    source = serve(server, name, patience=CALM)
     server.always[f"/{name}"] = "garbled"
     with pytest.raises(sources.ShardLostError, match=f"cannot read '.*/{name}' from row 0 on: .*tried 5 times"):
         rows_of(source)
@@ -124,9 +124,9 @@ def test_past_the_deadline_the_shard_is_lost_with_its_row(server, name, fault):
 )
 @pytest.mark.parametrize("name", ["a.txt", "a.parquet", "a.jsonl.gz"])
 def test_refusals_are_told_at_once(server, name, status, message):
-    source = serve(server, name)
+    source = serve(server, name, patience=CALM)
     server.always[f"/{name}"] = status
-    for read in (lambda: rows_of(source), lambda: open_url(server, name)):
+    for read in (lambda: rows_of(source), lambda: open_url(server, name, patience=CALM)):
         server.requests.clear()
         with pytest.raises(UserError, match=f"cannot read '.*/{name}': .*{message}") as error:
             read()
@@ -135,7 +135,7 @@ def test_refusals_are_told_at_once(server, name, status, message):
 
 
 def test_a_refusal_halfway(server):
-    source = serve(server, "a.txt")
+    source = serve(server, "a.txt", patience=CALM)
     server.faults["/a.txt"].extend(["cut", 403])
     with pytest.raises(UserError, match="answers 403"):
         rows_of(source)
@@ -194,7 +194,7 @@ def test_retry_after_is_waited_for(server):
 
 
 def test_retry_after_past_the_deadline_is_tried_at_the_deadline(server):
-    source = serve(server, "a.txt", patience=dataclasses.replace(PATIENCE, deadline_seconds=0.3))
+    source = serve(server, "a.txt", patience=dataclasses.replace(CALM, deadline_seconds=0.3))
     server.faults["/a.txt"].append((503, {"Retry-After": "3600"}))
     assert rows_of(source) == TEXTS
     server.always["/a.txt"] = (503, {"Retry-After": "3600"})

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from tests.bad_server import COMMIT, IMPATIENCE, PATIENCE, TEXTS, TRANSIENT, Server, encode
+from tests.bad_server import CALM, COMMIT, IMPATIENCE, PATIENCE, TEXTS, TRANSIENT, Server, encode
 
 HUB_WORKER = """
 import json, sys
@@ -136,7 +136,7 @@ def test_past_the_deadline_a_shard_of_a_hub_data_set_is_lost(hub):
 
 def test_refusals_of_the_hub_are_told_at_once(hub):
     repository = "owner/set.parquet"
-    assert hub.ask(repository) == hub_rows()
+    assert hub.ask(repository, patience=CALM) == hub_rows()
     for status in (403, 404):
         hub.server.heal()
         path = resolved(repository, "0.parquet")

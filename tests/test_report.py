@@ -129,7 +129,7 @@ def fake(step, loss=None, grad_norm=1.0):
         learning_rate=np.float32(step / 8),
     )
     tokens = np.array([[step, step, 9]], np.int32)
-    return parallel.replicate(metrics), Batch(tokens, {}, 0, {})
+    return parallel.replicate(metrics), Batch(tokens, {}, 0, {"skipped_rows": 7})
 
 
 def run(reporter, clock, steps, *, since=1, log=()):
@@ -152,6 +152,8 @@ EXPECTED = [
         "train/grad_norm": 3.0,
         "perf/tokens_per_second": 9 / 8,
         "perf/step_ms": 8000 / 3,
+        "data/epoch": 0,
+        "data/skipped_rows": 7,
         "perf/input_wait_fraction": 0.75 / 8,
     },
     {
@@ -162,6 +164,8 @@ EXPECTED = [
         "train/grad_norm": 5.0,
         "perf/tokens_per_second": 6 / 2,
         "perf/step_ms": 2000 / 2,
+        "data/epoch": 0,
+        "data/skipped_rows": 7,
         "perf/input_wait_fraction": 0.5 / 2,
     },
 ]

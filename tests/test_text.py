@@ -61,6 +61,7 @@ def test_what_is_read_is_described(mixed):
     assert lines[1].endswith("numbers.jsonl'")
 
 
+@pytest.mark.slow
 def test_a_mixture_trains_evaluates_each_source_and_goes_on_exactly(mixed, tmp_path):
     config = mixed
     config.num_train_steps = 4

@@ -112,7 +112,7 @@ def open_source(
     *,
     dataset_name: str | None,
     dataset_config_name: str | None = None,
-    data_files: tuple[str, ...] | list[str] | str = (),
+    data_files: tuple[str, ...] | list[str] | str | None = None,
     split: str = "train",
     text_column_name: str = "text",
     cache_dir: str = "",
@@ -134,6 +134,8 @@ def open_source(
     """
     _silence_datasets()
     patience = patience or network.Patience()
+    if data_files is not None and not (data_files and isinstance(data_files, str | list | tuple)):
+        raise UserError(f"data.data_files={data_files!r} names no file: give a path, a glob, a URL or a list of them")
     if isinstance(data_files, str):
         data_files = (data_files,) if data_files else ()
     if data_files:
@@ -335,7 +337,7 @@ def require_hub(what: str) -> None:
             if isinstance(reason, ssl.SSLError):
                 return  # it answers; the hub's own client knows other certificates
             if isinstance(reason, ConnectionResetError | TimeoutError) and tries < _HUB_TRIES:
-                time.sleep(tries)
+                time.sleep(tries / 2)
                 continue
             raise UserError(
                 f"{what} is not here and needs the network, but {endpoint} cannot be reached "

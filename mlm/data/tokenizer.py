@@ -41,6 +41,7 @@ class Tokenizer:
         num_ids: highest id + 1, added tokens included.
         bos_id, eos_id: laid around a document ([CLS] and [SEP] for BERT-likes); pad_id, mask_id.
         special_ids: sorted; every id that stands for no text.
+        unused_ids: sorted; ids under num_ids that no token has.
     """
 
     def __init__(self, hf: transformers.PreTrainedTokenizerFast, *, name: str, backend: str = "auto"):
@@ -60,10 +61,13 @@ class Tokenizer:
         self.eos_id: int = self._needed_id("end", hf.sep_token_id, hf.eos_token_id)
         self.pad_id: int = self._needed_id("padding", hf.pad_token_id)
         self.num_ids: int = max(hf.get_vocab().values()) + 1
+        self.unused_ids: tuple[int, ...] = tuple(sorted(set(range(self.num_ids)) - set(hf.get_vocab().values())))
+        if self.pad_id in (self.bos_id, self.eos_id, self.mask_id):
+            raise UserError(f"the tokenizer {name!r} pads with a token that means something else: give it one of its own")
         special = {id for id, token in hf.added_tokens_decoder.items() if token.special}
         self.special_ids: tuple[int, ...] = tuple(sorted(special | set(hf.all_special_ids)))
-        self._is_laid = np.zeros(self.num_ids, bool)  # special, and not "unknown", which stands for a piece of text
-        self._is_laid[[id for id in self.special_ids if id != hf.unk_token_id]] = True
+        # Special, and not "unknown", which stands for a piece of text.
+        self._laid_ids = np.array([id for id in self.special_ids if id != hf.unk_token_id], np.int32)
 
         model = json.loads(hf.backend_tokenizer.to_str())
         self._reference = _text_only(hf.backend_tokenizer)
@@ -104,9 +108,10 @@ class Tokenizer:
             ids, offsets = _encode_tokenizers(self._reference, texts)
         else:
             ids, offsets = _encode_gigatoken(self._gigatoken, texts)
-        kept = ~self._is_laid[ids]
-        if kept.all():
+        is_laid = np.isin(ids, self._laid_ids)
+        if not is_laid.any():
             return ids, offsets
+        kept = ~is_laid
         return ids[kept], np.concatenate([[0], np.cumsum(kept)])[offsets]
 
     def _check(self, texts: pa.LargeStringArray) -> None:
@@ -126,6 +131,9 @@ class Tokenizer:
 
     def save(self, path: str) -> None:
         """Writes the files `AutoTokenizer.from_pretrained(path)` loads."""
+        # How this process came by it is nobody else's business.
+        for name in ("is_local", "local_files_only"):
+            self.hf.init_kwargs.pop(name, None)
         self.hf.save_pretrained(path)
 
 
@@ -138,6 +146,7 @@ def load_tokenizer(
             "tokenizer.use_fast_tokenizer=False: only fast tokenizers keep up with a device, and they give "
             "the same ids; leave it True"
         )
+    tokenizer_name = os.path.expanduser(tokenizer_name)
     local = os.path.isdir(tokenizer_name)
     if not local and sources.is_local_path(tokenizer_name):
         raise UserError(f"no tokenizer directory {tokenizer_name!r}: check tokenizer.tokenizer_name")
