@@ -71,6 +71,29 @@ def test_batches_and_devices_do_not_matter(eval_step, bag_state, rows, log_probs
     assert evaluator(params, log_probs) == metrics
 
 
+def test_each_source_has_its_own_loss(eval_step, bag_task, bag_state, rows, log_probs, by_hand):
+    """Masks are those of all rows: a source's loss is that of its rows among them."""
+    counts = {"wiki": 6, "a/b": 14, "one": 1}
+    evaluator = Evaluator(eval_step, rows, per_device_batch_size=2, pad_id=1, counts=counts)
+    metrics = evaluator(parallel.replicate(bag_state.params), log_probs)
+    assert metrics.keys() == by_hand.keys() | {f"eval/{name}/loss" for name in counts}
+    for name, value in by_hand.items():
+        np.testing.assert_allclose(metrics[name], value, rtol=1e-6, err_msg=name)
+    first = 0
+    for name, count in counts.items():
+        own = slice(first, first + count)
+        logits, batch = steps.forward(
+            bag_task,
+            bag_state.params,
+            jnp.asarray(rows[own]),
+            rows_B=jnp.arange(ROWS)[own],
+            mask_key=bag_task.key(steps.EVAL_MASKS),
+        )
+        sums = jax.device_get(masked_cross_entropy(logits, batch.targets_BxK, batch.weights_BxK))
+        np.testing.assert_allclose(metrics[f"eval/{name}/loss"], sums.loss / sums.count, rtol=1e-6)
+        first += count
+
+
 def test_unigram_log_probs_are_those_of_numpy():
     counts = np.array([7, 0, 90, 3, 5])
     log_probs = unigram_log_probs(counts, special_ids=(0, 4))

@@ -2,6 +2,8 @@
 
 import glob
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -15,6 +17,7 @@ from mlm.train import train_and_evaluate
 from tests.tiny import tiny_config, write_corpus
 
 STEPS = 8
+REPO = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -149,6 +152,28 @@ def test_what_is_printed(run, capsys):
         word, was = (tokenizer.hf.decode([ids[1, place]]) for ids in (masked.inputs_BxL, update.tokens_RxL))
         text = text.replace(f"[{word}={was}]", was, 1)
     assert text == tokenizer.hf.decode(update.tokens_RxL[1])
+
+
+@pytest.mark.slow
+def test_the_command_line(run, tmp_path, capsys):
+    config, workdir, *_ = run
+    (tmp_path / "config.py").write_text(
+        "from tests.tiny import tiny_config\n\n\ndef get_config():\n"
+        f"    config = tiny_config({config.data.data_files!r})\n"
+        "    config.gradient_accumulation_steps = 2\n"
+        "    return config\n"
+    )
+    command = [sys.executable, "main.py", f"--config={tmp_path / 'config.py'}", f"--workdir={workdir}"]
+    command += ["--config.data.skip_steps=((5, 6),)", "--mode=show_data"]
+    result = subprocess.run([*command, "--step=7", "--rows=3"], cwd=REPO, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    show_data.show_data(config, workdir, step=7, rows=3, process_index=0)
+    assert result.stdout == capsys.readouterr().out
+    result = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stderr) == (
+        2,
+        "error: --mode=show_data needs the update to show, such as --step=100\n",
+    )
 
 
 def test_what_cannot_be_shown_is_told(run, tmp_path):
