@@ -16,6 +16,7 @@ from mlm import export, parallel, report, setup, steps
 from mlm.checkpoint import Checkpointer
 from mlm.data.packing import RUN_ON
 from mlm.data.prefetch import Prefetcher
+from mlm.errors import UserError
 from mlm.evaluate import Evaluator, unigram_log_probs
 from mlm.fill_mask import fill_mask, table
 from mlm.workdir import WorkDir, flatten
@@ -104,7 +105,14 @@ def train_and_evaluate(config: ConfigDict, workdir: str, *, command: str = "pyth
             if start >= last:  # The end was cut off between the last checkpoint and the export.
                 export_model(start, evaluate(start))
             for step in range(start + 1, last + 1):
-                batch = next(stream)
+                try:
+                    batch = next(stream)
+                except UserError:
+                    # No more text to be had. Not over several processes: the others do not know, and a save takes all.
+                    if start < step - 1 and checkpointer.latest_step() != step - 1 and jax.process_count() == 1:
+                        reporter.settle()
+                        save(step - 1, batch.state)
+                    raise
                 tokens = parallel.shard(batch.tokens, shape=(config.gradient_accumulation_steps,))
                 state, metrics = train_step(state, tokens)
                 reporter.update(step, metrics, batch, wait_seconds=batches.wait_seconds)

@@ -35,7 +35,7 @@ ROOMS = {
     "text": "data errors workdir",
     "setup": "data errors export fill_mask masking models optimizer steps text workdir",
     "show_data": "checkpoint data errors masking setup steps text workdir",
-    "train": "checkpoint data evaluate export fill_mask parallel report setup steps workdir",
+    "train": "checkpoint data errors evaluate export fill_mask parallel report setup steps workdir",
     "main": "errors show_data train workdir",
 }
 # A step is timed on machines that have only these.

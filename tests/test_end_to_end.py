@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from mlm import parallel, report, steps
 from mlm.curves import read_metrics
+from mlm.data import prefetch
 from mlm.errors import UserError
 from mlm.train import train_and_evaluate
 from tests.tiny import tiny_config, write_corpus
@@ -205,6 +206,25 @@ def test_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(corpus, 
         train_and_evaluate(tiny_config(corpus), str(tmp_path))
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["4"]
     assert json.loads((tmp_path / "model" / "trainer_state.json").read_text())["global_step"] == 4
+
+
+def test_text_that_breaks_off_ends_the_run_with_a_checkpoint(corpus, finished, tmp_path, monkeypatch):
+    real = prefetch.Prefetcher.__next__
+
+    def broken(self):
+        broken.batches += 1
+        if broken.batches == 7:
+            raise UserError("the network is gone")
+        return real(self)
+
+    broken.batches = 0
+    with monkeypatch.context() as patch:
+        patch.setattr(prefetch.Prefetcher, "__next__", broken)
+        with pytest.raises(UserError, match="the network is gone"):
+            train_and_evaluate(tiny_config(corpus), str(tmp_path))
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["4", "6"]
+    train_and_evaluate(tiny_config(corpus), str(tmp_path))
+    assert_same_run(tmp_path, finished)
 
 
 @pytest.mark.slow
