@@ -127,9 +127,11 @@ class Checkpointer:
         Raises:
           UserError: it is damaged, or not of such a state.
         """
-        items = {"state": ocp.args.StandardRestore(like), "loop": ocp.args.JsonRestore(), "stream": ProcessJsonRestore()}
+        items = ocp.args.Composite(
+            state=ocp.args.StandardRestore(like), loop=ocp.args.JsonRestore(), stream=ProcessJsonRestore()
+        )
         try:
-            restored = self._manager.restore(step, args=ocp.args.Composite(**items))
+            restored = self._manager.restore(step, args=items)
         except (KeyError, ValueError, OSError) as error:
             reason = str(error).strip().splitlines()[0][:200]
             raise UserError(

@@ -68,8 +68,7 @@ class Evaluator:
         """Returns the metrics for stacked parameters; reads the devices once, at the end."""
         unigram = parallel.replicate(unigram_V)
         results = [
-            self._step(params, parallel.shard(tokens), parallel.shard(rows), unigram)
-            for tokens, rows in self._batches
+            self._step(params, parallel.shard(tokens), parallel.shard(rows), unigram) for tokens, rows in self._batches
         ]
         results = parallel.first_replica(results)
         total = _add_up(results)

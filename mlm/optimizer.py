@@ -12,9 +12,7 @@ from mlm.errors import UserError
 SCHEDULES = ("linear", "cosine", "constant")
 
 
-def create_schedule(
-    schedule: str, *, learning_rate: float, warmup_steps: int, num_train_steps: int
-) -> optax.Schedule:
+def create_schedule(schedule: str, *, learning_rate: float, warmup_steps: int, num_train_steps: int) -> optax.Schedule:
     """Linear warm-up from 0, then `schedule` down to 0 (or constant).
 
     Returns:
@@ -41,9 +39,7 @@ def create_schedule(
         decay = optax.constant_schedule(learning_rate)
     if warmup_steps == 0:
         return decay
-    return optax.join_schedules(
-        [optax.linear_schedule(0.0, learning_rate, warmup_steps), decay], [warmup_steps]
-    )
+    return optax.join_schedules([optax.linear_schedule(0.0, learning_rate, warmup_steps), decay], [warmup_steps])
 
 
 def decays(params: Any) -> Any:

@@ -272,7 +272,11 @@ class Reporter:
     def to_json(self) -> dict[str, Any]:
         """What a checkpoint keeps. Call after `settle`; everything reported so far is on disk after it."""
         self._writer.flush()
-        return {"interval": dataclasses.asdict(self._interval), "counts_V": self.counts_V.tolist(), "tokens_seen": self.tokens_seen}
+        return {
+            "interval": dataclasses.asdict(self._interval),
+            "counts_V": self.counts_V.tolist(),
+            "tokens_seen": self.tokens_seen,
+        }
 
     def write_hparams(self, hparams: Mapping[str, Any]) -> None:
         """Tells tensorboard the run's configuration."""

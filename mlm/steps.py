@@ -78,9 +78,7 @@ def init_state(task: Task, params: Any) -> TrainState:
     return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=task.optimizer.init(params))
 
 
-def forward(
-    task: Task, params: Any, tokens_BxL: jax.Array, *, rows_B: jax.Array, mask_key: jax.Array, **model_args
-):
+def forward(task: Task, params: Any, tokens_BxL: jax.Array, *, rows_B: jax.Array, mask_key: jax.Array, **model_args):
     """Masks a batch and predicts it. Returns the logits (float32) and the masked batch."""
     batch = mask_tokens(tokens_BxL, rows_B=rows_B, key=mask_key, spec=task.masking)
     logits_BxKxV = task.model.apply(

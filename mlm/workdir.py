@@ -73,7 +73,9 @@ class WorkDir:
         """Refuses a config that differs from the directory's own in a key that changes the run's result."""
         if not os.path.exists(self.config):
             if os.path.isdir(self.checkpoints) and os.listdir(self.checkpoints):
-                raise UserError(f"{self.path} has checkpoints but no config.json; put it back, or choose another --workdir")
+                raise UserError(
+                    f"{self.path} has checkpoints but no config.json; put it back, or choose another --workdir"
+                )
             return
         old, new = flatten(self.read_config()), flatten(config)
         differing = [

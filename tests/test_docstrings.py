@@ -116,9 +116,7 @@ def test_the_installed_packages_are_megabytes_of_distinct_text_and_start_at_once
     # The order is one of names' hashes: no run of one package at the head.
     assert len({shard.name.split("[")[0] for shard in shards[:10]}) >= 5
     assert max(len(shard.paths) for shard in shards) <= docstrings._FILES_PER_SHARD
-    texts = (
-        text for shard in shards for column in docstrings.read_shard(shard) for text in column.to_pylist()
-    )
+    texts = (text for shard in shards for column in docstrings.read_shard(shard) for text in column.to_pylist())
     head = [next(texts) for _ in range(200)]
     # Issue 2: the first batch within 10 s of the start of reading.
     assert time.monotonic() - start < 10

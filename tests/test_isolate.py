@@ -159,7 +159,7 @@ def test_setup_tells_the_model_and_the_rows_are_those_of_concatenate(runs):
     isolate, concatenate = runs["isolate"], runs["concatenate"]
     assert concatenate.task.model.begin_id is None
     assert isolate.task.model.begin_id == isolate.tokenizer.bos_id == 0
-    np.testing.assert_array_equal(isolate.eval_rows_RxL, concatenate.eval_rows_RxL)
+    np.testing.assert_array_equal(isolate.text.eval_rows_RxL, concatenate.text.eval_rows_RxL)
     for _ in range(9):
         np.testing.assert_array_equal(next(isolate.stream), next(concatenate.stream))
 
@@ -171,7 +171,7 @@ def test_evaluation_isolates_too(runs):
         packing: parallel.data_parallel(functools.partial(steps.eval_step, task=run.task, axis_name=parallel.AXIS))
         for packing, run in runs.items()
     }
-    tokenizer, rows_RxL = runs["isolate"].tokenizer, runs["isolate"].eval_rows_RxL
+    tokenizer, rows_RxL = runs["isolate"].tokenizer, runs["isolate"].text.eval_rows_RxL
 
     def loss(packing, rows_RxL):
         evaluator = Evaluator(eval_steps[packing], rows_RxL, per_device_batch_size=8, pad_id=tokenizer.pad_id)

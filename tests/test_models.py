@@ -227,9 +227,7 @@ def test_config_of_roberta_base():
     assert config.max_seq_length == 512
     assert config.to_hf().items() >= ROBERTA_BASE.items()
     assert EncoderConfig.from_hf(config.to_hf()) == config
-    assert (
-        len({config, EncoderConfig.from_hf(ROBERTA_BASE)}) == 1
-    )  # hashable, hence fit for a static argument
+    assert len({config, EncoderConfig.from_hf(ROBERTA_BASE)}) == 1  # hashable, hence fit for a static argument
 
 
 def test_config_defaults_are_those_of_transformers(golden):

@@ -226,7 +226,7 @@ def test_waits_grow_up_to_the_deadline(monkeypatch):
     assert waits[0] == 70
     assert 1 <= waits[1] <= 2
     assert np.random.get_state()[1].tolist() == before
-    with pytest.raises(network.GaveUpError, match="^elsewhere$"):
+    with pytest.raises(network.GaveUpError, match=r"^elsewhere$"):
         retries.failed(network.GaveUpError("elsewhere"))
     assert len(waits) == 2
 

@@ -81,9 +81,7 @@ def test_the_time_waited_is_measured():
         assert batches.wait_seconds - waited < 0.1
 
 
-@pytest.mark.parametrize(
-    "error", [UserError("the data set is empty"), OSError(5, "disk"), KeyboardInterrupt()]
-)
+@pytest.mark.parametrize("error", [UserError("the data set is empty"), OSError(5, "disk"), KeyboardInterrupt()])
 def test_an_error_reaches_the_caller_after_the_batches_before_it(error):
     with prefetch.Prefetcher(Count(error=error, after=2), depth=4) as batches:
         assert [next(batches).state["n"] for _ in range(2)] == [1, 2]
@@ -95,9 +93,11 @@ def test_an_error_reaches_the_caller_after_the_batches_before_it(error):
 
 
 def test_a_stream_that_ends_ends():
-    assert [
-        batch.state["n"] for batch in prefetch.Prefetcher(Count(error=StopIteration(), after=3), depth=1)
-    ] == [1, 2, 3]
+    assert [batch.state["n"] for batch in prefetch.Prefetcher(Count(error=StopIteration(), after=3), depth=1)] == [
+        1,
+        2,
+        3,
+    ]
 
 
 def test_closing_is_prompt_with_a_full_queue():

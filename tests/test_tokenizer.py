@@ -48,9 +48,7 @@ def word_piece(path):
 
 
 def ragged(tokenizer, texts):
-    ids, offsets = tokenizer.encode(
-        texts if isinstance(texts, pa.Array | pa.ChunkedArray) else pa.array(texts)
-    )
+    ids, offsets = tokenizer.encode(texts if isinstance(texts, pa.Array | pa.ChunkedArray) else pa.array(texts))
     assert ids.dtype == np.int32
     assert offsets.dtype == np.int64
     assert len(ids) == offsets[-1]
@@ -207,9 +205,7 @@ def test_errors(tmp_path, monkeypatch):
     hf = transformers.PreTrainedTokenizerFast(tokenizer_object=train().hf.backend_tokenizer)
     with pytest.raises(UserError, match="'maskless' has no mask token"):
         tokenizer_lib.Tokenizer(hf, name="maskless")
-    hf = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=train().hf.backend_tokenizer, mask_token="<mask>"
-    )
+    hf = transformers.PreTrainedTokenizerFast(tokenizer_object=train().hf.backend_tokenizer, mask_token="<mask>")
     with pytest.raises(UserError, match="'endless' has no begin token"):
         tokenizer_lib.Tokenizer(hf, name="endless")
     monkeypatch.setattr(sources.huggingface_hub.constants, "HF_HUB_OFFLINE", False)

@@ -91,9 +91,7 @@ def test_what_older_versions_saved_is_accepted(tensors, config):
         "roberta.pooler.dense.weight": np.zeros((36, 36), np.float32),
         "roberta.pooler.dense.bias": np.zeros(36, np.float32),
     }
-    jax.tree.map(
-        np.testing.assert_array_equal, weights.from_hf(older, config), weights.from_hf(tensors, config)
-    )
+    jax.tree.map(np.testing.assert_array_equal, weights.from_hf(older, config), weights.from_hf(tensors, config))
 
 
 def test_half_precision_becomes_float32(tensors, config):

@@ -23,9 +23,7 @@ _MIN_CHARACTERS = 40
 # A package of more files than this is several shards: few, so that a shuffle window holds many packages.
 _FILES_PER_SHARD = 8
 # Docstrings of tests restate their names; the others are not the packages' own text.
-_SKIPPED_FOLDERS = frozenset(
-    {"test", "tests", "testing", "idlelib", "lib2to3", "__pycache__", "node_modules"}
-)
+_SKIPPED_FOLDERS = frozenset({"test", "tests", "testing", "idlelib", "lib2to3", "__pycache__", "node_modules"})
 # Generated or hostile files of many megabytes would stall a shard.
 _MAX_FILE_BYTES = 1 << 20
 # A few megabytes of text.

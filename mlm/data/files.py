@@ -86,9 +86,7 @@ def read_column(
 
 def missing_column(file: str, column: str, names: list[str]) -> UserError:
     """What to say when a file or data set has no such column."""
-    return UserError(
-        f"no column {column!r} in {file!r}: set data.text_column_name to one of: {', '.join(names)}"
-    )
+    return UserError(f"no column {column!r} in {file!r}: set data.text_column_name to one of: {', '.join(names)}")
 
 
 def _split_compression(file: str) -> tuple[str, str]:
@@ -188,9 +186,7 @@ def _check_column(values: pa.Array, rows: list, file: str, column: str) -> None:
 
 
 def _parse_json_lines(block: bytes, column: str) -> pa.Array:
-    parse = pa_json.ParseOptions(
-        explicit_schema=pa.schema([(column, pa.string())]), unexpected_field_behavior="ignore"
-    )
+    parse = pa_json.ParseOptions(explicit_schema=pa.schema([(column, pa.string())]), unexpected_field_behavior="ignore")
     # Small parts are parsed in parallel, but an object must lie within two of them.
     for block_size in (_JSON_PARSE_BYTES, len(block)):
         try:
@@ -246,9 +242,7 @@ def _read_csv(stream: io.IOBase | pa.NativeFile, file: str, column: str) -> Iter
         yield batch.column(0)
 
 
-def _read_parquet(
-    file: str, column: str, start_row: int, patience: network.Patience | None
-) -> Iterator[pa.Array]:
+def _read_parquet(file: str, column: str, start_row: int, patience: network.Patience | None) -> Iterator[pa.Array]:
     with contextlib.ExitStack() as stack:
         if _is_http(file):
             raw = stack.enter_context(remote.RemoteParts(file, patience=patience or network.Patience()))

@@ -35,9 +35,7 @@ def units_per_row(packing: str, *, max_seq_length: int) -> int:
     return max_seq_length if packing in RUN_ON else 1
 
 
-def pack(
-    texts: pa.Array, tokenizer: "tokenizer_lib.Tokenizer", *, packing: str, max_seq_length: int
-) -> Units:
+def pack(texts: pa.Array, tokenizer: "tokenizer_lib.Tokenizer", *, packing: str, max_seq_length: int) -> Units:
     """Tokenizes N documents (strings without nulls) and lays begin and end tokens around them.
 
     "concatenate" gives `<s> document </s>` runs, and so does "isolate": the model finds the documents again by

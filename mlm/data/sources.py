@@ -172,16 +172,12 @@ def _open_files(patterns: tuple[str, ...], *, text_column: str, patience: networ
     kinds = [files.kind_of(path) for path in paths]
     for path, kind in zip(paths, kinds, strict=True):
         if kind != kinds[0]:
-            raise UserError(
-                f"data_files must be of one kind, but {paths[0]!r} is {kinds[0]} and {path!r} is {kind}"
-            )
+            raise UserError(f"data_files must be of one kind, but {paths[0]!r} is {kinds[0]} and {path!r} is {kind}")
     return Source(
         name=patterns[0] if len(patterns) == 1 else f"{patterns[0]} and {len(patterns) - 1} more",
         text_column=text_column,
         num_shards=len(paths),
-        columns=lambda shard, row: files.read_column(
-            paths[shard], text_column, start_row=row, patience=patience
-        ),
+        columns=lambda shard, row: files.read_column(paths[shard], text_column, start_row=row, patience=patience),
         shard_name=lambda shard: repr(paths[shard]),
         patience=patience if any("://" in path for path in paths) else None,
     )
@@ -194,9 +190,7 @@ def expand_files(patterns: tuple[str, ...]) -> tuple[str, ...]:
         if "://" in pattern or os.path.isfile(pattern):
             files.append(pattern)
         elif os.path.isdir(pattern):
-            raise UserError(
-                f"data file {pattern!r} is a directory: name its files, for example {pattern}/*.parquet"
-            )
+            raise UserError(f"data file {pattern!r} is a directory: name its files, for example {pattern}/*.parquet")
         elif glob.has_magic(pattern):
             matches = [match for match in sorted(glob.glob(pattern, recursive=True)) if os.path.isfile(match)]
             if not matches:
@@ -260,18 +254,14 @@ def _open_named(
     )
 
 
-def _skip_rows(
-    columns: Iterator[pa.Array | pa.ChunkedArray], start_row: int
-) -> Iterator[pa.Array | pa.ChunkedArray]:
+def _skip_rows(columns: Iterator[pa.Array | pa.ChunkedArray], start_row: int) -> Iterator[pa.Array | pa.ChunkedArray]:
     for column in columns:
         if start_row < len(column):
             yield column.slice(start_row)
         start_row = max(0, start_row - len(column))
 
 
-def _as_text(
-    column: pa.Array | pa.ChunkedArray, *, column_name: str, source_name: str
-) -> pa.LargeStringArray:
+def _as_text(column: pa.Array | pa.ChunkedArray, *, column_name: str, source_name: str) -> pa.LargeStringArray:
     """Any column of texts -> large strings, null where there is no text. UserError for another type."""
     if isinstance(column, pa.ChunkedArray):
         column = column.combine_chunks()

@@ -46,9 +46,7 @@ class Tokenizer:
 
     def __init__(self, hf: transformers.PreTrainedTokenizerFast, *, name: str, backend: str = "auto"):
         if backend not in BACKENDS:
-            raise UserError(
-                f"tokenizer.backend={backend!r} is not known: choose one of {', '.join(BACKENDS)}"
-            )
+            raise UserError(f"tokenizer.backend={backend!r} is not known: choose one of {', '.join(BACKENDS)}")
         self.hf = hf
         self.name = name
         if hf.mask_token_id is None:
@@ -63,7 +61,7 @@ class Tokenizer:
         self.num_ids: int = max(hf.get_vocab().values()) + 1
         self.unused_ids: tuple[int, ...] = tuple(sorted(set(range(self.num_ids)) - set(hf.get_vocab().values())))
         if self.pad_id in (self.bos_id, self.eos_id, self.mask_id):
-            raise UserError(f"the tokenizer {name!r} pads with a token that means something else: give it one of its own")
+            raise UserError(f"the tokenizer {name!r} pads with a token that means something else: give it a pad token")
         special = {id for id, token in hf.added_tokens_decoder.items() if token.special}
         self.special_ids: tuple[int, ...] = tuple(sorted(special | set(hf.all_special_ids)))
         # Special, and not "unknown", which stands for a piece of text.
@@ -83,9 +81,7 @@ class Tokenizer:
         for candidate in candidates:
             if candidate is not None:
                 return candidate
-        raise UserError(
-            f"the tokenizer {self.name!r} has no {role} token: choose another, or add one and save it"
-        )
+        raise UserError(f"the tokenizer {self.name!r} has no {role} token: choose another, or add one and save it")
 
     @property
     def backend(self) -> str:
@@ -233,9 +229,7 @@ def _gigatoken(model: dict):
     try:
         return gigatoken.Tokenizer.from_json(json.dumps(plain))
     except (ValueError, RuntimeError, KeyError, NotImplementedError) as error:
-        logging.info(
-            "gigatoken cannot do this tokenizer (%s): going on with tokenizers.", sources.one_line(error)
-        )
+        logging.info("gigatoken cannot do this tokenizer (%s): going on with tokenizers.", sources.one_line(error))
         return None
 
 
@@ -246,9 +240,7 @@ def _encode_gigatoken(tokenizer, texts: pa.LargeStringArray) -> tuple[np.ndarray
     data = texts.buffers()[2]
     data = np.frombuffer(data, np.uint8) if data is not None else np.empty(0, np.uint8)
     characters = ak.contents.NumpyArray(data, parameters={"__array__": "char"})
-    strings = ak.contents.ListOffsetArray(
-        ak.index.Index64(offsets), characters, parameters={"__array__": "string"}
-    )
+    strings = ak.contents.ListOffsetArray(ak.index.Index64(offsets), characters, parameters={"__array__": "string"})
     layout = tokenizer.encode_batch(ak.Array(strings)).layout
     ids = np.asarray(layout.content.data).view(np.int32)
     token_offsets = np.asarray(layout.offsets.data)

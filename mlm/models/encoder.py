@@ -22,9 +22,7 @@ _gelu = functools.partial(jax.nn.gelu, approximate=False)
 
 
 def _dense(features: int, *, config: EncoderConfig, dtype: Any, name: str) -> nn.Dense:
-    return nn.Dense(
-        features, dtype=dtype, kernel_init=nn.initializers.normal(config.initializer_range), name=name
-    )
+    return nn.Dense(features, dtype=dtype, kernel_init=nn.initializers.normal(config.initializer_range), name=name)
 
 
 def _norm(config: EncoderConfig, *, dtype: Any, name: str | None = None) -> nn.LayerNorm:
@@ -95,9 +93,7 @@ class SelfAttention(nn.Module):
         )
         scores_BxHxLxM = jnp.where(visible_BxLxM[:, None], scores_BxHxLxM, jnp.finfo(jnp.float32).min)
         weights_BxHxLxM = jax.nn.softmax(scores_BxHxLxM).astype(self.dtype)
-        weights_BxHxLxM = nn.Dropout(cfg.attention_probs_dropout_prob)(
-            weights_BxHxLxM, deterministic=deterministic
-        )
+        weights_BxHxLxM = nn.Dropout(cfg.attention_probs_dropout_prob)(weights_BxHxLxM, deterministic=deterministic)
         output_BxLxHxE = jnp.einsum("BHLM,BMHE->BLHE", weights_BxHxLxM, value_BxMxHxE)
         return _dense(cfg.hidden_size, config=cfg, dtype=self.dtype, name="output")(
             output_BxLxHxE.reshape(hidden_BxLxD.shape)
@@ -133,9 +129,7 @@ class Block(nn.Module):
         update_BxLxD = SelfAttention(cfg, self.dtype, name="attention")(
             hidden_BxLxD, visible_BxLxM, deterministic=deterministic
         )
-        hidden_BxLxD = _norm(cfg, dtype=self.dtype, name="attention_norm")(
-            hidden_BxLxD + dropout(update_BxLxD)
-        )
+        hidden_BxLxD = _norm(cfg, dtype=self.dtype, name="attention_norm")(hidden_BxLxD + dropout(update_BxLxD))
 
         update_BxLxD = FeedForward(cfg, self.dtype, name="feed_forward")(hidden_BxLxD)
         return _norm(cfg, dtype=self.dtype, name="feed_forward_norm")(hidden_BxLxD + dropout(update_BxLxD))
@@ -151,9 +145,7 @@ class Head(nn.Module):
     def __call__(self, hidden_BxKxD: jax.Array, embedding_VxD: jax.Array) -> jax.Array:
         """Return float32 logits_BxKxV."""
         cfg = self.config
-        hidden_BxKxD = _gelu(
-            _dense(cfg.hidden_size, config=cfg, dtype=self.dtype, name="dense")(hidden_BxKxD)
-        )
+        hidden_BxKxD = _gelu(_dense(cfg.hidden_size, config=cfg, dtype=self.dtype, name="dense")(hidden_BxKxD))
         hidden_BxKxD = _norm(cfg, dtype=self.dtype, name="norm")(hidden_BxKxD)
         bias_V = self.param("bias", nn.initializers.zeros, (cfg.vocab_size,), jnp.float32)
         logits_BxKxV = jnp.einsum(

@@ -103,9 +103,7 @@ def from_hf(tensors: Mapping[str, np.ndarray], config: EncoderConfig) -> dict[st
     leaves = {}
     for path, names in _names(config):
         parts = [np.asarray(tensors[name], np.float32) for name in names]
-        leaves[path] = np.concatenate(
-            [part.T for part in parts] if path.endswith("/kernel") else parts, axis=-1
-        )
+        leaves[path] = np.concatenate([part.T for part in parts] if path.endswith("/kernel") else parts, axis=-1)
     return traverse_util.unflatten_dict(leaves, sep="/")
 
 
@@ -114,9 +112,7 @@ def _names(config: EncoderConfig) -> Iterator[tuple[str, tuple[str, ...]]]:
     modules = dict(_MODULES)
     for layer in range(config.num_hidden_layers):
         for ours, theirs in _LAYER_MODULES.items():
-            modules[f"layer_{layer}/{ours}"] = tuple(
-                f"roberta.encoder.layer.{layer}.{name}" for name in theirs
-            )
+            modules[f"layer_{layer}/{ours}"] = tuple(f"roberta.encoder.layer.{layer}.{name}" for name in theirs)
     for path in _tree(config):
         module, leaf = path.rsplit("/", 1)
         yield path, tuple(f"{name}.{_LEAVES[leaf]}" for name in modules[module])
