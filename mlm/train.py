@@ -260,8 +260,8 @@ def _show(config: ConfigDict, place: WorkDir, run: setup.Run, params: Any, comma
     print(f"""
 Model      {place.model}
 Curves     {os.path.join(place.model, "curves.png")}
-Look       tensorboard --logdir {shlex.quote(place.path)}
-Train on   {command} --config.num_train_steps={2 * config.num_train_steps}
+Look at    tensorboard --logdir {shlex.quote(place.path)}
+Resume     {command} --config.num_train_steps={2 * config.num_train_steps}
 Use        from transformers import pipeline
            pipeline("fill-mask", model={place.model!r})
 """)
