@@ -3,7 +3,7 @@
 Command:   python main.py --config=configs/quickstart.py --workdir=runs/quickstart
 Hardware:  two CPU cores, 3 GiB of memory
 Time:      under 5 minutes
-Expected:  see the README; eval/loss ends at least 0.6 nats under eval/unigram_loss
+Expected:  eval/loss about 0.8 nats under eval/unigram_loss (5.58 against 6.41; it depends on what is installed)
 """
 
 from ml_collections import ConfigDict
