@@ -222,3 +222,17 @@ def test_keys_that_may_change_are_keys():
     keys = flatten(default.get_config().to_dict())
     for prefix in MAY_CHANGE:
         assert any(key == prefix or (prefix.endswith(".") and key.startswith(prefix)) for key in keys), prefix
+
+
+def test_requirements_list_what_the_code_imports():
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    required = {re.split("[=<>]", line)[0] for line in lines if line and not line.startswith("#")}
+    distributions = {"absl": "absl-py", "orbax": "orbax-checkpoint"}
+    packages = {name.split(".")[0] for tree in TREES.values() for name in imports(tree)}
+    packages -= sys.stdlib_module_names | {"mlm", "configs"}
+    # Needed by CLU (the first two), and by `datasets` for .zst files.
+    assert {distributions.get(name, name) for name in packages} == required - {
+        "tensorboard",
+        "tensorflow-cpu",
+        "zstandard",
+    }

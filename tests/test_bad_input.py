@@ -302,6 +302,7 @@ def test_damaged_work_directories(config, trained):
     assert json.loads((trained / "model" / "trainer_state.json").read_text())["global_step"] == 3
 
 
+@pytest.mark.slow
 def test_a_tokenizer_left_by_a_start_that_was_killed_is_not_used(config, tmp_path, monkeypatch):
     config.num_train_steps = 1
     train_and_evaluate(config, str(tmp_path / "straight"))

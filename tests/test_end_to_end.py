@@ -153,7 +153,9 @@ def test_stopping_and_going_on_gives_the_same_run(corpus, finished, tmp_path):
         assert filecmp.cmp(tmp_path / "model" / name, finished / "model" / name, shallow=False), name
 
 
-@pytest.mark.parametrize("crash_at", [2, 5, 7, 8])
+@pytest.mark.parametrize(
+    "crash_at", [pytest.param(2, marks=pytest.mark.slow), 5, 7, pytest.param(8, marks=pytest.mark.slow)]
+)
 def test_crashing_anywhere_gives_the_same_run(corpus, finished, tmp_path, monkeypatch, crash_at):
     real = report.Reporter.update
 
