@@ -213,6 +213,7 @@ def test_work_directories(config, tmp_path):
         train_and_evaluate(config, str(tmp_path / "other"))
 
 
+@pytest.mark.slow
 def test_resuming_with_another_config_names_the_keys(config, tmp_path):
     config.num_train_steps = 1
     train_and_evaluate(config, str(tmp_path / "run"))
@@ -275,6 +276,7 @@ def trained(config, tmp_path) -> Path:
     return tmp_path / "run"
 
 
+@pytest.mark.slow
 def test_damaged_work_directories(config, trained):
     def refuse_damage(message: str) -> None:
         with pytest.raises(UserError, match=message) as error:

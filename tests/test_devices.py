@@ -46,6 +46,7 @@ def test_there_are_four_devices():
     assert jax.local_device_count() == 4
 
 
+@pytest.mark.slow
 def test_one_and_four_devices_make_the_same_updates(encoder_task, encoder_state, uneven_rows):
     one = updates(encoder_task, encoder_state, uneven_rows.reshape(1, 1, 8, 16), 3)
     four = updates(encoder_task, encoder_state, uneven_rows.reshape(4, 1, 2, 16), 3)

@@ -138,6 +138,7 @@ def test_exported_directory_loads_and_holds_the_trained_weights(finished):
     assert json.loads((finished / "model" / "trainer_state.json").read_text())["global_step"] == 8
 
 
+@pytest.mark.slow
 def test_stopping_and_going_on_gives_the_same_run(corpus, finished, tmp_path):
     # 5 is off the steps of logging (3), evaluating and saving (4): it is saved because it is the last, and the sums
     # of the metrics' interval go on from the middle. A shorter run evaluates at its end, a longer one does not.
@@ -154,7 +155,13 @@ def test_stopping_and_going_on_gives_the_same_run(corpus, finished, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "crash_at", [pytest.param(2, marks=pytest.mark.slow), 5, 7, pytest.param(8, marks=pytest.mark.slow)]
+    "crash_at",
+    [
+        pytest.param(2, marks=pytest.mark.slow),
+        5,
+        pytest.param(7, marks=pytest.mark.slow),
+        pytest.param(8, marks=pytest.mark.slow),
+    ],
 )
 def test_crashing_anywhere_gives_the_same_run(corpus, finished, tmp_path, monkeypatch, crash_at):
     real = report.Reporter.update
@@ -172,6 +179,7 @@ def test_crashing_anywhere_gives_the_same_run(corpus, finished, tmp_path, monkey
     assert_same_run(tmp_path, finished)
 
 
+@pytest.mark.slow
 def test_crashing_between_last_checkpoint_and_export_gives_the_same_run(corpus, finished, tmp_path, monkeypatch):
     from mlm import export
 
@@ -209,6 +217,7 @@ def test_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(corpus, 
     assert json.loads((tmp_path / "model" / "trainer_state.json").read_text())["global_step"] == 4
 
 
+@pytest.mark.slow
 def test_text_that_breaks_off_ends_the_run_with_a_checkpoint(corpus, finished, tmp_path, monkeypatch):
     real = prefetch.Prefetcher.__next__
 

@@ -10,6 +10,9 @@ import pytest
 
 from tests.bad_server import CALM, COMMIT, IMPATIENCE, PATIENCE, TEXTS, TRANSIENT, Server, encode
 
+# Each starts processes of its own.
+pytestmark = pytest.mark.slow
+
 HUB_WORKER = """
 import json, sys
 from mlm.data import network, sources
