@@ -158,8 +158,9 @@ def _say_what_runs(config: ConfigDict, run: setup.Run, state: steps.TrainState, 
         logging.info("process %d of %d reads %s", jax.process_index(), jax.process_count(), line)
     if jax.process_index() > 0:
         return
-    params = parallel.first_replica(state.params)
-    overview = parameter_overview.get_parameter_overview(params, include_stats=False)
+    # Shapes tell all there is to print: the parameters themselves can stay where they are.
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), state.params)
+    overview = parameter_overview.get_parameter_overview(shapes, include_stats=False)
     rows = config.per_device_train_batch_size * config.gradient_accumulation_steps * jax.device_count()
     device = jax.devices()[0]
     logging.info("parameters of the %s encoder:\n%s", run.encoder.model_type, overview)

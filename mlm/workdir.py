@@ -95,23 +95,24 @@ class WorkDir:
         Raises:
           UserError: `config.json` is not one of ours.
         """
-        try:
-            with open(self.config, encoding="utf-8") as file:
-                config = json.load(file)["config"]
-        except (ValueError, KeyError, TypeError):
-            config = None
-        if not isinstance(config, dict):
-            raise UserError(f"{self.config} is damaged or not a run's config; mend it, or choose another --workdir")
-        return config
+        return self._read()["config"]
 
     def read_layout(self) -> tuple[int, int] | None:
         """(processes, rows of an update on each) of the last start of the run; None where there is none."""
         if not os.path.exists(self.config):
             return None
-        self.read_config()
-        with open(self.config, encoding="utf-8") as file:
-            content = json.load(file)
+        content = self._read()
         return content["processes"], content["rows_per_process"]
+
+    def _read(self) -> dict[str, Any]:
+        try:
+            with open(self.config, encoding="utf-8") as file:
+                content = json.load(file)
+        except ValueError:
+            content = None
+        if not (isinstance(content, dict) and isinstance(content.get("config"), dict)):
+            raise UserError(f"{self.config} is damaged or not a run's config; mend it, or choose another --workdir")
+        return content
 
     def create(
         self, config: dict[str, Any], *, save_tokenizer: Callable[[str], None], processes: int, rows_per_process: int

@@ -3,17 +3,7 @@ import pyarrow as pa
 import pytest
 
 from mlm.data import packing
-
-
-class Letters:
-    """A tokenizer for the eye: a letter is its code point."""
-
-    bos_id, eos_id, pad_id = 1, 2, 0
-
-    def encode(self, texts):
-        words = texts.to_pylist()
-        offsets = np.cumsum([0] + [len(word) for word in words]).astype(np.int64)
-        return np.array([ord(letter) for word in words for letter in word], np.int32), offsets
+from tests.letters import Letters
 
 
 def pack(texts, how, length=5):

@@ -3,7 +3,6 @@
 import filecmp
 import json
 
-import numpy as np
 import pytest
 
 from mlm.data import files, stream
@@ -11,6 +10,7 @@ from mlm.data.prefetch import Prefetcher
 from mlm.errors import UserError
 from mlm.train import train_and_evaluate
 from tests.bad_server import IMPATIENCE, PATIENCE, Server, encode, open_url
+from tests.letters import Letters
 from tests.tiny import tiny_config, write_corpus
 
 
@@ -20,17 +20,6 @@ def server():
     server = Server()
     yield server
     server.close()
-
-
-class Letters:
-    """A letter is its code point."""
-
-    bos_id, eos_id, pad_id = 1, 2, 0
-
-    def encode(self, texts):
-        words = texts.to_pylist()
-        offsets = np.cumsum([0] + [len(word) for word in words]).astype(np.int64)
-        return np.array([ord(letter) for word in words for letter in word], np.int32), offsets
 
 
 SHARDS = [f"{n}.txt" for n in range(4)]

@@ -9,19 +9,9 @@ import pytest
 
 from mlm.data import dealing, docstrings, eval_rows, packing, reader, sources, stream
 from mlm.errors import UserError
+from tests.letters import Letters
 
-BOS, EOS, PAD = 1, 2, 0
-
-
-class Letters:
-    """A tokenizer for the eye: a letter is its code point."""
-
-    bos_id, eos_id, pad_id = BOS, EOS, PAD
-
-    def encode(self, texts):
-        words = texts.to_pylist()
-        offsets = np.cumsum([0] + [len(word) for word in words]).astype(np.int64)
-        return np.array([ord(letter) for word in words for letter in word], np.int32), offsets
+BOS, EOS, PAD = Letters.bos_id, Letters.eos_id, Letters.pad_id
 
 
 def memory_source(shards, array_rows=3):
