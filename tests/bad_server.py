@@ -79,8 +79,9 @@ class Server:
         limit: after so many requests every answer is 500; None for no limit.
     """
 
-    def __init__(self, port=0):
-        self.files: dict[str, bytes] = {}
+    def __init__(self, port=0, files=None):
+        # Before it serves: who waits for it may ask at once.
+        self.files: dict[str, bytes] = dict(files or {})
         self.faults: dict[str, collections.deque] = collections.defaultdict(collections.deque)
         self.always: dict[str, object] = {}
         self.requests: list[tuple[str, str, str]] = []

@@ -171,8 +171,7 @@ def test_a_host_that_goes_away_and_comes_back(server):
 
     def come_back():
         time.sleep(0.3)
-        again.append(Server(port=server.port))
-        again[0].files |= server.files
+        again.append(Server(port=server.port, files=server.files))
 
     thread = threading.Thread(target=come_back)
     thread.start()
