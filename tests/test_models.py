@@ -4,14 +4,13 @@ import functools
 import json
 import pathlib
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from mlm.errors import UserError
-from mlm.models import weights
+from mlm.models import attention, dropout, weights
 from mlm.models.config import EncoderConfig, default_config
 from mlm.models.encoder import MaskedLM
 
@@ -115,19 +114,19 @@ def test_a_row_of_padding_alone_is_finite(config, params):
     assert np.isfinite(apply(params, np.full((B, L), PAD, np.int32), config=config)).all()
 
 
-def test_dropout_is_where_hugging_face_has_it(golden, config, params):
+def test_dropout_is_where_hugging_face_has_it(golden, config, params, monkeypatch):
     config = config.replace(hidden_dropout_prob=0.25, attention_probs_dropout_prob=0.5)
     calls = []
 
-    def record(next_fun, args, kwargs, context):
-        if isinstance(context.module, nn.Dropout):
-            calls.append((context.module.rate, args[0].shape, kwargs["deterministic"]))
-        return next_fun(*args, **kwargs)
+    def record(values, *, rate, key):
+        calls.append((rate, values.shape, key is None))
+        return values
 
-    with nn.intercept_methods(record):
-        jax.eval_shape(lambda: apply(params, golden["inputs"], config=config, deterministic=False))
-    hidden, attention = (0.25, (B, L, 36), False), (0.5, (B, 4, L, L), False)
-    assert calls == [hidden] + [attention, hidden, hidden] * config.num_hidden_layers
+    monkeypatch.setattr(dropout, "dropout", record)
+    monkeypatch.setattr(attention, "dropout", record)
+    jax.eval_shape(lambda: apply(params, golden["inputs"], config=config, deterministic=False))
+    hidden, weights_ = (0.25, (B, L, 36), False), (0.5, (B, 4, L, L), False)
+    assert calls == [hidden] + [weights_, hidden, hidden] * config.num_hidden_layers
 
 
 @pytest.mark.parametrize("name", ["hidden_dropout_prob", "attention_probs_dropout_prob"])

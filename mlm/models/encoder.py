@@ -1,7 +1,7 @@
 """A RoBERTa-style masked language model in Linen, with the semantics of transformers' `RobertaForMaskedLM`.
 
 Shapes: B rows, L tokens a row, K predicted positions a row, D hidden_size, F intermediate_size, H heads,
-E = D / H, V vocab_size. In attention, M is L again, on the side of keys; visible_BxLxM says which keys a token sees.
+E = D / H, V vocab_size. In attention, M is L again, on the side of keys.
 
 Parameters are float32; `dtype` is that of the matrix multiplications and of what flows between them. Layer
 norm's statistics, softmax, the sum of embeddings and the logits are float32 whatever `dtype` is.
@@ -15,7 +15,9 @@ import jax
 import jax.numpy as jnp
 
 from mlm.errors import UserError
+from mlm.models.attention import attend
 from mlm.models.config import EncoderConfig
+from mlm.models.dropout import Dropout
 
 # The exact GELU, x * Phi(x) (Hendrycks and Gimpel, arXiv:1606.08415), not its tanh approximation.
 _gelu = functools.partial(jax.nn.gelu, approximate=False)
@@ -59,7 +61,7 @@ class Embeddings(nn.Module):
         self.position = _embed(cfg.max_position_embeddings, config=cfg, zero_row=cfg.pad_token_id)
         self.token_type = _embed(cfg.type_vocab_size, config=cfg)
         self.norm = _norm(cfg, dtype=self.dtype)
-        self.dropout = nn.Dropout(cfg.hidden_dropout_prob)
+        self.dropout = Dropout(cfg.hidden_dropout_prob)
 
     def __call__(self, inputs_BxL: jax.Array, counts_BxL: jax.Array, *, deterministic: bool) -> jax.Array:
         """Return hidden_BxLxD of token ids; `counts_BxL` numbers them from 1 in their document, padding is 0."""
@@ -74,9 +76,10 @@ class SelfAttention(nn.Module):
 
     config: EncoderConfig
     dtype: Any
+    isolate: bool
 
     @nn.compact
-    def __call__(self, hidden_BxLxD: jax.Array, visible_BxLxM: jax.Array, *, deterministic: bool) -> jax.Array:
+    def __call__(self, hidden_BxLxD: jax.Array, segments_BxL: jax.Array, *, deterministic: bool) -> jax.Array:
         """Return the heads' outputs, projected: [B, L, D]."""
         cfg = self.config
         # One parameter, hence one matrix multiplication, for queries, keys and values; columns in that order.
@@ -85,16 +88,15 @@ class SelfAttention(nn.Module):
         query_BxLxHxE, key_BxMxHxE, value_BxMxHxE = (
             x_BxLxD.reshape(heads) for x_BxLxD in jnp.split(qkv_BxLx3D, 3, axis=-1)
         )
-        scores_BxHxLxM = jnp.einsum(
-            "BLHE,BMHE->BHLM",
-            query_BxLxHxE * cfg.head_size**-0.5,
+        output_BxLxHxE = attend(
+            query_BxLxHxE,
             key_BxMxHxE,
-            preferred_element_type=jnp.float32,
+            value_BxMxHxE,
+            segments_BxL=segments_BxL,
+            isolate=self.isolate,
+            dropout_rate=cfg.attention_probs_dropout_prob,
+            dropout_key=None if deterministic else self.make_rng("dropout"),
         )
-        scores_BxHxLxM = jnp.where(visible_BxLxM[:, None], scores_BxHxLxM, jnp.finfo(jnp.float32).min)
-        weights_BxHxLxM = jax.nn.softmax(scores_BxHxLxM).astype(self.dtype)
-        weights_BxHxLxM = nn.Dropout(cfg.attention_probs_dropout_prob)(weights_BxHxLxM, deterministic=deterministic)
-        output_BxLxHxE = jnp.einsum("BHLM,BMHE->BLHE", weights_BxHxLxM, value_BxMxHxE)
         return _dense(cfg.hidden_size, config=cfg, dtype=self.dtype, name="output")(
             output_BxLxHxE.reshape(hidden_BxLxD.shape)
         )
@@ -119,15 +121,16 @@ class Block(nn.Module):
 
     config: EncoderConfig
     dtype: Any
+    isolate: bool
 
     @nn.compact
-    def __call__(self, hidden_BxLxD: jax.Array, visible_BxLxM: jax.Array, *, deterministic: bool) -> jax.Array:
+    def __call__(self, hidden_BxLxD: jax.Array, segments_BxL: jax.Array, *, deterministic: bool) -> jax.Array:
         """Return the next hidden_BxLxD."""
         cfg = self.config
-        dropout = functools.partial(nn.Dropout(cfg.hidden_dropout_prob), deterministic=deterministic)
+        dropout = functools.partial(Dropout(cfg.hidden_dropout_prob), deterministic=deterministic)
 
-        update_BxLxD = SelfAttention(cfg, self.dtype, name="attention")(
-            hidden_BxLxD, visible_BxLxM, deterministic=deterministic
+        update_BxLxD = SelfAttention(cfg, self.dtype, self.isolate, name="attention")(
+            hidden_BxLxD, segments_BxL, deterministic=deterministic
         )
         hidden_BxLxD = _norm(cfg, dtype=self.dtype, name="attention_norm")(hidden_BxLxD + dropout(update_BxLxD))
 
@@ -190,7 +193,9 @@ class MaskedLM(nn.Module):
     def setup(self):
         """Make the parts."""
         self.embeddings = Embeddings(self.config, self.dtype)
-        self.layer = [Block(self.config, self.dtype) for _ in range(self.config.num_hidden_layers)]
+        self.layer = [
+            Block(self.config, self.dtype, self.begin_id is not None) for _ in range(self.config.num_hidden_layers)
+        ]
         self.head = Head(self.config, self.dtype)
 
     def __call__(
@@ -209,13 +214,9 @@ class MaskedLM(nn.Module):
                 f"{cfg.max_position_embeddings}, which takes at most {cfg.max_seq_length}"
             )
         segments_BxL, counts_BxL = segments(inputs_BxL, pad_id=cfg.pad_token_id, begin_id=self.begin_id)
-        # Of one document, every token sees all that are not padding: M of them, the same for each (L is 1).
-        visible_BxLxM = segments_BxL[:, None, :] > 0
-        if self.begin_id is not None:
-            visible_BxLxM = segments_BxL[:, :, None] == segments_BxL[:, None, :]
         hidden_BxLxD = self.embeddings(inputs_BxL, counts_BxL, deterministic=deterministic)
         for block in self.layer:
-            hidden_BxLxD = block(hidden_BxLxD, visible_BxLxM, deterministic=deterministic)
+            hidden_BxLxD = block(hidden_BxLxD, segments_BxL, deterministic=deterministic)
         if positions_BxK is not None:
             hidden_BxLxD = jnp.take_along_axis(hidden_BxLxD, positions_BxK[:, :, None], axis=1)
         return self.head(hidden_BxLxD, self.embeddings.word.embedding)
