@@ -21,4 +21,5 @@ class Dropout(nn.Module):
     @nn.compact
     def __call__(self, values: jax.Array, *, deterministic: bool) -> jax.Array:
         """The values, some of them dropped unless `deterministic`."""
-        return dropout(values, rate=self.rate, key=None if deterministic else self.make_rng("dropout"))
+        dropped = self.rate > 0 and not deterministic
+        return dropout(values, rate=self.rate, key=self.make_rng("dropout") if dropped else None)

@@ -88,6 +88,7 @@ class SelfAttention(nn.Module):
         query_BxLxHxE, key_BxMxHxE, value_BxMxHxE = (
             x_BxLxD.reshape(heads) for x_BxLxD in jnp.split(qkv_BxLx3D, 3, axis=-1)
         )
+        dropped = cfg.attention_probs_dropout_prob > 0 and not deterministic
         output_BxLxHxE = attend(
             query_BxLxHxE,
             key_BxMxHxE,
@@ -95,7 +96,7 @@ class SelfAttention(nn.Module):
             segments_BxL=segments_BxL,
             isolate=self.isolate,
             dropout_rate=cfg.attention_probs_dropout_prob,
-            dropout_key=None if deterministic else self.make_rng("dropout"),
+            dropout_key=self.make_rng("dropout") if dropped else None,
         )
         return _dense(cfg.hidden_size, config=cfg, dtype=self.dtype, name="output")(
             output_BxLxHxE.reshape(hidden_BxLxD.shape)
