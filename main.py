@@ -28,6 +28,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from configs import default
+from mlm import interrupt
 from mlm.errors import UserError
 from mlm.workdir import flatten
 
@@ -35,6 +36,11 @@ FLAGS = flags.FLAGS
 config_flags.DEFINE_config_file("config", None, "the run's configuration, such as configs/quickstart.py")
 flags.DEFINE_string("workdir", None, "the run's directory: checkpoints, metrics, model; made if it is not there")
 flags.DEFINE_enum("mode", "train", ["train", "show_data"], "show_data prints what the update --step was trained on")
+flags.DEFINE_bool("overwrite", False, "train: start anew, after moving what is in --workdir aside")
+flags.DEFINE_bool("multihost", None, "train: one of several processes; by itself on a TPU pod")
+flags.DEFINE_string("coordinator_address", None, "multihost: HOST:PORT of process 0, where jax cannot find it")
+flags.DEFINE_integer("num_processes", None, "multihost: how many, where jax cannot find it", lower_bound=1)
+flags.DEFINE_integer("process_id", None, "multihost: which one, where jax cannot find it", lower_bound=0)
 flags.DEFINE_integer("step", None, "show_data: the update, from 1 on")
 flags.DEFINE_integer("rows", 4, "show_data: how many of its rows to print", lower_bound=1)
 flags.DEFINE_integer("process", 0, "show_data: whose rows, in a run of several processes", lower_bound=0)
@@ -68,9 +74,30 @@ def main(argv: list[str]) -> None:
 
         show_data(FLAGS.config, FLAGS.workdir, step=FLAGS.step, rows=FLAGS.rows, process_index=FLAGS.process)
     else:
-        from mlm.train import train_and_evaluate
+        train()
 
-        train_and_evaluate(FLAGS.config, FLAGS.workdir, command=shlex.join(["python", *sys.argv]))
+
+def train() -> None:
+    """--mode=train, alone or as one of several processes."""
+    from mlm import hosts
+
+    if FLAGS.multihost or (FLAGS.multihost is None and hosts.on_tpu_pod()):
+        hosts.start(
+            coordinator_address=FLAGS.coordinator_address,
+            num_processes=FLAGS.num_processes,
+            process_id=FLAGS.process_id,
+        )
+    from mlm.train import train_and_evaluate
+
+    # After jax.distributed, which has a handler of its own.
+    with interrupt.Interrupt() as asked, hosts.end_together():
+        train_and_evaluate(
+            FLAGS.config,
+            FLAGS.workdir,
+            command=shlex.join(["python", *sys.argv]),
+            interrupt=asked,
+            overwrite=FLAGS.overwrite,
+        )
 
 
 def parse_flags(argv: list[str]) -> list[str]:
@@ -142,6 +169,8 @@ def set_up_log(*, verbose: bool) -> None:
     ours = (os.path.join(here, "mlm") + os.sep, os.path.join(here, "main.py"))
 
     def is_ours(record: python_logging.LogRecord) -> bool:
+        if f"{os.sep}orbax{os.sep}" in record.pathname:
+            return False  # It logs a traceback for each of its threads; mlm/checkpoint.py tells what there is to tell.
         return record.levelno >= python_logging.WARNING or record.pathname.startswith(ours)
 
     handler = logging.get_absl_handler()
@@ -150,15 +179,17 @@ def set_up_log(*, verbose: bool) -> None:
 
 
 def run() -> None:
-    """The command line's entry: a user's mistake is one line and exit code 2."""
+    """The command line's entry: a user's mistake is one line and exit code 2, a stop on request exit code 75."""
     try:
         app.run(main, flags_parser=parse_flags)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
-        sys.exit(130)
+    except interrupt.Interrupted as interrupted:
+        print(f"{interrupted}; the same command goes on", file=sys.stderr)
+        sys.exit(interrupt.EXIT_INTERRUPTED)
+    except KeyboardInterrupt:  # Before training, or in another mode.
+        sys.exit(interrupt.EXIT_AT_ONCE)
 
 
 if __name__ == "__main__":

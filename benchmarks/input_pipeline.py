@@ -37,6 +37,7 @@ import transformers
 
 from mlm.data import prefetch, sources, stream
 from mlm.data import tokenizer as tokenizer_lib
+from mlm.data.train_tokenizer import train_tokenizer
 
 SHUFFLE = 10_000  # documents, on both sides
 FILES = 4
@@ -75,7 +76,7 @@ def load(folder: str, kind: str, *, backend: str = "auto") -> tokenizer_lib.Toke
         texts = read_texts(folder)
         if kind == "bpe":
             head = iter(texts.to_pylist())
-            tokenizer_lib.train_tokenizer(head, vocab_size=50_265, max_seq_length=512).save(path)
+            train_tokenizer(head, vocab_size=50_265, max_seq_length=512).save(path)
         else:
             model, trainer, documents = untrained(kind)
             model.train_from_iterator(texts.slice(0, documents).to_pylist(), trainer)

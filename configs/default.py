@@ -75,11 +75,18 @@ def get_config() -> ConfigDict:
     data.cache_dir = placeholder(str)
 
     config.tokenizer = tokenizer = ConfigDict()
-    # A hub name or a local directory. None: a byte-level BPE is trained on the head of the text.
+    # A hub name or a local directory. None: the one of model.model_name_or_path, else one is trained on the head of
+    # the text.
     tokenizer.tokenizer_name = placeholder(str)
     # Slow tokenizers are not supported; the key stands for those who come from the reference's flags.
     tokenizer.use_fast_tokenizer = True
-    # Of a tokenizer trained here: entries, special tokens included, and documents it is trained on.
+    # Of a tokenizer trained here: "bpe" (of bytes), "wordpiece", "unigram", or "auto", the one of the model's family:
+    # bpe for roberta and modernbert, wordpiece for bert, distilbert and electra, unigram for albert, xlm-roberta and
+    # camembert. The family also says how the special tokens are called.
+    tokenizer.algorithm = "auto"
+    # Fold case and drop accents, as "uncased" models do; wordpiece, and unigram of albert.
+    tokenizer.lowercase = False
+    # Entries, special tokens included, and documents it is trained on.
     tokenizer.vocab_size = 50_265
     tokenizer.train_documents = 100_000
     # "auto": `gigatoken` where it gives the same ids as `tokenizers` (byte-level BPE), else `tokenizers`.
@@ -131,10 +138,17 @@ def get_config() -> ConfigDict:
     optimizer.weight_decay = 0.0
     # The gradient's global norm is scaled down to this. 0: no clipping.
     optimizer.max_grad_norm = 0.0
+    # An update whose loss or gradient is not finite is skipped: parameters and optimizer stay as they were. After so
+    # many in a row the run stops: its parameters will not mend themselves.
+    optimizer.max_skipped_updates = 10
+    # Skip an update, too, whose gradient norm is over so many times the running mean of the last 100 or so. 0: never.
+    optimizer.spike_factor = 0.0
 
     config.checkpoint = checkpoint = ConfigDict()
     # The newest ones that are kept.
     checkpoint.keep_checkpoints = 2
+    # Of the older ones, those whose number of updates is a multiple of this are kept, too. 0: none.
+    checkpoint.keep_every_steps = 0
 
     config.hub = hub = ConfigDict()
     # Upload `model/` and the tensorboard files after every evaluation, in the background.

@@ -2,16 +2,23 @@
 
 A checkpoint named N holds N updates: the train state, what the loop has summed up since its last line of metrics,
 and every process's place in its stream. All are written together, in the background, and count only once complete.
+
+Checksums of all of it are written with it: those of the state are taken on the device, before the way to the disk.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
-from collections.abc import Mapping
+import shutil
+import zlib
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from absl import logging
 from etils import epath
 from orbax.checkpoint import future
 
@@ -31,16 +38,31 @@ class ProcessJsonHandler(ocp.AsyncCheckpointHandler):
 
     def save(self, directory: epath.Path, args: "ProcessJsonSave") -> None:
         """Writes this process's value."""
-        (directory / f"process_{jax.process_index()}-of-{jax.process_count()}.json").write_text(json.dumps(args.item))
+        path = directory / f"process_{jax.process_index()}-of-{jax.process_count()}.json"
+        path.write_text(json.dumps(_sealed(args.item)))
 
     def restore(self, directory: epath.Path, args: "ProcessJsonRestore") -> list[Any]:
         """Returns the values of all processes, by process index."""
-        paths = list(directory.glob("process_*-of-*.json"))
-        return [json.loads(path.read_text()) for path in sorted(paths, key=_process_of)]
+        paths = sorted(directory.glob("process_*-of-*.json"), key=_process_of)
+        if [_process_of(path) for path in paths] != [(n, len(paths)) for n in range(len(paths))] or not paths:
+            raise ValueError(f"{directory} lacks the file of a process")
+        return [_unsealed(json.loads(path.read_text())) for path in paths]
 
 
-def _process_of(path: epath.Path) -> int:
-    return int(path.name.removeprefix("process_").split("-")[0])
+def _process_of(path: epath.Path) -> tuple[int, int]:
+    """process_3-of-8.json -> (3, 8)"""
+    index, count = path.name.removeprefix("process_").removesuffix(".json").split("-of-")
+    return int(index), int(count)
+
+
+def _sealed(item: Mapping[str, Any]) -> dict[str, Any]:
+    return {"item": dict(item), "crc32": zlib.crc32(json.dumps(item).encode())}
+
+
+def _unsealed(sealed: Mapping[str, Any]) -> dict[str, Any]:
+    if _sealed(sealed["item"]) != sealed:
+        raise ValueError("a checksum does not match")
+    return sealed["item"]
 
 
 @ocp.args.register_with_handler(ProcessJsonHandler, for_save=True)
@@ -55,6 +77,14 @@ class ProcessJsonSave(ocp.args.CheckpointArgs):
 @dataclasses.dataclass
 class ProcessJsonRestore(ocp.args.CheckpointArgs):
     """Asks for the values of all processes."""
+
+
+class SaveError(Exception):
+    """A checkpoint was not written. Those before it are as they were, and the next one may be."""
+
+
+class DamagedError(Exception):
+    """A checkpoint cannot be read, or is not what was written."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,11 +105,19 @@ class Restored:
 
 
 class Checkpointer:
-    """Saves and restores under one directory. A context manager: leaving it waits for what is being written."""
+    """Saves and restores under one directory. A context manager: leaving it waits for what is being written.
 
-    def __init__(self, directory: str, *, keep_checkpoints: int):
+    Attributes:
+      damaged: where checkpoints go that cannot be read.
+    """
+
+    def __init__(self, directory: str, *, keep_checkpoints: int, keep_every_steps: int = 0):
+        """Keeps the newest `keep_checkpoints`, and those at multiples of `keep_every_steps` unless it is 0."""
+        self._directory = os.path.abspath(directory)
+        self.damaged = os.path.join(os.path.dirname(self._directory), "damaged")
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep_checkpoints,
+            keep_period=keep_every_steps or None,
             # The loop alone knows when to save; Orbax would silently skip steps off its own interval.
             save_interval_steps=1,
             enable_async_checkpointing=True,
@@ -87,7 +125,7 @@ class Checkpointer:
             create=False,
         )
         self._manager = ocp.CheckpointManager(
-            os.path.abspath(directory),
+            self._directory,
             options=options,
             item_handlers={
                 "state": ocp.StandardCheckpointHandler(),
@@ -101,44 +139,109 @@ class Checkpointer:
         return self._manager.latest_step()
 
     def save(self, step: int, *, state: Any, loop: Mapping[str, Any], stream: Mapping[str, Any]) -> None:
-        """Copies the state off the devices, then writes in the background.
+        """Copies the state off the devices, then writes in the background, once the save before it is done.
 
         Args:
           step: updates in the state.
           state: global arrays (`parallel.to_global`).
           loop: JSON-serializable, the same on every process.
           stream: JSON-serializable, this process's own.
+
+        Raises:
+          SaveError: it cannot be written, as far as is known by now.
         """
-        saved = self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state),
-                loop=ocp.args.JsonSave(dict(loop)),
-                stream=ProcessJsonSave(dict(stream)),
-            ),
-        )
-        if not saved:
-            # Orbax says no more than False, for a step that is not past the newest one.
-            raise ValueError(f"Orbax did not save step {step}; the newest checkpoint is {self.latest_step()}")
+        try:
+            self.wait()
+        except SaveError as error:
+            logging.warning("%s", error)
+        if jax.process_index() == 0:
+            self.remove_partial()
+        loop = {"loop": dict(loop), "checksums": checksums(state)}
+        with _telling(step):
+            self._require_room(state)
+            saved = self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(state),
+                    loop=ocp.args.JsonSave(_sealed(loop)),
+                    stream=ProcessJsonSave(dict(stream)),
+                ),
+            )
+            if not saved:
+                # Orbax says no more than False, for a step that is not past the newest one.
+                raise AssertionError(f"Orbax did not save step {step}; the newest is {self.latest_step()}")
+
+    def _require_room(self, state: Any) -> None:
+        """Finds out what it can before the writing starts, for half a checkpoint takes room as well."""
+        if not os.path.isdir(self._directory):
+            raise OSError(f"{self._directory} is gone")
+        needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+        free = shutil.disk_usage(self._directory).free
+        if free < needed:
+            raise OSError(f"{free / 1e6:,.0f} MB are free in {self._directory}, and {needed / 1e6:,.0f} are needed")
+
+    def check(self) -> None:
+        """Raises SaveError if the save under way has failed by now; waits for nothing."""
+        with _telling(None):
+            self._manager.check_for_errors()
+
+    def wait(self) -> None:
+        """Blocks until everything saved is on disk.
+
+        Raises:
+          SaveError: it is not.
+        """
+        with _telling(None):
+            self._manager.wait_until_finished()
+
+    def remove_partial(self) -> None:
+        """Removes what a save that failed, or was cut off, has left. Not while one is under way."""
+        for name in os.listdir(self._directory) if os.path.isdir(self._directory) else ():
+            if ".orbax-checkpoint-tmp" in name:
+                shutil.rmtree(os.path.join(self._directory, name), ignore_errors=True)
 
     def restore(self, step: int, *, like: Any) -> Restored:
         """Reads checkpoint `step`; `like` is a tree of `jax.ShapeDtypeStruct` with shardings.
 
         Raises:
-          UserError: it is damaged, or not of such a state.
+          DamagedError: it cannot be read, or is not what was written.
+          UserError: it holds another state than `like`.
         """
-        items = ocp.args.Composite(
-            state=ocp.args.StandardRestore(like), loop=ocp.args.JsonRestore(), stream=ProcessJsonRestore()
-        )
-        try:
-            restored = self._manager.restore(step, args=items)
-        except (KeyError, ValueError, OSError) as error:
-            reason = str(error).strip().splitlines()[0][:200]
+        with _reading():
+            head = self._manager.restore(
+                step, args=ocp.args.Composite(loop=ocp.args.JsonRestore(), stream=ProcessJsonRestore())
+            )
+            loop = _unsealed(head.loop)
+            written = loop["checksums"]
+        names = list(_paths(like))
+        if sorted(names) != sorted(written):
             raise UserError(
-                f"checkpoint {step} cannot be read ({type(error).__name__}: {reason}); remove "
-                f"{self._manager.directory / str(step)} to go on from the one before"
-            ) from None
-        return Restored(step=step, state=restored.state, loop=dict(restored.loop), streams=restored.stream)
+                f"checkpoint {step} in {self._directory} holds a state of other parts than this run's: it is of "
+                "another version of the code, or of another model; choose another --workdir"
+            )
+        with _reading():
+            state = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(like))).state
+            found = checksums(state)
+            if differing := [name for name in names if found[name] != written[name]]:
+                raise ValueError(f"the checksum of {differing[0]} does not match")
+        return Restored(step=step, state=state, loop=loop["loop"], streams=head.stream)
+
+    def set_aside(self, step: int) -> str:
+        """Moves a damaged checkpoint out of the way, on process 0. Call `reload` on all after it.
+
+        Returns:
+          Where to.
+        """
+        os.makedirs(self.damaged, exist_ok=True)
+        number = 0
+        while os.path.exists(target := os.path.join(self.damaged, f"{step}" + f".{number}" * (number > 0))):
+            number += 1
+        os.rename(os.path.join(self._directory, str(step)), target)
+        return target
+
+    def reload(self) -> None:
+        """Looks again which checkpoints there are."""
+        self._manager.reload()
 
     def steps(self) -> list[int]:
         """The steps of the complete checkpoints, in order."""
@@ -148,13 +251,55 @@ class Checkpointer:
         """Reads the stream states of checkpoint `step`, by process, and nothing else."""
         return self._manager.restore(step, args=ocp.args.Composite(stream=ProcessJsonRestore())).stream
 
-    def wait(self) -> None:
-        """Blocks until everything saved is on disk."""
-        self._manager.wait_until_finished()
-
     def __enter__(self) -> "Checkpointer":
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self._manager.wait_until_finished()
+        # What failed by now was told, or does not matter beside what ends the run.
+        with contextlib.suppress(SaveError):
+            self.wait()
         self._manager.close()
+
+
+def checksums(state: Any) -> dict[str, int]:
+    """A number for each leaf, by path, that changes with any bit of it; computed where the leaf is."""
+    return {name: int(value) for name, value in jax.device_get({k: _sum(v) for k, v in _paths(state).items()}).items()}
+
+
+def _paths(tree: Any) -> dict[str, Any]:
+    return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+@jax.jit
+def _sum(leaf: jax.Array) -> jax.Array:
+    """The sum of all words, each times an odd number of its own, modulo 2^32: a change of one word always shows."""
+    unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[leaf.dtype.itemsize]
+    words = jax.lax.bitcast_convert_type(leaf, unsigned).ravel().astype(jnp.uint32)
+    return jnp.sum(words * (2 * jnp.arange(words.size, dtype=jnp.uint32) + 1), dtype=jnp.uint32)
+
+
+@contextlib.contextmanager
+def _telling(step: int | None) -> Iterator[None]:
+    """What Orbax and its storage raise when they cannot write -> SaveError."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        what = "a checkpoint" if step is None else f"checkpoint {step}"
+        raise SaveError(f"{what} could not be written ({_reason(error)})") from None
+
+
+@contextlib.contextmanager
+def _reading() -> Iterator[None]:
+    """What they raise when they cannot read -> DamagedError."""
+    try:
+        yield
+    except Exception as error:
+        # Where a part of an array cannot be read Orbax raises a plain Exception.
+        if type(error) is Exception or isinstance(error, KeyError | TypeError | ValueError | OSError):
+            raise DamagedError(f"{type(error).__name__}: {_reason(error)}") from None
+        raise
+
+
+def _reason(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:300]

@@ -1,23 +1,18 @@
-"""The Hugging Face model directory: weights, config, tokenizer and a model card; and its way to the hub."""
+"""The Hugging Face model directory: weights, config, tokenizer and a model card."""
 
-import concurrent.futures
 import dataclasses
-import glob
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import huggingface_hub
 import numpy as np
 import safetensors.numpy
-from absl import logging
 
 from mlm.curves import draw_curves
 from mlm.data.tokenizer import Tokenizer
-from mlm.errors import UserError
 from mlm.fill_mask import Filling, shown
 from mlm.models import weights
 from mlm.models.config import EncoderConfig
@@ -167,93 +162,3 @@ On text that was not trained on, loss in nats per masked token:
 |---|---|
 {recipe}
 """
-
-
-class Hub:
-    """Uploads the work directory's model and traces to a repository, in the background, one upload at a time.
-
-    Raises:
-      UserError: no token, or one that may not write, before any training.
-    """
-
-    def __init__(self, repo_id: str, *, private: bool, workdir: str):
-        """Makes the repository if it is not there, and removes what an interrupted push left in `workdir`."""
-        for left in glob.glob(os.path.join(glob.escape(workdir), "push.*")):
-            shutil.rmtree(left, ignore_errors=True)
-        self.repo_id = repo_id
-        self._api = huggingface_hub.HfApi()
-        self._pool = concurrent.futures.ThreadPoolExecutor(max_workers=1, thread_name_prefix="hub")
-        self._upload = self._pool.submit(self._api.create_repo, repo_id, private=private, exist_ok=True)
-        if error := self._error():
-            raise UserError(
-                f"hub.hub_model_id={repo_id!r}: the repository cannot be made ({error}); check the name, the "
-                "token's rights (`hf auth whoami`) and the network, or set --config.hub.push_to_hub=False"
-            )
-        self.repo_id = self._upload.result().repo_id
-
-    @staticmethod
-    def require_token() -> None:
-        """Raises UserError where there is no token to push with."""
-        if huggingface_hub.get_token() is None:
-            raise UserError(
-                "hub.push_to_hub=True needs a token: run `hf auth login`, set HF_TOKEN, or set "
-                "--config.hub.push_to_hub=False"
-            )
-
-    def push(self, workdir: str, *, step: int) -> None:
-        """Starts an upload, unless one is under way: the next evaluation then brings a newer model anyway."""
-        if not self._upload.done():
-            logging.warning("step %d: not pushed, for the upload before it is still under way", step)
-            return
-        if error := self._error():
-            logging.warning("the last push to %s failed: %s", self.repo_id, error)
-        # Hard links: what is being uploaded stays as it is when the next export replaces it.
-        snapshot = tempfile.mkdtemp(prefix="push.", dir=workdir)
-        model = shutil.copytree(
-            os.path.join(workdir, "model"), os.path.join(snapshot, "model"), copy_function=_link_or_copy
-        )
-        files = {name: os.path.join(model, name) for name in os.listdir(model)}
-        for name in os.listdir(workdir):
-            if name.startswith("events.out.tfevents"):
-                files[f"runs/{name}"] = shutil.copy(os.path.join(workdir, name), snapshot)
-        self._upload = self._pool.submit(self._commit, files, snapshot, step)
-
-    def _commit(self, files: Mapping[str, str], snapshot: str, step: int) -> None:
-        operations = [
-            huggingface_hub.CommitOperationAdd(path_in_repo=name, path_or_fileobj=path)
-            for name, path in sorted(files.items())
-        ]
-        try:
-            self._api.create_commit(self.repo_id, operations, commit_message=f"Update {step}")
-        finally:
-            shutil.rmtree(snapshot, ignore_errors=True)
-        logging.info("step %d: pushed to %s", step, self.repo_id)
-
-    def finish(self, workdir: str, *, step: int) -> None:
-        """Pushes the final model, after the upload under way, and waits for it.
-
-        Raises:
-          UserError: it failed; says how to push by hand.
-        """
-        concurrent.futures.wait([self._upload])
-        self.push(workdir, step=step)
-        error = self._error()
-        self._pool.shutdown()
-        if error:
-            raise UserError(
-                f"the run is finished, but pushing it to {self.repo_id} failed ({error}); push by hand: "
-                f"hf upload {self.repo_id} {os.path.join(workdir, 'model')}"
-            )
-
-    def _error(self) -> str | None:
-        """Waits for the last upload and returns what went wrong with it, in a line."""
-        error = self._upload.exception()
-        return None if error is None else f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
-
-
-def _link_or_copy(source: str, target: str) -> None:
-    """A hard link where the file system has them."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)

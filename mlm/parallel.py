@@ -5,6 +5,7 @@ The state is stacked, one copy per local device along a leading axis: over sever
 which `pmap` accepts donated buffers. Checkpoints hold it unstacked, so the number of devices may change.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -91,6 +92,18 @@ def broadcast_from_first(array: np.ndarray) -> np.ndarray:
     # It places host arrays itself, which the loop's guard would refuse.
     with jax.transfer_guard("allow"):
         return np.asarray(multihost_utils.broadcast_one_to_all(array))
+
+
+def any_process(flag: bool) -> jax.Array:
+    """Asks whether the flag is set on any process, without waiting for the answer: `first_replica` of it is the number
+    of devices whose process has set it, the same on all. Every process must ask."""
+    flags = np.full(jax.local_device_count(), flag, np.int32)
+    return _add_up_devices()(shard(flags))
+
+
+@functools.cache
+def _add_up_devices() -> Callable[[jax.Array], jax.Array]:
+    return data_parallel(lambda values: jax.lax.psum(values, AXIS))
 
 
 def barrier(name: str) -> None:

@@ -2,8 +2,6 @@
 
 import contextlib
 import dataclasses
-import json
-import os
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -11,13 +9,11 @@ from typing import Any
 import jax
 import numpy as np
 from absl import logging
-from clu import metric_writers, periodic_actions
+from clu import periodic_actions
 
-from mlm import parallel
-from mlm.curves import read_metrics
+from mlm import metric_files, parallel
 from mlm.data.prefetch import Batch
 from mlm.errors import UserError
-from mlm.models.config import EncoderConfig
 from mlm.steps import TrainMetrics
 from mlm.workdir import WorkDir
 
@@ -37,63 +33,6 @@ PEAK_FLOPS = {
 }
 
 
-class JsonLinesWriter(metric_writers.MetricWriter):
-    """Appends scalars to a file, one line a step: {"step": 250, "train/loss": 7.31, ...}.
-
-    Scalars of one step may come in several calls; the line is written when the next step begins or at `flush`, and
-    written over when more come after that.
-    """
-
-    def __init__(self, path: str, *, last_step: int):
-        """Goes on after `last_step`: later lines, of an interrupted run, are dropped, for they will come again."""
-        lines = [line for line in read_metrics(path) if line["step"] <= last_step]
-        partial = path + ".tmp"
-        with open(partial, "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(line) + "\n" for line in lines)
-        os.replace(partial, path)
-        self._path = path
-        # The last line may be added to, by an evaluation that was cut off.
-        self._line: dict[str, Any] = lines[-1] if lines else {}
-        # The file's bytes before that line.
-        self._start = os.path.getsize(path) - (len(json.dumps(self._line)) + 1 if lines else 0)
-
-    def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
-        """Adds to the line of `step`."""
-        if self._line and self._line["step"] != step:
-            self.flush()
-            self._line, self._start = {}, os.path.getsize(self._path)
-        self._line |= {"step": step} | {name: np.asarray(value).item() for name, value in scalars.items()}
-
-    def flush(self) -> None:
-        """Writes the line, whole."""
-        if self._line:
-            with open(self._path, "r+b") as file:
-                file.seek(self._start)
-                file.write(json.dumps(self._line).encode() + b"\n")
-                file.truncate()
-
-    def close(self) -> None:
-        """Writes what is left."""
-        self.flush()
-
-    def write_summaries(self, *args: Any, **kwargs: Any) -> None:
-        """Scalars only; tensorboard has the rest."""
-
-    write_images = write_videos = write_audios = write_texts = write_histograms = write_hparams = write_summaries
-
-
-def create_writer(workdir: WorkDir, *, last_step: int) -> metric_writers.MetricWriter:
-    """Tensorboard, log and `metrics.jsonl` on process 0, the log alone on others."""
-    if jax.process_index() > 0:
-        return metric_writers.create_default_writer(just_logging=True)
-    return metric_writers.MultiWriter(
-        [
-            metric_writers.create_default_writer(workdir.path),
-            JsonLinesWriter(workdir.metrics, last_step=last_step),
-        ]
-    )
-
-
 @dataclasses.dataclass
 class Interval:
     """Sums over the updates since the last line of metrics. It is saved with every checkpoint, so that a line is the
@@ -108,6 +47,8 @@ class Interval:
     padding: int = 0
     seconds: float = 0.0
     wait_seconds: float = 0.0
+    # In which updates waited for something else, by its name.
+    apart_seconds: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
 class Reporter:
@@ -115,6 +56,7 @@ class Reporter:
 
     Attributes:
       tokens_seen: tokens of all updates, padding included, over all processes.
+      skipped: updates skipped so far.
       counts_V: int64, how often each id was trained on by process 0, for the unigram model.
     """
 
@@ -126,6 +68,7 @@ class Reporter:
         vocab_size: int,
         flops_per_token: float,
         profile: Mapping[str, int],
+        max_skipped_updates: int,
         restored: Mapping[str, Any] | None,
         step: int,
         pad_id: int | None = None,
@@ -134,11 +77,22 @@ class Reporter:
 
         With a `pad_id` the share of padding in the rows of process 0 is logged; None for rows that never have any.
         """
-        restored = restored or {"interval": {}, "counts_V": [0] * vocab_size, "tokens_seen": 0}
+        restored = restored or {
+            "interval": {},
+            "counts_V": [0] * vocab_size,
+            "tokens_seen": 0,
+            "hours": 0.0,
+            "skipped": [0, 0],
+        }
         self.tokens_seen: int = restored["tokens_seen"]
+        self.skipped, self._skipped_in_a_row = restored["skipped"]
+        self._max_skipped_updates = max_skipped_updates
+        # Of the loop, before this start and since `_began`.
+        self._hours_before: float = restored["hours"]
+        self._began: float | None = None
         self.counts_V = np.asarray(restored["counts_V"], np.int64)
         self._interval = Interval(**restored["interval"])
-        self._writer = create_writer(workdir, last_step=step)
+        self._writer = metric_files.create_writer(workdir, last_step=step)
         self._num_train_steps = num_train_steps
         self._flops_per_token = flops_per_token
         self._pad_id = pad_id
@@ -168,6 +122,7 @@ class Reporter:
         """
         if self._clock is None:
             self._clock, self._waited = time.monotonic(), wait_seconds
+            self._began = self._clock
         self.settle()
         self._pending = (step, metrics)
         self._interval.steps += 1
@@ -187,37 +142,56 @@ class Reporter:
         """Waits for the update that is under way, if any.
 
         Raises:
-          UserError: its loss or gradient is not a finite number.
+          UserError: it was skipped, as were so many before it that the run cannot mend itself.
         """
         if self._pending is None:
             return
         step, metrics = self._pending
         self._pending = None
         self._metrics = metrics = parallel.first_replica(metrics)
-        if not np.isfinite([metrics.sums.loss, metrics.grad_norm]).all():
-            raise UserError(
-                f"update {step} went wrong: its loss is {metrics.sums.loss / max(metrics.sums.count, 1.0)}, its "
-                f"gradient norm {metrics.grad_norm}. The checkpoints before it are kept; go on from them with a lower "
-                "optimizer.learning_rate, more warmup_steps or max_grad_norm=1.0"
-            )
-        self._interval.loss += float(metrics.sums.loss)
-        self._interval.correct += float(metrics.sums.correct)
-        self._interval.count += float(metrics.sums.count)
+        if metrics.skipped:
+            self._tell_skipped(step, metrics)
+        else:
+            self._skipped_in_a_row = 0
+            self._interval.loss += float(metrics.sums.loss)
+            self._interval.correct += float(metrics.sums.correct)
+            self._interval.count += float(metrics.sums.count)
         self._lap()
+
+    def _tell_skipped(self, step: int, metrics: TrainMetrics) -> None:
+        self.skipped += 1
+        self._skipped_in_a_row += 1
+        found = (
+            f"its loss is {metrics.sums.loss / max(metrics.sums.count, 1.0):.4g} over {metrics.sums.count:.0f} tokens, "
+            f"its gradient norm {metrics.grad_norm:.4g}"
+        )
+        if self._skipped_in_a_row <= self._max_skipped_updates:
+            logging.warning("update %d was skipped: %s", step, found)
+            return
+        raise UserError(
+            f"updates {step - self._skipped_in_a_row + 1} to {step} went wrong and were skipped; of the last one "
+            f"{found}. See its rows with --mode=show_data --step={step}. Checkpoints before it are kept: go on from "
+            "them with a lower optimizer.learning_rate, more warmup_steps, max_grad_norm=1.0, or data.skip_steps"
+        )
 
     def log_updates(self, step: int) -> None:
         """Writes the means since the last line and begins the next interval. Call after `settle`."""
         total, seconds = self._interval, max(self._interval.seconds, 1e-9)
-        count = max(total.count, 1.0)
-        scalars = {
-            "train/loss": total.loss / count,
-            "train/accuracy": total.correct / count,
+        scalars: dict[str, float] = {}
+        if total.count:  # Else all were skipped.
+            scalars |= {"train/loss": total.loss / total.count, "train/accuracy": total.correct / total.count}
+        if np.isfinite(self._metrics.grad_norm):
+            scalars["train/grad_norm"] = float(self._metrics.grad_norm)
+        scalars |= {
             "train/learning_rate": float(self._metrics.learning_rate),
-            "train/grad_norm": float(self._metrics.grad_norm),
+            "train/skipped_updates": self.skipped,
+            "data/tokens": self.tokens_seen,
+            "perf/hours": self._hours(),
             "perf/tokens_per_second": total.tokens / seconds,
             "perf/step_ms": 1e3 * seconds / total.steps,
             "perf/input_wait_fraction": min(1.0, total.wait_seconds / seconds),
         }
+        scalars |= {f"perf/{name}_ms": 1e3 * apart for name, apart in total.apart_seconds.items()}
         scalars |= {"data/epoch": self._batch.epoch}
         scalars |= {f"data/{name}": number for name, number in self._batch.counters.items()}
         if self._pad_id is not None:
@@ -228,14 +202,15 @@ class Reporter:
         memory = jax.local_devices()[0].memory_stats() or {}
         if "peak_bytes_in_use" in memory:
             scalars["perf/device_memory_bytes"] = memory["peak_bytes_in_use"]
-        self._writer.write_scalars(step, scalars)
+        with metric_files.tolerant():
+            self._writer.write_scalars(step, scalars)
         logging.info(
             "step %*d of %d   loss %.3f   accuracy %4.1f %%   %s tokens/s   %s left",
             len(str(self._num_train_steps)),
             step,
             self._num_train_steps,
-            scalars["train/loss"],
-            100 * scalars["train/accuracy"],
+            total.loss / max(total.count, 1.0),
+            100 * total.correct / max(total.count, 1.0),
             f"{scalars['perf/tokens_per_second']:,.0f}",
             duration((self._num_train_steps - step) * seconds / total.steps),
         )
@@ -247,17 +222,21 @@ class Reporter:
 
     @contextlib.contextmanager
     def apart(self, name: str) -> Iterator[None]:
-        """Keeps the time of a block out of the updates' time; `ReportProgress` shows its share."""
+        """Keeps the time of a block out of the updates' time, and logs it as perf/<name>_ms."""
         self._lap()
+        start = time.monotonic()
         with self._progress.timed(name, wait_jax_async_dispatch=False):
             yield
         if self._clock is not None:
             self._clock = time.monotonic()
+            pauses = self._interval.apart_seconds
+            pauses[name] = pauses.get(name, 0.0) + self._clock - start
 
     def log_evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
         """Writes an evaluation's metrics, to the disk: the curves are drawn from there next."""
-        self._writer.write_scalars(step, metrics)
-        self._writer.flush()
+        with metric_files.tolerant():
+            self._writer.write_scalars(step, metrics)
+        self.flush()
         logging.info(
             "step %*d of %d   evaluation: loss %.3f (unigram model %.3f)   accuracy %4.1f %%   perplexity %.1f",
             len(str(self._num_train_steps)),
@@ -271,11 +250,13 @@ class Reporter:
 
     def to_json(self) -> dict[str, Any]:
         """What a checkpoint keeps. Call after `settle`; everything reported so far is on disk after it."""
-        self._writer.flush()
+        self.flush()
         return {
             "interval": dataclasses.asdict(self._interval),
             "counts_V": self.counts_V.tolist(),
             "tokens_seen": self.tokens_seen,
+            "hours": self._hours(),
+            "skipped": [self.skipped, self._skipped_in_a_row],
         }
 
     def write_hparams(self, hparams: Mapping[str, Any]) -> None:
@@ -285,13 +266,19 @@ class Reporter:
 
     def flush(self) -> None:
         """Writes to disk what is buffered."""
-        self._writer.flush()
+        with metric_files.tolerant():
+            self._writer.flush()
 
     def __enter__(self) -> "Reporter":
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self._writer.close()
+        with metric_files.tolerant():
+            self._writer.close()
+
+    def _hours(self) -> float:
+        """In the loop, pauses included; what was done again after a restart counts once."""
+        return self._hours_before + (0.0 if self._began is None else (time.monotonic() - self._began) / 3600)
 
     def _lap(self) -> None:
         now = time.monotonic()
@@ -304,18 +291,6 @@ def peak_flops() -> float | None:
     """The peak rate of this run's kind of device, FLOP/s; None where no data sheet gives one (CPU)."""
     kind = jax.devices()[0].device_kind
     return next((peak for name, peak in PEAK_FLOPS.items() if name in kind), None)
-
-
-def flops_per_token(config: EncoderConfig, *, length: int, slots: int) -> float:
-    """Floating-point operations of forward and backward pass that the objective needs, per token of a row.
-
-    Matrix products only, a multiply-add as two, the backward pass as twice the forward pass; the head on the `slots`
-    predicted positions of a row of `length` alone.
-    """
-    width = config.hidden_size
-    layer = 4 * width * width + 2 * width * config.intermediate_size + 2 * length * width
-    head = width * width + width * config.vocab_size
-    return 6.0 * (config.num_hidden_layers * layer + head * slots / length)
 
 
 def duration(seconds: float) -> str:

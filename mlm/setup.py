@@ -21,7 +21,7 @@ from mlm.data import packing, sources
 from mlm.data.batches import BatchStream, check_ranges
 from mlm.data.tokenizer import Tokenizer
 from mlm.errors import UserError
-from mlm.export import Hub
+from mlm.hub import Hub, check_token, is_pushed
 from mlm.masking import MaskingSpec
 from mlm.models import weights
 from mlm.models.config import EncoderConfig, default_config
@@ -69,8 +69,8 @@ def build(config: ConfigDict, workdir: WorkDir) -> Run:
     Raises:
       UserError: the config, the data, the tokenizer and the model do not fit together, or one of them is not there.
     """
-    if config.hub.push_to_hub:
-        Hub.require_token()
+    if config.hub.push_to_hub and jax.process_index() == 0:
+        check_token(_hub_name(config, workdir), patience=text_lib.patience(config))
     options = config.optimizer.to_dict()
     schedule = create_schedule(
         options.pop("schedule"),
@@ -78,11 +78,14 @@ def build(config: ConfigDict, workdir: WorkDir) -> Run:
         warmup_steps=options.pop("warmup_steps"),
         num_train_steps=config.num_train_steps,
     )
+    del options["max_skipped_updates"]  # The loop counts them.
+    spike_factor = options.pop("spike_factor")
     optimizer = create_optimizer(schedule, **options)
     copied, pretrained = _load_model(config)
 
     text_sources = text_lib.open_sources(config)
-    tokenizer = text_lib.open_tokenizer(config, workdir, text_sources)
+    model_type = copied.model_type if copied is not None else config.model.model_type
+    tokenizer = text_lib.open_tokenizer(config, workdir, text_sources, model_type=model_type)
     encoder = _encoder_config(config, copied, tokenizer)
     if pretrained is not None:
         weights.from_hf(pretrained, encoder)
@@ -100,6 +103,7 @@ def build(config: ConfigDict, workdir: WorkDir) -> Run:
             optimizer=optimizer,
             schedule=schedule,
             seed=config.seed,
+            spike_factor=spike_factor,
         ),
         encoder=encoder,
         tokenizer=tokenizer,
@@ -124,8 +128,24 @@ def open_hub(config: ConfigDict, workdir: WorkDir) -> Hub | None:
     """The repository to push to, made if need be; None on other processes than the first, or when not asked for."""
     if not config.hub.push_to_hub or jax.process_index() > 0:
         return None
-    repo_id = config.hub.hub_model_id or os.path.basename(workdir.path)
-    return Hub(repo_id, private=config.hub.private, workdir=workdir.path)
+    return Hub(
+        _hub_name(config, workdir),
+        private=config.hub.private,
+        workdir=workdir.path,
+        patience=text_lib.patience(config),
+    )
+
+
+def push_what_is_left(config: ConfigDict, workdir: WorkDir, *, step: int) -> None:
+    """Pushes the model of a finished run, if it is to be and was not; waits for it."""
+    if config.hub.push_to_hub and not is_pushed(workdir.path, name=_hub_name(config, workdir), step=step):
+        hub = open_hub(config, workdir)
+        if hub is not None:
+            hub.finish(step=step)
+
+
+def _hub_name(config: ConfigDict, workdir: WorkDir) -> str:
+    return config.hub.hub_model_id or os.path.basename(workdir.path)
 
 
 def check_numbers(config: ConfigDict) -> None:
@@ -146,6 +166,14 @@ def check_numbers(config: ConfigDict) -> None:
     for key, value in positive.items():
         if value < 1:
             raise UserError(f"{key}={value} must be at least 1")
+    for key, value in {
+        "optimizer.max_skipped_updates": config.optimizer.max_skipped_updates,
+        "checkpoint.keep_every_steps": config.checkpoint.keep_every_steps,
+    }.items():
+        if value < 0:
+            raise UserError(f"{key}={value} must not be negative")
+    if config.optimizer.spike_factor != 0 and not config.optimizer.spike_factor > 1:
+        raise UserError(f"optimizer.spike_factor={config.optimizer.spike_factor} must be 0, or more than 1")
     if not 0 <= config.seed < 2**32:
         raise UserError(f"seed={config.seed} must lie between 0 and 2**32 - 1")
     if config.data.max_seq_length < 3:

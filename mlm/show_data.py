@@ -80,7 +80,7 @@ def replay(config: ConfigDict, workdir: str, *, step: int, process_index: int = 
     place.check_same_run(config.to_dict())
     setup.check_numbers(config)
     sources = text_lib.open_sources(config)
-    tokenizer = text_lib.open_tokenizer(config, place, sources)
+    tokenizer = text_lib.open_tokenizer(config, place, sources, model_type=config.model.model_type)
     text = text_lib.open_text(config, sources, tokenizer)
 
     states, runs = None, [[0, *place.read_layout()]]

@@ -22,21 +22,35 @@ from mlm.models.encoder import MaskedLM
 INIT, TRAIN_MASKS, EVAL_MASKS, DROPOUT = range(4)
 
 
+# Updates over which the mean of gradient norms runs, and before which no norm counts as a spike.
+NORM_WINDOW = 100
+
+
+@flax.struct.dataclass
+class Applied:
+    """Of the updates that were not skipped: how many, and the running mean of their gradients' norms."""
+
+    count: jax.Array
+    mean_norm: jax.Array
+
+
 class TrainState(flax.struct.PyTreeNode):
-    """All that an update changes. `step` counts updates completed."""
+    """All that an update changes. `step` counts updates completed, skipped ones included."""
 
     step: jax.Array
     params: Any
     opt_state: optax.OptState
+    applied: Applied
 
 
 @flax.struct.dataclass
 class TrainMetrics:
-    """Of one update: sums over all devices, the norm before clipping, the learning rate that was applied."""
+    """Of one update: sums over all devices, the norm before clipping, the learning rate, 1 if it was skipped."""
 
     sums: LossSums
     grad_norm: jax.Array
     learning_rate: jax.Array
+    skipped: jax.Array
 
 
 @flax.struct.dataclass
@@ -49,13 +63,17 @@ class EvalSums:
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """What a step closes over; nothing in it changes during a run."""
+    """What a step closes over; nothing in it changes during a run.
+
+    `spike_factor`: an update whose gradient norm is over so many times the running mean is skipped; 0 for none.
+    """
 
     model: MaskedLM
     masking: MaskingSpec
     optimizer: optax.GradientTransformation
     schedule: optax.Schedule
     seed: int
+    spike_factor: float = 0.0
 
     def key(self, stream: int) -> jax.Array:
         """The key of a random stream. Threefry: masks must not depend on how rows are dealt to devices."""
@@ -75,7 +93,12 @@ def init_params(task: Task, *, length: int) -> Any:
 
 def init_state(task: Task, params: Any) -> TrainState:
     """The state before the first update."""
-    return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=task.optimizer.init(params))
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        opt_state=task.optimizer.init(params),
+        applied=Applied(count=jnp.zeros((), jnp.int32), mean_norm=jnp.zeros((), jnp.float32)),
+    )
 
 
 def forward(task: Task, params: Any, tokens_BxL: jax.Array, *, rows_B: jax.Array, mask_key: jax.Array, **model_args):
@@ -94,6 +117,9 @@ def train_step(
 
     Gradients, losses and counts are sums until all passes and devices are in, then divided once by the number
     of predicted tokens: the update does not depend on how rows are dealt to devices or passes.
+
+    An update that `is_good` refuses is skipped: parameters, optimizer and learning rate stay as they were, and only
+    the step goes on, so that the next update has masks of its own.
 
     Args:
       state: the same on every device.
@@ -133,14 +159,39 @@ def train_step(
     grads, sums = jax.lax.psum(total, axis_name)
     grads = jax.tree.map(lambda grad: grad / jnp.maximum(sums.count, 1.0), grads)
 
+    norm = optax.tree.norm(grads)
+    good = is_good(sums, norm, state.applied, spike_factor=task.spike_factor)
+
     updates, opt_state = task.optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
+    # The mean over all updates so far, until there are as many as the window has; then an exponential one.
+    weight = 1.0 / jnp.minimum(state.applied.count + 1, NORM_WINDOW)
+    applied = Applied(
+        count=state.applied.count + 1,
+        mean_norm=state.applied.mean_norm + weight * (norm - state.applied.mean_norm),
+    )
+    # A choice on the device: the host need not know before it sends the next batch.
+    params, opt_state, applied = jax.tree.map(
+        lambda new, old: jnp.where(good, new, old),
+        (params, opt_state, applied),
+        (state.params, state.opt_state, state.applied),
+    )
     metrics = TrainMetrics(
         sums=sums,
-        grad_norm=optax.tree.norm(grads),
-        learning_rate=jnp.asarray(task.schedule(state.step), jnp.float32),
+        grad_norm=norm,
+        # Of the optimizer's own count, which a skipped update does not move.
+        learning_rate=jnp.asarray(task.schedule(state.applied.count), jnp.float32),
+        skipped=1.0 - good,
     )
-    return TrainState(step=state.step + 1, params=params, opt_state=opt_state), metrics
+    return TrainState(step=state.step + 1, params=params, opt_state=opt_state, applied=applied), metrics
+
+
+def is_good(sums: LossSums, norm: jax.Array, applied: Applied, *, spike_factor: float) -> jax.Array:
+    """Whether to make an update: it has tokens to predict, is finite, and its gradient norm is no spike."""
+    good = (sums.count > 0) & jnp.isfinite(sums.loss) & jnp.isfinite(norm)
+    if spike_factor:
+        good &= (applied.count < NORM_WINDOW) | (norm <= spike_factor * applied.mean_norm)
+    return good
 
 
 def eval_step(

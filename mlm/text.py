@@ -17,6 +17,8 @@ from mlm.data.eval_rows import EvalRows, read_eval_rows
 from mlm.data.network import Patience
 from mlm.data.stream import RowStream
 from mlm.data.tokenizer import Tokenizer
+from mlm.data.train_tokenizer import chosen_algorithm
+from mlm.data.train_tokenizer import train_tokenizer as train_on_texts
 from mlm.errors import UserError
 from mlm.workdir import WorkDir
 
@@ -193,14 +195,21 @@ def _open(config: ConfigDict, options: Mapping[str, Any]) -> sources.Source:
         split=options["split"],
         text_column_name=options["text_column_name"],
         cache_dir=config.data.cache_dir or "",
-        patience=Patience(
-            deadline_seconds=config.data.network_deadline_seconds, timeout_seconds=config.data.network_timeout_seconds
-        ),
+        patience=patience(config),
     )
 
 
-def open_tokenizer(config: ConfigDict, workdir: WorkDir, text_sources: tuple[TextSource, ...]) -> Tokenizer:
-    """The run's own once it has one, else the named one, else one trained on the head of the text."""
+def patience(config: ConfigDict) -> Patience:
+    """What `data` says of the network."""
+    return Patience(
+        deadline_seconds=config.data.network_deadline_seconds, timeout_seconds=config.data.network_timeout_seconds
+    )
+
+
+def open_tokenizer(
+    config: ConfigDict, workdir: WorkDir, text_sources: tuple[TextSource, ...], *, model_type: str
+) -> Tokenizer:
+    """The run's own once it has one, else the named one, else one trained on the head of the text for `model_type`."""
     options = config.tokenizer
     name = workdir.tokenizer if workdir.has_tokenizer() else options.tokenizer_name
     name = name or config.model.model_name_or_path
@@ -211,13 +220,23 @@ def open_tokenizer(config: ConfigDict, workdir: WorkDir, text_sources: tuple[Tex
             use_fast_tokenizer=options.use_fast_tokenizer,
             backend=options.backend,
         )
+    return train_tokenizer(config, text_sources, model_type=model_type)
+
+
+def train_tokenizer(config: ConfigDict, text_sources: tuple[TextSource, ...], *, model_type: str) -> Tokenizer:
+    """Trains a tokenizer for models of a family on the head of the text."""
+    options = config.tokenizer
+    algorithm = chosen_algorithm(options.algorithm, model_type=model_type)
     names = ", ".join(source.train.name for source in text_sources)
-    logging.info("training a tokenizer of %d entries on the head of %s", options.vocab_size, names)
+    logging.info("training a %s tokenizer of %d entries on the head of %s", algorithm, options.vocab_size, names)
     shares = _shares(options.train_documents, text_sources)
-    return tokenizers.train_tokenizer(
+    return train_on_texts(
         (text for source in text_sources for text in _head(source.train, shares[source.name])),
         vocab_size=options.vocab_size,
         max_seq_length=config.data.max_seq_length,
+        algorithm=algorithm,
+        model_type=model_type,
+        lowercase=options.lowercase,
         backend=options.backend,
     )
 

@@ -5,6 +5,7 @@ import functools
 import itertools
 import os
 import shlex
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -13,29 +14,50 @@ from clu import parameter_overview
 from ml_collections import ConfigDict
 
 from mlm import export, parallel, report, setup, steps
-from mlm.checkpoint import Checkpointer
+from mlm.checkpoint import Checkpointer, DamagedError, SaveError
 from mlm.data.packing import RUN_ON
 from mlm.data.prefetch import Prefetcher
 from mlm.errors import UserError
 from mlm.evaluate import Evaluator, unigram_log_probs
 from mlm.fill_mask import fill_mask, table
+from mlm.interrupt import Interrupt, Interrupted
+from mlm.models.flops import flops_per_token
 from mlm.workdir import WorkDir, flatten
 
 
-def train_and_evaluate(config: ConfigDict, workdir: str, *, command: str = "python main.py ...") -> None:
-    """Trains up to `num_train_steps`, going on from the newest checkpoint in `workdir` if there is one.
+def train_and_evaluate(
+    config: ConfigDict,
+    workdir: str,
+    *,
+    command: str = "python main.py ...",
+    interrupt: Interrupt | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Trains up to `num_train_steps`, going on from the newest checkpoint in `workdir` that is whole.
 
-    `command` is what started the run, for the hint how to train on.
+    Args:
+      config: all keys of `configs/default.py`.
+      workdir: the run's directory.
+      command: what started the run, for the hint how to train on.
+      interrupt: hears signals; None for a run that cannot be asked to stop.
+      overwrite: start anew, after moving what is in `workdir` aside.
 
     Raises:
       UserError: the run cannot be made from this config, cannot go on, or went wrong in a way its user can mend.
+      Interrupted: it was asked to stop, and has saved what it had.
     """
+    interrupt = interrupt or Interrupt()
     last = config.num_train_steps
     place = WorkDir(workdir)
+    if overwrite:
+        if jax.process_index() == 0 and (old := place.move_aside()):
+            logging.info("the run that was in %s is in %s now", place.path, old)
+        parallel.barrier("work directory moved aside")
     place.check_same_run(config.to_dict())
     exported = place.exported_step()
     if exported is not None and exported >= last:
         logging.info("nothing to do: all %d updates are made; the model is in %s", exported, place.model)
+        setup.push_what_is_left(config, place, step=exported)
         return
     setup.check_numbers(config)
 
@@ -45,23 +67,33 @@ def train_and_evaluate(config: ConfigDict, workdir: str, *, command: str = "pyth
             place.lock()
         run = setup.build(config, place)
         checkpointer = stack.enter_context(
-            Checkpointer(place.checkpoints, keep_checkpoints=config.checkpoint.keep_checkpoints)
+            Checkpointer(
+                place.checkpoints,
+                keep_checkpoints=config.checkpoint.keep_checkpoints,
+                keep_every_steps=config.checkpoint.keep_every_steps,
+            )
         )
         state, restored = _restore(run, checkpointer)
         start = restored["step"] if restored else 0
-        batches = stack.enter_context(Prefetcher(run.stream, depth=config.data.prefetch_batches))
+        batches = stack.enter_context(
+            Prefetcher(run.stream, depth=config.data.prefetch_batches, interrupted=_waits_in_vain(interrupt))
+        )
         # Text too short for a batch shows here, before anything is written or compiled.
         stream = itertools.chain([next(batches)], batches)
         hub = setup.open_hub(config, place)
         if jax.process_index() == 0:
             _warn_of_other_rows(place, run)
-            place.create(
+            changed = place.create(
                 config.to_dict(),
                 save_tokenizer=run.tokenizer.save,
                 processes=jax.process_count(),
                 rows_per_process=run.text.batch_rows,
+                step=start,
             )
+            for key, (before, now) in changed.items():
+                logging.info("changed since the last start: %s from %r to %r", key, before, now)
             place.lock()
+            checkpointer.remove_partial()
         parallel.barrier("work directory made")
         reporter = stack.enter_context(_reporter(config, place, run, start, restored))
         if start == 0:
@@ -85,71 +117,135 @@ def train_and_evaluate(config: ConfigDict, workdir: str, *, command: str = "pyth
                 reporter.log_evaluation(step, metrics)
             return metrics
 
-        def save(step: int, stream_state: dict[str, Any]) -> None:
-            with reporter.apart("checkpoint"):
-                loop = {"step": step, **reporter.to_json()}
+        def save(step: int, stream_state: dict[str, Any], *, evaluated: bool = True, awaited: bool = False) -> None:
+            with reporter.apart("save"), _tolerant(awaited=awaited):
+                loop = {"step": step, "evaluated": evaluated, **reporter.to_json()}
                 checkpointer.save(step, state=parallel.to_global(state), loop=loop, stream=stream_state)
+                if awaited:
+                    checkpointer.wait()
 
         def export_model(step: int, metrics: dict[str, float]) -> None:
-            with reporter.apart("export"):
-                if step >= last:
-                    # An exported last step says that the run is finished: its checkpoint must be there by then.
-                    checkpointer.wait()
+            with reporter.apart("export"), _tolerant(awaited=step >= last):
                 if jax.process_index() == 0:
                     params = parallel.first_replica(state.params)
                     _export(config, place, run, params, step, metrics, tokens_seen=reporter.tokens_seen)
                     if hub is not None and step < last:
-                        hub.push(place.path, step=step)
+                        hub.push(step=step)
 
-        with jax.transfer_guard("disallow"):
-            if start >= last:  # The end was cut off between the last checkpoint and the export.
+        with jax.transfer_guard("disallow"), interrupt.deferred():
+            # The run was stopped between an update and its evaluation, or between the last checkpoint and the export.
+            if (restored and not restored["evaluated"]) or start >= last:
                 export_model(start, evaluate(start))
+            asked = Agreement(interrupt)
             for step in range(start + 1, last + 1):
                 try:
                     batch = next(stream)
-                except UserError:
+                except (UserError, Interrupted):
                     # No more text to be had. Not over several processes: the others do not know, and a save takes all.
                     if start < step - 1 and checkpointer.latest_step() != step - 1 and jax.process_count() == 1:
                         reporter.settle()
-                        save(step - 1, batch.state)
+                        save(step - 1, batch.state, awaited=True)
                     raise
                 tokens = parallel.shard(batch.tokens, shape=(config.gradient_accumulation_steps,))
                 state, metrics = train_step(state, tokens)
                 reporter.update(step, metrics, batch, wait_seconds=batches.wait_seconds)
+                with _tolerant(awaited=False):
+                    checkpointer.check()
 
                 logs, evaluates, saves = (
                     step % every == 0 or step == last
                     for every in (config.logging_steps, config.eval_steps, config.save_steps)
                 )
-                if logs or evaluates or saves:
+                stops = asked.to_stop()
+                if logs or evaluates or saves or stops:
                     reporter.settle()
                 if logs:
                     reporter.log_updates(step)
-                if evaluates:
+                if evaluates and not stops:
                     eval_metrics = evaluate(step)
-                if saves:
-                    save(step, batch.state)
+                if saves or stops:
+                    # An exported last step says that the run is finished: its checkpoint must be there by then.
+                    save(step, batch.state, evaluated=not (evaluates and stops), awaited=stops or step == last)
+                if stops:
+                    raise Interrupted(f"stopped after update {step}, which is saved", together=True)
                 if evaluates:
                     export_model(step, eval_metrics)
         reporter.flush()
         if jax.process_index() == 0:
             _show(config, place, run, parallel.first_replica(state.params), command)
         if hub is not None:
-            hub.finish(place.path, step=last)
+            hub.finish(step=last)
+
+
+class Agreement:
+    """Whether to stop after this update: the same answer on all processes, though signals reach them when they do.
+
+    Over several processes it is the answer to what each asked an update ago, so that nobody waits for it.
+    """
+
+    def __init__(self, interrupt: Interrupt):
+        self._interrupt = interrupt
+        self._asked: jax.Array | None = None
+
+    def to_stop(self) -> bool:
+        """Call once an update, on every process."""
+        if jax.process_count() == 1:
+            return bool(self._interrupt.requested)
+        before, self._asked = self._asked, parallel.any_process(bool(self._interrupt.requested))
+        return before is not None and bool(parallel.first_replica(before))
+
+
+def _waits_in_vain(interrupt: Interrupt) -> Callable[[], None]:
+    """What to call while no batch comes: raises Interrupted once that is asked for, where nobody else must agree."""
+
+    def check() -> None:
+        if jax.process_count() == 1:
+            interrupt.check()
+
+    return check
+
+
+@contextlib.contextmanager
+def _tolerant(*, awaited: bool) -> Iterator[None]:
+    """What cannot be written is told of, and written at the next checkpoint or export; not if none comes after it.
+
+    Raises:
+      UserError: it was the one that the run ends with.
+    """
+    try:
+        yield
+    except (SaveError, OSError) as error:
+        if awaited:
+            raise UserError(f"{error}; make room, or mount it again: the same command goes on") from None
+        logging.warning("%s; training goes on, and it is tried again at the next time", error)
 
 
 def _restore(run: setup.Run, checkpointer: Checkpointer) -> tuple[steps.TrainState, dict[str, Any] | None]:
     """The stacked state to begin with, and what the loop saved with it; None for a fresh run.
 
-    Sets the stream to the place that goes with the state.
+    Sets the stream to the place that goes with the state. A damaged checkpoint is moved aside, for the one before it.
     """
-    step = checkpointer.latest_step()
-    if step is None:
+    newest = checkpointer.latest_step()
+    if newest is None:
         return parallel.replicate(steps.init_state(run.task, run.initial_params())), None
-    like = jax.eval_shape(lambda: steps.init_state(run.task, run.initial_params()))
-    restored = checkpointer.restore(step, like=parallel.global_like(like))
-    run.stream.restore(restored.streams)
-    return parallel.from_global(restored.state), restored.loop
+    like = parallel.global_like(jax.eval_shape(lambda: steps.init_state(run.task, run.initial_params())))
+    while (step := checkpointer.latest_step()) is not None:
+        restored, damage = None, "another process cannot read it"
+        try:
+            restored = checkpointer.restore(step, like=like)
+        except DamagedError as error:
+            damage = str(error)
+        if not parallel.first_replica(parallel.any_process(restored is None)):
+            run.stream.restore(restored.streams)
+            return parallel.from_global(restored.state), restored.loop
+        if jax.process_index() == 0:
+            logging.warning("checkpoint %d is damaged (%s): moved to %s", step, damage, checkpointer.set_aside(step))
+        parallel.barrier(f"checkpoint {step} moved aside")
+        checkpointer.reload()
+    raise UserError(
+        f"none of the checkpoints up to {newest} can be read; they are in {checkpointer.damaged}. Put whole ones back, "
+        "or start anew with --overwrite"
+    )
 
 
 def _say_what_runs(config: ConfigDict, run: setup.Run, state: steps.TrainState, start: int) -> None:
@@ -196,13 +292,14 @@ def _reporter(
     config: ConfigDict, place: WorkDir, run: setup.Run, step: int, restored: dict[str, Any] | None
 ) -> report.Reporter:
     length = config.data.max_seq_length
-    flops = report.flops_per_token(run.encoder, length=length, slots=run.task.masking.slots(length))
+    flops = flops_per_token(run.encoder, length=length, slots=run.task.masking.slots(length))
     return report.Reporter(
         place,
         num_train_steps=config.num_train_steps,
         vocab_size=run.encoder.vocab_size,
         flops_per_token=flops,
         profile=config.profile,
+        max_skipped_updates=config.optimizer.max_skipped_updates,
         restored=restored,
         step=step,
         pad_id=None if config.data.packing in RUN_ON else run.tokenizer.pad_id,

@@ -1,5 +1,6 @@
 """The work directory: where its files are, and whether a run may go on in it."""
 
+import datetime
 import fcntl
 import glob
 import json
@@ -86,7 +87,7 @@ class WorkDir:
         if differing:
             raise UserError(
                 f"{self.path} holds a run with another config: {'; '.join(differing)}. "
-                "Use the same values to go on with it, or another --workdir"
+                "Use the same values to go on with it, another --workdir, or --overwrite to start anew here"
             )
 
     def read_config(self) -> dict[str, Any]:
@@ -101,8 +102,8 @@ class WorkDir:
         """(processes, rows of an update on each) of the last start of the run; None where there is none."""
         if not os.path.exists(self.config):
             return None
-        content = self._read()
-        return content["processes"], content["rows_per_process"]
+        last = self._read()["history"][-1]
+        return last["processes"], last["rows_per_process"]
 
     def _read(self) -> dict[str, Any]:
         try:
@@ -110,14 +111,46 @@ class WorkDir:
                 content = json.load(file)
         except ValueError:
             content = None
-        if not (isinstance(content, dict) and isinstance(content.get("config"), dict)):
+        if not (isinstance(content, dict) and isinstance(content.get("config"), dict) and content.get("history")):
             raise UserError(f"{self.config} is damaged or not a run's config; mend it, or choose another --workdir")
         return content
 
     def create(
-        self, config: dict[str, Any], *, save_tokenizer: Callable[[str], None], processes: int, rows_per_process: int
-    ) -> None:
-        """Makes the directory, the config and the tokenizer, each whole or not at all."""
+        self,
+        config: dict[str, Any],
+        *,
+        save_tokenizer: Callable[[str], None],
+        processes: int,
+        rows_per_process: int,
+        step: int,
+    ) -> dict[str, list[Any]]:
+        """Makes the directory, the config and the tokenizer, each whole or not at all.
+
+        `config.json` also keeps the run's history: when it was started, after which update, with which keys changed.
+
+        Returns:
+          Those keys: name -> [value before, value now].
+        """
+        history, changed = [], {}
+        if os.path.exists(self.config):
+            before = self._read()
+            history = before["history"]
+            old, new = flatten(before["config"]), flatten(config)
+            changed = {
+                key: [old.get(key), new.get(key)]
+                for key in sorted(old.keys() | new.keys())
+                if old.get(key) != new.get(key)
+            }
+        history.append(
+            {
+                "step": step,
+                "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+                "event": "restart" if history else "start",
+                "processes": processes,
+                "rows_per_process": rows_per_process,
+                "changed": changed,
+            }
+        )
         os.makedirs(self.checkpoints, exist_ok=True)
         if not os.path.exists(self.config):
             # Of a run that was killed before it had a config: it may be another's.
@@ -127,10 +160,10 @@ class WorkDir:
             save_tokenizer(self.tokenizer + ".tmp")
             os.rename(self.tokenizer + ".tmp", self.tokenizer)
         with open(self.config + ".tmp", "w", encoding="utf-8") as file:
-            content = {"config": config, "processes": processes, "rows_per_process": rows_per_process}
-            json.dump(content, file, indent=2)
+            json.dump({"config": config, "history": history}, file, indent=2)
             file.write("\n")
         os.replace(self.config + ".tmp", self.config)
+        return changed
 
     def has_tokenizer(self) -> bool:
         """Whether the run here has made its tokenizer. One without a config is left of a start that was killed."""
@@ -143,6 +176,26 @@ class WorkDir:
                 return json.load(file)["global_step"]
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             return None
+
+    def move_aside(self) -> str | None:
+        """Makes room for a new run; returns where the old one is now, None if there was none.
+
+        Raises:
+          UserError: it is under way, or cannot be moved.
+        """
+        if not os.path.isdir(self.path) or not os.listdir(self.path):
+            return None
+        self.lock()
+        number = 1
+        while os.path.lexists(target := f"{self.path}.old-{number}"):
+            number += 1
+        try:
+            os.rename(self.path, target)
+        except OSError as error:
+            raise UserError(f"--overwrite: {self.path} cannot be moved to {target} ({error.strerror})") from None
+        finally:
+            self.unlock()
+        return target
 
     def lock(self) -> None:
         """Holds the directory, if it is there, until `unlock` or until this process ends, however it ends.

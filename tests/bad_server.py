@@ -130,14 +130,14 @@ class Server:
             def do_HEAD(self):
                 server.answer(self)
 
-            do_GET = do_POST = do_HEAD
+            do_GET = do_POST = do_PUT = do_HEAD
 
         return Handler
 
     def answer(self, handler):
         path = urllib.parse.unquote(urllib.parse.urlsplit(handler.path).path)
         wanted = handler.headers.get("Range", "")
-        content = handler.rfile.read(int(handler.headers.get("Content-Length", 0)))
+        content = read_body(handler)
         self.requests.append((handler.command, path, wanted))
         fault = self.next_fault(path)
         if fault == "reset":
@@ -149,7 +149,8 @@ class Server:
             status, headers = fault if isinstance(fault, tuple) else (fault, {})
             send(handler, status, b"no", headers)
         elif (body := self.hub_answer(handler, path, content)) is not None:
-            send(handler, 200, json.dumps(body).encode(), {"Content-Type": "application/json"})
+            status, body = body if isinstance(body, tuple) else (200, body)
+            send(handler, status, json.dumps(body).encode(), {"Content-Type": "application/json"})
         elif (data := self.find(path)) is None:
             code = "EntryNotFound" if "/resolve/" in path or "/tree/" in path else "RepoNotFound"
             send(handler, 404, b"none", {"X-Error-Code": code})
@@ -222,6 +223,18 @@ class Server:
             if path in (f"{base}/tree/main", f"{base}/tree/{COMMIT}"):
                 return list(entries.values())
         return None
+
+
+def read_body(handler):
+    """What a request brings, in one piece or in chunks."""
+    if handler.headers.get("Transfer-Encoding") != "chunked":
+        return handler.rfile.read(int(handler.headers.get("Content-Length", 0)))
+    chunks = []
+    while size := int(handler.rfile.readline(), 16):
+        chunks.append(handler.rfile.read(size))
+        handler.rfile.readline()
+    handler.rfile.readline()
+    return b"".join(chunks)
 
 
 def send(handler, status, body, headers, *, length=None, told=True):

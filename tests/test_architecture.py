@@ -29,14 +29,18 @@ ROOMS = {
     "checkpoint": "errors",
     "steps": "loss masking models",
     "evaluate": "parallel steps",
+    "hub": "data errors",
     "fill_mask": "data errors models",
-    "export": "curves data errors fill_mask models",
-    "report": "curves data errors models parallel steps workdir",
+    "export": "curves data fill_mask models",
+    "metric_files": "curves workdir",
+    "report": "data errors metric_files parallel steps workdir",
     "text": "data errors workdir",
-    "setup": "data errors export fill_mask masking models optimizer steps text workdir",
+    "setup": "data errors hub fill_mask masking models optimizer steps text workdir",
     "show_data": "checkpoint data errors masking setup steps text workdir",
-    "train": "checkpoint data errors evaluate export fill_mask parallel report setup steps workdir",
-    "main": "errors show_data train workdir",
+    "interrupt": "",
+    "hosts": "errors interrupt",
+    "train": "checkpoint data errors evaluate export fill_mask interrupt models parallel report setup steps workdir",
+    "main": "errors hosts interrupt show_data train workdir",
 }
 # A step is timed on machines that have only these.
 STEP_ROOMS = {"models", "masking", "loss", "optimizer", "parallel", "steps"}

@@ -2,13 +2,18 @@
 
 import functools
 import os
+import pathlib
+import resource
+import shutil
+import types
 
 import jax
 import numpy as np
 import pytest
 
 from mlm import parallel, steps
-from mlm.checkpoint import Checkpointer
+from mlm.checkpoint import Checkpointer, DamagedError, SaveError, checksums
+from mlm.errors import UserError
 
 LOOP = {"step": 3, "interval": {"loss": 0.1 + 0.2, "count": 17.0}, "counts_V": list(range(50))}
 STREAM = {"shard": 2, "sources": [{"row": 12345678901}], "remainder": [5, 6, 7], "epoch": 0}
@@ -97,3 +102,114 @@ def test_without_a_directory_there_is_no_checkpoint_and_none_is_made(tmp_path):
     with Checkpointer(str(tmp_path / "empty"), keep_checkpoints=1) as checkpointer:
         assert checkpointer.latest_step() is None
     assert os.listdir(tmp_path / "empty") == []
+
+
+def restore(directory, step):
+    like = parallel.global_like({"weight": np.zeros((2, 3), np.float32)})
+    with Checkpointer(directory, keep_checkpoints=3) as checkpointer:
+        return checkpointer.restore(step, like=like)
+
+
+def test_those_at_multiples_are_kept_too(directory):
+    with Checkpointer(directory, keep_checkpoints=1, keep_every_steps=10) as checkpointer:
+        for step in (5, 10, 15, 20, 25, 26):
+            save(checkpointer, step)
+    assert sorted(map(int, os.listdir(directory))) == [10, 20, 26]
+
+
+def files_of(directory):
+    return sorted(os.path.join(at, name) for at, _, names in os.walk(directory) for name in names)
+
+
+def test_damage_to_any_file_is_noticed_or_harmless(directory, tmp_path):
+    """Every file of a checkpoint, cut short, emptied, gone, and with each of some bits turned."""
+    with Checkpointer(directory, keep_checkpoints=1) as checkpointer:
+        save(checkpointer, 2, value=1.5)
+    whole = restore(directory, 2)
+    noticed = 0
+    for path in files_of(directory):
+        content = pathlib.Path(path).read_bytes()
+        turned = [bytes([*content[:at], content[at] ^ 16, *content[at + 1 :]]) for at in range(0, len(content), 37)]
+        for damaged in [b"", content[: len(content) // 2], None, *turned]:
+            if damaged is None:
+                os.remove(path)
+            else:
+                pathlib.Path(path).write_bytes(damaged)
+            try:
+                found = restore(directory, 2)
+            except DamagedError:
+                noticed += 1
+            else:
+                np.testing.assert_array_equal(found.state["weight"], whole.state["weight"])
+                assert (found.loop, found.streams) == (whole.loop, whole.streams)
+            pathlib.Path(path).write_bytes(content)
+    assert noticed > 20
+    restore(directory, 2)
+
+
+def test_a_damaged_checkpoint_moves_aside(directory):
+    with Checkpointer(directory, keep_checkpoints=3) as checkpointer:
+        for step in (2, 4):
+            save(checkpointer, step)
+        checkpointer.wait()
+        places = [checkpointer.set_aside(4)]
+        checkpointer.reload()
+        assert checkpointer.latest_step() == 2
+        save(checkpointer, 4)
+        checkpointer.wait()
+        places.append(checkpointer.set_aside(4))
+    assert [os.path.basename(place) for place in places] == ["4", "4.1"]
+    assert all(os.path.isdir(place) for place in places)
+
+
+def test_another_state_is_no_damage(directory):
+    with Checkpointer(directory, keep_checkpoints=1) as checkpointer:
+        save(checkpointer, 2)
+        like = parallel.global_like({"other": np.zeros((2, 3), np.float32)})
+        with pytest.raises(UserError, match="holds a state of other parts"):
+            checkpointer.restore(2, like=like)
+
+
+@pytest.mark.parametrize("fault", ["full", "gone", "late"])
+def test_a_save_that_fails_is_told_and_the_next_one_counts(directory, monkeypatch, fault):
+    with Checkpointer(directory, keep_checkpoints=2) as checkpointer:
+        save(checkpointer, 2)
+        checkpointer.wait()
+        if fault == "full":
+            with monkeypatch.context() as patch:
+                patch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=3))
+                with pytest.raises(SaveError, match=r"checkpoint 4 could not be written .*0 MB are free"):
+                    save(checkpointer, 4)
+        elif fault == "gone":
+            os.rename(directory, directory + ".x")
+            with pytest.raises(SaveError, match=r"checkpoint 4 could not be written .*checkpoints is gone"):
+                save(checkpointer, 4)
+            os.rename(directory + ".x", directory)
+        else:
+            # It breaks off in the background.
+            limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (60, limits[1]))
+            try:
+                save(checkpointer, 4)
+                with pytest.raises(SaveError, match="could not be written"):
+                    checkpointer.wait()
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert checkpointer.latest_step() in (2, None)
+        save(checkpointer, 6, value=3.0)
+    assert sorted(os.listdir(directory)) == ["2", "6"]  # Nothing half written is left.
+    np.testing.assert_array_equal(restore(directory, 6).state["weight"], np.full((2, 3), 3.0))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32", "uint8"])
+def test_a_checksum_changes_with_every_bit(dtype):
+    words = np.zeros(7, dtype)
+    seen = {checksums({"a": words})["['a']"]}
+    for at in range(words.nbytes):
+        for bit in range(8):
+            turned = words.copy()
+            turned.view(np.uint8)[at] ^= 1 << bit
+            (value,) = checksums({"a": turned}).values()
+            assert value not in seen
+    swapped = np.array([1, 2], dtype)
+    assert checksums({"a": swapped}) != checksums({"a": swapped[::-1].copy()})

@@ -10,12 +10,13 @@ import matplotlib.figure
 import numpy as np
 import pytest
 
-from mlm import parallel, report
+from mlm import metric_files, parallel, report
 from mlm.curves import draw_curves, read_metrics
 from mlm.data.prefetch import Batch
 from mlm.errors import UserError
 from mlm.loss import LossSums
-from mlm.report import JsonLinesWriter, Reporter, duration, flops_per_token
+from mlm.metric_files import JsonLinesWriter
+from mlm.report import Reporter, duration
 from mlm.steps import TrainMetrics
 from mlm.workdir import WorkDir
 
@@ -96,17 +97,18 @@ def clock(monkeypatch):
 def make_reporter(tmp_path, monkeypatch, clock):
     # Tensorboard's part is CLU's own.
     monkeypatch.setattr(
-        report, "create_writer", lambda place, last_step: JsonLinesWriter(place.metrics, last_step=last_step)
+        metric_files, "create_writer", lambda place, last_step: JsonLinesWriter(place.metrics, last_step=last_step)
     )
     place = WorkDir(str(tmp_path))
 
-    def make(restored=None, step=0, pad_id=None):
+    def make(restored=None, step=0, pad_id=None, max_skipped_updates=2):
         return Reporter(
             place,
             num_train_steps=100,
             vocab_size=10,
             flops_per_token=1e3,
             profile={"first_step": 1, "num_steps": 0},
+            max_skipped_updates=max_skipped_updates,
             restored=restored,
             step=step,
             pad_id=pad_id,
@@ -122,11 +124,12 @@ SECONDS = {1: 1.0, 2: 2.0, 3: 5.0, 4: 1.0, 5: 1.0}
 WAITS = {1: 0.0, 2: 0.0, 3: 0.75, 4: 0.5, 5: 0.0}
 
 
-def fake(step, loss=None, grad_norm=1.0):
+def fake(step, loss=None, grad_norm=1.0, skipped=False):
     metrics = TrainMetrics(
         sums=LossSums(np.float32(LOSSES[step] if loss is None else loss), np.float32(step), np.float32(COUNTS[step])),
         grad_norm=np.float32(grad_norm * step),
         learning_rate=np.float32(step / 8),
+        skipped=np.float32(skipped),
     )
     tokens = np.array([[step, step, 9]], np.int32)
     return parallel.replicate(metrics), Batch(tokens, {}, 0, {"skipped_rows": 7})
@@ -150,6 +153,9 @@ EXPECTED = [
         "train/accuracy": 6 / 28,
         "train/learning_rate": 3 / 8,
         "train/grad_norm": 3.0,
+        "train/skipped_updates": 0,
+        "data/tokens": 9,
+        "perf/hours": 8 / 3600,
         "perf/tokens_per_second": 9 / 8,
         "perf/step_ms": 8000 / 3,
         "data/epoch": 0,
@@ -162,6 +168,9 @@ EXPECTED = [
         "train/accuracy": 9 / 29,
         "train/learning_rate": 5 / 8,
         "train/grad_norm": 5.0,
+        "train/skipped_updates": 0,
+        "data/tokens": 15,
+        "perf/hours": 10 / 3600,
         "perf/tokens_per_second": 6 / 2,
         "perf/step_ms": 2000 / 2,
         "data/epoch": 0,
@@ -172,8 +181,10 @@ EXPECTED = [
 
 
 def without_waits(lines):
-    """Lines but for the wait for batches, which begins anew with a process."""
-    return [{name: value for name, value in line.items() if name != "perf/input_wait_fraction"} for line in lines]
+    """Lines but for the wait for batches, which begins anew with a process; hours to the last bits of a sum."""
+    return [
+        {name: round(value, 12) for name, value in line.items() if name != "perf/input_wait_fraction"} for line in lines
+    ]
 
 
 def test_lines_hold_means_over_their_interval(make_reporter, clock, path):
@@ -226,21 +237,57 @@ def test_evaluations_join_the_line_and_their_time_is_not_the_updates(make_report
         run(reporter, clock, range(3, 4), since=1, log=(3,))
         with reporter.apart("evaluation"):
             reporter.log_evaluation(3, evaluation)
-    timings = {"perf/tokens_per_second": 1.0, "perf/step_ms": 3000.0, "perf/input_wait_fraction": 0.75 / 9}
+    timings = {
+        "perf/tokens_per_second": 1.0,
+        "perf/step_ms": 3000.0,
+        "perf/input_wait_fraction": 0.75 / 9,
+        "perf/evaluation_ms": 500e3,
+        "perf/hours": 509 / 3600,
+    }
     assert read_metrics(path) == [{"step": 2, **evaluation}, {**EXPECTED[0], **timings, **evaluation}]
 
 
-@pytest.mark.parametrize(
-    ("fault", "value"), [("loss", np.nan), ("loss", np.inf), ("grad_norm", np.inf), ("grad_norm", np.nan)]
-)
-def test_a_number_that_is_not_finite_ends_the_run_by_the_updates_name(make_reporter, fault, value):
+def test_skipped_updates_are_counted_and_left_out_of_the_means(make_reporter, path):
+    def update(step, **faults):
+        reporter.update(step, *fake(step, **faults), wait_seconds=0.0)
+
     with make_reporter() as reporter:
-        reporter.update(1, *fake(1), wait_seconds=0.0)
-        reporter.update(2, *fake(2, **{fault: value}), wait_seconds=0.0)
-        # Found one update later, as that of the update before.
-        with pytest.raises(UserError, match=r"^update 2 went wrong: .*optimizer\.learning_rate") as raised:
-            reporter.update(3, *fake(3), wait_seconds=0.0)
+        update(1)
+        update(2, loss=np.nan, grad_norm=np.nan, skipped=True)
+        update(3, loss=np.inf, skipped=True)
+        update(4)
+        update(5, grad_norm=np.inf, skipped=True)
+        reporter.settle()
+        reporter.log_updates(5)
+    (line,) = read_metrics(path)
+    assert (line["train/loss"], line["train/accuracy"]) == (80 / 35, 5 / 35)
+    assert line["train/skipped_updates"] == 3
+    assert "train/grad_norm" not in line  # JSON has no infinity.
+
+
+def test_too_many_skipped_in_a_row_end_the_run_by_their_names_also_after_going_on(make_reporter):
+    faults = {"loss": np.nan, "skipped": True}
+    with make_reporter() as reporter:
+        reporter.update(1, *fake(1, **faults), wait_seconds=0.0)
+        reporter.settle()
+        saved = json.loads(json.dumps(reporter.to_json()))
+    with make_reporter(restored=saved, step=1) as reporter:
+        for step in (2, 3):
+            reporter.update(step, *fake(step, **faults), wait_seconds=0.0)
+        # Found one update later, as those of the updates before.
+        with pytest.raises(UserError, match=r"^updates 1 to 3 went wrong .* --mode=show_data --step=3") as raised:
+            reporter.update(4, *fake(4), wait_seconds=0.0)
         assert "\n" not in str(raised.value)
+
+
+def test_a_full_disk_costs_no_line(make_reporter, clock, path, monkeypatch):
+    with make_reporter() as reporter:
+        with monkeypatch.context() as patch:
+            patch.setattr(metric_files.os, "fsync", lambda descriptor: (_ for _ in ()).throw(OSError("disk full")))
+            run(reporter, clock, range(1, 4), log=(3,))
+            reporter.flush()
+        run(reporter, clock, range(4, 6), log=(5,))
+    assert [line["step"] for line in read_metrics(path)] == [3, 5]
 
 
 @pytest.mark.parametrize(
@@ -257,23 +304,6 @@ def test_a_number_that_is_not_finite_ends_the_run_by_the_updates_name(make_repor
 )
 def test_duration(seconds, said):
     assert duration(seconds) == said
-
-
-def test_flops_are_those_of_every_matrix_product(tiny_config):
-    config = tiny_config.replace(num_hidden_layers=3)
-    length, slots = 12, 5
-    d, f, v = 16, 32, 50  # hidden_size, intermediate_size, vocab_size
-    products = 3 * [  # (rows, inner, columns), once for a row of tokens
-        *3 * [(length, d, d)],  # queries, keys, values
-        (length, d, length),  # scores, all heads
-        (length, length, d),  # their use
-        (length, d, d),
-        (length, d, f),
-        (length, f, d),
-    ]
-    products += [(slots, d, d), (slots, d, v)]
-    forward = sum(2 * m * k * n for m, k, n in products)
-    assert flops_per_token(config, length=length, slots=slots) * length == pytest.approx(3 * forward, rel=1e-12)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 from configs import default
 from mlm import text as text_lib
 from mlm.curves import read_metrics
-from mlm.data.tokenizer import train_tokenizer
+from mlm.data.train_tokenizer import train_tokenizer
 from mlm.errors import UserError
 from mlm.train import train_and_evaluate
 from mlm.workdir import WorkDir, flatten

@@ -10,6 +10,7 @@ import transformers
 
 from mlm.data import sources
 from mlm.data import tokenizer as tokenizer_lib
+from mlm.data.train_tokenizer import train_tokenizer
 from mlm.errors import UserError
 
 TEXT = "the quick brown fox jumps over a lazy dog and the dog isn't amused: 1234 times, é or 🙂"
@@ -29,7 +30,7 @@ ODD = [
 
 
 def train(**kwargs):
-    return tokenizer_lib.train_tokenizer(iter(CORPUS), **{"vocab_size": 300, "max_seq_length": 32} | kwargs)
+    return train_tokenizer(iter(CORPUS), **{"vocab_size": 300, "max_seq_length": 32} | kwargs)
 
 
 def word_piece(path):

@@ -4,7 +4,7 @@ import collections
 import dataclasses
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -35,12 +35,14 @@ class Prefetcher:
         wait_seconds: how long the caller has been blocked in `__next__`, cumulative.
     """
 
-    def __init__(self, stream: "stream_lib.RowStream", *, depth: int):
+    def __init__(self, stream: "stream_lib.RowStream", *, depth: int, interrupted: Callable[[], None] = lambda: None):
+        """`interrupted` is called now and then while no batch comes; what it raises ends the waiting."""
         if depth < 1:
             raise ValueError(f"depth must be at least 1, not {depth}")
         self.wait_seconds = 0.0
         self._stream = stream
         self._depth = depth
+        self._interrupted = interrupted
         self._batches: collections.deque[Batch] = collections.deque()
         self._error: BaseException | None = None
         self._closed = False
@@ -74,7 +76,10 @@ class Prefetcher:
         start = time.perf_counter()
         try:
             with self._changed:
-                self._changed.wait_for(lambda: self._batches or self._error is not None or self._closed)
+                while not self._changed.wait_for(
+                    lambda: self._batches or self._error is not None or self._closed, timeout=0.2
+                ):
+                    self._interrupted()
                 if self._closed:
                     raise ValueError("the prefetcher is closed")
                 if not self._batches:

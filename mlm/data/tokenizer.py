@@ -1,9 +1,8 @@
-"""Tokenizers: load, train, save; a column of strings -> one flat array of token ids with offsets."""
+"""Tokenizers: load, save; a column of strings -> one flat array of token ids with offsets."""
 
 import itertools
 import json
 import os
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -16,8 +15,6 @@ from mlm.data import sources
 from mlm.errors import UserError
 
 BACKENDS = ("auto", "gigatoken", "tokenizers")
-# RoBERTa's, in the order of its vocabulary.
-SPECIAL_TOKENS = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
 # What the two backends are compared on: this, the special tokens' names, and the first documents.
 _PROBES = (
     "",
@@ -164,47 +161,6 @@ def load_tokenizer(
     if not getattr(hf, "is_fast", False):
         raise UserError(f"the tokenizer {tokenizer_name!r} has no fast version: choose one that has")
     return Tokenizer(hf, name=tokenizer_name, backend=backend)
-
-
-def train_tokenizer(
-    texts: Iterator[str],
-    *,
-    vocab_size: int,
-    max_seq_length: int,
-    backend: str = "auto",
-    name: str = "trained",
-) -> Tokenizer:
-    """Trains a byte-level BPE in RoBERTa's dress: `<s> <pad> </s> <unk> <mask>` are ids 0 to 4.
-
-    The same texts give the same files, byte for byte. The vocabulary is smaller than `vocab_size` when the
-    texts have no more pairs to merge.
-    """
-    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    smallest = len(alphabet) + len(SPECIAL_TOKENS)
-    if vocab_size < smallest:
-        raise UserError(
-            f"tokenizer.vocab_size={vocab_size} is too small: 256 bytes and {len(SPECIAL_TOKENS)} special "
-            f"tokens need at least {smallest}"
-        )
-    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
-    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        min_frequency=2,
-        special_tokens=list(SPECIAL_TOKENS),
-        initial_alphabet=sorted(alphabet),
-        show_progress=False,
-    )
-    bpe.train_from_iterator(texts, trainer)
-    model = json.loads(bpe.to_str())["model"]
-    hf = transformers.RobertaTokenizer(
-        vocab=model["vocab"],
-        merges=[tuple(merge) for merge in model["merges"]],
-        # It takes the space before it, so that what fills it brings its own.
-        mask_token=tokenizers.AddedToken("<mask>", lstrip=True, special=True),
-        model_max_length=max_seq_length,
-    )
-    return Tokenizer(hf, name=name, backend=backend)
 
 
 def _text_only(tokenizer: tokenizers.Tokenizer) -> tokenizers.Tokenizer:

@@ -1,12 +1,13 @@
-"""Our parameter tree <-> the tensors of a transformers `RobertaForMaskedLM`, by name and layout.
+"""Our parameter tree <-> the tensors of a transformers `...ForMaskedLM`, by name and layout.
 
-    embeddings/{word,position,token_type}/embedding, embeddings/norm/{scale,bias}
+    embeddings/{word,position,token_type}/embedding, embeddings/norm/{scale,bias}, embeddings/project/{kernel,bias}
     layer_<i>/attention/{qkv,output}/{kernel,bias}, layer_<i>/attention_norm/{scale,bias}
     layer_<i>/feed_forward/{inner,output}/{kernel,bias}, layer_<i>/feed_forward_norm/{scale,bias}
-    head/dense/{kernel,bias}, head/norm/{scale,bias}, head/bias
+    final_norm/{scale,bias}
+    head/dense/{kernel,bias}, head/norm/{scale,bias}, head/bias, head/decoder
 
-A kernel is [in, out], PyTorch's weight its transpose; qkv holds query, key and value side by side in its last
-axis.
+as far as the family and its config have them. A kernel is [in, out], PyTorch's weight its transpose; qkv holds query,
+key and value side by side in its last axis, inner of a gated net the half that is activated, then the gate.
 """
 
 import functools
@@ -21,43 +22,20 @@ from flax import traverse_util
 from mlm.errors import UserError
 from mlm.models.config import EncoderConfig
 from mlm.models.encoder import MaskedLM
+from mlm.models.families import Positions
+from mlm.models.rotary import sinusoids
+from mlm.models.tensor_names import TENSOR_NAMES
 
-# Our module -> the PyTorch modules whose tensors it holds side by side.
-_MODULES = {
-    "embeddings/word": ("roberta.embeddings.word_embeddings",),
-    "embeddings/position": ("roberta.embeddings.position_embeddings",),
-    "embeddings/token_type": ("roberta.embeddings.token_type_embeddings",),
-    "embeddings/norm": ("roberta.embeddings.LayerNorm",),
-    "head/dense": ("lm_head.dense",),
-    "head/norm": ("lm_head.layer_norm",),
-    "head": ("lm_head",),
-}
-_LAYER_MODULES = {
-    "attention/qkv": ("attention.self.query", "attention.self.key", "attention.self.value"),
-    "attention/output": ("attention.output.dense",),
-    "attention_norm": ("attention.output.LayerNorm",),
-    "feed_forward/inner": ("intermediate.dense",),
-    "feed_forward/output": ("output.dense",),
-    "feed_forward_norm": ("output.LayerNorm",),
-}
-_LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
+_LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "decoder": "weight", "bias": "bias"}
 
-# Second names of tensors that are one. transformers 5 does not save them, older versions did.
-_TIED = {
-    "lm_head.decoder.weight": "roberta.embeddings.word_embeddings.weight",
-    "lm_head.decoder.bias": "lm_head.bias",
-}
-# In checkpoints made by older versions: constants, and a layer over <s> that no logit depends on.
-_UNUSED = {
-    "roberta.embeddings.position_ids",
-    "roberta.embeddings.token_type_ids",
-    "roberta.pooler.dense.weight",
-    "roberta.pooler.dense.bias",
-}
+# In checkpoints of other classes and older versions: constants, and layers that no logit of a token depends on. After
+# the family's base, and without it.
+_UNUSED_IN_BASE = ("embeddings.position_ids", "embeddings.token_type_ids", "pooler.")
+_UNUSED = ("cls.seq_relationship.", "sop_classifier.", "discriminator_predictions.")
 
 
 def to_hf(params: Mapping[str, Any], config: EncoderConfig) -> dict[str, np.ndarray]:
-    """Return contiguous host arrays under the names `RobertaForMaskedLM(config).save_pretrained()` writes.
+    """Return contiguous host arrays under the names the family's `...ForMaskedLM(config).save_pretrained()` writes.
 
     The tied decoder is absent, as it is there. Values are bit for bit those of `params`.
     """
@@ -67,7 +45,7 @@ def to_hf(params: Mapping[str, Any], config: EncoderConfig) -> dict[str, np.ndar
         for name, part in zip(names[path], np.split(leaf, len(names[path]), axis=-1), strict=True):
             # safetensors writes the buffer as it lies, strides ignored.
             tensors[name] = np.ascontiguousarray(part.T if path.endswith("/kernel") else part)
-    return tensors
+    return tensors | _constants(config)
 
 
 def from_hf(tensors: Mapping[str, np.ndarray], config: EncoderConfig) -> dict[str, Any]:
@@ -77,23 +55,33 @@ def from_hf(tensors: Mapping[str, np.ndarray], config: EncoderConfig) -> dict[st
     dropped, and so is a decoder that equals what it is tied to. Raises `UserError` listing what is missing,
     unexpected, of the wrong shape, not floating-point or untied.
     """
-    shapes = _shapes(config)
-    tied = {name: twin for name, twin in _TIED.items() if name in tensors and twin in tensors}
+    wanted = shapes(config)
+    constants = _constants(config)
+    tied = {
+        name: twin
+        for name, twin in TENSOR_NAMES[config.model_type].tied(config).items()
+        if name in tensors and twin in tensors
+    }
     problems = {
-        "missing": [name for name in shapes if name not in tensors],
-        "unexpected": [name for name in tensors if name not in {*shapes, *tied, *_UNUSED}],
+        "missing": [name for name in wanted if name not in tensors],
+        "unexpected": [
+            name for name in tensors if name not in {*wanted, *constants, *tied} and not is_unused(name, config)
+        ],
         "of the wrong shape": [
             f"{name} {list(tensors[name].shape)} (wanted {list(shape)})"
-            for name, shape in shapes.items()
+            for name, shape in wanted.items()
             if name in tensors and tensors[name].shape != shape
         ],
         "not floating-point": [
             f"{name} {tensors[name].dtype}"
-            for name in shapes
+            for name in wanted
             if name in tensors and not jnp.issubdtype(tensors[name].dtype, jnp.floating)
         ],
         "unlike what they are tied to": [
             name for name, twin in tied.items() if not np.array_equal(tensors[name], tensors[twin])
+        ],
+        "unlike the constants they are": [
+            name for name, value in constants.items() if name in tensors and not _is_near(tensors[name], value)
         ],
     }
     if any(problems.values()):
@@ -107,18 +95,14 @@ def from_hf(tensors: Mapping[str, np.ndarray], config: EncoderConfig) -> dict[st
     return traverse_util.unflatten_dict(leaves, sep="/")
 
 
-def _names(config: EncoderConfig) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """Yield each leaf's path in our tree with the names of the tensors it holds."""
-    modules = dict(_MODULES)
-    for layer in range(config.num_hidden_layers):
-        for ours, theirs in _LAYER_MODULES.items():
-            modules[f"layer_{layer}/{ours}"] = tuple(f"roberta.encoder.layer.{layer}.{name}" for name in theirs)
-    for path in _tree(config):
-        module, leaf = path.rsplit("/", 1)
-        yield path, tuple(f"{name}.{_LEAVES[leaf]}" for name in modules[module])
+def is_unused(name: str, config: EncoderConfig) -> bool:
+    """Whether no logit of a token depends on the tensor of that name, in any class of the family."""
+    base = TENSOR_NAMES[config.model_type].base
+    return name.startswith((*(base + unused for unused in _UNUSED_IN_BASE), *_UNUSED))
 
 
-def _shapes(config: EncoderConfig) -> dict[str, tuple[int, ...]]:
+def shapes(config: EncoderConfig) -> dict[str, tuple[int, ...]]:
+    """The names and shapes of the tensors that hold parameters."""
     tree = _tree(config)
     shapes = {}
     for path, names in _names(config):
@@ -126,6 +110,30 @@ def _shapes(config: EncoderConfig) -> dict[str, tuple[int, ...]]:
         shape = (*outer, last // len(names))
         shapes.update(dict.fromkeys(names, shape[::-1] if path.endswith("/kernel") else shape))
     return shapes
+
+
+def _constants(config: EncoderConfig) -> dict[str, np.ndarray]:
+    """Tensors that are saved and never trained."""
+    if config.family.positions is not Positions.ROTARY_PAIRS:
+        return {}
+    name = f"{TENSOR_NAMES[config.model_type].base}encoder.embed_positions.weight"
+    return {name: sinusoids(config.max_position_embeddings, width=config.head_size)}
+
+
+def _is_near(tensor: np.ndarray, value: np.ndarray) -> bool:
+    # As near as half precision has it; a shorter or longer table is another max_position_embeddings, which may be.
+    rows = min(len(tensor), len(value))
+    return tensor.shape[1:] == value.shape[1:] and np.allclose(
+        np.asarray(tensor[:rows], np.float32), value[:rows], rtol=0, atol=2**-8
+    )
+
+
+def _names(config: EncoderConfig) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Yield each leaf's path in our tree with the names of the tensors it holds."""
+    modules = TENSOR_NAMES[config.model_type].modules(config)
+    for path in _tree(config):
+        module, leaf = path.rsplit("/", 1)
+        yield path, tuple(f"{name}.{_LEAVES[leaf]}" for name in modules[module])
 
 
 @functools.cache

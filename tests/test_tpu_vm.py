@@ -1,0 +1,387 @@
+"""launch/tpu_vm.sh against a gcloud of our own, which records calls, plays failures, and runs in folders what is sent to
+the workers. No test calls the real one."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FAKES = ROOT / "tests" / "fakes"
+TRAIN = ("--", "--config=configs/roberta_base.py", "--workdir=gs://bucket/run", "--config.data.dataset_name=it's a b")
+ON_DEMAND = "v3-8,tpu-ubuntu2204-base,,,"
+SPOT = "v4-16,tpu-ubuntu2204-base,True,,"
+QUEUED = "v4-16,tpu-ubuntu2204-base,True,,tpu"
+READY = {"vm": "READY"}
+FINISHED = {"vm": "READY", "exits": {"0": "exited 0", "1": "exited 0"}}
+
+
+def git(repository, *words):
+    command = ["git", "-c", "user.name=t", "-c", "user.email=t@t", "-C", repository, *words]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory):
+    """With the scripts of the working tree, committed."""
+    repository = tmp_path_factory.mktemp("repository")
+    shutil.copytree(ROOT / "launch", repository / "launch")
+    shutil.copy(ROOT / "requirements.txt", repository)
+    git(repository, "init", "--quiet")
+    git(repository, "add", ".")
+    git(repository, "commit", "--quiet", "--message", "all")
+    return repository
+
+
+class Cloud:
+    """A project with one TPU VM of `workers` workers."""
+
+    def __init__(self, folder, repository, workers=2):
+        self.folder, self.repository = folder, repository
+        self.workers = [folder / f"worker-{i}" for i in range(workers)]
+        for home in self.workers:
+            home.mkdir()
+        self.play()
+
+    def play(self, **scenario):
+        scenario = {"workers": len(self.workers), "is": ON_DEMAND} | scenario
+        (self.folder / "scenario.json").write_text(json.dumps(scenario))
+
+    def __call__(self, *words, code=0, env=None):
+        """Runs the script; returns what it wrote."""
+        done = subprocess.run(
+            [self.repository / "launch" / "tpu_vm.sh", *words],
+            env=os.environ
+            | {"CLOUD": str(self.folder), "PATH": f"{FAKES}:{Path(sys.executable).parent}:{os.environ['PATH']}"}
+            | (env or {}),
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert done.returncode == code, done.stdout + done.stderr
+        return done.stdout + done.stderr
+
+    @property
+    def calls(self):
+        path = self.folder / "calls.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    @property
+    def verbs(self):
+        """Of the calls, without the looks at the VM's state."""
+        return [" ".join(call[2:4]) for call in self.calls if call[3] != "describe"]
+
+
+@pytest.fixture
+def cloud(tmp_path, repository):
+    return Cloud(tmp_path, repository)
+
+
+@pytest.mark.parametrize("script", sorted([*ROOT.glob("launch/*.sh"), *FAKES.glob("worker/*")]), ids=lambda p: p.name)
+def test_shellcheck_finds_nothing(script):
+    # Beside this Python, where pip puts it, whatever the PATH.
+    done = subprocess.run([Path(sys.executable).parent / "shellcheck", script], capture_output=True, text=True, check=False)
+    assert done.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("options", "call"),
+    [
+        (
+            ["--type=v3-8", "--zone=europe-west4-a"],
+            "tpu-vm create tpu --accelerator-type=v3-8 --version=tpu-ubuntu2204-base --zone=europe-west4-a",
+        ),
+        (
+            ["--type=v5litepod-8", "--spot", "--project=p"],
+            "tpu-vm create tpu --accelerator-type=v5litepod-8 --version=v2-alpha-tpuv5-lite --spot --project=p",
+        ),
+        (
+            ["--type=v6e-8", "--reserved", "--version=mine"],
+            "tpu-vm create tpu --accelerator-type=v6e-8 --version=mine --reserved",
+        ),
+        (
+            ["--type=v5p-16", "--queued", "--spot"],
+            "queued-resources create tpu --node-id=tpu --accelerator-type=v5p-16 --runtime-version=v2-alpha-tpuv5 --spot",
+        ),
+    ],
+)
+def test_create_makes_the_call_and_prints_it(cloud, options, call):
+    output = cloud("create", "tpu", *options)
+    assert " ".join(cloud.calls[0]) == f"compute tpus {call}"
+    assert f"+ gcloud compute tpus {call}\n" in output
+
+
+def test_create_tells_gclouds_error(cloud):
+    cloud.play(creates=["Quota limit 'TPUV3sPerProjectPerZone' has been exceeded"])
+    assert "Quota limit" in cloud("create", "tpu", "--type=v3-8", code=1)
+    assert cloud.verbs == ["tpu-vm create"]
+
+
+def test_create_waits_in_the_queue(cloud):
+    cloud.play(queue=["ACCEPTED", "WAITING_FOR_RESOURCES", "PROVISIONING", "ACTIVE"])
+    output = cloud("create", "tpu", "--type=v4-16", "--queued", "--poll=0")
+    assert re.findall(r"request tpu is (\w+)", output) == ["ACCEPTED", "WAITING_FOR_RESOURCES", "PROVISIONING"]
+    cloud.play(queue=["ACCEPTED", "FAILED"])
+    assert "error: the queued request tpu is FAILED" in cloud(
+        "create", "tpu", "--type=v4-16", "--queued", "--poll=0", code=1
+    )
+
+
+@pytest.mark.parametrize(
+    ("command", "calls"),
+    [
+        (["create", "tpu", "--type=v3-8"], ["tpu-vm create"]),
+        (["create", "tpu", "--type=v3-8", "--queued"], ["queued-resources create"]),
+        (["setup", "tpu"], ["tpu-vm ssh", "tpu-vm scp", "tpu-vm ssh"]),
+        (["train", "tpu", *TRAIN], ["tpu-vm ssh"]),
+        (["status", "tpu"], ["tpu-vm describe", "tpu-vm ssh", "tpu-vm ssh"]),
+        (["logs", "tpu"], ["tpu-vm ssh"]),
+        (["stop", "tpu"], ["tpu-vm ssh"]),
+        (["delete", "tpu"], ["tpu-vm delete"]),
+        (["delete", "tpu", "--queued"], ["queued-resources delete"]),
+    ],
+    ids=lambda value: "-".join(value[:1]),
+)
+def test_a_dry_run_prints_the_calls_and_makes_none(cloud, command, calls):
+    at = command.index("--") if "--" in command else len(command)
+    output = cloud(*command[:at], "--dry-run", *command[at:])
+    assert re.findall(r"^\+ gcloud compute tpus (\S+ \S+)", output, re.MULTILINE) == calls
+    assert cloud.calls == []
+
+
+def test_setup_puts_one_commit_on_every_worker(cloud, repository):
+    (repository / "requirements.txt").write_text("not committed\n")
+    output = cloud("setup", "tpu", "--env=HF_TOKEN", env={"HF_TOKEN": "hf_secret"})
+    git(repository, "checkout", "requirements.txt")
+    sha = git(repository, "rev-parse", "HEAD")
+    assert "warning: changes in" in output
+    assert "hf_secret" not in output + json.dumps(cloud.calls)
+    for home in cloud.workers:
+        assert (home / "mlm" / "COMMIT").read_text().strip() == sha
+        assert (home / "mlm" / "requirements.txt").read_text() == (ROOT / "requirements.txt").read_text()
+        assert (home / "mlm-run" / "env").read_text() == 'HF_TOKEN="hf_secret"\n'
+        assert (home / "mlm-run" / "env").stat().st_mode & 0o777 == 0o600
+        assert (home / "uv").read_text().splitlines()[1].endswith(f"{home}/mlm/requirements.txt jax[tpu]")
+        assert f"{home.name}: commit {sha}, jax 0.10" in output
+        assert sorted(path.name for path in home.iterdir()) == ["mlm", "mlm-run", "mlm-venv", "uv"]
+
+
+def test_setup_takes_another_commit_but_not_under_a_run(cloud, repository):
+    first = git(repository, "rev-parse", "HEAD")
+    git(repository, "commit", "--quiet", "--allow-empty", "--message", "more")
+    cloud("setup", "tpu")
+    cloud("setup", "tpu", f"--commit={first}")
+    assert (cloud.workers[1] / "mlm" / "COMMIT").read_text().strip() == first
+    cloud("train", "tpu", "--no-watch", *TRAIN)
+    assert "a run is under way here" in cloud("setup", "tpu", code=1)
+    assert (cloud.workers[1] / "mlm" / "COMMIT").read_text().strip() == first
+
+
+def test_train_starts_the_same_command_on_every_worker_once(cloud):
+    cloud("setup", "tpu")
+    assert "worker-1: started" in cloud("train", "tpu", "--no-watch", *TRAIN)
+    assert "worker-1: the run is under way" in cloud("train", "tpu", "--no-watch", *TRAIN)
+    for home in cloud.workers:
+        python = home / "mlm-venv" / "bin" / "python"
+        python.write_text(f'#!/bin/sh\npwd; for word; do echo "$word"; done\n')
+        done = subprocess.run(["bash", home / "mlm-run" / "command"], capture_output=True, text=True, check=True)
+        assert done.stdout.splitlines() == [str(home / "mlm"), "main.py", *TRAIN[1:]]
+        assert (home / "systemctl").read_text().count("start --no-block mlm.service") == 1
+
+
+def test_the_unit_restarts_after_a_preemption_alone(cloud):
+    cloud("setup", "tpu")
+    cloud("train", "tpu", "--no-watch", *TRAIN)
+    unit = (cloud.workers[0] / "mlm-run" / "mlm.service").read_text().splitlines()
+    # systemd.service(5): the codes named restart whatever Restart= says; 75 is main.py's "saved, call me again".
+    assert "Restart=no" in unit
+    assert "RestartForceExitStatus=75" in unit
+    # SIGTERM to main.py alone, and the time for a checkpoint.
+    assert {"KillMode=mixed", "TimeoutStopSec=600"} <= set(unit)
+    assert "WantedBy=multi-user.target" in unit
+    assert f"enable --quiet --force {cloud.workers[0]}/mlm-run/mlm.service" in (
+        cloud.workers[0] / "systemctl"
+    ).read_text()
+
+
+@pytest.mark.parametrize(
+    ("active", "result", "end", "state"),
+    [
+        ("inactive", "success", None, "none"),
+        ("active", "success", None, "running"),
+        ("activating", "success", "exited 75", "restarting"),
+        ("deactivating", "success", None, "stopping"),
+        ("inactive", "success", "exited 0", "finished"),
+        ("inactive", "success", "exited 75", "stopped"),
+        ("failed", "exit-code", "exited 130", "stopped"),
+        ("failed", "exit-code", "exited 2", "failed 2"),
+        ("failed", "exit-code", "exited 1", "failed 1"),
+        ("failed", "signal", "killed KILL", "failed KILL"),
+        ("failed", "start-limit-hit", "exited 75", "failed preempted-again-and-again"),
+    ],
+)
+def test_the_state_of_a_worker(cloud, active, result, end, state):
+    home = cloud.workers[0]
+    (home / "mlm-run").mkdir()
+    (home / "active").write_text(active)
+    (home / "result").write_text(result)
+    if end is not None:
+        (home / "mlm-run" / "exit").write_text(end + "\n")
+    environment = {"HOME": str(home), "WORKER": "w", "PATH": f"{FAKES}/worker:{os.environ['PATH']}"}
+
+    def worker(command):
+        script = ROOT / "launch" / "tpu_worker.sh"
+        return subprocess.run(["bash", script, command], env=environment, capture_output=True, text=True, check=False)
+
+    assert worker("status").stdout == f"worker w no-code {state}\n"
+    # At boot: what was cut off or never ended goes on, what finished or failed does not.
+    assert (worker("may-start").returncode == 0) == (end in (None, "exited 75", "killed KILL"))
+
+
+def test_train_watches_until_the_run_is_finished(cloud):
+    cloud("setup", "tpu")
+    cloud.play(states=[READY, {"vm": "UNREACHABLE"}, READY, FINISHED])
+    output = cloud("train", "tpu", "--poll=0", *TRAIN)
+    assert "2 running" in output
+    assert "tpu is UNREACHABLE; waiting" in output
+    assert "the run is finished" in output
+
+
+@pytest.mark.parametrize("end", ["exited 1", "exited 2", "killed SEGV"])
+def test_train_stops_on_a_failure_and_does_not_start_again(cloud, end):
+    cloud("setup", "tpu")
+    cloud.play(**{"is": SPOT}, states=[READY, {"vm": "READY", "exits": {"1": end}}])
+    (cloud.workers[0] / "mlm-run" / "log").write_text("the cause\n")
+    (cloud.workers[1] / "mlm-run" / "log").write_text("it went wrong\n")
+    before = len(cloud.verbs)
+    output = cloud("train", "tpu", "--poll=0", *TRAIN, code=1)
+    assert f"worker-1 {(cloud.workers[1] / 'mlm' / 'COMMIT').read_text().strip()} failed {end.split()[1]}" in output
+    assert "worker-1: it went wrong" in output
+    assert set(cloud.verbs[before:]) == {"tpu-vm ssh"}
+    assert (cloud.workers[1] / "systemctl").read_text().count("start ") == 1
+
+
+@pytest.mark.parametrize("gone", ["PREEMPTED", "TERMINATED", "GONE"])
+def test_a_preempted_spot_vm_is_made_anew_at_the_same_commit(cloud, repository, gone):
+    cloud("setup", "tpu")
+    sha = git(repository, "rev-parse", "HEAD")
+    no_capacity = '{"code": 8, "message": "There is no more capacity in the zone \\"z\\"; you can try in another zone"}'
+    cloud.play(
+        **{"is": SPOT},
+        # A worker fails first, for the other host is gone: it is no failure of the run.
+        states=[READY, {"vm": "READY", "exits": {"0": "exited 1"}}, {"vm": gone}, READY, FINISHED],
+        creates=[no_capacity, no_capacity],
+    )
+    git(repository, "commit", "--quiet", "--allow-empty", "--message", "later")
+    before = len(cloud.verbs)
+    output = cloud("train", "tpu", "--poll=0", "--zone=z", *TRAIN)
+    assert "no TPU to be had now" in output
+    verbs = cloud.verbs[before:]
+    at = verbs.index("tpu-vm create")
+    assert verbs[at - 1] == ("tpu-vm ssh" if gone == "GONE" else "tpu-vm delete")
+    # setup is ssh, scp, ssh; start is two.
+    assert verbs[at : at + 8] == ["tpu-vm create"] * 3 + ["tpu-vm ssh", "tpu-vm scp"] + ["tpu-vm ssh"] * 3
+    create = next(call for call in cloud.calls if call[3] == "create")
+    assert create[5:] == ["--accelerator-type=v4-16", "--version=tpu-ubuntu2204-base", "--spot", "--zone=z"]
+    for home in cloud.workers:
+        assert (home / "mlm" / "COMMIT").read_text().strip() == sha
+        assert "--workdir=gs://bucket/run" in (home / "mlm-run" / "command").read_text()
+
+
+def test_a_preempted_queued_vm_queues_again(cloud):
+    cloud("setup", "tpu")
+    cloud.play(
+        **{"is": QUEUED}, states=[READY, {"vm": "GONE"}, READY, FINISHED], queue=["WAITING_FOR_RESOURCES", "ACTIVE"]
+    )
+    before = len(cloud.calls)
+    cloud("train", "tpu", "--poll=0", *TRAIN)
+    calls = [" ".join(call[2:]) for call in cloud.calls[before:] if call[2] == "queued-resources"]
+    assert calls[:2] == [
+        "queued-resources delete tpu --force --quiet",
+        "queued-resources create tpu --node-id=tpu --accelerator-type=v4-16 --runtime-version=tpu-ubuntu2204-base --spot",
+    ]
+    assert [call.split()[1] for call in calls[2:]] == ["describe", "describe"]
+
+
+def test_what_waiting_does_not_mend_ends_the_watching(cloud):
+    cloud("setup", "tpu")
+    cloud.play(**{"is": SPOT}, states=[READY, {"vm": "GONE"}], creates=["PERMISSION_DENIED: you may not"])
+    assert "error: tpu cannot be made anew; see above" in cloud("train", "tpu", "--poll=0", *TRAIN, code=1)
+
+
+def test_a_vm_that_cannot_be_preempted_is_not_made_anew(cloud):
+    cloud("setup", "tpu")
+    cloud.play(states=[READY, {"vm": "TERMINATED"}])
+    before = len(cloud.verbs)
+    assert "error: tpu is TERMINATED; make it again" in cloud("train", "tpu", "--poll=0", *TRAIN, code=1)
+    assert set(cloud.verbs[before:]) == {"tpu-vm ssh"}
+
+
+def test_stop_saves_and_train_goes_on(cloud):
+    cloud("setup", "tpu")
+    cloud("train", "tpu", "--no-watch", *TRAIN)
+    assert "worker-1: stopped" in cloud("stop", "tpu")
+    assert "disable --quiet mlm.service" in (cloud.workers[1] / "systemctl").read_text()
+    cloud.play(states=[READY, {"vm": "READY", "exits": {"0": "exited 75", "1": "exited 75"}}])
+    assert "the run was stopped; train goes on with it" in cloud("train", "tpu", "--poll=0", *TRAIN)
+
+
+def test_status_logs_and_delete(cloud):
+    cloud("setup", "tpu")
+    for home in cloud.workers:
+        (home / "mlm-run" / "log").write_text("".join(f"line {i}\n" for i in range(9)))
+    output = cloud("status", "tpu")
+    assert "READY\n" in output
+    assert re.search(r"^worker worker-1 \w{40} none$", output, re.MULTILINE)
+    assert "worker-0: line 8\n" in output
+    assert "worker-1: line 7\nworker-1: line 8\n" in cloud("logs", "tpu", "--worker=1", "--lines=2")
+    cloud("delete", "tpu")
+    assert cloud.calls[-1] == ["compute", "tpus", "tpu-vm", "delete", "tpu", "--quiet"]
+    cloud.play(**{"is": QUEUED})
+    cloud("delete", "tpu")
+    assert cloud.calls[-1][2:] == ["queued-resources", "delete", "tpu", "--force", "--quiet"]
+
+
+def test_workers_that_are_not_set_up_alike_do_not_start(cloud):
+    assert "error: tpu is not set up yet" in cloud("train", "tpu", *TRAIN, code=2)
+    cloud("setup", "tpu")
+    (cloud.workers[1] / "mlm" / "COMMIT").write_text("another\n")
+    assert "at different commits" in cloud("train", "tpu", *TRAIN, code=2)
+    assert not (cloud.workers[0] / "mlm-run" / "command").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["fly", "tpu"], "error: fly is none of create"),
+        (["create"], "error: create needs the TPU VM's name"),
+        (["create", "tpu"], "error: create needs the TPU's type"),
+        (["create", "tpu", "--type=v9-8"], "error: --type=v9-8: no software version is known"),
+        (["create", "tpu", "--tpye=v3-8"], "error: --tpye=v3-8 is not an option"),
+        (["setup", "tpu", "--commit=nowhere"], "error: --commit=nowhere: there is no such commit"),
+        (["setup", "tpu", "--env=NOT_THERE"], "error: --env=NOT_THERE: there is no such variable"),
+        (["stop", "tpu", *TRAIN], "error: only train takes arguments"),
+        (["train", "tpu"], "error: train needs the arguments of main.py"),
+    ],
+)
+def test_a_mistake_is_one_line(cloud, words, message):
+    assert message in cloud(*words, code=2)
+    assert cloud.verbs == []
+
+
+def test_a_work_directory_that_goes_with_the_vm_is_refused(cloud):
+    cloud("setup", "tpu")
+    cloud.play(**{"is": SPOT})
+    output = cloud("train", "tpu", "--", "--config=configs/roberta_base.py", "--workdir=runs/a", code=2)
+    assert "error: --workdir=runs/a is on the VM's own disk" in output
+
+
+def test_alone_it_says_how(cloud):
+    assert cloud("help").startswith("launch/tpu_vm.sh COMMAND NAME")
+    assert cloud(code=2).startswith("launch/tpu_vm.sh COMMAND NAME")
