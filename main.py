@@ -3,8 +3,17 @@
     python main.py --config=configs/quickstart.py --workdir=runs/quickstart
 
 Any key of the config can be set from the command line: --config.optimizer.learning_rate=1e-4. `configs/default.py`
-explains them all. The same command, run again, goes on after an interruption. With --mode=show_data --step=N it prints
-what update N of the run was trained on.
+explains them all. The same command, run again, goes on after an interruption. What else it does, by --mode:
+
+    train_tokenizer --config=FILE --output=DIR                        trains the config's tokenizer and nothing else
+    show_data       --workdir=DIR --step=N [--rows=R] [--process=P]   prints what update N of the run was trained on
+    export          --workdir=DIR [--step=N] [--average=K] [--dtype=T] [--output=DIR]
+                                                                      a checkpoint as a Hugging Face model directory
+    fill_mask       --workdir=DIR [--step=N] "A <mask>." ...          the five best words; or lines from standard input
+    report          --workdir=DIR [--workdir=DIR]... [--output=FILE]  the curves of runs as a page, report.html
+
+The last four need no --config: the work directory has it. They run on the CPU;
+fill_mask elsewhere with the environment variable JAX_PLATFORMS=cuda or tpu.
 """
 
 import difflib
@@ -30,34 +39,52 @@ from ml_collections import ConfigDict, config_flags
 from configs import default
 from mlm import interrupt
 from mlm.errors import UserError
-from mlm.workdir import flatten
+from mlm.workdir import WorkDir, flatten
 
 FLAGS = flags.FLAGS
 config_flags.DEFINE_config_file("config", None, "the run's configuration, such as configs/quickstart.py")
-flags.DEFINE_string("workdir", None, "the run's directory: checkpoints, metrics, model; made if it is not there")
-flags.DEFINE_enum("mode", "train", ["train", "show_data"], "show_data prints what the update --step was trained on")
+flags.DEFINE_multi_string("workdir", None, "the run's directory; report: one of several runs to compare")
+MODES = ("train", "train_tokenizer", "show_data", "export", "fill_mask", "report")
+# They find the config in the work directory.
+OF_A_RUN = ("show_data", "export", "fill_mask", "report")
+flags.DEFINE_enum("mode", "train", MODES, "what to do; the head of this file says more")
 flags.DEFINE_bool("overwrite", False, "train: start anew, after moving what is in --workdir aside")
 flags.DEFINE_bool("multihost", None, "train: one of several processes; by itself on a TPU pod")
 flags.DEFINE_string("coordinator_address", None, "multihost: HOST:PORT of process 0, where jax cannot find it")
 flags.DEFINE_integer("num_processes", None, "multihost: how many, where jax cannot find it", lower_bound=1)
 flags.DEFINE_integer("process_id", None, "multihost: which one, where jax cannot find it", lower_bound=0)
-flags.DEFINE_integer("step", None, "show_data: the update, from 1 on")
+flags.DEFINE_integer("step", None, "show_data: the update, from 1 on; export, fill_mask: the checkpoint")
+flags.DEFINE_string("output", None, "export: the directory, else the run's model/; train_tokenizer: the directory; report: the page")
+flags.DEFINE_integer("average", 1, "export: the mean of so many checkpoints, the last of them --step", lower_bound=1)
+flags.DEFINE_string("dtype", None, "export: of the weights, else the run's export.dtype")
 flags.DEFINE_integer("rows", 4, "show_data: how many of its rows to print", lower_bound=1)
 flags.DEFINE_integer("process", 0, "show_data: whose rows, in a run of several processes", lower_bound=0)
 
 
 def main(argv: list[str]) -> None:
     """Does what --mode says."""
-    if len(argv) > 1:
+    if len(argv) > 1 and FLAGS.mode != "fill_mask":
         raise UserError(f"{argv[1]!r} is not a flag; flags begin with --, their values follow after =")
-    if not FLAGS.workdir:
+    if not FLAGS.workdir and FLAGS.mode != "train_tokenizer":
         raise UserError("no --workdir; name the run's directory, such as --workdir=runs/quickstart")
+    if FLAGS.mode != "report" and len(FLAGS.workdir or ()) > 1:
+        raise UserError(f"--workdir is there {len(FLAGS.workdir)} times; only --mode=report takes several runs")
+    if FLAGS.mode == "train_tokenizer" and not FLAGS.output:
+        raise UserError("--mode=train_tokenizer needs a directory to write to, such as --output=tokenizers/mine")
     if FLAGS.mode == "show_data" and FLAGS.step is None:
         raise UserError("--mode=show_data needs the update to show, such as --step=100")
-    check_keys(FLAGS.config)
     set_up_log(verbose=FLAGS.verbosity > 0)
+    if FLAGS.mode == "report":
+        from mlm.html_report import write_report
 
-    if FLAGS.mode == "show_data":
+        defaults = flatten(default.get_config().to_dict())
+        write_report(FLAGS.workdir, FLAGS.output or "report.html", defaults=defaults)
+        return
+    workdir = FLAGS.workdir[0] if FLAGS.workdir else None
+    config = config_of_run(workdir) if FLAGS.config is None else FLAGS.config
+    check_keys(config)
+
+    if FLAGS.mode in OF_A_RUN and not (FLAGS.mode == "fill_mask" and "JAX_PLATFORMS" in os.environ):
         # Before jax is imported: a device may be busy with the run itself.
         os.environ["JAX_PLATFORMS"] = "cpu"
 
@@ -72,7 +99,20 @@ def main(argv: list[str]) -> None:
     if FLAGS.mode == "show_data":
         from mlm.show_data import show_data
 
-        show_data(FLAGS.config, FLAGS.workdir, step=FLAGS.step, rows=FLAGS.rows, process_index=FLAGS.process)
+        show_data(config, workdir, step=FLAGS.step, rows=FLAGS.rows, process_index=FLAGS.process)
+    elif FLAGS.mode == "train_tokenizer":
+        from mlm import setup
+
+        setup.train_tokenizer(config, FLAGS.output)
+    elif FLAGS.mode == "export":
+        from mlm import saved
+
+        options = {"step": FLAGS.step, "average": FLAGS.average, "output": FLAGS.output, "dtype": FLAGS.dtype}
+        saved.export_checkpoint(config, workdir, **options)
+    elif FLAGS.mode == "fill_mask":
+        from mlm import saved
+
+        saved.fill_sentences(config, workdir, argv[1:], step=FLAGS.step)
     else:
         train()
 
@@ -93,7 +133,7 @@ def train() -> None:
     with interrupt.Interrupt() as asked, hosts.end_together():
         train_and_evaluate(
             FLAGS.config,
-            FLAGS.workdir,
+            FLAGS.workdir[0],
             command=shlex.join(["python", *sys.argv]),
             interrupt=asked,
             overwrite=FLAGS.overwrite,
@@ -118,7 +158,7 @@ def parse_flags(argv: list[str]) -> list[str]:
         # The config file is the user's own code: whatever it raises is told with the file's name.
         last_line = str(error).strip().splitlines()[-1] if str(error).strip() else ""
         raise UserError(f"--config={path}: {type(error).__name__}: {last_line}") from None
-    if path is None:
+    if path is None and FLAGS.mode not in OF_A_RUN:
         raise UserError(f"no --config=FILE; there are {', '.join(_configs())}")
     return rest
 
@@ -134,6 +174,24 @@ def check_config_file(path: str) -> None:
     if not os.path.isfile(path.split(":")[0]):
         nearest = difflib.get_close_matches(path, _configs(), n=1, cutoff=0.0)[0]
         raise UserError(f"--config={path}: there is no such file; did you mean {nearest}?")
+
+
+def config_of_run(workdir: str) -> ConfigDict:
+    """The config of the run in a work directory; keys that are younger than the run have their defaults."""
+    place = WorkDir(workdir)
+    if not os.path.exists(place.config):
+        raise UserError(f"--workdir={workdir}: there is no run; name the work directory of one")
+    keys = flatten(default.get_config().to_dict()) | flatten(place.read_config())
+    config = ConfigDict()
+    for key, value in keys.items():
+        group = config
+        *groups, name = key.split(".")
+        for part in groups:
+            if part not in group:
+                group[part] = ConfigDict()
+            group = group[part]
+        group[name] = value
+    return config
 
 
 def check_keys(config: ConfigDict) -> None:

@@ -94,11 +94,14 @@ def get_config() -> ConfigDict:
     tokenizer.backend = "auto"
 
     config.model = model = ConfigDict()
-    # The family: used with its defaults when config_name and model_name_or_path are None.
+    # The family, whose defaults hold when config_name and model_name_or_path are None: "roberta", "xlm-roberta",
+    # "camembert", "roberta-prelayernorm", "bert", "distilbert", "electra" (the generator), "albert", "roformer" or
+    # "modernbert".
     model.model_type = "roberta"
     # A hub name or local directory whose config.json is copied, without the weights.
     model.config_name = placeholder(str)
-    # A hub name or local directory whose config.json and weights training starts from.
+    # A hub name or local directory, such as a run's model/, whose config.json and weights training starts from
+    # (mlm/warm_start.py says what becomes of another vocabulary, longer rows and missing heads).
     model.model_name_or_path = placeholder(str)
     # Of the computation: "float32" or "bfloat16". Parameters, reductions and the optimizer stay float32.
     model.dtype = "float32"
@@ -117,6 +120,29 @@ def get_config() -> ConfigDict:
     overrides.type_vocab_size = placeholder(int)
     overrides.initializer_range = placeholder(float)
     overrides.layer_norm_eps = placeholder(float)
+    # Of some families only; the others refuse them. electra, albert, roformer: width of the embeddings.
+    overrides.embedding_size = placeholder(int)
+    # albert: groups of layers with parameters of their own, and blocks in a group.
+    overrides.num_hidden_groups = placeholder(int)
+    overrides.inner_group_num = placeholder(int)
+    # roformer: rotary positions for values too.
+    overrides.rotary_value = placeholder(bool)
+    # modernbert: global attention at every so many layers; tokens that the others see (half on each side); the bases
+    # of the rotary positions of either kind; biases; whether the decoder is the word embeddings.
+    overrides.global_attn_every_n_layers = placeholder(int)
+    overrides.local_attention = placeholder(int)
+    overrides.global_rope_theta = placeholder(float)
+    overrides.local_rope_theta = placeholder(float)
+    overrides.attention_bias = placeholder(bool)
+    overrides.mlp_bias = placeholder(bool)
+    overrides.norm_bias = placeholder(bool)
+    overrides.classifier_bias = placeholder(bool)
+    overrides.decoder_bias = placeholder(bool)
+    overrides.classifier_activation = placeholder(str)
+    overrides.embedding_dropout = placeholder(float)
+    overrides.mlp_dropout = placeholder(float)
+    overrides.initializer_cutoff_factor = placeholder(float)
+    overrides.tie_word_embeddings = placeholder(bool)
 
     config.masking = masking = ConfigDict()
     # The share of tokens to predict, special tokens and padding aside.
@@ -150,12 +176,20 @@ def get_config() -> ConfigDict:
     # Of the older ones, those whose number of updates is a multiple of this are kept, too. 0: none.
     checkpoint.keep_every_steps = 0
 
+    config.export = export = ConfigDict()
+    # Of the weights in `model/`: "float32", as they are trained, or "bfloat16" or "float16", half the size.
+    export.dtype = "float32"
+
     config.hub = hub = ConfigDict()
     # Upload `model/` and the tensorboard files after every evaluation, in the background.
     hub.push_to_hub = False
     # "name" or "owner/name". None: the work directory's own name.
     hub.hub_model_id = placeholder(str)
+    # Of a repository that is made here.
     hub.private = False
+    # For the model card, in the hub's abbreviations: such as "apache-2.0", and ("en", "de").
+    hub.license = placeholder(str)
+    hub.languages = ()
 
     config.profile = profile = ConfigDict()
     # Trace num_steps updates after first_step for tensorboard's profile page. 0 steps: no trace.

@@ -3,6 +3,7 @@
     train       the run: build, restore, loop over batch, step, log, evaluate, save, export
     show_data   the ledger: documents and masked rows of any update of a run, made again
     setup       a config -> the parts of a run; everything a user can get wrong is found there
+    warm_start  weights that are there, of ours or of transformers, fitted to a run's model
     text        a config -> sources, tokenizer, evaluation rows, and any process's batches
     workdir     the work directory's paths, and whether a run may go on in it
     report      metric files and progress lines;  curves  their picture

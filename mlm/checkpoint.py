@@ -11,12 +11,14 @@ import dataclasses
 import json
 import os
 import shutil
+import tempfile
 import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
@@ -83,6 +85,10 @@ class SaveError(Exception):
     """A checkpoint was not written. Those before it are as they were, and the next one may be."""
 
 
+class NoRoomError(SaveError):
+    """It was not even begun."""
+
+
 class DamagedError(Exception):
     """A checkpoint cannot be read, or is not what was written."""
 
@@ -115,7 +121,7 @@ class Checkpointer:
         """Keeps the newest `keep_checkpoints`, and those at multiples of `keep_every_steps` unless it is 0."""
         self._directory = os.path.abspath(directory)
         self.damaged = os.path.join(os.path.dirname(self._directory), "damaged")
-        options = ocp.CheckpointManagerOptions(
+        self._options = ocp.CheckpointManagerOptions(
             max_to_keep=keep_checkpoints,
             keep_period=keep_every_steps or None,
             # The loop alone knows when to save; Orbax would silently skip steps off its own interval.
@@ -124,9 +130,12 @@ class Checkpointer:
             # The work directory is made once all is known to be well.
             create=False,
         )
-        self._manager = ocp.CheckpointManager(
+        self._manager = self._open()
+
+    def _open(self) -> ocp.CheckpointManager:
+        return ocp.CheckpointManager(
             self._directory,
-            options=options,
+            options=self._options,
             item_handlers={
                 "state": ocp.StandardCheckpointHandler(),
                 "loop": ocp.JsonCheckpointHandler(),
@@ -148,17 +157,14 @@ class Checkpointer:
           stream: JSON-serializable, this process's own.
 
         Raises:
-          SaveError: it cannot be written, as far as is known by now.
+          SaveError: it cannot be written, as far as is known by now. One before it that failed is only told of.
         """
         try:
             self.wait()
         except SaveError as error:
             logging.warning("%s", error)
-        if jax.process_index() == 0:
-            self.remove_partial()
         loop = {"loop": dict(loop), "checksums": checksums(state)}
-        with _telling(step):
-            self._require_room(state)
+        with self._telling():
             saved = self._manager.save(
                 step,
                 args=ocp.args.Composite(
@@ -171,18 +177,24 @@ class Checkpointer:
                 # Orbax says no more than False, for a step that is not past the newest one.
                 raise AssertionError(f"Orbax did not save step {step}; the newest is {self.latest_step()}")
 
-    def _require_room(self, state: Any) -> None:
-        """Finds out what it can before the writing starts, for half a checkpoint takes room as well."""
-        if not os.path.isdir(self._directory):
-            raise OSError(f"{self._directory} is gone")
-        needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
-        free = shutil.disk_usage(self._directory).free
-        if free < needed:
-            raise OSError(f"{free / 1e6:,.0f} MB are free in {self._directory}, and {needed / 1e6:,.0f} are needed")
+    def require_room(self, state: Any) -> None:
+        """Finds out what it can before a save: a directory that is gone, a disk that is full or cannot be written to.
+
+        Raises:
+          NoRoomError: the state cannot be saved.
+        """
+        try:
+            needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+            free = shutil.disk_usage(self._directory).free
+            if free < needed:
+                raise OSError(f"{free / 1e6:,.0f} MB are free in {self._directory}, and {needed / 1e6:,.0f} are needed")
+            tempfile.TemporaryFile(dir=self._directory).close()
+        except OSError as error:
+            raise NoRoomError(f"a checkpoint could not be written ({error})") from None
 
     def check(self) -> None:
         """Raises SaveError if the save under way has failed by now; waits for nothing."""
-        with _telling(None):
+        with self._telling():
             self._manager.check_for_errors()
 
     def wait(self) -> None:
@@ -191,8 +203,20 @@ class Checkpointer:
         Raises:
           SaveError: it is not.
         """
-        with _telling(None):
+        with self._telling():
             self._manager.wait_until_finished()
+
+    @contextlib.contextmanager
+    def _telling(self) -> Iterator[None]:
+        """What Orbax and its storage raise when they cannot write -> SaveError, and a clean slate."""
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            # Its parts keep the error, and would raise it again at the next save.
+            self._manager = self._open()
+            if jax.process_index() == 0:
+                self.remove_partial()
+            raise SaveError(f"a checkpoint could not be written ({_reason(error)})") from None
 
     def remove_partial(self) -> None:
         """Removes what a save that failed, or was cut off, has left. Not while one is under way."""
@@ -225,6 +249,26 @@ class Checkpointer:
             if differing := [name for name in names if found[name] != written[name]]:
                 raise ValueError(f"the checksum of {differing[0]} does not match")
         return Restored(step=step, state=state, loop=loop["loop"], streams=head.stream)
+
+    def restore_params(self, step: int) -> tuple[Any, dict[str, Any]]:
+        """Reads the parameters of checkpoint `step`, NumPy arrays, and what the loop saved; whatever devices wrote it.
+
+        Raises:
+          DamagedError: it cannot be read, or is not what was written.
+        """
+        directory = epath.Path(self._directory) / str(step) / "state"
+        handler = ocp.PyTreeCheckpointHandler()
+        with _reading():
+            head = self._manager.restore(step, args=ocp.args.Composite(loop=ocp.args.JsonRestore()))
+            loop = _unsealed(head.loop)
+            wanted = {"params": handler.metadata(directory).tree["params"]}
+            kinds = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
+            arguments = ocp.args.PyTreeRestore(item=wanted, restore_args=kinds, partial_restore=True)
+            params = handler.restore(directory, args=arguments)["params"]
+            found = {f".params{name}": value for name, value in checksums(params).items()}
+            if differing := [name for name, value in found.items() if loop["checksums"].get(name) != value]:
+                raise ValueError(f"the checksum of {differing[0]} does not match")
+        return params, loop["loop"]
 
     def set_aside(self, step: int) -> str:
         """Moves a damaged checkpoint out of the way, on process 0. Call `reload` on all after it.
@@ -276,16 +320,6 @@ def _sum(leaf: jax.Array) -> jax.Array:
     unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[leaf.dtype.itemsize]
     words = jax.lax.bitcast_convert_type(leaf, unsigned).ravel().astype(jnp.uint32)
     return jnp.sum(words * (2 * jnp.arange(words.size, dtype=jnp.uint32) + 1), dtype=jnp.uint32)
-
-
-@contextlib.contextmanager
-def _telling(step: int | None) -> Iterator[None]:
-    """What Orbax and its storage raise when they cannot write -> SaveError."""
-    try:
-        yield
-    except (OSError, ValueError) as error:
-        what = "a checkpoint" if step is None else f"checkpoint {step}"
-        raise SaveError(f"{what} could not be written ({_reason(error)})") from None
 
 
 @contextlib.contextmanager

@@ -15,16 +15,16 @@ from mlm.models.encoder import MaskedLM
 
 @dataclasses.dataclass(frozen=True)
 class Filling:
-    """A sentence with one masked word: guesses and their probabilities, best first."""
+    """A sentence with masked words: for each of them guesses and their probabilities, best first."""
 
     sentence: str
-    guesses: tuple[tuple[str, float], ...]
+    guesses: tuple[tuple[tuple[str, float], ...], ...]
 
 
 def fill_mask(
     model: MaskedLM, params: Any, tokenizer: Tokenizer, sentences: Sequence[str], *, top_k: int = 5
 ) -> list[Filling]:
-    """Fills in the first "<mask>" (or the tokenizer's own mask token) of each sentence.
+    """Fills in each "<mask>" (or the tokenizer's own mask token) of each sentence, the others as they are.
 
     Args:
       model: the model.
@@ -36,15 +36,24 @@ def fill_mask(
     if not sentences:
         return []
     encoded = encode(tokenizer, sentences, max_seq_length=model.config.max_seq_length)
-    tokens_BxL = np.full((len(encoded), max(map(len, encoded))), tokenizer.pad_id, np.int32)
-    for row, ids in enumerate(encoded):
+    masks = [[place for place, id in enumerate(ids) if id == tokenizer.mask_id] for ids in encoded]
+    # Few lengths, for each is compiled.
+    length = min(-(-max(map(len, encoded)) // 16) * 16, model.config.max_seq_length)
+    tokens_BxL = np.full((len(encoded), length), tokenizer.pad_id, np.int32)
+    positions_BxM = np.zeros((len(encoded), max(map(len, masks))), np.int32)
+    for row, (ids, places) in enumerate(zip(encoded, masks, strict=True)):
         tokens_BxL[row, : len(ids)] = ids
-    positions_Bx1 = np.array([[ids.index(tokenizer.mask_id)] for ids in encoded], np.int32)
-    arrays = jax.device_put((params, tokens_BxL, positions_Bx1))
-    probs_BxK, ids_BxK = jax.device_get(_guess(*arrays, model=model, top_k=top_k))
+        positions_BxM[row, : len(places)] = places
+    arrays = jax.device_put((params, tokens_BxL, positions_BxM))
+    probs_BxMxK, ids_BxMxK = jax.device_get(_guess(*arrays, model=model, top_k=top_k))
+
+    def guesses(row: int, mask: int) -> tuple[tuple[str, float], ...]:
+        pairs = zip(ids_BxMxK[row, mask], probs_BxMxK[row, mask], strict=True)
+        return tuple((tokenizer.hf.decode([id]), float(prob)) for id, prob in pairs)
+
     return [
-        Filling(sentence, tuple((tokenizer.hf.decode([i]), float(p)) for i, p in zip(ids, probs, strict=True)))
-        for sentence, ids, probs in zip(sentences, ids_BxK, probs_BxK, strict=True)
+        Filling(sentence, tuple(guesses(row, mask) for mask in range(len(masks[row]))))
+        for row, sentence in enumerate(sentences)
     ]
 
 
@@ -67,18 +76,19 @@ def encode(tokenizer: Tokenizer, sentences: Sequence[str], *, max_seq_length: in
 
 @functools.partial(jax.jit, static_argnames=("model", "top_k"))
 def _guess(
-    params: Any, tokens_BxL: jax.Array, positions_Bx1: jax.Array, *, model: MaskedLM, top_k: int
+    params: Any, tokens_BxL: jax.Array, positions_BxM: jax.Array, *, model: MaskedLM, top_k: int
 ) -> tuple[jax.Array, jax.Array]:
-    logits_Bx1xV = model.apply({"params": params}, tokens_BxL, positions_BxK=positions_Bx1)
-    return jax.lax.top_k(jax.nn.softmax(logits_Bx1xV[:, 0]), top_k)
+    logits_BxMxV = model.apply({"params": params}, tokens_BxL, positions_BxK=positions_BxM)
+    return jax.lax.top_k(jax.nn.softmax(logits_BxMxV), top_k)
 
 
 def table(fillings: Sequence[Filling]) -> str:
-    """Fillings as lines for a terminal: a sentence, then its guesses with their probabilities."""
+    """Fillings as lines for a terminal: a sentence, then a line of guesses with probabilities for each mask."""
     lines = []
     for filling in fillings:
-        guesses = "   ".join(f"{shown(word)} {100 * prob:.1f} %" for word, prob in filling.guesses)
-        lines += [f"  {filling.sentence}", f"      {guesses}"]
+        lines.append(f"  {filling.sentence}")
+        for guesses in filling.guesses:
+            lines.append("      " + "   ".join(f"{shown(word)} {100 * prob:.1f} %" for word, prob in guesses))
     return "\n".join(lines)
 
 

@@ -2,33 +2,30 @@
 nothing is written here."""
 
 import dataclasses
-import glob
-import json
+import functools
 import os
 from typing import Any
 
-import huggingface_hub
 import jax
 import jax.numpy as jnp
-import numpy as np
-import safetensors.numpy
-from huggingface_hub.errors import HfHubHTTPError
+from absl import logging
 from ml_collections import ConfigDict
 
-from mlm import fill_mask
+from mlm import fill_mask, warm_start
 from mlm import text as text_lib
-from mlm.data import packing, sources
+from mlm.data import packing
 from mlm.data.batches import BatchStream, check_ranges
 from mlm.data.tokenizer import Tokenizer
 from mlm.errors import UserError
+from mlm.export import DTYPES as EXPORT_DTYPES
 from mlm.hub import Hub, check_token, is_pushed
 from mlm.masking import MaskingSpec
-from mlm.models import weights
 from mlm.models.config import EncoderConfig, default_config
 from mlm.models.encoder import MaskedLM
 from mlm.optimizer import create_optimizer, create_schedule
 from mlm.steps import Task, init_params
 from mlm.text import Text
+from mlm.warm_start import Checkpoint, Start
 from mlm.workdir import WorkDir
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -44,7 +41,7 @@ class Run:
       tokenizer: text to ids.
       stream: this process's training rows, at their beginning.
       text: what they and the evaluation rows come from.
-      pretrained: the weights to start from, or None.
+      start: the weights to start from, or None.
     """
 
     task: Task
@@ -52,15 +49,13 @@ class Run:
     tokenizer: Tokenizer
     stream: BatchStream
     text: Text
-    pretrained: dict[str, np.ndarray] | None
+    start: Start | None
 
     def initial_params(self) -> Any:
         """Parameters before the first update, on the host or one device."""
-        if self.pretrained is not None:
-            return weights.from_hf(self.pretrained, self.encoder)
-        return jax.jit(init_params, static_argnums=0, static_argnames="length")(
-            self.task, length=self.text.eval_rows_RxL.shape[1]
-        )
+        init = jax.jit(init_params, static_argnums=0, static_argnames="length")
+        fresh = functools.partial(init, self.task, length=self.text.eval_rows_RxL.shape[1])
+        return fresh() if self.start is None else self.start.params(fresh)
 
 
 def build(config: ConfigDict, workdir: WorkDir) -> Run:
@@ -81,14 +76,13 @@ def build(config: ConfigDict, workdir: WorkDir) -> Run:
     del options["max_skipped_updates"]  # The loop counts them.
     spike_factor = options.pop("spike_factor")
     optimizer = create_optimizer(schedule, **options)
-    copied, pretrained = _load_model(config)
+    copied, checkpoint = _load_model(config)
 
     text_sources = text_lib.open_sources(config)
     model_type = copied.model_type if copied is not None else config.model.model_type
     tokenizer = text_lib.open_tokenizer(config, workdir, text_sources, model_type=model_type)
-    encoder = _encoder_config(config, copied, tokenizer)
-    if pretrained is not None:
-        weights.from_hf(pretrained, encoder)
+    encoder = _encoder_config(config, copied, checkpoint, tokenizer)
+    start = checkpoint and warm_start.fit(checkpoint, encoder, vocabulary=tokenizer.hf.get_vocab())
 
     text = text_lib.open_text(config, text_sources, tokenizer)
     fill_mask.encode(tokenizer, config.report.sentences, max_seq_length=encoder.max_seq_length)
@@ -109,8 +103,32 @@ def build(config: ConfigDict, workdir: WorkDir) -> Run:
         tokenizer=tokenizer,
         stream=text.batches(),
         text=text,
-        pretrained=pretrained,
+        start=start,
     )
+
+
+def open_encoder(config: ConfigDict, tokenizer: Tokenizer) -> EncoderConfig:
+    """The model's config, as `build` makes it."""
+    copied, checkpoint = _load_model(config)
+    return _encoder_config(config, copied, checkpoint, tokenizer)
+
+
+def train_tokenizer(config: ConfigDict, output: str) -> None:
+    """Trains the tokenizer of the config on the head of its text, for its model's family, and writes it to `output`.
+
+    Raises:
+      UserError: the config or the text do not allow it, or something stands at `output`.
+    """
+    if os.path.exists(output) and not (os.path.isdir(output) and not os.listdir(output)):
+        raise UserError(f"--output={output}: there is something already; name another directory")
+    if config.tokenizer.train_documents < 1:
+        raise UserError(f"tokenizer.train_documents={config.tokenizer.train_documents} must be at least 1")
+    copied, _ = _load_model(config)
+    model_type = copied.model_type if copied is not None else config.model.model_type
+    tokenizer = text_lib.train_tokenizer(config, text_lib.open_sources(config), model_type=model_type)
+    tokenizer.save(output)
+    name = f"--config.tokenizer.tokenizer_name={output}"
+    logging.info("a tokenizer of %d entries is in %s; use it with %s", tokenizer.num_ids, output, name)
 
 
 def open_masking(config: ConfigDict, tokenizer: Tokenizer) -> MaskingSpec:
@@ -190,6 +208,8 @@ def check_numbers(config: ConfigDict) -> None:
     text_lib.check_mixture(config.data.mixture)
     if config.data.packing not in packing.PACKINGS:
         raise UserError(f"data.packing={config.data.packing!r} is not one of {', '.join(packing.PACKINGS)}")
+    if config.export.dtype not in EXPORT_DTYPES:
+        raise UserError(f"export.dtype={config.export.dtype!r} is not one of {', '.join(EXPORT_DTYPES)}")
     if config.model.dtype not in DTYPES:
         raise UserError(f"model.dtype={config.model.dtype!r} is not one of {', '.join(DTYPES)}")
     shares = config.masking
@@ -204,18 +224,19 @@ def check_numbers(config: ConfigDict) -> None:
         )
 
 
-def _encoder_config(config: ConfigDict, copied: EncoderConfig | None, tokenizer: Tokenizer) -> EncoderConfig:
-    """The model's config: copied or the family's default, then the tokenizer's ids, then the overrides."""
+def _encoder_config(
+    config: ConfigDict, copied: EncoderConfig | None, checkpoint: Checkpoint | None, tokenizer: Tokenizer
+) -> EncoderConfig:
+    """The model's config: copied or the family's default, then the tokenizer's ids, then the overrides.
+
+    The ids of a copied config stay, but for weights that go with another tokenizer than their own.
+    """
     overrides = {name: value for name, value in config.model.overrides.to_dict().items() if value is not None}
-    encoder = copied
-    if encoder is None:
-        encoder = default_config(config.model.model_type)
-        ids = {
-            "vocab_size": tokenizer.num_ids,
-            "pad_token_id": tokenizer.pad_id,
-            "bos_token_id": tokenizer.bos_id,
-            "eos_token_id": tokenizer.eos_id,
-        }
+    encoder = copied or default_config(config.model.model_type)
+    if copied is None or (checkpoint is not None and not checkpoint.has_tokens_of(tokenizer.hf.get_vocab())):
+        ids = {"vocab_size": tokenizer.num_ids, "pad_token_id": tokenizer.pad_id}
+        if encoder.bos_token_id is not None:  # BERT's config, for one, has neither.
+            ids |= {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
         overrides = ids | overrides
     encoder = encoder.replace(**overrides)
     if tokenizer.num_ids > encoder.vocab_size:
@@ -236,51 +257,15 @@ def _encoder_config(config: ConfigDict, copied: EncoderConfig | None, tokenizer:
     return encoder
 
 
-def _load_model(config: ConfigDict) -> tuple[EncoderConfig | None, dict[str, np.ndarray] | None]:
+def _load_model(config: ConfigDict) -> tuple[EncoderConfig | None, Checkpoint | None]:
     """The config to copy and the weights to start from, where they are asked for."""
     model = config.model
     if model.config_name and model.model_name_or_path:
         raise UserError("model.config_name and model.model_name_or_path exclude each other; set one")
-    name = model.model_name_or_path or model.config_name
-    if not name:
-        default_config(model.model_type)  # Refuses a type that is not known before any data is read.
-        return None, None
-    path = _fetch(name, cache_dir=config.data.cache_dir, with_weights=bool(model.model_name_or_path))
-    try:
-        with open(os.path.join(path, "config.json"), encoding="utf-8") as file:
-            copied = EncoderConfig.from_hf(json.load(file))
-    except ValueError:
-        raise UserError(f"{path}/config.json is not JSON") from None
-    if not model.model_name_or_path:
-        return copied, None
-    tensors: dict[str, np.ndarray] = {}
-    for shard in sorted(glob.glob(os.path.join(glob.escape(path), "*.safetensors"))):
-        try:
-            tensors |= safetensors.numpy.load_file(shard)
-        except (safetensors.SafetensorError, OSError) as error:
-            raise UserError(f"{shard} cannot be read ({sources.one_line(error)}); fetch it anew") from None
-    if not tensors:
-        raise UserError(f"model.model_name_or_path={name!r} has no *.safetensors files to start from")
-    return copied, tensors
-
-
-def _fetch(name: str, *, cache_dir: str | None, with_weights: bool) -> str:
-    """A local directory with the model's files: `name` itself, or its copy from the hub."""
-    name = os.path.expanduser(name)
-    if os.path.isfile(os.path.join(name, "config.json")):
-        return name
-    if sources.is_local_path(name) and not os.path.exists(name):
-        raise UserError(f"there is no model directory {name!r}")
-    if os.path.exists(name):
-        raise UserError(f"the model directory {name!r} has no config.json")
-    try:
-        return huggingface_hub.snapshot_download(
-            name,
-            cache_dir=cache_dir,
-            allow_patterns=["config.json", "*.safetensors"] if with_weights else ["config.json"],
-        )
-    except (HfHubHTTPError, OSError, ValueError):
-        raise UserError(
-            f"the model {name!r} is neither a local directory nor to be had from the hub; check the name and the "
-            "network, or set model.config_name to a directory with a config.json"
-        ) from None
+    if model.model_name_or_path:
+        checkpoint = warm_start.open_checkpoint(model.model_name_or_path, cache_dir=config.data.cache_dir)
+        return checkpoint.config, checkpoint
+    if model.config_name:
+        return warm_start.open_config(model.config_name, cache_dir=config.data.cache_dir), None
+    default_config(model.model_type)  # Refuses a type that is not known before any data is read.
+    return None, None

@@ -14,7 +14,8 @@ from clu import parameter_overview
 from ml_collections import ConfigDict
 
 from mlm import export, parallel, report, setup, steps
-from mlm.checkpoint import Checkpointer, DamagedError, SaveError
+from mlm.card import card_of
+from mlm.checkpoint import Checkpointer, DamagedError, NoRoomError, SaveError
 from mlm.data.packing import RUN_ON
 from mlm.data.prefetch import Prefetcher
 from mlm.errors import UserError
@@ -54,6 +55,8 @@ def train_and_evaluate(
             logging.info("the run that was in %s is in %s now", place.path, old)
         parallel.barrier("work directory moved aside")
     place.check_same_run(config.to_dict())
+    if jax.process_index() == 0:
+        export.recover(place.model)
     exported = place.exported_step()
     if exported is not None and exported >= last:
         logging.info("nothing to do: all %d updates are made; the model is in %s", exported, place.model)
@@ -120,7 +123,9 @@ def train_and_evaluate(
         def save(step: int, stream_state: dict[str, Any], *, evaluated: bool = True, awaited: bool = False) -> None:
             with reporter.apart("save"), _tolerant(awaited=awaited):
                 loop = {"step": step, "evaluated": evaluated, **reporter.to_json()}
-                checkpointer.save(step, state=parallel.to_global(state), loop=loop, stream=stream_state)
+                saved = parallel.to_global(state)
+                _require_room(checkpointer, saved)
+                checkpointer.save(step, state=saved, loop=loop, stream=stream_state)
                 if awaited:
                     checkpointer.wait()
 
@@ -205,9 +210,21 @@ def _waits_in_vain(interrupt: Interrupt) -> Callable[[], None]:
     return check
 
 
+def _require_room(checkpointer: Checkpointer, state: Any) -> None:
+    """Raises NoRoomError on all processes if there is no room for one of them: a save takes all."""
+    missing = None
+    try:
+        checkpointer.require_room(state)
+    except NoRoomError as error:
+        missing = error
+    if parallel.first_replica(parallel.any_process(missing is not None)):
+        raise missing or NoRoomError("a checkpoint could not be written by another process")
+
+
 @contextlib.contextmanager
 def _tolerant(*, awaited: bool) -> Iterator[None]:
-    """What cannot be written is told of, and written at the next checkpoint or export; not if none comes after it.
+    """What cannot be written is told of, and written at the next checkpoint or export; not if none comes after it, nor
+    if one of several processes broke off, for others may have gone on.
 
     Raises:
       UserError: it was the one that the run ends with.
@@ -215,7 +232,7 @@ def _tolerant(*, awaited: bool) -> Iterator[None]:
     try:
         yield
     except (SaveError, OSError) as error:
-        if awaited:
+        if awaited or (jax.process_count() > 1 and not isinstance(error, NoRoomError)):
             raise UserError(f"{error}; make room, or mount it again: the same command goes on") from None
         logging.warning("%s; training goes on, and it is tried again at the next time", error)
 
@@ -317,36 +334,26 @@ def _export(
     tokens_seen: int,
 ) -> None:
     """Writes `model/`."""
-    rows = config.per_device_train_batch_size * config.gradient_accumulation_steps * jax.device_count()
-    device = jax.devices()[0].device_kind
-    recipe = {
-        "updates": f"{step:,} of {config.num_train_steps:,}",
-        "rows an update": f"{rows:,} of {config.data.max_seq_length} tokens",
-        "tokens seen": f"{tokens_seen:,}",
-        "devices": f"{jax.device_count()} x {device}",
-        **{f"`{key}`": value for key, value in flatten(config.optimizer.to_dict()).items()},
-        "`mlm_probability`": config.masking.mlm_probability,
-        "`packing`": config.data.packing,
-        "`dtype` of the computation": config.model.dtype,
-        "`seed`": config.seed,
-    }
-    named = not config.data.mixture and config.data.data_files is None and config.data.dataset_name != "docstrings"
+    card = card_of(
+        config,
+        title=os.path.basename(place.path),
+        model_type=run.encoder.model_type,
+        step=step,
+        rows=jax.process_count() * run.text.batch_rows,
+        tokens_seen=tokens_seen,
+        hardware=f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+    )
     export.export_model(
         place.model,
         step=step,
         params=params,
         config=run.encoder,
         tokenizer=run.tokenizer,
-        card=export.Card(
-            title=os.path.basename(place.path),
-            data="the docstrings of Python packages" if run.text.name == "docstrings" else run.text.name,
-            data_id=config.data.dataset_name if named and not os.path.exists(config.data.dataset_name) else None,
-            start=f"from {config.model.model_name_or_path}" if config.model.model_name_or_path else "from scratch",
-            recipe=recipe,
-        ),
+        card=card,
         metrics=metrics,
         fillings=fill_mask(run.task.model, params, run.tokenizer, config.report.sentences),
         metrics_path=place.metrics,
+        dtype=config.export.dtype,
     )
 
 

@@ -29,6 +29,7 @@ MAY_CHANGE = (
     "tokenizer.backend",
     "optimizer.",
     "checkpoint.",
+    "export.",
     "hub.",
     "profile.",
     "report.",
@@ -104,6 +105,10 @@ class WorkDir:
             return None
         last = self._read()["history"][-1]
         return last["processes"], last["rows_per_process"]
+
+    def read_history(self) -> list[dict[str, Any]]:
+        """Every start of the run here, as `create` noted it."""
+        return self._read()["history"]
 
     def _read(self) -> dict[str, Any]:
         try:

@@ -90,7 +90,10 @@ class HubServer(Server):
                 else:
                     files[value["path"]] = base64.b64decode(value["content"])
             self.commits.append((header["value"]["summary"], files))
-            return {"commitUrl": f"{self.url}/{path.split('/', 3)[3].split('/commit')[0]}/commit/{'0' * 40}", "commitOid": "0" * 40}
+            return {
+                "commitUrl": f"{self.url}/{path.split('/', 3)[3].split('/commit')[0]}/commit/{'0' * 40}",
+                "commitOid": "0" * 40,
+            }
         return None
 
 

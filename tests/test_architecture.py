@@ -31,16 +31,20 @@ ROOMS = {
     "evaluate": "parallel steps",
     "hub": "data errors",
     "fill_mask": "data errors models",
-    "export": "curves data fill_mask models",
+    "card": "data fill_mask workdir",
+    "export": "card curves data fill_mask models",
     "metric_files": "curves workdir",
     "report": "data errors metric_files parallel steps workdir",
     "text": "data errors workdir",
-    "setup": "data errors hub fill_mask masking models optimizer steps text workdir",
+    "warm_start": "data errors models",
+    "setup": "data errors export hub fill_mask masking models optimizer steps text warm_start workdir",
     "show_data": "checkpoint data errors masking setup steps text workdir",
+    "saved": "card checkpoint curves data errors export fill_mask models setup workdir",
     "interrupt": "",
     "hosts": "errors interrupt",
-    "train": "checkpoint data errors evaluate export fill_mask interrupt models parallel report setup steps workdir",
-    "main": "errors hosts interrupt show_data train workdir",
+    "train": "card checkpoint data errors evaluate export fill_mask interrupt models parallel report setup steps workdir",
+    "html_report": "curves errors workdir",
+    "main": "errors hosts html_report interrupt saved setup show_data train workdir",
 }
 # A step is timed on machines that have only these.
 STEP_ROOMS = {"models", "masking", "loss", "optimizer", "parallel", "steps"}
@@ -119,7 +123,7 @@ def test_a_step_needs_nothing_but_jax_flax_optax_and_numpy():
         ("ml_collections.config_flags", {"main.py"}),
         ("matplotlib", {"mlm/curves.py"}),
         ("tensorflow", set()),
-        ("torch", set()),
+        ("torch", {"mlm/warm_start.py"}),
     ],
 )
 def test_only_one_file_imports(package, files):
@@ -135,6 +139,8 @@ def test_datasets_are_the_data_rooms_own_and_it_knows_no_device():
 
 def test_config_dicts_stop_at_train_setup_text_and_show_data():
     assert {file for file in files_importing("ml_collections") if file.startswith("mlm/")} == {
+        "mlm/card.py",
+        "mlm/saved.py",
         "mlm/setup.py",
         "mlm/show_data.py",
         "mlm/text.py",
@@ -233,7 +239,8 @@ def test_requirements_list_what_the_code_imports():
     required = {re.split("[=<>]", line)[0] for line in lines if line and not line.startswith("#")}
     distributions = {"absl": "absl-py", "orbax": "orbax-checkpoint"}
     packages = {name.split(".")[0] for tree in TREES.values() for name in imports(tree)}
-    packages -= sys.stdlib_module_names | {"mlm", "configs"}
+    # PyTorch is for those who have weights in its own format, and is asked for then.
+    packages -= sys.stdlib_module_names | {"mlm", "configs", "torch"}
     # Needed by CLU (the first two), and by `datasets` for .zst files.
     assert {distributions.get(name, name) for name in packages} == required - {
         "tensorboard",

@@ -277,7 +277,7 @@ def trained(config, tmp_path) -> Path:
 
 
 @pytest.mark.slow
-def test_damaged_work_directories(config, trained):
+def test_damaged_work_directories(config, trained, caplog):
     def refuse_damage(message: str) -> None:
         with pytest.raises(UserError, match=message) as error:
             train_and_evaluate(config, str(trained))
@@ -296,11 +296,21 @@ def test_damaged_work_directories(config, trained):
     refuse_damage("metrics.jsonl, line 1, is not JSON")
     (trained / "metrics.jsonl").write_text(lines)
 
-    shutil.rmtree(trained / "checkpoints" / "2" / "stream")
-    refuse_damage("checkpoint 2 cannot be read .* remove .*checkpoints/2 to go on from the one before")
-    shutil.rmtree(trained / "checkpoints" / "2")
+    # All are damaged, then one is whole: that one is gone on from.
+    shutil.copytree(trained / "checkpoints", trained / "whole")
+    for step in ("1", "2"):
+        shutil.rmtree(trained / "checkpoints" / step / "stream")
+    refuse_damage("none of the checkpoints up to 2 can be read; they are in .*damaged. Put whole ones back")
+    assert sorted(path.name for path in (trained / "damaged").iterdir()) == ["1", "2"]
+    shutil.copytree(trained / "whole", trained / "checkpoints", dirs_exist_ok=True)
+    os.truncate(trained / "checkpoints" / "2" / "loop" / "metadata", 3)
     (trained / "model" / "trainer_state.json").write_text("")
+    caplog.clear()
     train_and_evaluate(config, str(trained))
+    (told,) = [record.getMessage() for record in caplog.records if "is damaged" in record.getMessage()]
+    assert told.startswith("checkpoint 2 is damaged (")
+    assert told.endswith(f"moved to {trained / 'damaged' / '2.1'}")
+    assert sorted(path.name for path in (trained / "checkpoints").iterdir()) == ["2", "3"]
     assert json.loads((trained / "model" / "trainer_state.json").read_text())["global_step"] == 3
 
 

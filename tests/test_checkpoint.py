@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from mlm import parallel, steps
-from mlm.checkpoint import Checkpointer, DamagedError, SaveError, checksums
+from mlm.checkpoint import Checkpointer, DamagedError, NoRoomError, SaveError, checksums
 from mlm.errors import UserError
 
 LOOP = {"step": 3, "interval": {"loss": 0.1 + 0.2, "count": 17.0}, "counts_V": list(range(50))}
@@ -27,6 +27,7 @@ def directory(tmp_path):
 
 def save(checkpointer, step, value=0.0):
     state = parallel.to_global(parallel.replicate({"weight": np.full((2, 3), value, np.float32)}))
+    checkpointer.require_room(state)
     checkpointer.save(step, state=state, loop={"step": step}, stream={"row": step})
 
 
@@ -178,11 +179,11 @@ def test_a_save_that_fails_is_told_and_the_next_one_counts(directory, monkeypatc
         if fault == "full":
             with monkeypatch.context() as patch:
                 patch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=3))
-                with pytest.raises(SaveError, match=r"checkpoint 4 could not be written .*0 MB are free"):
+                with pytest.raises(NoRoomError, match=r"a checkpoint could not be written .*0 MB are free"):
                     save(checkpointer, 4)
         elif fault == "gone":
             os.rename(directory, directory + ".x")
-            with pytest.raises(SaveError, match=r"checkpoint 4 could not be written .*checkpoints is gone"):
+            with pytest.raises(NoRoomError, match=r"a checkpoint could not be written .*No such file"):
                 save(checkpointer, 4)
             os.rename(directory + ".x", directory)
         else:

@@ -20,7 +20,6 @@ from mlm.train import train_and_evaluate
 from tests.tiny import tiny_config, write_corpus
 
 REPO = Path(__file__).parent.parent
-TIMINGS = ("perf/tokens_per_second", "perf/step_ms", "perf/input_wait_fraction")
 
 
 # Runs a command and prints its processor seconds and its largest resident KiB. A process of its own: a child's figure
@@ -46,7 +45,7 @@ def run_main(*flags: str, launcher: str | None = None) -> subprocess.CompletedPr
 def metrics_of(workdir: Path) -> list[dict]:
     """Lines of metrics.jsonl without their timings."""
     return [
-        {name: value for name, value in line.items() if name not in TIMINGS}
+        {name: value for name, value in line.items() if not name.startswith("perf/")}
         for line in read_metrics(str(workdir / "metrics.jsonl"))
     ]
 
@@ -120,13 +119,15 @@ def test_work_directory_has_what_the_plan_names(finished):
 
 def test_metrics_have_the_planned_names_at_the_planned_steps(finished):
     lines = {line["step"]: set(line) for line in read_metrics(str(finished / "metrics.jsonl"))}
-    train = {"train/loss", "train/accuracy", "train/learning_rate", "train/grad_norm", *TIMINGS}
+    train = {"train/loss", "train/accuracy", "train/learning_rate", "train/grad_norm", "train/skipped_updates"}
     train |= {"data/epoch", "data/documents", "data/skipped_rows", "data/held_out_documents", "data/failed_shards"}
+    train |= {"data/tokens", "perf/tokens_per_second", "perf/step_ms", "perf/input_wait_fraction", "perf/hours"}
     evaluation = {"eval/loss", "eval/accuracy", "eval/perplexity", "eval/unigram_loss"}
+    pauses = {"perf/evaluation_ms", "perf/save_ms", "perf/export_ms"}
     assert {step: names - {"step", "perf/device_memory_bytes"} for step, names in lines.items()} == {
         3: train,
         4: evaluation,
-        6: train,
+        6: train | pauses,
         8: train | evaluation,
     }
 
@@ -209,21 +210,23 @@ def test_crashing_between_last_checkpoint_and_export_gives_the_same_run(corpus, 
     assert_same_run(tmp_path, finished)
 
 
-def test_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(corpus, tmp_path, monkeypatch):
+def test_too_many_bad_updates_stop_the_run_and_keep_the_checkpoint(corpus, tmp_path, monkeypatch):
     real = parallel.first_replica
 
     def poisoned(tree):
         tree = real(tree)
         if isinstance(tree, steps.TrainMetrics):
             poisoned.updates += 1
-            if poisoned.updates == 6:
-                return tree.replace(sums=tree.sums.replace(loss=np.float32("nan")))
+            if poisoned.updates in (2, 5, 6):
+                return tree.replace(sums=tree.sums.replace(loss=np.float32("nan")), skipped=np.float32(1))
         return tree
 
     poisoned.updates = 0
     monkeypatch.setattr(parallel, "first_replica", poisoned)
-    with pytest.raises(UserError, match=r"update 6 went wrong: its loss is nan"):
-        train_and_evaluate(tiny_config(corpus), str(tmp_path))
+    config = tiny_config(corpus)
+    config.optimizer.max_skipped_updates = 1
+    with pytest.raises(UserError, match=r"updates 5 to 6 went wrong .* its loss is nan"):
+        train_and_evaluate(config, str(tmp_path))
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["4"]
     assert json.loads((tmp_path / "model" / "trainer_state.json").read_text())["global_step"] == 4
 

@@ -15,7 +15,8 @@ from tiny import write_corpus
 from mlm import parallel, setup, steps
 from mlm.evaluate import Evaluator
 from mlm.masking import MaskingSpec, mask_tokens
-from mlm.models.encoder import MaskedLM, segments
+from mlm.models.encoder import MaskedLM
+from mlm.models.segments import segments
 from mlm.workdir import WorkDir
 
 BEGIN, PAD, END, UNKNOWN, MASK = range(5)  # conftest's special ids

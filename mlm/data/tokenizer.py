@@ -15,6 +15,8 @@ from mlm.data import sources
 from mlm.errors import UserError
 
 BACKENDS = ("auto", "gigatoken", "tokenizers")
+# One of them is in every directory with a tokenizer.
+_VOCABULARY_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "sentencepiece.bpe.model")
 # What the two backends are compared on: this, the special tokens' names, and the first documents.
 _PROBES = (
     "",
@@ -161,6 +163,16 @@ def load_tokenizer(
     if not getattr(hf, "is_fast", False):
         raise UserError(f"the tokenizer {tokenizer_name!r} has no fast version: choose one that has")
     return Tokenizer(hf, name=tokenizer_name, backend=backend)
+
+
+def read_vocabulary(directory: str) -> dict[str, int] | None:
+    """Token -> id of the tokenizer in a directory; None where there is none."""
+    if not any(os.path.isfile(os.path.join(directory, name)) for name in _VOCABULARY_FILES):
+        return None
+    try:
+        return transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True).get_vocab()
+    except (OSError, ValueError) as error:
+        raise UserError(f"the tokenizer in {directory!r} cannot be read: {sources.one_line(error)}") from None
 
 
 def _text_only(tokenizer: tokenizers.Tokenizer) -> tokenizers.Tokenizer:

@@ -21,15 +21,14 @@ from mlm.errors import UserError
 # What tokenizer.algorithm="auto" takes for the models of a family: what the published ones of it have.
 FAMILIES = {
     "bpe": ("roberta", "roberta-prelayernorm", "modernbert"),
-    "wordpiece": ("bert", "distilbert", "electra", "mpnet", "roformer"),
-    "unigram": ("albert", "camembert", "xlm-roberta", "deberta-v2"),
+    "wordpiece": ("bert", "distilbert", "electra", "roformer"),
+    "unigram": ("albert", "camembert", "xlm-roberta"),
 }
 ALGORITHMS = ("auto", *FAMILIES)
-# Special tokens in the order of their ids: RoBERTa's, BERT's, ALBERT's and MPNet's.
+# Special tokens in the order of their ids.
 ROBERTA = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
 BERT = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 ALBERT = ("<pad>", "<unk>", "[CLS]", "[SEP]", "[MASK]")
-MPNET = ("<s>", "<pad>", "</s>", "[UNK]", "<mask>")
 # Of the letters in the text WordPiece and Unigram keep the most frequent ones that make up this share of it, as
 # SentencePiece does by default; a text full of rare signs would leave no room for words.
 _COVERAGE = 0.9995
@@ -147,17 +146,15 @@ def _train_wordpiece(
     texts: Iterable[str], *, vocab_size: int, model_type: str, lowercase: bool, model_max_length: int
 ) -> transformers.PreTrainedTokenizerFast:
     """WordPiece: words and signs, cut into the longest pieces from the left (BERT's tokenizer)."""
-    dress, special = transformers.BertTokenizer, BERT
-    if model_type == "mpnet":
-        dress, special = transformers.MPNetTokenizer, MPNET
+    del model_type
     options = {"do_lower_case": lowercase, "model_max_length": model_max_length}
     # With the steps before the pieces as the finished tokenizer has them.
-    steps = dress(vocab={token: i for i, token in enumerate(special)}, **options).backend_tokenizer
+    steps = transformers.BertTokenizer(vocab={token: i for i, token in enumerate(BERT)}, **options).backend_tokenizer
     texts = [steps.normalizer.normalize_str(text) for text in texts]
     alphabet = _alphabet(texts)
 
     def train(*, vocab_size: int, first: list[str]) -> list[str]:
-        tokenizer = tokenizers.Tokenizer(models.WordPiece(unk_token=special[1]))
+        tokenizer = tokenizers.Tokenizer(models.WordPiece(unk_token=BERT[1]))
         tokenizer.pre_tokenizer = steps.pre_tokenizer
         trainer = trainers.WordPieceTrainer(
             vocab_size=vocab_size,
@@ -173,15 +170,15 @@ def _train_wordpiece(
 
     # Letters inside words get their ids in the order of a hash table, and merges of one frequency go by ids. What is
     # called special has its id from the start.
-    letters = sorted(set(train(vocab_size=0, first=list(special))) - set(special))
-    smallest = len(special) + len(letters)
+    letters = sorted(set(train(vocab_size=0, first=list(BERT))) - set(BERT))
+    smallest = len(BERT) + len(letters)
     if vocab_size < smallest:
         raise UserError(
             f"tokenizer.vocab_size={vocab_size} is too small: the letters of this text, at the beginning of words and "
-            f"in them, and {len(special)} special tokens need at least {smallest}"
+            f"in them, and {len(BERT)} special tokens need at least {smallest}"
         )
-    pieces = train(vocab_size=vocab_size, first=[*special, *letters])
-    return dress(vocab={piece: i for i, piece in enumerate(pieces)}, **options)
+    pieces = train(vocab_size=vocab_size, first=[*BERT, *letters])
+    return transformers.BertTokenizer(vocab={piece: i for i, piece in enumerate(pieces)}, **options)
 
 
 def _alphabet(texts: Iterable[str]) -> list[str]:

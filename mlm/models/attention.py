@@ -1,12 +1,19 @@
 """Attention of tokens to tokens, apart from the projections around it.
 
-Shapes: B rows, L tokens a row, M is L again on the side of keys, H heads, E width of a head.
+Shapes: B rows, L tokens a row, M is L again on the side of keys, H heads, E width of a head; X is L or 1, where
+every token of a row sees the same.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
 
-from mlm.models.dropout import dropout
+from mlm.models.dropout import kept
+
+# How attention may be computed. "plain" is the form below; "xla" and "cudnn" are those of
+# `jax.nn.dot_product_attention`: the second is a flash kernel, for NVIDIA GPUs and bfloat16.
+IMPLEMENTATIONS = ("plain", "xla", "cudnn")
 
 
 def attend(
@@ -19,6 +26,7 @@ def attend(
     window: int | None = None,
     dropout_rate: float = 0.0,
     dropout_key: jax.Array | None = None,
+    implementation: str = "plain",
 ) -> jax.Array:
     """Scaled dot-product attention (Vaswani et al., arXiv:1706.03762).
 
@@ -29,24 +37,105 @@ def attend(
       window: tokens see those at most so many places away; None for all.
       dropout_rate: of the attention weights.
       dropout_key: None for no dropout.
+      implementation: one of IMPLEMENTATIONS. Weights are dropped by the plain form alone, so it is what runs with a
+        `dropout_key`. "cudnn" without `isolate` takes padding to be at the end of its row.
 
     Returns:
       The heads' outputs, [B, L, H, E]. A token of padding gets a mean of some values: it counts for nothing.
     """
-    # Of one document, every token sees all that are not padding: M of them, the same for each (L is 1).
-    visible_BxLxM = segments_BxL[:, None, :] > 0
+    dropped = dropout_key is not None and dropout_rate > 0
+    if implementation == "cudnn" and not dropped and not isolate:
+        # Lengths and a window are arguments of the kernel: no [L, L] mask is read. A row of padding has one token.
+        lengths_B = jnp.maximum(jnp.sum(segments_BxL > 0, axis=1, dtype=jnp.int32), 1)
+        return jax.nn.dot_product_attention(
+            query_BxLxHxE,
+            key_BxMxHxE,
+            value_BxMxHxE,
+            query_seq_lengths=lengths_B,
+            key_value_seq_lengths=lengths_B,
+            local_window_size=window,
+            implementation="cudnn",
+        )
+    visible_BxXxM = _visible(segments_BxL, isolate=isolate, window=window)
+    if implementation != "plain" and not dropped:
+        return jax.nn.dot_product_attention(
+            query_BxLxHxE, key_BxMxHxE, value_BxMxHxE, mask=visible_BxXxM[:, None], implementation=implementation
+        )
+    return _attend(
+        query_BxLxHxE,
+        key_BxMxHxE,
+        value_BxMxHxE,
+        visible_BxXxM,
+        dropout_key if dropped else None,
+        dropout_rate if dropped else 0.0,
+    )
+
+
+def _visible(segments_BxL: jax.Array, *, isolate: bool, window: int | None) -> jax.Array:
+    # Of one document, every token sees all that are not padding: M of them, the same for each (X is 1).
+    visible_BxXxM = segments_BxL[:, None, :] > 0
     if isolate:
-        visible_BxLxM = segments_BxL[:, :, None] == segments_BxL[:, None, :]
+        visible_BxXxM = segments_BxL[:, :, None] == segments_BxL[:, None, :]
     if window is not None:
         places_L = jnp.arange(segments_BxL.shape[1])
-        visible_BxLxM &= (jnp.abs(places_L[:, None] - places_L[None, :]) <= window)[None]
-    scores_BxHxLxM = jnp.einsum(
-        "BLHE,BMHE->BHLM",
-        query_BxLxHxE * query_BxLxHxE.shape[-1] ** -0.5,
-        key_BxMxHxE,
-        preferred_element_type=jnp.float32,
+        visible_BxXxM &= (jnp.abs(places_L[:, None] - places_L[None, :]) <= window)[None]
+    return visible_BxXxM
+
+
+# Derived by hand, for memory: kept from the forward pass are the scores, in the inputs' dtype, and of each row of
+# them one number. Weights, dropped weights and masks are computed from these wherever they are read.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _attend(query_BxLxHxE, key_BxMxHxE, value_BxMxHxE, visible_BxXxM, dropout_key, rate):
+    return _forward(query_BxLxHxE, key_BxMxHxE, value_BxMxHxE, visible_BxXxM, dropout_key, rate)[0]
+
+
+def _forward(query_BxLxHxE, key_BxMxHxE, value_BxMxHxE, visible_BxXxM, dropout_key, rate):
+    dtype = value_BxMxHxE.dtype
+    scores_BxHxLxM = jnp.einsum("BLHE,BMHE->BHLM", query_BxLxHxE, key_BxMxHxE, preferred_element_type=jnp.float32)
+    scores_BxHxLxM = jnp.where(
+        visible_BxXxM[:, None], scores_BxHxLxM * query_BxLxHxE.shape[-1] ** -0.5, jnp.finfo(dtype).min
+    ).astype(dtype)
+    largest_BxHxLx1 = jnp.max(scores_BxHxLxM, axis=-1, keepdims=True).astype(jnp.float32)
+    # Softmax divides by the sum: here the outputs are divided, of which there are fewer than weights.
+    weights_BxHxLxM = jnp.exp(scores_BxHxLxM.astype(jnp.float32) - largest_BxHxLx1)
+    sum_BxHxLx1 = jnp.sum(weights_BxHxLxM, axis=-1, keepdims=True)
+    weights_BxHxLxM = weights_BxHxLxM.astype(dtype)
+    if rate:
+        weights_BxHxLxM = jnp.where(kept(dropout_key, weights_BxHxLxM.shape, rate=rate), weights_BxHxLxM, 0)
+    output_BxHxLxE = jnp.einsum(
+        "BHLM,BMHE->BHLE", weights_BxHxLxM, value_BxMxHxE, preferred_element_type=jnp.float32
+    ) / (sum_BxHxLx1 * (1.0 - rate))
+    output_BxLxHxE = output_BxHxLxE.swapaxes(1, 2).astype(dtype)
+    log_sum_BxHxLx1 = largest_BxHxLx1 + jnp.log(sum_BxHxLx1)
+    saved = (query_BxLxHxE, key_BxMxHxE, value_BxMxHxE, scores_BxHxLxM, log_sum_BxHxLx1, dropout_key, output_BxLxHxE)
+    return output_BxLxHxE, saved
+
+
+def _backward(rate, saved, d_output_BxLxHxE):
+    query_BxLxHxE, key_BxMxHxE, value_BxMxHxE, scores_BxHxLxM, log_sum_BxHxLx1, dropout_key, output_BxLxHxE = saved
+    dtype = value_BxMxHxE.dtype
+    weights_BxHxLxM = jnp.exp(scores_BxHxLxM.astype(jnp.float32) - log_sum_BxHxLx1).astype(dtype)
+    d_weights_BxHxLxM = jnp.einsum(
+        "BLHE,BMHE->BHLM", d_output_BxLxHxE, value_BxMxHxE, preferred_element_type=jnp.float32
     )
-    scores_BxHxLxM = jnp.where(visible_BxLxM[:, None], scores_BxHxLxM, jnp.finfo(jnp.float32).min)
-    weights_BxHxLxM = jax.nn.softmax(scores_BxHxLxM).astype(value_BxMxHxE.dtype)
-    weights_BxHxLxM = dropout(weights_BxHxLxM, rate=dropout_rate, key=dropout_key)
-    return jnp.einsum("BHLM,BMHE->BLHE", weights_BxHxLxM, value_BxMxHxE)
+    dropped_BxHxLxM = weights_BxHxLxM
+    if rate:
+        kept_BxHxLxM = kept(dropout_key, weights_BxHxLxM.shape, rate=rate)
+        d_weights_BxHxLxM = jnp.where(kept_BxHxLxM, d_weights_BxHxLxM / (1.0 - rate), 0)
+        dropped_BxHxLxM = jnp.where(kept_BxHxLxM, weights_BxHxLxM / (1.0 - rate), 0).astype(dtype)
+    # Softmax's gradient needs the sum of weights times their gradients: that of outputs times theirs is the same.
+    dot_BxLxH = jnp.sum(d_output_BxLxHxE.astype(jnp.float32) * output_BxLxHxE.astype(jnp.float32), axis=-1)
+    d_weights_BxHxLxM -= dot_BxLxH.swapaxes(1, 2)[..., None]
+    d_scores_BxHxLxM = (weights_BxHxLxM.astype(jnp.float32) * d_weights_BxHxLxM).astype(dtype)
+    scale = query_BxLxHxE.shape[-1] ** -0.5
+
+    def product(equation, x, y):
+        return jnp.einsum(equation, x, y, preferred_element_type=jnp.float32)
+
+    d_value_BxMxHxE = product("BHLM,BLHE->BMHE", dropped_BxHxLxM, d_output_BxLxHxE).astype(dtype)
+    d_query_BxLxHxE = (product("BHLM,BMHE->BLHE", d_scores_BxHxLxM, key_BxMxHxE) * scale).astype(dtype)
+    d_key_BxMxHxE = (product("BHLM,BLHE->BMHE", d_scores_BxHxLxM, query_BxLxHxE) * scale).astype(dtype)
+    return d_query_BxLxHxE, d_key_BxMxHxE, d_value_BxMxHxE, None, None
+
+
+_attend.defvjp(_forward, _backward)

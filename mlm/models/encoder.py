@@ -4,7 +4,7 @@ Shapes: B rows, L tokens a row, K predicted positions a row, C width of the embe
 intermediate_size, H heads, E = D / H, V vocab_size. In attention, M is L again, on the side of keys.
 
 Parameters are float32; `dtype` is that of the matrix multiplications and of what flows between them. Layer
-norm's statistics, softmax, the sum of embeddings and the logits are float32 whatever `dtype` is.
+norm's statistics, softmax, the sum of embeddings and, but in training, the logits are float32 whatever `dtype` is.
 
 Layers differ by what `config.Layer` says and by nothing else, so that those which are alike can be scanned over.
 """
@@ -21,8 +21,10 @@ from mlm.errors import UserError
 from mlm.models.attention import attend
 from mlm.models.config import ACTIVATIONS, EncoderConfig, Layer
 from mlm.models.dropout import Dropout
+from mlm.models.execution import Execution, run_layers
 from mlm.models.families import Positions
 from mlm.models.rotary import Rotation, rotate, rotation
+from mlm.models.segments import places, segments
 
 _FUNCTIONS = {
     # The exact GELU, x * Phi(x) (Hendrycks and Gimpel, arXiv:1606.08415), and its tanh approximation.
@@ -59,9 +61,14 @@ def _dense(
 
 
 def _norm(config: EncoderConfig, *, dtype: Any, name: str | None = None) -> nn.LayerNorm:
-    # The two-pass variance: E[x^2] - E[x]^2 cancels when the mean is large.
     return nn.LayerNorm(
-        epsilon=config.layer_norm_eps, dtype=dtype, use_bias=config.norm_bias, use_fast_variance=False, name=name
+        epsilon=config.layer_norm_eps,
+        dtype=dtype,
+        use_bias=config.norm_bias,
+        # E[x^2] - E[x]^2 saves a pass over memory, and cancels when the mean is large: then its error is some 2^-24 of
+        # the squared mean, which is less than what rounding the values to bfloat16 did, and much in float32.
+        use_fast_variance=dtype == jnp.bfloat16,
+        name=name,
     )
 
 
@@ -127,6 +134,28 @@ class Embeddings(nn.Module):
         return self.project(hidden_BxLxC) if cfg.has_projection else hidden_BxLxC
 
 
+class QueryKeyValue(nn.Module):
+    """The three projections of attention: one parameter of columns for queries, keys and values, in that order."""
+
+    config: EncoderConfig
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, hidden_BxLxD: jax.Array) -> list[jax.Array]:
+        """Return queries, keys and values, each [B, L, H, E]."""
+        cfg = self.config
+        size, shape = cfg.hidden_size, (3, cfg.num_attention_heads, cfg.head_size)
+        kernel = self.param("kernel", _initializer(cfg), (size, 3 * size), jnp.float32)
+        kernel_Dx3xHxE = kernel.astype(self.dtype).reshape(size, *shape)
+        # Three products, for heads and parts of the result of one would have to be moved apart in memory.
+        parts = [jnp.einsum("BLD,DHE->BLHE", hidden_BxLxD, kernel_Dx3xHxE[:, part]) for part in range(3)]
+        if cfg.attention_bias:
+            bias = self.param("bias", nn.initializers.zeros, (3 * size,), jnp.float32)
+            bias_3x1x1xHxE = bias.astype(self.dtype).reshape(3, 1, 1, *shape[1:])
+            parts = [part + bias_1x1xHxE for part, bias_1x1xHxE in zip(parts, bias_3x1x1xHxE, strict=True)]
+        return parts
+
+
 class SelfAttention(nn.Module):
     """Multi-head attention of every token to those it may see (Vaswani et al., arXiv:1706.03762)."""
 
@@ -134,6 +163,7 @@ class SelfAttention(nn.Module):
     dtype: Any
     isolate: bool
     window: int | None
+    implementation: str
 
     @nn.compact
     def __call__(
@@ -142,12 +172,7 @@ class SelfAttention(nn.Module):
         """Return the heads' outputs, projected: [B, L, D]."""
         cfg = self.config
         dense = functools.partial(_dense, config=cfg, dtype=self.dtype, use_bias=cfg.attention_bias)
-        # One parameter, hence one matrix multiplication, for queries, keys and values; columns in that order.
-        qkv_BxLx3D = dense(3 * cfg.hidden_size, name="qkv")(hidden_BxLxD)
-        heads = (*hidden_BxLxD.shape[:2], cfg.num_attention_heads, cfg.head_size)
-        query_BxLxHxE, key_BxMxHxE, value_BxMxHxE = (
-            x_BxLxD.reshape(heads) for x_BxLxD in jnp.split(qkv_BxLx3D, 3, axis=-1)
-        )
+        query_BxLxHxE, key_BxMxHxE, value_BxMxHxE = QueryKeyValue(cfg, self.dtype, name="qkv")(hidden_BxLxD)
         if rotation is not None:
             turn = functools.partial(rotate, rotation=rotation, pairs=cfg.family.positions is Positions.ROTARY_PAIRS)
             query_BxLxHxE, key_BxMxHxE = turn(query_BxLxHxE), turn(key_BxMxHxE)
@@ -162,6 +187,7 @@ class SelfAttention(nn.Module):
             window=self.window,
             dropout_rate=cfg.attention_probs_dropout_prob,
             dropout_key=self.make_rng("dropout") if dropped else None,
+            implementation=self.implementation,
         )
         return dense(cfg.hidden_size, name="output", last=True)(output_BxLxHxE.reshape(hidden_BxLxD.shape))
 
@@ -171,21 +197,29 @@ class FeedForward(nn.Module):
 
     config: EncoderConfig
     dtype: Any
+    recompute: bool
 
     @nn.compact
     def __call__(self, hidden_BxLxD: jax.Array, *, deterministic: bool) -> jax.Array:
-        """Return [B, L, D]."""
+        """Return [B, L, D]. With `recompute` the activation is computed anew in the backward pass."""
         cfg = self.config
         dense = functools.partial(_dense, config=cfg, dtype=self.dtype, use_bias=cfg.mlp_bias)
         act = _activation(cfg.hidden_act)
-        if cfg.family.gated:
-            inner_BxLx2F = dense(2 * cfg.intermediate_size, name="inner")(hidden_BxLxD)
-            inner_BxLxF, gate_BxLxF = jnp.split(inner_BxLx2F, 2, axis=-1)
-            inner_BxLxF = act(inner_BxLxF) * gate_BxLxF
-        else:
-            inner_BxLxF = act(dense(cfg.intermediate_size, name="inner")(hidden_BxLxD))
-        inner_BxLxF = _drop(self, inner_BxLxF, place="feed_forward_inner", deterministic=deterministic)
-        return dense(cfg.hidden_size, name="output", last=True)(inner_BxLxF)
+
+        def finish(self: nn.Module, inner_BxLxF: jax.Array) -> jax.Array:
+            if cfg.family.gated:
+                inner_BxLxF, gate_BxLxF = jnp.split(inner_BxLxF, 2, axis=-1)
+                inner_BxLxF = act(inner_BxLxF) * gate_BxLxF
+            else:
+                inner_BxLxF = act(inner_BxLxF)
+            inner_BxLxF = _drop(self, inner_BxLxF, place="feed_forward_inner", deterministic=deterministic)
+            return dense(cfg.hidden_size, name="output", last=True)(inner_BxLxF)
+
+        inner_BxLxF = dense((1 + cfg.family.gated) * cfg.intermediate_size, name="inner")(hidden_BxLxD)
+        if self.recompute:
+            # The barrier keeps the compiler from writing the activation beside what it is of.
+            return nn.remat(finish)(self, jax.lax.optimization_barrier(inner_BxLxF))
+        return finish(self, inner_BxLxF)
 
 
 class Block(nn.Module):
@@ -195,6 +229,7 @@ class Block(nn.Module):
     dtype: Any
     isolate: bool
     layer: Layer
+    execution: Execution
 
     @nn.compact
     def __call__(
@@ -202,8 +237,9 @@ class Block(nn.Module):
     ) -> jax.Array:
         """Return the next hidden_BxLxD."""
         cfg = self.config
-        attention = SelfAttention(cfg, self.dtype, self.isolate, self.layer.window, name="attention")
-        feed_forward = FeedForward(cfg, self.dtype, name="feed_forward")
+        how = self.execution
+        attention = SelfAttention(cfg, self.dtype, self.isolate, self.layer.window, how.attention, name="attention")
+        feed_forward = FeedForward(cfg, self.dtype, how.remat == "dots", name="feed_forward")
         feed_forward_norm = _norm(cfg, dtype=self.dtype, name="feed_forward_norm")
         attention_norm = (
             _norm(cfg, dtype=self.dtype, name="attention_norm") if self.layer.attention_norm else lambda values: values
@@ -234,8 +270,8 @@ class Head(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, hidden_BxKxD: jax.Array, embedding_VxC: jax.Array) -> jax.Array:
-        """Return float32 logits_BxKxV."""
+    def __call__(self, hidden_BxKxD: jax.Array, embedding_VxC: jax.Array, *, logits_dtype: Any) -> jax.Array:
+        """Return logits_BxKxV."""
         cfg = self.config
         act = _activation(cfg.family.head_act or cfg.classifier_activation or cfg.hidden_act)
         dense = _dense(
@@ -255,40 +291,7 @@ class Head(nn.Module):
         if cfg.decoder_bias:
             bias_V = self.param("bias", nn.initializers.zeros, (cfg.vocab_size,), jnp.float32)
             logits_BxKxV += bias_V[None, None, :]
-        return logits_BxKxV
-
-
-def segments(inputs_BxL: jax.Array, *, pad_id: int, begin_id: int | None) -> tuple[jax.Array, jax.Array]:
-    """Return which document of its row a token belongs to, and its number there.
-
-    A document begins at every `begin_id`; what stands before a row's first one is the tail of a document. Without
-    a `begin_id` a row is one document. Packing lays begin tokens and text never holds one; masking neither hides
-    nor draws special tokens: a masked row has the segments of the row.
-
-    Returns:
-      segments_BxL: int32; 1 for the tail, 2... for the documents that begin in the row (1 if none does), 0 for padding.
-      counts_BxL: int32; tokens of a document (or of what the row has of it) are 1, 2..., padding is 0.
-    """
-    is_token_BxL = inputs_BxL != pad_id
-    counts_BxL = jnp.cumsum(is_token_BxL, axis=1, dtype=jnp.int32)
-    if begin_id is None:
-        return is_token_BxL.astype(jnp.int32), counts_BxL * is_token_BxL
-    begins_BxL = inputs_BxL == begin_id
-    segments_BxL = 1 + jnp.cumsum(begins_BxL, axis=1, dtype=jnp.int32)
-    # Tokens of the row before the document.
-    before_BxL = jax.lax.cummax(jnp.where(begins_BxL, counts_BxL - 1, 0), axis=1)
-    return segments_BxL * is_token_BxL, (counts_BxL - before_BxL) * is_token_BxL
-
-
-def places(inputs_BxL: jax.Array, *, begin_id: int | None) -> jax.Array:
-    """Return how far a token stands from the beginning of its document (or of what the row has of it), padding too.
-
-    Documents are those of `segments`. int32 [B, L], or [1, L] without a `begin_id`, for all rows have the same.
-    """
-    places_1xL = jnp.arange(inputs_BxL.shape[1], dtype=jnp.int32)[None]
-    if begin_id is None:
-        return places_1xL
-    return places_1xL - jax.lax.cummax(jnp.where(inputs_BxL == begin_id, places_1xL, 0), axis=1)
+        return logits_BxKxV.astype(logits_dtype)
 
 
 class MaskedLM(nn.Module):
@@ -301,6 +304,7 @@ class MaskedLM(nn.Module):
     config: EncoderConfig
     dtype: Any = jnp.float32
     begin_id: int | None = None
+    execution: Execution = Execution()
 
     def setup(self):
         """Make the parts."""
@@ -308,7 +312,7 @@ class MaskedLM(nn.Module):
         self.embeddings = Embeddings(cfg, self.dtype)
         # Layers that share their parameters are alike: the last one stands for all.
         blocks = {layer.block: layer for layer in cfg.layers}
-        self.layer = [Block(cfg, self.dtype, self.begin_id is not None, blocks[block]) for block in sorted(blocks)]
+        self.layer = [self._block(blocks[block]) for block in sorted(blocks)]
         if cfg.family.norm_first:
             self.final_norm = _norm(cfg, dtype=self.dtype)
         self.head = Head(cfg, self.dtype)
@@ -321,7 +325,9 @@ class MaskedLM(nn.Module):
         token_types_BxL: jax.Array | None = None,
         deterministic: bool = True,
     ) -> jax.Array:
-        """Return float32 logits of the tokens at `positions_BxK`, [B, K, V], or of all of them, [B, L, V].
+        """Return logits of the tokens at `positions_BxK`, [B, K, V], or of all of them, [B, L, V].
+
+        They are float32, but of the model's `dtype` in training, when `deterministic` is False.
 
         `inputs_BxL` are token ids; those equal to the config's pad_token_id are padding. `token_types_BxL` are all 0
         if not given, and count for nothing in families that have none. With `deterministic=False` a "dropout" key is
@@ -343,15 +349,40 @@ class MaskedLM(nn.Module):
             inputs_BxL, places_BxL=places_BxL, token_types_BxL=token_types_BxL, deterministic=deterministic
         )
         rotations = self._rotations(places_BxL)
-        for layer in cfg.layers:
-            hidden_BxLxD = self.layer[layer.block](
-                hidden_BxLxD, segments_BxL, rotations[layer.rope_theta], deterministic=deterministic
+        if self.is_initializing() or not (self.execution.scan_layers or self.execution.remat == "full"):
+            for layer in cfg.layers:
+                hidden_BxLxD = self.layer[layer.block](
+                    hidden_BxLxD, segments_BxL, rotations[layer.rope_theta], deterministic=deterministic
+                )
+        else:
+
+            def apply_layer(layer: Layer, params: Any, hidden_BxLxD: jax.Array, key: jax.Array | None) -> jax.Array:
+                return self._block(layer, parent=None).apply(
+                    {"params": params},
+                    hidden_BxLxD,
+                    segments_BxL,
+                    rotations[layer.rope_theta],
+                    deterministic=deterministic,
+                    rngs={} if key is None else {"dropout": key},
+                )
+
+            hidden_BxLxD = run_layers(
+                apply_layer,
+                {layer.block: self.variables["params"][f"layer_{layer.block}"] for layer in cfg.layers},
+                hidden_BxLxD,
+                layers=cfg.layers,
+                key=None if deterministic else self.make_rng("dropout"),
+                execution=self.execution,
             )
         if positions_BxK is not None:
             hidden_BxLxD = jnp.take_along_axis(hidden_BxLxD, positions_BxK[:, :, None], axis=1)
         if cfg.family.norm_first:
             hidden_BxLxD = self.final_norm(hidden_BxLxD)
-        return self.head(hidden_BxLxD, self.embeddings.word.embedding)
+        logits_dtype = jnp.float32 if deterministic else self.dtype
+        return self.head(hidden_BxLxD, self.embeddings.word.embedding, logits_dtype=logits_dtype)
+
+    def _block(self, layer: Layer, **module_args: Any) -> Block:
+        return Block(self.config, self.dtype, self.begin_id is not None, layer, self.execution, **module_args)
 
     def _rotations(self, places_BxL: jax.Array) -> dict[float | None, Rotation | None]:
         """What turns queries and keys, for each base that a layer has; layers with the same base share it."""

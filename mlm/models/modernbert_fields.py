@@ -15,10 +15,10 @@ def flatten(config: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
       UserError: layers that are not global at every n-th, from the first on, or rotary positions of another kind.
     """
-    flat = {name: value for name, value in config.items() if name not in ("layer_types", "rope_parameters")}
-    if (kinds := config.get("layer_types")) is not None:
+    flat = dict(config)
+    if (kinds := flat.pop("layer_types", None)) is not None:
         flat["global_attn_every_n_layers"] = _period(kinds)
-    for kind, parameters in (config.get("rope_parameters") or {}).items():
+    for kind, parameters in (flat.pop("rope_parameters", None) or {}).items():
         parameters = dict(parameters or {})
         if kind not in _KINDS:
             raise _refusal("rope_parameters", {kind: parameters}, f"known: {', '.join(_KINDS)}")

@@ -48,20 +48,31 @@ def to_hf(params: Mapping[str, Any], config: EncoderConfig) -> dict[str, np.ndar
     return tensors | _constants(config)
 
 
-def from_hf(tensors: Mapping[str, np.ndarray], config: EncoderConfig) -> dict[str, Any]:
+def from_hf(
+    tensors: Mapping[str, np.ndarray], config: EncoderConfig, *, fresh: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """Return the float32 parameter tree, NumPy arrays, that holds these tensors.
 
     Tensors a masked language model has no use for (the pooler, constants that older versions saved) are
-    dropped, and so is a decoder that equals what it is tied to. Raises `UserError` listing what is missing,
-    unexpected, of the wrong shape, not floating-point or untied.
+    dropped, and so is a decoder that equals what it is tied to. `fresh`, parameters of a new model, gives the head
+    where `tensors` have none of it. Raises `UserError` as `check` does.
     """
-    wanted = shapes(config)
+    check(tensors, config, without_head=fresh is not None)
+    leaves = {}
+    for path, names in _names(config):
+        if path.startswith("head/") and fresh is not None:
+            leaves[path] = traverse_util.flatten_dict(fresh, sep="/")[path]
+            continue
+        parts = [np.asarray(tensors[name], np.float32) for name in names]
+        leaves[path] = np.concatenate([part.T for part in parts] if path.endswith("/kernel") else parts, axis=-1)
+    return traverse_util.unflatten_dict(leaves, sep="/")
+
+
+def check(tensors: Mapping[str, np.ndarray], config: EncoderConfig, *, without_head: bool = False) -> None:
+    """Raise `UserError` listing what is missing, unexpected, of the wrong shape, not floating-point or untied."""
+    wanted = {name: shape for name, shape in shapes(config).items() if not (without_head and is_head(name, config))}
     constants = _constants(config)
-    tied = {
-        name: twin
-        for name, twin in TENSOR_NAMES[config.model_type].tied(config).items()
-        if name in tensors and twin in tensors
-    }
+    tied = {name: twin for name, twin in tied_names(config).items() if name in tensors and twin in tensors}
     problems = {
         "missing": [name for name in wanted if name not in tensors],
         "unexpected": [
@@ -85,14 +96,30 @@ def from_hf(tensors: Mapping[str, np.ndarray], config: EncoderConfig) -> dict[st
         ],
     }
     if any(problems.values()):
-        found = "; ".join(f"{kind}: {_some(names)}" for kind, names in problems.items() if names)
+        found = "; ".join(f"{kind}: {some(names)}" for kind, names in problems.items() if names)
         raise UserError(f"the tensors are not those of a {config.model_type} masked language model; {found}")
 
-    leaves = {}
-    for path, names in _names(config):
-        parts = [np.asarray(tensors[name], np.float32) for name in names]
-        leaves[path] = np.concatenate([part.T for part in parts] if path.endswith("/kernel") else parts, axis=-1)
-    return traverse_util.unflatten_dict(leaves, sep="/")
+
+def tied_names(config: EncoderConfig) -> dict[str, str]:
+    """Second names of tensors that are one -> their first. transformers 5 does not save them, older versions did."""
+    return TENSOR_NAMES[config.model_type].tied(config)
+
+
+def second_names(config: EncoderConfig) -> set[str]:
+    """The names of tensors that say nothing new: the tied ones, and constants."""
+    return {*tied_names(config), *_constants(config)}
+
+
+def names_of(path: str, config: EncoderConfig) -> tuple[str, ...]:
+    """The names of the tensors that a leaf of our tree holds; none where the config has no such leaf."""
+    return dict(_names(config)).get(path, ())
+
+
+def is_head(name: str, config: EncoderConfig) -> bool:
+    """Whether the tensor of that name belongs to the head; the decoder that is tied does."""
+    return name in tied_names(config) or any(
+        name in names for path, names in _names(config) if path.startswith("head/")
+    )
 
 
 def is_unused(name: str, config: EncoderConfig) -> bool:
@@ -143,7 +170,8 @@ def _tree(config: EncoderConfig) -> dict[str, jax.ShapeDtypeStruct]:
     return traverse_util.flatten_dict(variables["params"], sep="/")
 
 
-def _some(names: Iterable[str], *, at_most: int = 8) -> str:
+def some(names: Iterable[str], *, at_most: int = 8) -> str:
+    """Names as a line has room for them."""
     names = sorted(names)
     more = f" and {len(names) - at_most} more" if len(names) > at_most else ""
     return ", ".join(names[:at_most]) + more

@@ -50,9 +50,9 @@ _MODERN = {**_WITHOUT_TYPES, "num_hidden_layers": 5, "norm_eps": 1e-3, "bos_toke
 # Case -> model_type and what differs from its defaults.
 _CASES = {
     "xlm_roberta": ("xlm-roberta", {**_BERT, "num_hidden_layers": 1}),
-    "camembert": ("camembert", {**_BERT, "num_hidden_layers": 1, "hidden_act": "gelu_new"}),
+    "camembert": ("camembert", {**_BERT, "num_hidden_layers": 1, "hidden_act": "relu"}),
     "roberta_prelayernorm": ("roberta-prelayernorm", _BERT),
-    "bert": ("bert", {**_BERT, "num_attention_heads": 3, "hidden_act": "relu"}),
+    "bert": ("bert", {**_BERT, "num_attention_heads": 3, "hidden_act": "gelu_new"}),
     "distilbert": (
         "distilbert",
         {
@@ -70,7 +70,7 @@ _CASES = {
     "electra_one_width": ("electra", {**_BERT, "embedding_size": 24, "num_hidden_layers": 1}),
     "albert": (
         "albert",
-        {**_BERT, "embedding_size": 10, "num_hidden_layers": 5, "num_hidden_groups": 2, "inner_group_num": 2},
+        {**_BERT, "embedding_size": 10, "num_hidden_groups": 2, "inner_group_num": 2},
     ),
     "albert_one_width": ("albert", {**_BERT, "embedding_size": 24}),
     "roformer": ("roformer", {**_BERT, "num_attention_heads": 2, "embedding_size": 10, "rotary_value": True}),

@@ -1,0 +1,110 @@
+"""How the stack of layers is computed: what it costs in memory and compile time. No choice here changes a model.
+
+Layers have their parameters apart, layer_0, layer_1..., whatever is chosen: a checkpoint or an export does not know.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from mlm.models.config import Layer
+
+# What the backward pass computes anew, to save memory.
+REMATS = ("none", "dots", "full")
+
+
+@dataclasses.dataclass(frozen=True)
+class Execution:
+    """The choices.
+
+    Attributes:
+      attention: one of `attention.IMPLEMENTATIONS`.
+      remat: "none" leaves it to the compiler; "dots" keeps the feed-forward net's first product, and not its
+        activation too, so the widest array is in memory once; "full" keeps nothing but the inputs of each layer.
+      scan_layers: one layer is compiled for all that are alike, and their parameters are stacked in every step.
+    """
+
+    attention: str = "plain"
+    remat: str = "none"
+    scan_layers: bool = False
+
+
+def run_layers(
+    apply: Callable[[Layer, Any, jax.Array, jax.Array | None], jax.Array],
+    params: Mapping[int, Any],
+    hidden_BxLxD: jax.Array,
+    *,
+    layers: tuple[Layer, ...],
+    key: jax.Array | None,
+    execution: Execution,
+) -> jax.Array:
+    """Applies layers one after the other.
+
+    Args:
+      apply: (layer, its parameters, hidden, its dropout key) -> hidden.
+      params: by `Layer.block`.
+      hidden_BxLxD: what the first layer gets.
+      layers: the stack.
+      key: each layer gets its own, made of this one and its number; None for no dropout.
+      execution: `scan_layers`, and whether `remat` is "full".
+
+    Returns:
+      What the last layer gives, as large as what the first one got.
+    """
+    if execution.remat == "full":
+        apply = jax.checkpoint(apply, static_argnums=0)
+
+    def run(number: int | jax.Array, layer: Layer, layer_params: Any, hidden_BxLxD: jax.Array) -> jax.Array:
+        layer_key = None if key is None else jax.random.fold_in(key, number)
+        return apply(layer, layer_params, hidden_BxLxD, layer_key)
+
+    start, period = _repeats(layers) if execution.scan_layers else (len(layers), 1)
+    rounds = (len(layers) - start) // period
+    for number in range(start):
+        hidden_BxLxD = run(number, layers[number], params[layers[number].block], hidden_BxLxD)
+    if rounds:
+        repeated = layers[start : start + period]
+        stacked, shared = {}, {}
+        for place in range(period):
+            blocks = [layers[start + turn * period + place].block for turn in range(rounds)]
+            if len({*blocks}) == 1:
+                shared[place] = params[blocks[0]]
+            else:
+                stacked[place] = jax.tree.map(_stack(hidden_BxLxD.dtype), *(params[block] for block in blocks))
+
+        def turn(hidden_BxLxD: jax.Array, inputs: tuple[jax.Array, Any]) -> tuple[jax.Array, None]:
+            number, turn_params = inputs
+            for place, layer in enumerate(repeated):
+                layer_params = (turn_params | shared)[place]
+                hidden_BxLxD = run(start + number * period + place, layer, layer_params, hidden_BxLxD)
+            return hidden_BxLxD, None
+
+        hidden_BxLxD, _ = jax.lax.scan(turn, hidden_BxLxD, (jnp.arange(rounds), stacked))
+    for number in range(start + rounds * period, len(layers)):
+        hidden_BxLxD = run(number, layers[number], params[layers[number].block], hidden_BxLxD)
+    return hidden_BxLxD
+
+
+def _stack(dtype: Any) -> Callable[..., jax.Array]:
+    """Stacks a leaf of several layers. Matrices are rounded first, as they would be in the layer: half the memory."""
+
+    def stack(*leaves: jax.Array) -> jax.Array:
+        return jnp.stack([leaf.astype(dtype) if leaf.ndim > 1 else leaf for leaf in leaves])
+
+    return stack
+
+
+def _repeats(layers: tuple[Layer, ...]) -> tuple[int, int]:
+    """The first layer and the number of layers of what repeats itself to the end, so that the fewest are compiled."""
+    alike = [dataclasses.replace(layer, block=0) for layer in layers]
+    choices = [
+        (start + period + (len(layers) - start) % period, start, period)
+        for start in range(len(layers))
+        for period in range(1, len(layers) - start + 1)
+        if all(alike[i] == alike[i + period] for i in range(start, len(layers) - period))
+    ]
+    _, start, period = min(choices)
+    return start, period
