@@ -54,7 +54,7 @@ flags.DEFINE_string("coordinator_address", None, "multihost: HOST:PORT of proces
 flags.DEFINE_integer("num_processes", None, "multihost: how many, where jax cannot find it", lower_bound=1)
 flags.DEFINE_integer("process_id", None, "multihost: which one, where jax cannot find it", lower_bound=0)
 flags.DEFINE_integer("step", None, "show_data: the update, from 1 on; export, fill_mask: the checkpoint")
-flags.DEFINE_string("output", None, "export: the directory, else the run's model/; train_tokenizer: the directory; report: the page")
+flags.DEFINE_string("output", None, "export, train_tokenizer: the directory; report: the page")
 flags.DEFINE_integer("average", 1, "export: the mean of so many checkpoints, the last of them --step", lower_bound=1)
 flags.DEFINE_string("dtype", None, "export: of the weights, else the run's export.dtype")
 flags.DEFINE_integer("rows", 4, "show_data: how many of its rows to print", lower_bound=1)

@@ -105,6 +105,17 @@ def get_config() -> ConfigDict:
     model.model_name_or_path = placeholder(str)
     # Of the computation: "float32" or "bfloat16". Parameters, reductions and the optimizer stay float32.
     model.dtype = "float32"
+    # "plain"; "xla" and "cudnn" are jax.nn.dot_product_attention's, the second a flash kernel for NVIDIA GPUs with
+    # dtype "bfloat16". Only "plain" drops attention weights: it is what trains unless attention_probs_dropout_prob is
+    # 0. "auto": "cudnn" where it can run, else "plain".
+    model.attention = "auto"
+    # What the backward pass computes anew. "none": what the compiler likes. "dots": the activation of the feed-forward
+    # net, which saves a third of the memory, and bytes to move. "full": whole layers, which costs a third more work
+    # and leaves one array a layer in memory. "auto": "dots", on CPU "none", where operations are dearer than memory.
+    model.remat = "auto"
+    # One layer is compiled for all that are alike: seconds instead of minutes, some percent slower. Checkpoints are
+    # the same either way.
+    model.scan_layers = False
     # Fields of the Hugging Face config to change. None: as in the config above; vocab_size, pad_token_id,
     # bos_token_id and eos_token_id then come from the tokenizer when there is no config to copy.
     model.overrides = overrides = ConfigDict()

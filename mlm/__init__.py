@@ -6,7 +6,7 @@
     warm_start  weights that are there, of ours or of transformers, fitted to a run's model
     text        a config -> sources, tokenizer, evaluation rows, and any process's batches
     workdir     the work directory's paths, and whether a run may go on in it
-    report      metric files and progress lines;  curves  their picture
+    report      metric files and progress lines;  curves  their picture;  html_report  a page of several runs'
     checkpoint  the only file that imports Orbax
     export      the Hugging Face model directory, its card, its way to the hub
     evaluate    sums over the evaluation rows, divided once;  fill_mask  guesses for the masked word

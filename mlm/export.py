@@ -50,20 +50,30 @@ def export_model(
       fillings: examples for the card.
       metrics_path: `metrics.jsonl`, for the curves.
       dtype: of the weights written, one of `DTYPES`.
+
+    Raises:
+      OSError: there is no room; what stood there still stands.
     """
     partial, old = directory + ".tmp", directory + ".old"
     recover(directory)
     shutil.rmtree(partial, ignore_errors=True)
+    tensors = {name: np.ascontiguousarray(t).astype(DTYPES[dtype]) for name, t in weights.to_hf(params, config).items()}
+    _require_room(os.path.dirname(directory), sum(tensor.nbytes for tensor in tensors.values()))
     os.makedirs(partial)
     tokenizer.save(partial)
-    tensors = {name: np.ascontiguousarray(t).astype(DTYPES[dtype]) for name, t in weights.to_hf(params, config).items()}
-    # transformers reads the framework from this entry and refuses a file without it.
-    safetensors.numpy.save_file(tensors, os.path.join(partial, "model.safetensors"), metadata={"format": "pt"})
+    try:
+        # transformers reads the framework from this entry and refuses a file without it.
+        safetensors.numpy.save_file(tensors, os.path.join(partial, "model.safetensors"), metadata={"format": "pt"})
+    except safetensors.SafetensorError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise OSError(f"the model could not be written ({error})") from None
     _write_json(os.path.join(partial, "config.json"), config.to_hf() | {"dtype": dtype})
     draw_curves(metrics_path, os.path.join(partial, "curves.png"), title=f"{card.title}, {step:,} updates")
     with open(os.path.join(partial, "README.md"), "w", encoding="utf-8") as file:
         mask_token = tokenizer.hf.mask_token
         file.write(model_card(card, step=step, mask_token=mask_token, metrics=metrics, fillings=fillings))
+    # safetensors makes files that nobody else may read.
+    shutil.copymode(os.path.join(partial, "README.md"), os.path.join(partial, "model.safetensors"))
     state = {"global_step": step, "tokens_seen": card.tokens_seen, "hardware": card.hardware, **metrics}
     _write_json(os.path.join(partial, "trainer_state.json"), state)
     for name in (*os.listdir(partial), "."):
@@ -82,6 +92,17 @@ def recover(directory: str) -> None:
     if os.path.exists(old) and not os.path.exists(directory):
         os.rename(old, directory)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _require_room(directory: str, needed: int) -> None:
+    """Raises OSError unless so many bytes, and some more for what is small, are free."""
+    needed += 16 << 20
+    free = shutil.disk_usage(directory).free
+    if free < needed:
+        raise OSError(
+            f"the model could not be written: {free / 1e6:,.0f} MB are free in {directory}, "
+            f"and {needed / 1e6:,.0f} are needed"
+        )
 
 
 def _write_json(path: str, value: Mapping[str, Any]) -> None:

@@ -86,7 +86,7 @@ def read_run(place: WorkDir, name: str) -> dict[str, Any]:
         raise UserError(f"--workdir={place.path}: there is no run; name the work directory of one")
     lines = read_metrics(place.metrics)
     if not lines:
-        raise UserError(f"--workdir={place.path}: the run has no metrics yet; come back after its first evaluation or checkpoint")
+        raise UserError(f"--workdir={place.path}: no metrics yet; come back after the first evaluation or checkpoint")
     config, history = flatten(place.read_config()), place.read_history()
     clock = _Clock(lines)
     curves = {}
@@ -189,8 +189,9 @@ def _panels(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     panels = []
     for title, unit, curves, scale in [PANELS[0], by_source, *PANELS[1:]]:
         curves = [(metric, label) for metric, label in curves if metric in there]
-        if title == "Skipped updates" and not any(any(r["curves"].get(m, {"values": []})["values"]) for r in runs
-                                                  for m, _ in curves):
+        if title == "Skipped updates" and not any(
+            any(r["curves"].get(m, {"values": []})["values"]) for r in runs for m, _ in curves
+        ):
             continue
         if curves:
             panels.append({"title": title, "unit": unit, "curves": curves, "scale": scale})

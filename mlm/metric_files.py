@@ -9,8 +9,9 @@ from typing import Any
 
 import jax
 import numpy as np
+import tensorflow as tf
 from absl import logging
-from clu import asynclib, metric_writers
+from clu import metric_writers
 from tensorboard.compat.proto import event_pb2
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
@@ -77,7 +78,8 @@ def create_writer(workdir: WorkDir, *, last_step: int) -> metric_writers.MetricW
     return metric_writers.MultiWriter(
         [
             JsonLinesWriter(workdir.metrics, last_step=last_step),
-            metric_writers.create_default_writer(workdir.path),
+            # Not from a thread: what goes wrong there is logged at length, and raised somewhere else.
+            metric_writers.create_default_writer(workdir.path, asynchronous=False),
         ]
     )
 
@@ -95,5 +97,5 @@ def tolerant() -> Iterator[None]:
     """A disk that is full must not end the training: metrics that cannot be written are told of, and tried again."""
     try:
         yield
-    except (OSError, asynclib.AsyncError) as error:
+    except (OSError, tf.errors.OpError) as error:
         logging.warning("metrics could not be written: %s", str(error).splitlines()[0])

@@ -20,8 +20,10 @@ from mlm.errors import UserError
 from mlm.export import DTYPES as EXPORT_DTYPES
 from mlm.hub import Hub, check_token, is_pushed
 from mlm.masking import MaskingSpec
+from mlm.models.attention import IMPLEMENTATIONS
 from mlm.models.config import EncoderConfig, default_config
 from mlm.models.encoder import MaskedLM
+from mlm.models.execution import REMATS, Execution
 from mlm.optimizer import create_optimizer, create_schedule
 from mlm.steps import Task, init_params
 from mlm.text import Text
@@ -92,6 +94,7 @@ def build(config: ConfigDict, workdir: WorkDir) -> Run:
                 encoder,
                 DTYPES[config.model.dtype],
                 begin_id=tokenizer.bos_id if config.data.packing == "isolate" else None,
+                execution=open_execution(config, backend=jax.default_backend()),
             ),
             masking=open_masking(config, tokenizer),
             optimizer=optimizer,
@@ -129,6 +132,16 @@ def train_tokenizer(config: ConfigDict, output: str) -> None:
     tokenizer.save(output)
     name = f"--config.tokenizer.tokenizer_name={output}"
     logging.info("a tokenizer of %d entries is in %s; use it with %s", tokenizer.num_ids, output, name)
+
+
+def open_execution(config: ConfigDict, *, backend: str) -> Execution:
+    """How the model is computed on devices of this kind, such as "cpu" or "gpu"."""
+    attention, remat = config.model.attention, config.model.remat
+    if attention == "auto":
+        attention = "cudnn" if backend == "gpu" and config.model.dtype == "bfloat16" else "plain"
+    if remat == "auto":
+        remat = "none" if backend == "cpu" else "dots"
+    return Execution(attention=attention, remat=remat, scan_layers=config.model.scan_layers)
 
 
 def open_masking(config: ConfigDict, tokenizer: Tokenizer) -> MaskingSpec:
@@ -212,6 +225,17 @@ def check_numbers(config: ConfigDict) -> None:
         raise UserError(f"export.dtype={config.export.dtype!r} is not one of {', '.join(EXPORT_DTYPES)}")
     if config.model.dtype not in DTYPES:
         raise UserError(f"model.dtype={config.model.dtype!r} is not one of {', '.join(DTYPES)}")
+    for key, value, known in (
+        ("model.attention", config.model.attention, ("auto", *IMPLEMENTATIONS)),
+        ("model.remat", config.model.remat, ("auto", *REMATS)),
+    ):
+        if value not in known:
+            raise UserError(f"{key}={value!r} is not one of {', '.join(known)}")
+    if config.model.attention == "cudnn" and (jax.default_backend() != "gpu" or config.model.dtype != "bfloat16"):
+        raise UserError(
+            f"model.attention='cudnn' needs an NVIDIA GPU and model.dtype='bfloat16', not {jax.default_backend()} and "
+            f"{config.model.dtype!r}; set model.attention='auto'"
+        )
     shares = config.masking
     if not 0 < shares.mlm_probability <= 1:
         raise UserError(f"masking.mlm_probability={shares.mlm_probability} must lie in (0, 1]")

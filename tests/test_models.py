@@ -118,14 +118,14 @@ def test_dropout_is_where_hugging_face_has_it(golden, config, params, monkeypatc
     config = config.replace(hidden_dropout_prob=0.25, attention_probs_dropout_prob=0.5)
     calls = []
 
-    def record(values, *, rate, key):
-        calls.append((rate, values.shape, key is None))
-        return values
+    def record(key, shape, *, rate):
+        calls.append((rate, shape))
+        return jnp.ones(shape, bool)
 
-    monkeypatch.setattr(dropout, "dropout", record)
-    monkeypatch.setattr(attention, "dropout", record)
+    monkeypatch.setattr(dropout, "kept", record)
+    monkeypatch.setattr(attention, "kept", record)
     jax.eval_shape(lambda: apply(params, golden["inputs"], config=config, deterministic=False))
-    hidden, weights_ = (0.25, (B, L, 36), False), (0.5, (B, 4, L, L), False)
+    hidden, weights_ = (0.25, (B, L, 36)), (0.5, (B, 4, L, L))
     assert calls == [hidden] + [weights_, hidden, hidden] * config.num_hidden_layers
 
 

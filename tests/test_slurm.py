@@ -15,7 +15,9 @@ from tests.tiny import write_corpus
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "launch" / "slurm.sh"
-COMMIT = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+COMMIT = subprocess.run(
+    ["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True, check=True
+).stdout.strip()
 
 
 class Cluster:

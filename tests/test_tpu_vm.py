@@ -1,5 +1,5 @@
-"""launch/tpu_vm.sh against a gcloud of our own, which records calls, plays failures, and runs in folders what is sent to
-the workers. No test calls the real one."""
+"""launch/tpu_vm.sh against a gcloud of our own, which records calls, plays failures, and runs in folders what is sent
+to the workers. No test calls the real one."""
 
 import json
 import os
@@ -86,7 +86,9 @@ def cloud(tmp_path, repository):
 @pytest.mark.parametrize("script", sorted([*ROOT.glob("launch/*.sh"), *FAKES.glob("worker/*")]), ids=lambda p: p.name)
 def test_shellcheck_finds_nothing(script):
     # Beside this Python, where pip puts it, whatever the PATH.
-    done = subprocess.run([Path(sys.executable).parent / "shellcheck", script], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [Path(sys.executable).parent / "shellcheck", script], capture_output=True, text=True, check=False
+    )
     assert done.stdout == ""
 
 
@@ -107,7 +109,8 @@ def test_shellcheck_finds_nothing(script):
         ),
         (
             ["--type=v5p-16", "--queued", "--spot"],
-            "queued-resources create tpu --node-id=tpu --accelerator-type=v5p-16 --runtime-version=v2-alpha-tpuv5 --spot",
+            "queued-resources create tpu --node-id=tpu --accelerator-type=v5p-16 --runtime-version=v2-alpha-tpuv5 "
+            "--spot",
         ),
     ],
 )
@@ -189,7 +192,7 @@ def test_train_starts_the_same_command_on_every_worker_once(cloud):
     assert "worker-1: the run is under way" in cloud("train", "tpu", "--no-watch", *TRAIN)
     for home in cloud.workers:
         python = home / "mlm-venv" / "bin" / "python"
-        python.write_text(f'#!/bin/sh\npwd; for word; do echo "$word"; done\n')
+        python.write_text('#!/bin/sh\npwd; for word; do echo "$word"; done\n')
         done = subprocess.run(["bash", home / "mlm-run" / "command"], capture_output=True, text=True, check=True)
         assert done.stdout.splitlines() == [str(home / "mlm"), "main.py", *TRAIN[1:]]
         assert (home / "systemctl").read_text().count("start --no-block mlm.service") == 1
@@ -205,9 +208,9 @@ def test_the_unit_restarts_after_a_preemption_alone(cloud):
     # SIGTERM to main.py alone, and the time for a checkpoint.
     assert {"KillMode=mixed", "TimeoutStopSec=600"} <= set(unit)
     assert "WantedBy=multi-user.target" in unit
-    assert f"enable --quiet --force {cloud.workers[0]}/mlm-run/mlm.service" in (
-        cloud.workers[0] / "systemctl"
-    ).read_text()
+    assert (
+        f"enable --quiet --force {cloud.workers[0]}/mlm-run/mlm.service" in (cloud.workers[0] / "systemctl").read_text()
+    )
 
 
 @pytest.mark.parametrize(
@@ -304,7 +307,8 @@ def test_a_preempted_queued_vm_queues_again(cloud):
     calls = [" ".join(call[2:]) for call in cloud.calls[before:] if call[2] == "queued-resources"]
     assert calls[:2] == [
         "queued-resources delete tpu --force --quiet",
-        "queued-resources create tpu --node-id=tpu --accelerator-type=v4-16 --runtime-version=tpu-ubuntu2204-base --spot",
+        "queued-resources create tpu --node-id=tpu --accelerator-type=v4-16 --runtime-version=tpu-ubuntu2204-base "
+        "--spot",
     ]
     assert [call.split()[1] for call in calls[2:]] == ["describe", "describe"]
 

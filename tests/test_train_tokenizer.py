@@ -114,7 +114,7 @@ def test_rare_letters_make_room_for_words(trained):
         vocabulary = trained[key].hf.get_vocab()
         assert "\u2603" not in vocabulary
         assert trained[key].hf("\u2603")["input_ids"].count(trained[key].hf.unk_token_id) == 1
-        assert any(word in vocabulary for word in ("the", "\u2581the"))
+        assert any(word in vocabulary for word in ("river", "\u2581river"))
         assert "\u00e9" in vocabulary or "##\u00e9" in vocabulary
 
 
