@@ -1,0 +1,416 @@
+"""Is a run that is killed again and again the run that would have been?
+
+    python benchmarks/kill_campaign.py                               # SIGKILL, at least 20 times; 10 to 20 minutes
+    python benchmarks/kill_campaign.py --signal=TERM --kills=8       # SIGTERM: exit code 75, and how long that takes
+
+One small run goes through undisturbed. Then the same command runs in another directory and is killed at random times,
+and started again, until it comes to its end; if that is before `--kills`, in yet another directory. What both leave is
+compared: parameters, optimizer and stream state of the last checkpoint bit for bit, metrics.jsonl but for perf/*, the
+exported model and the tokenizer byte for byte, and that nothing half-written is left.
+
+Times of kills are drawn in three ways, in turn: between 0.3 and 2 times what a start takes to its first checkpoint;
+several within two seconds of their start; and, for what is short, within a fifth of a second of the beginning of a
+phase that has not been hit yet. A process is stopped (SIGSTOP) before it is looked at which phase it is in.
+
+The text is the docstrings of the installed packages; the compilation cache is shared, as it is by default.
+"""
+
+import argparse
+import collections
+import dataclasses
+import filecmp
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+REPO = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, REPO)
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+
+from mlm.curves import read_metrics
+from mlm.interrupt import EXIT_INTERRUPTED
+
+# Of a start, in order. Reading ends with the first line about the model; the first update's compilation is set-up.
+PHASES = ("imports", "tokenizer training", "set-up", "steps", "evaluation", "save", "export", "end")
+# Seconds after which a child that does not end, or does not come to a phase, is a failure of its own.
+TIMEOUT = 600
+# Beside these, no file of a model may differ: a picture has the throughput in it.
+TIMINGS = ("curves.png",)
+TELLING_LOOP = ("counts_V", "tokens_seen", "skipped")
+
+
+@dataclasses.dataclass(frozen=True)
+class Kill:
+    """What was killed when: seconds after its start, its phase, its last logged update, seconds until it was gone."""
+
+    seconds: float
+    phase: str
+    step: int
+    latency: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """Of one directory.
+
+    Attributes:
+      kills: in order.
+      seconds: of wall time, all starts together.
+      replayed: updates made more than once, as far as the log tells.
+      differences: from the undisturbed run, in words; empty if there are none.
+    """
+
+    kills: list[Kill]
+    seconds: float
+    replayed: int
+    differences: list[str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Trainer:
+    """A command to start again and again: flags of main.py but for --workdir, and the environment."""
+
+    flags: tuple[str, ...]
+    env: dict[str, str]
+
+    def start(self, workdir: str, log: str) -> subprocess.Popen:
+        """Starts it; stdout and stderr go to the file `log`, anew."""
+        with open(log, "w") as file:
+            return subprocess.Popen(
+                [sys.executable, "main.py", *self.flags, f"--workdir={workdir}"],
+                cwd=REPO,
+                env=self.env,
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=file,
+            )
+
+
+def phase_of(workdir: str, log: str, *, eval_steps: int) -> tuple[str, int]:
+    """The phase in which a process is, as its files and its log tell, and the last update in the log.
+
+    `eval_steps` must be a multiple of the run's logging_steps.
+    """
+    with open(log, encoding="utf-8", errors="replace") as file:
+        lines = file.read().splitlines()
+    steps = [int(match[1]) for line in lines if (match := re.search(r"step +(\d+) of \d+   loss", line))]
+    going_on = [int(match[1]) for line in lines if (match := re.search(r"going on after update (\d+)", line))]
+    step = (steps or going_on or [0])[-1]
+    checkpoints = os.path.join(workdir, "checkpoints")
+    if os.path.isdir(os.path.join(workdir, "model.tmp")):
+        return "export", step
+    # What a start before this one has left is removed once the stream is open.
+    if steps and any(".orbax-checkpoint-tmp" in name for name in os.listdir(checkpoints)):
+        return "save", step
+    if not lines:
+        return "imports", step
+    if any("five best fillings" in line for line in lines):
+        return "end", step
+    if not steps:
+        reading = "training a" in lines[-1]
+        return ("tokenizer training" if reading else "set-up"), step
+    if step % eval_steps == 0 and not any(re.search(rf"step +{step} of \d+   evaluation", line) for line in lines):
+        return "evaluation", step
+    return "steps", step
+
+
+def kill(process: subprocess.Popen, number: int, looked_at: Callable[[], tuple[str, int]], start: float) -> Kill | None:
+    """Signals a process and waits for its end; None if it had ended by itself."""
+    seconds = time.monotonic() - start
+    if process.poll() is not None:
+        return None
+    process.send_signal(signal.SIGSTOP)
+    phase, step = looked_at()
+    process.send_signal(number)
+    before = time.monotonic()
+    process.send_signal(signal.SIGCONT)
+    code = process.wait(TIMEOUT)
+    latency = time.monotonic() - before
+    if code == 0:
+        return None  # It had nothing left to do but to go.
+    expected = -number if number == signal.SIGKILL else EXIT_INTERRUPTED
+    if code != expected:
+        raise AssertionError(f"exit code {code}, not {expected}, after a signal in phase {phase}, update {step}")
+    return Kill(seconds, phase, step, latency)
+
+
+def waits(rng: random.Random, *, to_checkpoint: float) -> Iterator[float | None]:
+    """Seconds from a start to its kill; None for one that is aimed at a phase."""
+    while True:
+        yield rng.uniform(0.3, 2.0) * to_checkpoint
+        yield None
+        yield rng.uniform(0.8, 2.0) * to_checkpoint
+        yield None
+        yield from (rng.uniform(0.1, 2.0) for _ in range(rng.choice((0, 0, 3))))
+
+
+def campaign(
+    trainer: Trainer,
+    workdir: str,
+    straight: str,
+    *,
+    kills: int,
+    number: int,
+    rng: random.Random,
+    to_checkpoint: float,
+    eval_steps: int,
+    hit: collections.Counter,
+) -> Result:
+    """Runs to the end in `workdir`, through at most `kills` kills, and compares with the run in `straight`.
+
+    `hit` counts kills by phase and is added to: phases with none are aimed at.
+    """
+    log = workdir + ".log"
+    done: list[Kill] = []
+    replayed, began = 0, time.monotonic()
+    times = waits(rng, to_checkpoint=to_checkpoint)
+
+    def looked_at() -> tuple[str, int]:
+        return phase_of(workdir, log, eval_steps=eval_steps)
+
+    while True:
+        start = time.monotonic()
+        process = trainer.start(workdir, log)
+        killed = None
+        try:
+            if len(done) < kills:
+                seconds = next(times)
+                if seconds is None:
+                    await_phase(process, looked_at, rng=rng, hit=hit)
+                else:
+                    wait_for(process, seconds)
+                killed = kill(process, number, looked_at, start)
+            code = process.wait(TIMEOUT)
+        finally:
+            process.kill()
+        with open(log, encoding="utf-8", errors="replace") as file:
+            text = file.read()
+        if (match := re.search(r"going on after update (\d+)", text)) and done:
+            replayed += max(0, done[-1].step - int(match[1]))
+        if killed is None:
+            if code != 0:
+                raise AssertionError(f"exit code {code} by itself:\n{text[-3000:]}")
+            break
+        if number != signal.SIGKILL and text.count("the same command goes on") != 1:
+            raise AssertionError(f"the last line does not say what happened:\n{text[-3000:]}")
+        done.append(killed)
+        hit[killed.phase] += 1
+        print(f"  {len(done):3d}  after {killed.seconds:5.1f} s, update {killed.step:4d}: {killed.phase}", flush=True)
+    return Result(done, time.monotonic() - began, replayed, differences(straight, workdir))
+
+
+def wait_for(process: subprocess.Popen, seconds: float) -> None:
+    """Waits so long, or until a process has ended."""
+    try:
+        process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        return
+
+
+def await_phase(
+    process: subprocess.Popen, looked_at: Callable[[], tuple[str, int]], *, rng: random.Random, hit: collections.Counter
+) -> None:
+    """Waits for a phase that was seldom hit (any of those that come again after a start), then a moment more."""
+    often = {"steps": 3, "evaluation": 0, "save": 0, "export": 0}
+    # What comes before the first checkpoint comes only once.
+    wanted = min(often, key=lambda phase: hit[phase] + often[phase] + 0.1 * rng.random())
+    if not hit["tokenizer training"]:
+        wanted = "tokenizer training"
+    deadline = time.monotonic() + TIMEOUT
+    while process.poll() is None and time.monotonic() < deadline:
+        phase, _ = looked_at()
+        if phase == wanted or (wanted == "tokenizer training" and phase == "steps"):
+            break
+        time.sleep(0.005)
+    wait_for(process, rng.uniform(0.0, 0.2) if wanted != "save" else rng.uniform(0.0, 0.05))
+
+
+def differences(one: str, other: str) -> list[str]:
+    """What two finished work directories do not have in common, and should; what is left in the second, and should
+    not be."""
+    found = []
+    steps = [max(map(int, os.listdir(os.path.join(run, "checkpoints")))) for run in (one, other)]
+    if steps[0] != steps[1]:
+        return [f"the last checkpoints are {steps[0]} and {steps[1]}"]
+    first, second = (read_state(run, steps[0]) for run in (one, other))
+    if first.keys() != second.keys():
+        found.append(f"the states have other parts: {sorted(first.keys() ^ second.keys())}")
+    for name in first.keys() & second.keys():
+        if first[name].tobytes() != second[name].tobytes() or first[name].dtype != second[name].dtype:
+            found.append(f"checkpoint {steps[0]}: {name}")
+    for name, read in (("stream", read_streams), ("loop", read_loop)):
+        if read(one, steps[0]) != read(other, steps[0]):
+            found.append(f"checkpoint {steps[0]}: {name}")
+    lines = [untimed(read_metrics(os.path.join(run, "metrics.jsonl"))) for run in (one, other)]
+    if lines[0] != lines[1]:
+        odd = [line["step"] for line in (*lines[0], *lines[1]) if (line in lines[0]) != (line in lines[1])]
+        found.append(f"metrics.jsonl, steps {sorted(set(odd))}")
+    for part in ("model", "tokenizer"):
+        names = [set(os.listdir(os.path.join(run, part))) for run in (one, other)]
+        found += [f"{part}/{name} is in one alone" for name in names[0] ^ names[1]]
+        _, unequal, odd = filecmp.cmpfiles(
+            os.path.join(one, part), os.path.join(other, part), sorted(names[0] & names[1]), shallow=False
+        )
+        found += [f"{part}/{name}" for name in (*unequal, *odd) if name not in TIMINGS]
+    return found + [f"{path} is left" for path in leftovers(other)]
+
+
+def leftovers(workdir: str) -> list[str]:
+    """Paths of what is half-written, or set aside, anywhere in a work directory."""
+    found = []
+    for at, directories, files in os.walk(workdir):
+        for name in (*directories, *files):
+            if re.search(r"\.tmp|\.old|orbax-checkpoint-tmp|^push\.|^damaged$", name):
+                found.append(os.path.relpath(os.path.join(at, name), workdir))
+    return found
+
+
+def read_state(workdir: str, step: int) -> dict[str, np.ndarray]:
+    """A checkpoint's train state, path -> array, as Orbax reads it by itself."""
+    directory = epath.Path(workdir) / "checkpoints" / str(step) / "state"
+    handler = ocp.PyTreeCheckpointHandler()
+    tree = handler.metadata(directory).tree
+    kinds = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+    state = handler.restore(directory, args=ocp.args.PyTreeRestore(item=tree, restore_args=kinds))
+    return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(state)}
+
+
+def read_streams(workdir: str, step: int) -> list[Any]:
+    """The streams' places in a checkpoint."""
+    directory = os.path.join(workdir, "checkpoints", str(step), "stream")
+    return [read_json(os.path.join(directory, name)) for name in sorted(os.listdir(directory))]
+
+
+def read_loop(workdir: str, step: int) -> dict[str, Any]:
+    """What the loop has summed up, and the checksums, in a checkpoint; without its clock."""
+    directory = os.path.join(workdir, "checkpoints", str(step), "loop")
+    saved = read_json(os.path.join(directory, "metadata"))["item"]
+    sums = {k: v for k, v in saved["loop"]["interval"].items() if "seconds" not in k}
+    return {"checksums": saved["checksums"], **sums, **{key: saved["loop"][key] for key in TELLING_LOOP}}
+
+
+def read_json(path: str) -> Any:
+    with open(path, encoding="utf-8") as file:
+        return json.load(file)
+
+
+def untimed(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Lines of metrics.jsonl without their timings."""
+    return [{name: value for name, value in line.items() if not name.startswith("perf/")} for line in lines]
+
+
+def write_corpus(folder: str, *, megabytes: float) -> str:
+    """The head of the docstrings in three JSON-lines files; returns their glob."""
+    from mlm.data import sources  # Takes seconds to import, and tests have a corpus of their own.
+
+    source = sources.open_source(dataset_name="docstrings")
+    texts, size = [], 0
+    for shard in range(source.num_shards):
+        for column in source.read(shard):
+            texts += [text for text in column.to_pylist() if text]
+            size += column.nbytes
+        if size > megabytes * 1e6:
+            break
+    os.makedirs(folder)
+    for part in range(3):
+        with open(os.path.join(folder, f"part-{part}.jsonl"), "w", encoding="utf-8") as file:
+            file.writelines(json.dumps({"text": text}) + "\n" for text in texts[part::3])
+    return os.path.join(folder, "part-*.jsonl")
+
+
+# Small enough to start often. Lines of metrics begin and end between checkpoints, and dropout has keys of its own.
+EVAL_STEPS = 60
+FLAGS = (
+    "--config=configs/quickstart.py",
+    "--config.num_train_steps=300",
+    "--config.logging_steps=6",
+    f"--config.eval_steps={EVAL_STEPS}",
+    "--config.save_steps=20",
+    "--config.per_device_train_batch_size=16",
+    "--config.data.num_eval_samples=512",
+    "--config.tokenizer.train_documents=4000",
+    "--config.model.overrides.hidden_dropout_prob=0.1",
+    "--config.optimizer.schedule=cosine",
+    '--config.report.sentences=("A <mask> of numbers.",)',
+)
+
+
+def environment(folder: str) -> dict[str, str]:
+    """Of the trainer: one device, and caches of its own."""
+    return {**os.environ, "XDG_CACHE_HOME": os.path.join(folder, "cache"), "XLA_FLAGS": "", "HF_HUB_OFFLINE": "1"}
+
+
+def run_straight(trainer: Trainer, workdir: str) -> tuple[float, float]:
+    """Runs undisturbed; returns the seconds it took, and those to its first checkpoint."""
+    log, start, to_checkpoint = workdir + ".log", time.monotonic(), None
+    os.makedirs(os.path.dirname(workdir), exist_ok=True)
+    process = trainer.start(workdir, log)
+    try:
+        checkpoints = os.path.join(workdir, "checkpoints")
+        while process.poll() is None:
+            if to_checkpoint is None and os.path.isdir(checkpoints):
+                if any(name.isdecimal() for name in os.listdir(checkpoints)):
+                    to_checkpoint = time.monotonic() - start
+            wait_for(process, 0.05)
+    finally:
+        process.kill()
+    if process.returncode != 0:
+        with open(log, encoding="utf-8", errors="replace") as file:
+            raise AssertionError(f"exit code {process.returncode}:\n{file.read()[-3000:]}")
+    return time.monotonic() - start, to_checkpoint
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--signal", choices=("KILL", "TERM", "INT"), default="KILL")
+    parser.add_argument("--kills", type=int, default=22, help="at least so many")
+    parser.add_argument("--seed", type=int, default=0, help="of the times")
+    parser.add_argument("--folder", help="work directories, kept; a temporary one, removed, if not given")
+    arguments = parser.parse_args()
+    number = signal.Signals[f"SIG{arguments.signal}"]
+    rng, hit = random.Random(arguments.seed), collections.Counter()
+
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = arguments.folder or temporary
+        files = write_corpus(os.path.join(folder, "corpus"), megabytes=3.0)
+        trainer = Trainer((*FLAGS, f"--config.data.data_files={files}"), environment(folder))
+        # Of the same name, for it stands in the model's card. The first one fills the compilation cache.
+        run_straight(trainer, os.path.join(folder, "first", "run"))
+        straight = os.path.join(folder, "straight", "run")
+        whole_seconds, to_checkpoint = run_straight(trainer, straight)
+        found = differences(os.path.join(folder, "first", "run"), straight)
+        print(f"undisturbed: {whole_seconds:.0f} s, {to_checkpoint:.0f} s to the first checkpoint; twice: {found or 'equal'}")
+
+        results: list[Result] = []
+        while (left := arguments.kills - sum(hit.values())) > 0:
+            workdir = os.path.join(folder, f"killed-{len(results)}", "run")
+            os.makedirs(os.path.dirname(workdir))
+            results.append(
+                campaign(
+                    trainer,
+                    workdir,
+                    straight,
+                    # At the end of a short run there is nothing left to hit.
+                    kills=left,
+                    number=number,
+                    rng=rng,
+                    to_checkpoint=to_checkpoint,
+                    eval_steps=EVAL_STEPS,
+                    hit=hit,
+                )
+            )
+    report(results, hit, whole_seconds=whole_seconds, straight_lines=None)
