@@ -393,7 +393,9 @@ def main() -> None:
         straight = os.path.join(folder, "straight", "run")
         whole_seconds, to_checkpoint = run_straight(trainer, straight)
         found = differences(os.path.join(folder, "first", "run"), straight)
-        print(f"undisturbed: {whole_seconds:.0f} s, {to_checkpoint:.0f} s to the first checkpoint; twice: {found or 'equal'}")
+        print(
+            f"undisturbed: {whole_seconds:.0f} s, {to_checkpoint:.0f} s to the first checkpoint; twice: {found or 'equal'}"
+        )
 
         results: list[Result] = []
         while (left := arguments.kills - sum(hit.values())) > 0:
@@ -413,4 +415,32 @@ def main() -> None:
                     hit=hit,
                 )
             )
-    report(results, hit, whole_seconds=whole_seconds, straight_lines=None)
+        report(results, hit, whole_seconds=whole_seconds, lines=read_metrics(os.path.join(straight, "metrics.jsonl")))
+    if any(result.differences for result in results) or found:
+        sys.exit(1)
+
+
+def report(
+    results: list[Result], hit: collections.Counter, *, whole_seconds: float, lines: list[dict[str, Any]]
+) -> None:
+    """Prints the figures; `lines` are the undisturbed run's metrics."""
+    kills = [kill for result in results for kill in result.kills]
+    found = [difference for result in results for difference in result.differences]
+    seconds = sum(result.seconds for result in results)
+    print(f"\nkills               {len(kills)}: " + ", ".join(f"{hit[name]} {name}" for name in PHASES if hit[name]))
+    print(f"restarts            {len(kills)} in {len(results)} runs, each to its end")
+    print(f"updates made again  {sum(result.replayed for result in results)}, of {lines[-1]['step']} a run")
+    print(f"differences         {len(found)}" + "".join(f"\n    {difference}" for difference in found))
+    print(f"wall time           {seconds / len(results) / whole_seconds:.1f} times the undisturbed run's")
+    step = np.median([line["perf/step_ms"] for line in lines if "perf/step_ms" in line]) / 1e3
+    pauses = {
+        name: [l[f"perf/{name}_ms"] / 1e3 for l in lines if f"perf/{name}_ms" in l] for name in ("save", "evaluation")
+    }
+    print(f"seconds             a step {step:.3f}, " + ", ".join(f"{k} {np.median(v):.3f}" for k, v in pauses.items()))
+    for name in PHASES:
+        if gone := [kill.latency for kill in kills if kill.phase == name]:
+            print(f"signal to exit      {name}: median {np.median(gone):.2f} s, at most {max(gone):.2f} s")
+
+
+if __name__ == "__main__":
+    main()

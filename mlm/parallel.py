@@ -106,6 +106,14 @@ def _add_up_devices() -> Callable[[jax.Array], jax.Array]:
     return data_parallel(lambda values: jax.lax.psum(values, AXIS))
 
 
+def maintenance_is_near(step: int) -> bool:
+    """Whether a machine of the run has been told that it is about to be taken away, by other ways than a signal.
+
+    Every process must ask at every step, and is told at the same one.
+    """
+    return jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step)
+
+
 def barrier(name: str) -> None:
     """Waits until every process has come here."""
     if jax.process_count() > 1:

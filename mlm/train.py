@@ -161,7 +161,7 @@ def train_and_evaluate(
                     step % every == 0 or step == last
                     for every in (config.logging_steps, config.eval_steps, config.save_steps)
                 )
-                stops = asked.to_stop()
+                stops = asked.to_stop(step)
                 if logs or evaluates or saves or stops:
                     reporter.settle()
                 if logs:
@@ -192,12 +192,13 @@ class Agreement:
         self._interrupt = interrupt
         self._asked: jax.Array | None = None
 
-    def to_stop(self) -> bool:
+    def to_stop(self, step: int) -> bool:
         """Call once an update, on every process."""
         if jax.process_count() == 1:
             return bool(self._interrupt.requested)
         before, self._asked = self._asked, parallel.any_process(bool(self._interrupt.requested))
-        return before is not None and bool(parallel.first_replica(before))
+        is_near = parallel.maintenance_is_near(step)
+        return is_near or (before is not None and bool(parallel.first_replica(before)))
 
 
 def _waits_in_vain(interrupt: Interrupt) -> Callable[[], None]:
