@@ -88,6 +88,8 @@ def main(argv: list[str]) -> None:
         # Before jax is imported: a device may be busy with the run itself.
         os.environ["JAX_PLATFORMS"] = "cpu"
 
+    if FLAGS.mode == "train":
+        interrupt.leave_at_once()
     # These take seconds to import; a mistake on the command line should not.
     import jax
 

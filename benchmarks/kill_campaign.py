@@ -18,12 +18,11 @@ The text is the docstrings of the installed packages; the compilation cache is s
 import argparse
 import collections
 import dataclasses
-import filecmp
+import itertools
 import json
 import os
 import random
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -32,25 +31,20 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-REPO = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.insert(0, REPO)
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-import jax
 import numpy as np
-import orbax.checkpoint as ocp
-from etils import epath
 
+from benchmarks.same_run import differences
 from mlm.curves import read_metrics
 from mlm.interrupt import EXIT_INTERRUPTED
 
-# Of a start, in order. Reading ends with the first line about the model; the first update's compilation is set-up.
-PHASES = ("imports", "tokenizer training", "set-up", "steps", "evaluation", "save", "export", "end")
+REPO = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+# Of a start, in order; the middle ones come again and again.
+PHASES = ("imports", "tokenizer training", "set-up", "compilation", "steps", "evaluation", "save", "export", "end")
 # Seconds after which a child that does not end, or does not come to a phase, is a failure of its own.
 TIMEOUT = 600
-# Beside these, no file of a model may differ: a picture has the throughput in it.
-TIMINGS = ("curves.png",)
-TELLING_LOOP = ("counts_V", "tokens_seen", "skipped")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,8 +115,9 @@ def phase_of(workdir: str, log: str, *, eval_steps: int) -> tuple[str, int]:
     if any("five best fillings" in line for line in lines):
         return "end", step
     if not steps:
-        reading = "training a" in lines[-1]
-        return ("tokenizer training" if reading else "set-up"), step
+        if any("an update: " in line for line in lines):
+            return "compilation", step
+        return ("tokenizer training" if "training a" in lines[-1] else "set-up"), step
     if step % eval_steps == 0 and not any(re.search(rf"step +{step} of \d+   evaluation", line) for line in lines):
         return "evaluation", step
     return "steps", step
@@ -148,13 +143,17 @@ def kill(process: subprocess.Popen, number: int, looked_at: Callable[[], tuple[s
     return Kill(seconds, phase, step, latency)
 
 
-def waits(rng: random.Random, *, to_checkpoint: float) -> Iterator[float | None]:
-    """Seconds from a start to its kill; None for one that is aimed at a phase."""
+def plan_of(rng: random.Random, hit: collections.Counter, *, to_checkpoint: float) -> Iterator[float | str]:
+    """When to kill, start by start: seconds after it, or a phase in which to."""
     while True:
-        yield rng.uniform(0.3, 2.0) * to_checkpoint
-        yield None
-        yield rng.uniform(0.8, 2.0) * to_checkpoint
-        yield None
+        for low in (0.3, 0.8):
+            yield rng.uniform(low, 2.0) * to_checkpoint
+            # There is but one training of a tokenizer that comes to its end.
+            yield (
+                "tokenizer training"
+                if not hit["tokenizer training"]
+                else min(("evaluation", "save", "export"), key=lambda phase: hit[phase] + 0.1 * rng.random())
+            )
         yield from (rng.uniform(0.1, 2.0) for _ in range(rng.choice((0, 0, 3))))
 
 
@@ -163,21 +162,27 @@ def campaign(
     workdir: str,
     straight: str,
     *,
-    kills: int,
     number: int,
-    rng: random.Random,
-    to_checkpoint: float,
+    plan: Iterator[float | str],
     eval_steps: int,
+    rng: random.Random,
     hit: collections.Counter,
 ) -> Result:
-    """Runs to the end in `workdir`, through at most `kills` kills, and compares with the run in `straight`.
+    """Runs to the end in `workdir`, signalled as planned, and compares with the run in `straight`.
 
-    `hit` counts kills by phase and is added to: phases with none are aimed at.
+    Args:
+      trainer: the command.
+      workdir: where it has not run yet.
+      straight: where it came to its end undisturbed.
+      number: of the signal.
+      plan: for each start seconds, or a phase; when it is at its end nothing disturbs the run.
+      eval_steps: of the run.
+      rng: for the moments after the beginning of a phase.
+      hit: kills by phase, added to.
     """
     log = workdir + ".log"
     done: list[Kill] = []
     replayed, began = 0, time.monotonic()
-    times = waits(rng, to_checkpoint=to_checkpoint)
 
     def looked_at() -> tuple[str, int]:
         return phase_of(workdir, log, eval_steps=eval_steps)
@@ -187,12 +192,11 @@ def campaign(
         process = trainer.start(workdir, log)
         killed = None
         try:
-            if len(done) < kills:
-                seconds = next(times)
-                if seconds is None:
-                    await_phase(process, looked_at, rng=rng, hit=hit)
-                else:
-                    wait_for(process, seconds)
+            if (when := next(plan, None)) is not None:
+                if isinstance(when, str):
+                    await_phase(process, looked_at, when)
+                    when = rng.uniform(0.0, 0.05 if when in ("save", "evaluation") else 0.2)
+                wait_for(process, when)
                 killed = kill(process, number, looked_at, start)
             code = process.wait(TIMEOUT)
         finally:
@@ -221,96 +225,14 @@ def wait_for(process: subprocess.Popen, seconds: float) -> None:
         return
 
 
-def await_phase(
-    process: subprocess.Popen, looked_at: Callable[[], tuple[str, int]], *, rng: random.Random, hit: collections.Counter
-) -> None:
-    """Waits for a phase that was seldom hit (any of those that come again after a start), then a moment more."""
-    often = {"steps": 3, "evaluation": 0, "save": 0, "export": 0}
-    # What comes before the first checkpoint comes only once.
-    wanted = min(often, key=lambda phase: hit[phase] + often[phase] + 0.1 * rng.random())
-    if not hit["tokenizer training"]:
-        wanted = "tokenizer training"
+def await_phase(process: subprocess.Popen, looked_at: Callable[[], tuple[str, int]], wanted: str) -> None:
+    """Waits for a phase, or for the end of a process. One that comes once may be over before it is seen."""
     deadline = time.monotonic() + TIMEOUT
     while process.poll() is None and time.monotonic() < deadline:
         phase, _ = looked_at()
-        if phase == wanted or (wanted == "tokenizer training" and phase == "steps"):
-            break
+        if phase == wanted or (PHASES.index(wanted) < PHASES.index("steps") <= PHASES.index(phase)):
+            return
         time.sleep(0.005)
-    wait_for(process, rng.uniform(0.0, 0.2) if wanted != "save" else rng.uniform(0.0, 0.05))
-
-
-def differences(one: str, other: str) -> list[str]:
-    """What two finished work directories do not have in common, and should; what is left in the second, and should
-    not be."""
-    found = []
-    steps = [max(map(int, os.listdir(os.path.join(run, "checkpoints")))) for run in (one, other)]
-    if steps[0] != steps[1]:
-        return [f"the last checkpoints are {steps[0]} and {steps[1]}"]
-    first, second = (read_state(run, steps[0]) for run in (one, other))
-    if first.keys() != second.keys():
-        found.append(f"the states have other parts: {sorted(first.keys() ^ second.keys())}")
-    for name in first.keys() & second.keys():
-        if first[name].tobytes() != second[name].tobytes() or first[name].dtype != second[name].dtype:
-            found.append(f"checkpoint {steps[0]}: {name}")
-    for name, read in (("stream", read_streams), ("loop", read_loop)):
-        if read(one, steps[0]) != read(other, steps[0]):
-            found.append(f"checkpoint {steps[0]}: {name}")
-    lines = [untimed(read_metrics(os.path.join(run, "metrics.jsonl"))) for run in (one, other)]
-    if lines[0] != lines[1]:
-        odd = [line["step"] for line in (*lines[0], *lines[1]) if (line in lines[0]) != (line in lines[1])]
-        found.append(f"metrics.jsonl, steps {sorted(set(odd))}")
-    for part in ("model", "tokenizer"):
-        names = [set(os.listdir(os.path.join(run, part))) for run in (one, other)]
-        found += [f"{part}/{name} is in one alone" for name in names[0] ^ names[1]]
-        _, unequal, odd = filecmp.cmpfiles(
-            os.path.join(one, part), os.path.join(other, part), sorted(names[0] & names[1]), shallow=False
-        )
-        found += [f"{part}/{name}" for name in (*unequal, *odd) if name not in TIMINGS]
-    return found + [f"{path} is left" for path in leftovers(other)]
-
-
-def leftovers(workdir: str) -> list[str]:
-    """Paths of what is half-written, or set aside, anywhere in a work directory."""
-    found = []
-    for at, directories, files in os.walk(workdir):
-        for name in (*directories, *files):
-            if re.search(r"\.tmp|\.old|orbax-checkpoint-tmp|^push\.|^damaged$", name):
-                found.append(os.path.relpath(os.path.join(at, name), workdir))
-    return found
-
-
-def read_state(workdir: str, step: int) -> dict[str, np.ndarray]:
-    """A checkpoint's train state, path -> array, as Orbax reads it by itself."""
-    directory = epath.Path(workdir) / "checkpoints" / str(step) / "state"
-    handler = ocp.PyTreeCheckpointHandler()
-    tree = handler.metadata(directory).tree
-    kinds = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
-    state = handler.restore(directory, args=ocp.args.PyTreeRestore(item=tree, restore_args=kinds))
-    return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(state)}
-
-
-def read_streams(workdir: str, step: int) -> list[Any]:
-    """The streams' places in a checkpoint."""
-    directory = os.path.join(workdir, "checkpoints", str(step), "stream")
-    return [read_json(os.path.join(directory, name)) for name in sorted(os.listdir(directory))]
-
-
-def read_loop(workdir: str, step: int) -> dict[str, Any]:
-    """What the loop has summed up, and the checksums, in a checkpoint; without its clock."""
-    directory = os.path.join(workdir, "checkpoints", str(step), "loop")
-    saved = read_json(os.path.join(directory, "metadata"))["item"]
-    sums = {k: v for k, v in saved["loop"]["interval"].items() if "seconds" not in k}
-    return {"checksums": saved["checksums"], **sums, **{key: saved["loop"][key] for key in TELLING_LOOP}}
-
-
-def read_json(path: str) -> Any:
-    with open(path, encoding="utf-8") as file:
-        return json.load(file)
-
-
-def untimed(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Lines of metrics.jsonl without their timings."""
-    return [{name: value for name, value in line.items() if not name.startswith("perf/")} for line in lines]
 
 
 def write_corpus(folder: str, *, megabytes: float) -> str:
@@ -362,9 +284,9 @@ def run_straight(trainer: Trainer, workdir: str) -> tuple[float, float]:
     try:
         checkpoints = os.path.join(workdir, "checkpoints")
         while process.poll() is None:
-            if to_checkpoint is None and os.path.isdir(checkpoints):
-                if any(name.isdecimal() for name in os.listdir(checkpoints)):
-                    to_checkpoint = time.monotonic() - start
+            names = os.listdir(checkpoints) if os.path.isdir(checkpoints) else ()
+            if to_checkpoint is None and any(name.isdecimal() for name in names):
+                to_checkpoint = time.monotonic() - start
             wait_for(process, 0.05)
     finally:
         process.kill()
@@ -393,9 +315,8 @@ def main() -> None:
         straight = os.path.join(folder, "straight", "run")
         whole_seconds, to_checkpoint = run_straight(trainer, straight)
         found = differences(os.path.join(folder, "first", "run"), straight)
-        print(
-            f"undisturbed: {whole_seconds:.0f} s, {to_checkpoint:.0f} s to the first checkpoint; twice: {found or 'equal'}"
-        )
+        print(f"undisturbed: {whole_seconds:.0f} s, {to_checkpoint:.0f} s to the first checkpoint", flush=True)
+        print(f"two undisturbed runs differ in: {', '.join(found) or 'nothing'}", flush=True)
 
         results: list[Result] = []
         while (left := arguments.kills - sum(hit.values())) > 0:
@@ -406,12 +327,10 @@ def main() -> None:
                     trainer,
                     workdir,
                     straight,
-                    # At the end of a short run there is nothing left to hit.
-                    kills=left,
                     number=number,
-                    rng=rng,
-                    to_checkpoint=to_checkpoint,
+                    plan=itertools.islice(plan_of(rng, hit, to_checkpoint=to_checkpoint), left),
                     eval_steps=EVAL_STEPS,
+                    rng=rng,
                     hit=hit,
                 )
             )
@@ -433,10 +352,8 @@ def report(
     print(f"differences         {len(found)}" + "".join(f"\n    {difference}" for difference in found))
     print(f"wall time           {seconds / len(results) / whole_seconds:.1f} times the undisturbed run's")
     step = np.median([line["perf/step_ms"] for line in lines if "perf/step_ms" in line]) / 1e3
-    pauses = {
-        name: [l[f"perf/{name}_ms"] / 1e3 for l in lines if f"perf/{name}_ms" in l] for name in ("save", "evaluation")
-    }
-    print(f"seconds             a step {step:.3f}, " + ", ".join(f"{k} {np.median(v):.3f}" for k, v in pauses.items()))
+    save = np.median([line["perf/save_ms"] for line in lines if "perf/save_ms" in line]) / 1e3
+    print(f"an update           {step:.3f} s; the pause for a save {save:.3f} s")
     for name in PHASES:
         if gone := [kill.latency for kill in kills if kill.phase == name]:
             print(f"signal to exit      {name}: median {np.median(gone):.2f} s, at most {max(gone):.2f} s")

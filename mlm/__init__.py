@@ -2,13 +2,14 @@
 
     train       the run: build, restore, loop over batch, step, log, evaluate, save, export
     show_data   the ledger: documents and masked rows of any update of a run, made again
+    saved       any checkpoint of a run as a model directory, means of them, sentences filled in by them
     setup       a config -> the parts of a run; everything a user can get wrong is found there
     warm_start  weights that are there, of ours or of transformers, fitted to a run's model
     text        a config -> sources, tokenizer, evaluation rows, and any process's batches
     workdir     the work directory's paths, and whether a run may go on in it
     report      metric files and progress lines;  curves  their picture;  html_report  a page of several runs'
     checkpoint  the only file that imports Orbax
-    export      the Hugging Face model directory, its card, its way to the hub
+    export      the Hugging Face model directory;  card  its README.md;  hub  its way to the hub, in the background
     evaluate    sums over the evaluation rows, divided once;  fill_mask  guesses for the masked word
     parallel    the only file that knows devices
 
@@ -25,7 +26,7 @@
       dealing     who reads what, also when a run goes on with another number of processes
       stream      rows of one source: shuffle windows, held-out documents, exact resume;  ledger  their documents
       batches     rows of one source or a mixture, less the steps left out;  eval_rows  those held out
-      tokenizer   load, train, save; a column of strings -> ragged ids
+      tokenizer   load, save; a column of strings -> ragged ids;  train_tokenizer  in the dress of a family
       packing     ragged ids -> rows
       prefetch    a thread that makes batches ahead
 

@@ -15,6 +15,17 @@ EXIT_INTERRUPTED = 75
 EXIT_AT_ONCE = 130
 
 
+def leave_at_once() -> None:
+    """Has either signal end the process, until an `Interrupt` is entered: there is nothing to lose before that."""
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        os.write(2, f"stopped by {signal.Signals(number).name}; the same command goes on\n".encode())
+        os._exit(EXIT_INTERRUPTED)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, leave)
+
+
 class Interrupted(Exception):  # noqa: N818, it is no error
     """The run was asked to stop, and does; `together` if all its processes do, at the same update."""
 

@@ -12,7 +12,9 @@ import numpy as np
 import tensorflow as tf
 from absl import logging
 from clu import metric_writers
-from tensorboard.compat.proto import event_pb2
+from tensorboard.compat.proto import event_pb2, summary_pb2
+from tensorboard.plugins.custom_scalar import layout_pb2
+from tensorboard.plugins.custom_scalar import summary as custom_scalar_summary
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 from mlm.curves import read_metrics
@@ -75,6 +77,8 @@ def create_writer(workdir: WorkDir, *, last_step: int) -> metric_writers.MetricW
         return metric_writers.create_default_writer(just_logging=True)
     if last_step > 0:
         _forget_after(last_step, workdir.path)
+    else:
+        _lay_out(workdir.path)
     return metric_writers.MultiWriter(
         [
             JsonLinesWriter(workdir.metrics, last_step=last_step),
@@ -89,6 +93,29 @@ def _forget_after(step: int, logdir: str) -> None:
     writer = EventFileWriter(logdir, filename_suffix=".restart")
     start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
     writer.add_event(event_pb2.Event(wall_time=time.time(), step=step + 1, session_log=start))
+    writer.close()
+
+
+# What tensorboard's page "custom scalars" puts in one chart: title -> tags, as regular expressions.
+_CHARTS = {
+    "Loss": ["train/loss", "eval/loss", "eval/unigram_loss"],
+    "Accuracy": ["train/accuracy", "eval/accuracy"],
+    "Losses of the sources": ["eval/.+/loss"],
+    "Milliseconds of an update": [f"perf/{part}_ms" for part in ("step", "device", "input_wait", "transfer", "host")],
+    "Pauses, milliseconds": [f"perf/{part}_ms" for part in ("evaluation", "save", "export")],
+}
+
+
+def _lay_out(logdir: str) -> None:
+    """Puts curves that belong together, such as those of training and evaluation, into one chart."""
+    charts = [
+        layout_pb2.Chart(title=title, multiline=layout_pb2.MultilineChartContent(tag=[f"^{tag}$" for tag in tags]))
+        for title, tags in _CHARTS.items()
+    ]
+    layout = layout_pb2.Layout(category=[layout_pb2.Category(title="Training and evaluation", chart=charts)])
+    writer = EventFileWriter(logdir, filename_suffix=".layout")
+    summary = summary_pb2.Summary.FromString(custom_scalar_summary.pb(layout).SerializeToString())
+    writer.add_event(event_pb2.Event(wall_time=time.time(), summary=summary))
     writer.close()
 
 

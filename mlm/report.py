@@ -46,7 +46,10 @@ class Interval:
     tokens: int = 0
     padding: int = 0
     seconds: float = 0.0
+    # Of those: waiting for a batch, sending it to the devices, waiting for them; the rest is the host's own work.
     wait_seconds: float = 0.0
+    transfer_seconds: float = 0.0
+    device_seconds: float = 0.0
     # In which updates waited for something else, by its name.
     apart_seconds: dict[str, float] = dataclasses.field(default_factory=dict)
 
@@ -138,6 +141,14 @@ class Reporter:
         for hook in self._hooks:
             hook(step)
 
+    @contextlib.contextmanager
+    def transfer(self) -> Iterator[None]:
+        """Inside, a batch is sent to the devices."""
+        start = time.monotonic()
+        yield
+        if self._clock is not None:
+            self._interval.transfer_seconds += time.monotonic() - start
+
     def settle(self) -> None:
         """Waits for the update that is under way, if any.
 
@@ -148,7 +159,9 @@ class Reporter:
             return
         step, metrics = self._pending
         self._pending = None
+        start = time.monotonic()
         self._metrics = metrics = parallel.first_replica(metrics)
+        self._interval.device_seconds += time.monotonic() - start
         if metrics.skipped:
             self._tell_skipped(step, metrics)
         else:
@@ -191,6 +204,9 @@ class Reporter:
             "perf/step_ms": 1e3 * seconds / total.steps,
             "perf/input_wait_fraction": min(1.0, total.wait_seconds / seconds),
         }
+        parts = {"input_wait": total.wait_seconds, "transfer": total.transfer_seconds, "device": total.device_seconds}
+        parts["host"] = max(0.0, seconds - sum(parts.values()))
+        scalars |= {f"perf/{name}_ms": 1e3 * part / total.steps for name, part in parts.items()}
         scalars |= {f"perf/{name}_ms": 1e3 * apart for name, apart in total.apart_seconds.items()}
         scalars |= {"data/epoch": self._batch.epoch}
         scalars |= {f"data/{name}": number for name, number in self._batch.counters.items()}
@@ -204,14 +220,20 @@ class Reporter:
             scalars["perf/device_memory_bytes"] = memory["peak_bytes_in_use"]
         with metric_files.tolerant():
             self._writer.write_scalars(step, scalars)
+        waited = scalars["perf/input_wait_fraction"]
         logging.info(
-            "step %*d of %d   loss %.3f   accuracy %4.1f %%   %s tokens/s   %s left",
+            "step %*d of %d   loss %.3f   accuracy %4.1f %%   %s tokens/s%s%s   %s left",
             len(str(self._num_train_steps)),
             step,
             self._num_train_steps,
             total.loss / max(total.count, 1.0),
             100 * total.correct / max(total.count, 1.0),
             f"{scalars['perf/tokens_per_second']:,.0f}",
+            f"   {100 * scalars['perf/mfu']:.0f} % of peak" if "perf/mfu" in scalars else "",
+            # Worth a word once it is worth a change.
+            f"   {100 * waited:.0f} % waiting for text"
+            if (waited := scalars["perf/input_wait_fraction"]) > 0.02
+            else "",
             duration((self._num_train_steps - step) * seconds / total.steps),
         )
         skipped = self._batch.counters["skipped_rows"]
@@ -263,6 +285,11 @@ class Reporter:
         """Tells tensorboard the run's configuration."""
         plain = (bool, int, float, str)  # What tensorboard takes.
         self._writer.write_hparams({k: v if isinstance(v, plain) else str(v) for k, v in hparams.items()})
+
+    def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
+        """Shows tensorboard texts, in Markdown."""
+        with metric_files.tolerant():
+            self._writer.write_texts(step, texts)
 
     def flush(self) -> None:
         """Writes to disk what is buffered."""

@@ -66,8 +66,8 @@ def build(config: ConfigDict, workdir: WorkDir) -> Run:
     Raises:
       UserError: the config, the data, the tokenizer and the model do not fit together, or one of them is not there.
     """
-    if config.hub.push_to_hub and jax.process_index() == 0:
-        check_token(_hub_name(config, workdir), patience=text_lib.patience(config))
+    if jax.process_index() == 0:
+        check_hub(config, workdir)
     options = config.optimizer.to_dict()
     schedule = create_schedule(
         options.pop("schedule"),
@@ -173,6 +173,12 @@ def push_what_is_left(config: ConfigDict, workdir: WorkDir, *, step: int) -> Non
         hub = open_hub(config, workdir)
         if hub is not None:
             hub.finish(step=step)
+
+
+def check_hub(config: ConfigDict, workdir: WorkDir) -> None:
+    """Raises UserError unless the run may push to the hub, if it is to."""
+    if config.hub.push_to_hub:
+        check_token(_hub_name(config, workdir), patience=text_lib.patience(config))
 
 
 def _hub_name(config: ConfigDict, workdir: WorkDir) -> str:

@@ -231,7 +231,7 @@ def train_tokenizer(config: ConfigDict, text_sources: tuple[TextSource, ...], *,
     logging.info("training a %s tokenizer of %d entries on the head of %s", algorithm, options.vocab_size, names)
     shares = _shares(options.train_documents, text_sources)
     return train_on_texts(
-        (text for source in text_sources for text in _head(source.train, shares[source.name])),
+        (text for source in text_sources for text in head(source.train, shares[source.name])),
         vocab_size=options.vocab_size,
         max_seq_length=config.data.max_seq_length,
         algorithm=algorithm,
@@ -282,7 +282,7 @@ def _shares(total: int, text_sources: tuple[TextSource, ...]) -> dict[str, int]:
     return {source.name: int(count) for source, count in zip(text_sources, counts, strict=True)}
 
 
-def _head(source: sources.Source, documents: int) -> Iterator[str]:
+def head(source: sources.Source, documents: int) -> Iterator[str]:
     """The first documents in source order, nulls left out."""
     left = documents
     for shard in range(source.num_shards):

@@ -20,7 +20,7 @@ from mlm.data.packing import RUN_ON
 from mlm.data.prefetch import Prefetcher
 from mlm.errors import UserError
 from mlm.evaluate import Evaluator, unigram_log_probs
-from mlm.fill_mask import fill_mask, table
+from mlm.fill_mask import Filling, fill_mask, table
 from mlm.interrupt import Interrupt, Interrupted
 from mlm.models.flops import flops_per_token
 from mlm.workdir import WorkDir, flatten
@@ -101,6 +101,7 @@ def train_and_evaluate(
         reporter = stack.enter_context(_reporter(config, place, run, start, restored))
         if start == 0:
             reporter.write_hparams(flatten(config.to_dict()))
+            reporter.write_texts(0, {"config": f"```\n{config}\n```"})
         _say_what_runs(config, run, state, start)
         train_step = parallel.data_parallel(
             functools.partial(steps.train_step, task=run.task, axis_name=parallel.AXIS), donate_argnums=(0,)
@@ -129,11 +130,15 @@ def train_and_evaluate(
                 if awaited:
                     checkpointer.wait()
 
+        fillings: list[Filling] = []  # Of the newest evaluation.
+
         def export_model(step: int, metrics: dict[str, float]) -> None:
             with reporter.apart("export"), _tolerant(final=step >= last):
                 if jax.process_index() == 0:
                     params = parallel.first_replica(state.params)
-                    _export(config, place, run, params, step, metrics, tokens_seen=reporter.tokens_seen)
+                    fillings[:] = fill_mask(run.task.model, params, run.tokenizer, config.report.sentences)
+                    reporter.write_texts(step, {"fillings": f"```\n{table(fillings)}\n```"})
+                    _export(config, place, run, params, step, metrics, fillings, tokens_seen=reporter.tokens_seen)
                     if hub is not None and step < last:
                         hub.push(step=step)
 
@@ -151,7 +156,8 @@ def train_and_evaluate(
                         reporter.settle()
                         save(step - 1, batch.state, awaited=True)
                     raise
-                tokens = parallel.shard(batch.tokens, shape=(config.gradient_accumulation_steps,))
+                with reporter.transfer():
+                    tokens = parallel.shard(batch.tokens, shape=(config.gradient_accumulation_steps,))
                 state, metrics = train_step(state, tokens)
                 reporter.update(step, metrics, batch, wait_seconds=batches.wait_seconds)
                 with _tolerant(together=True):
@@ -177,7 +183,7 @@ def train_and_evaluate(
                     export_model(step, eval_metrics)
         reporter.flush()
         if jax.process_index() == 0:
-            _show(config, place, run, parallel.first_replica(state.params), command)
+            _show(config, place, fillings, command)
         if hub is not None:
             hub.finish(step=last)
 
@@ -331,6 +337,7 @@ def _export(
     params: Any,
     step: int,
     metrics: dict[str, float],
+    fillings: list[Filling],
     *,
     tokens_seen: int,
 ) -> None:
@@ -352,17 +359,17 @@ def _export(
         tokenizer=run.tokenizer,
         card=card,
         metrics=metrics,
-        fillings=fill_mask(run.task.model, params, run.tokenizer, config.report.sentences),
+        fillings=fillings,
         metrics_path=place.metrics,
         dtype=config.export.dtype,
     )
 
 
-def _show(config: ConfigDict, place: WorkDir, run: setup.Run, params: Any, command: str) -> None:
+def _show(config: ConfigDict, place: WorkDir, fillings: list[Filling], command: str) -> None:
     """Prints what the finished model says, and what to do next."""
-    if config.report.sentences:
+    if fillings:
         print("\nThe model's five best fillings:\n")
-        print(table(fill_mask(run.task.model, params, run.tokenizer, config.report.sentences)))
+        print(table(fillings))
     print(f"""
 Model      {place.model}
 Curves     {os.path.join(place.model, "curves.png")}

@@ -229,7 +229,12 @@ def _read_pytorch(file: str) -> dict[str, np.ndarray]:
         ) from None
     try:
         tensors = torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError) as error:
+    except pickle.UnpicklingError:
+        raise UserError(
+            f"{file} is damaged, or holds more than tensors, which could run anything; fetch it anew, or save the "
+            "model as safetensors where it can be trusted"
+        ) from None
+    except (RuntimeError, OSError, EOFError, ValueError) as error:
         raise UserError(f"{file} cannot be read ({sources.one_line(error)}); fetch it anew") from None
     return {
         name: (tensor.to(torch.float32) if tensor.is_floating_point() else tensor).numpy()

@@ -31,7 +31,7 @@ def run_main(*flags: str) -> subprocess.CompletedProcess:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ((), "no --config=FILE; there are configs/quickstart.py, configs/roberta_base.py"),
+        ((), "no --config=FILE; there are configs/bert_base.py, configs/modernbert_base.py, configs/quickstart.py"),
         (("--config=configs/quikstart.py",), "there is no such file; did you mean configs/quickstart.py?"),
         (("--config", "configs/quikstart.py"), "there is no such file; did you mean configs/quickstart.py?"),
         ((QUICKSTART,), "no --workdir"),
@@ -122,6 +122,9 @@ def refuse(config: ConfigDict, tmp_path: Path, message: str) -> None:
         ("tokenizer.tokenizer_name", "/nowhere/tokenizer", "/nowhere/tokenizer"),
         ("tokenizer.backend", "magic", "tokenizer.backend='magic'"),
         ("tokenizer.train_documents", 0, "tokenizer.train_documents=0"),
+        ("tokenizer.algorithm", "words", "tokenizer.algorithm='words' is not one of auto, bpe, wordpiece, unigram"),
+        ("tokenizer.lowercase", True, "tokenizer.lowercase=True does not go with the bpe tokenizer of roberta models"),
+        ("export.dtype", "float64", "export.dtype='float64' is not one of float32, bfloat16, float16"),
         ("model.model_type", "robertina", "robertina"),
         ("model.config_name", "/nowhere/model", "/nowhere/model"),
         ("model.model_name_or_path", "/nowhere/model", "/nowhere/model"),

@@ -5,8 +5,19 @@ from pathlib import Path
 
 import pytest
 
-from configs import default, quickstart, roberta_base
+from configs import (
+    bert_base,
+    default,
+    modernbert_base,
+    quickstart,
+    roberta_base,
+    roberta_large,
+    xlm_roberta_base,
+)
+from mlm.text import check_mixture
 from mlm.workdir import flatten
+
+MODULES = [quickstart, roberta_base, bert_base, roberta_large, modernbert_base, xlm_roberta_base]
 
 # Flags of run_mlm_flax_stream.py and of the TrainingArguments it reads, as the issue lists them.
 REFERENCE_FLAGS = """model_name_or_path model_type config_name tokenizer_name cache_dir use_fast_tokenizer dtype
@@ -48,15 +59,31 @@ def test_reference_run_has_the_values_of_the_reference_command():
     }.items() <= config.items()
 
 
-@pytest.mark.parametrize("module", [quickstart, roberta_base])
+@pytest.mark.parametrize("module", MODULES)
 def test_configs_change_values_only(module):
     assert flatten(module.get_config().to_dict()).keys() == flatten(default.get_config().to_dict()).keys()
     assert module.get_config().is_locked
 
 
-@pytest.mark.parametrize("module", [quickstart, roberta_base])
+@pytest.mark.parametrize("module", MODULES)
 def test_docstrings_say_command_hardware_time_and_score(module):
     assert [word for word in ("Command:", "Hardware:", "Time:", "Expected:") if word not in module.__doc__] == []
+
+
+@pytest.mark.parametrize(
+    ("module", "devices", "tokens"),
+    [
+        (bert_base, 8, 256 * 512),
+        (roberta_large, 32, 8192 * 512),
+        (modernbert_base, 8, 4608 * 1024),
+        (xlm_roberta_base, 32, 8192 * 512),
+    ],
+)
+def test_an_update_has_as_many_tokens_as_in_the_paper(module, devices, tokens):
+    config = module.get_config()
+    rows = config.per_device_train_batch_size * config.gradient_accumulation_steps * devices
+    assert rows * config.data.max_seq_length == tokens
+    assert check_mixture(config.data.mixture) or not config.data.mixture
 
 
 def test_readme_has_every_flag_of_the_reference_and_a_key_that_exists():

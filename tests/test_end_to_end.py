@@ -122,6 +122,7 @@ def test_metrics_have_the_planned_names_at_the_planned_steps(finished):
     train = {"train/loss", "train/accuracy", "train/learning_rate", "train/grad_norm", "train/skipped_updates"}
     train |= {"data/epoch", "data/documents", "data/skipped_rows", "data/held_out_documents", "data/failed_shards"}
     train |= {"data/tokens", "perf/tokens_per_second", "perf/step_ms", "perf/input_wait_fraction", "perf/hours"}
+    train |= {f"perf/{part}_ms" for part in ("input_wait", "transfer", "device", "host")}
     evaluation = {"eval/loss", "eval/accuracy", "eval/perplexity", "eval/unigram_loss"}
     pauses = {"perf/evaluation_ms", "perf/save_ms", "perf/export_ms"}
     assert {step: names - {"step", "perf/device_memory_bytes"} for step, names in lines.items()} == {

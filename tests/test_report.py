@@ -158,6 +158,10 @@ EXPECTED = [
         "perf/hours": 8 / 3600,
         "perf/tokens_per_second": 9 / 8,
         "perf/step_ms": 8000 / 3,
+        "perf/input_wait_ms": 750 / 3,
+        "perf/transfer_ms": 0.0,
+        "perf/device_ms": 0.0,
+        "perf/host_ms": 7250 / 3,
         "data/epoch": 0,
         "data/skipped_rows": 7,
         "perf/input_wait_fraction": 0.75 / 8,
@@ -173,6 +177,10 @@ EXPECTED = [
         "perf/hours": 10 / 3600,
         "perf/tokens_per_second": 6 / 2,
         "perf/step_ms": 2000 / 2,
+        "perf/input_wait_ms": 500 / 2,
+        "perf/transfer_ms": 0.0,
+        "perf/device_ms": 0.0,
+        "perf/host_ms": 1500 / 2,
         "data/epoch": 0,
         "data/skipped_rows": 7,
         "perf/input_wait_fraction": 0.5 / 2,
@@ -180,11 +188,12 @@ EXPECTED = [
 ]
 
 
+WAITING = ("perf/input_wait_fraction", "perf/input_wait_ms", "perf/host_ms")
+
+
 def without_waits(lines):
     """Lines but for the wait for batches, which begins anew with a process; hours to the last bits of a sum."""
-    return [
-        {name: round(value, 12) for name, value in line.items() if name != "perf/input_wait_fraction"} for line in lines
-    ]
+    return [{name: round(value, 12) for name, value in line.items() if name not in WAITING} for line in lines]
 
 
 def test_lines_hold_means_over_their_interval(make_reporter, clock, path):
@@ -240,6 +249,7 @@ def test_evaluations_join_the_line_and_their_time_is_not_the_updates(make_report
     timings = {
         "perf/tokens_per_second": 1.0,
         "perf/step_ms": 3000.0,
+        "perf/host_ms": 8250 / 3,
         "perf/input_wait_fraction": 0.75 / 9,
         "perf/evaluation_ms": 500e3,
         "perf/hours": 509 / 3600,

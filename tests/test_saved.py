@@ -290,7 +290,7 @@ def test_the_command_line_needs_no_config(run, tmp_path):
     _, workdir, _ = run
     env = {name: value for name, value in os.environ.items() if name not in ("JAX_PLATFORMS", "XLA_FLAGS")}
 
-    def main(*flags, lines=""):
+    def main(*flags, lines="", workdir=workdir):
         command = [sys.executable, "main.py", f"--workdir={workdir}", *flags]
         return subprocess.run(command, cwd=REPO, env=env, input=lines, capture_output=True, text=True, timeout=300)
 
@@ -305,12 +305,15 @@ def test_the_command_line_needs_no_config(run, tmp_path):
     assert shown.returncode == 0, shown.stderr
     for flags, message in [
         (["--mode=export", "--step=5"], "there are 2, 4, 6, 8"),
-        (["--mode=export", f"--workdir={tmp_path / 'none'}"], "there is no run; name the work directory of one"),
         (["--mode=fill_mask", "no hole"], "no <mask> in the sentence"),
     ]:
         result = main(*flags)
         assert result.returncode == 2
         assert message in result.stderr.splitlines()[-1]
+    result = main("--mode=export", workdir=tmp_path / "none")
+    assert result.returncode == 2
+    assert "there is no run; name the work directory of one" in result.stderr
+    assert not (tmp_path / "none").exists()
 
 
 @pytest.mark.slow

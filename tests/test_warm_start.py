@@ -11,14 +11,17 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import transformers
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from mlm import warm_start
+from mlm import setup, warm_start
 from mlm.errors import UserError
 from mlm.models import weights
 from mlm.models.encoder import MaskedLM
 from mlm.models.tensor_names import TENSOR_NAMES
+from mlm.train import train_and_evaluate
+from mlm.workdir import WorkDir
 from tests.test_families import CASES, load
+from tests.tiny import tiny_config, write_corpus
 
 SPECIAL = ["<s>", "<unk>", "</s>", "<pad>", "<mask>"]  # Padding is 3, as in the golden files.
 
@@ -185,7 +188,7 @@ def test_pytorch_files_without_pytorch(tmp_path, monkeypatch):
 
 
 class FakeTensor:
-    """As much of PyTorch's tensor as is used; golden/check_pytorch_files.py has the real one."""
+    """As much of PyTorch's tensor as is used."""
 
     def __init__(self, array):
         self.array = array
@@ -311,3 +314,40 @@ def test_another_shape_is_refused(tmp_path):
         start(path, num_hidden_layers=4)
     with pytest.raises(UserError, match="model_type='gpt2' will not do"):
         start(write(tmp_path / "other", "bert", model_type="gpt2"))
+
+
+@pytest.mark.slow
+def test_a_run_starts_from_the_model_of_another(tmp_path, caplog):
+    """The same tokenizer: the same model. Another one and longer rows: what both have, and training goes on."""
+    config = tiny_config(write_corpus(tmp_path))
+    config.num_train_steps = 4
+    train_and_evaluate(config, str(tmp_path / "first"))
+    exported = safetensors.numpy.load_file(tmp_path / "first" / "model" / "model.safetensors")
+
+    config.model.model_name_or_path = str(tmp_path / "first" / "model")
+    run = setup.build(config, WorkDir(str(tmp_path / "second")))
+    wanted = weights.from_hf(exported, run.encoder)
+    assert_same(run.initial_params(), wanted)
+    assert len(run.tokenizer.hf) == 300
+
+    vocabulary = [*SPECIAL, ".", "Number", "the", "cat", "dog", "bird", "sees", "likes", "and", "unheard-of"]
+    tokenizer = Tokenizer(models.WordLevel({token: i for i, token in enumerate(vocabulary)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0))
+    names = {
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "pad_token": "<pad>",
+        "unk_token": "<unk>",
+        "mask_token": "<mask>",
+    }
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(tmp_path / "words")
+    config.tokenizer.tokenizer_name = str(tmp_path / "words")
+    config.model.overrides.max_position_embeddings = 30
+    config.data.max_seq_length = 24
+    with caplog.at_level("INFO"):
+        train_and_evaluate(config, str(tmp_path / "third"))
+    assert "positions: rows of up to 26 tokens, of the checkpoint's 18" in caplog.text
+    encoder = json.loads((tmp_path / "third" / "model" / "config.json").read_text())
+    assert (encoder["vocab_size"], encoder["pad_token_id"]) == (len(vocabulary), 3)
+    assert "go with their token" in caplog.text

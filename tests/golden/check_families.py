@@ -44,6 +44,8 @@ def train(folder: pathlib.Path) -> None:
         config.num_train_steps = config.eval_steps = config.save_steps = 200
         config.logging_steps = 50
         config.data.packing = "pad_lines"  # With padding.
+        config.data.max_seq_length = 24
+        config.model.overrides.max_position_embeddings = 40
         config.model.model_type = family
         config.model.overrides.update(_CHANGES.get(family, {}))
         workdir = folder / family

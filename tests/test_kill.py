@@ -1,0 +1,256 @@
+"""Runs that are killed, or asked to stop, at any time: the run that comes back is the run that would have been."""
+
+import collections
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks.kill_campaign import Trainer, await_phase, campaign, environment, phase_of, run_straight, wait_for
+from benchmarks.same_run import differences
+from mlm import parallel
+from mlm.checkpoint import Checkpointer
+from mlm.curves import read_metrics
+from mlm.interrupt import EXIT_AT_ONCE, EXIT_INTERRUPTED, Interrupt, Interrupted
+from tests.bad_server import Server, encode
+from tests.tiny import sentences, write_corpus
+
+REPO = Path(__file__).parent.parent
+EVAL_STEPS = 12
+
+CONFIG = """
+from tests.tiny import tiny_config
+
+
+def get_config():
+    config = tiny_config({corpus!r})
+    config.num_train_steps = 48
+    config.logging_steps = 3
+    config.eval_steps = {eval_steps}
+    config.save_steps = 4
+    config.model.overrides.hidden_dropout_prob = 0.1
+    return config
+"""
+
+
+def trainer_of(directory: Path, corpus: str, *flags: str) -> Trainer:
+    """main.py on a tiny config, which is written to `directory`."""
+    (directory / "config.py").write_text(CONFIG.format(corpus=corpus, eval_steps=EVAL_STEPS))
+    return Trainer((f"--config={directory / 'config.py'}", *flags), environment(str(directory)))
+
+
+@pytest.fixture(scope="module")
+def trainer(tmp_path_factory) -> Trainer:
+    directory = tmp_path_factory.mktemp("trainer")
+    return trainer_of(directory, write_corpus(directory, documents=3000))
+
+
+@pytest.fixture(scope="module")
+def straight(trainer, tmp_path_factory) -> tuple[str, float]:
+    """The work directory of the undisturbed run, and its seconds to the first checkpoint."""
+    workdir = str(tmp_path_factory.mktemp("straight") / "run")
+    return workdir, run_straight(trainer, workdir)[1]
+
+
+@pytest.mark.slow
+def test_a_run_killed_anywhere_is_the_run_that_would_have_been(trainer, straight, tmp_path):
+    # In what comes once, in what comes again and again, and blindly.
+    plan = [0.4, "tokenizer training", 1.1 * straight[1], "save", "evaluation", "export", "save"]
+    hit = collections.Counter()
+    result = campaign(
+        trainer,
+        str(tmp_path / "run"),
+        straight[0],
+        number=signal.SIGKILL,
+        plan=iter(plan),
+        eval_steps=EVAL_STEPS,
+        rng=random.Random(0),
+        hit=hit,
+    )
+    assert result.differences == []
+    assert len(result.kills) >= 6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_run_asked_to_stop_anywhere_goes_on_as_if_nothing_had_been(trainer, straight, tmp_path, number):
+    # `campaign` holds exit codes and last lines to what they should be.
+    plan = ["tokenizer training", "compilation", "evaluation", "steps"] if number == signal.SIGTERM else ["steps"]
+    workdir, hit = str(tmp_path / "run"), collections.Counter()
+    saved = []
+
+    def planned():
+        for phase in plan:
+            yield phase
+            # It asks for the next one after the last one's end.
+            saved.append(max((int(path.name) for path in Path(workdir).glob("checkpoints/*")), default=0))
+
+    result = campaign(
+        trainer,
+        workdir,
+        straight[0],
+        number=number,
+        plan=planned(),
+        eval_steps=EVAL_STEPS,
+        rng=random.Random(0),
+        hit=hit,
+    )
+    assert result.differences == []
+    assert len(result.kills) == len(plan)
+    assert result.replayed == 0
+    for kill, step in zip(result.kills, saved, strict=True):
+        assert step >= kill.step
+        assert kill.phase in ("tokenizer training", "set-up") or step > 0
+        assert kill.latency < 30.0
+
+
+@pytest.mark.slow
+def test_a_signal_while_the_text_stalls(tmp_path):
+    server = Server(files={"/text.jsonl": encode("text.jsonl", sentences(300))})
+    server.silence_seconds = 600.0
+    try:
+        trainer = trainer_of(
+            tmp_path, f"{server.url}/text.jsonl", "--config.num_train_steps=100000", "--config.data.prefetch_batches=1"
+        )
+        workdir, log = str(tmp_path / "run"), str(tmp_path / "log")
+        process = trainer.start(workdir, log)
+        try:
+            await_phase(process, lambda: phase_of(workdir, log, eval_steps=EVAL_STEPS), "steps")
+            # The next epoch opens the file again.
+            server.always["/text.jsonl"] = "hang"
+            asked = server.count("/text.jsonl")
+            while server.count("/text.jsonl") == asked and process.poll() is None:
+                time.sleep(0.1)
+            wait_for(process, 3.0)
+            start = time.monotonic()
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(60) == EXIT_INTERRUPTED, Path(log).read_text()[-3000:]
+            assert time.monotonic() - start < 30.0
+        finally:
+            process.kill()
+    finally:
+        server.close()
+    lines = Path(log).read_text().splitlines()
+    assert lines[-1].endswith("; the same command goes on")
+    with Checkpointer(f"{workdir}/checkpoints", keep_checkpoints=2) as checkpointer:
+        saved = checkpointer.latest_step()
+    # The last update that had its text.
+    assert saved >= read_metrics(f"{workdir}/metrics.jsonl")[-1]["step"]
+    assert saved < 100_000
+
+
+# Long, in C, with other threads allowed, as compiling is; blind to the first signal until it is over.
+BUSY = """
+import hashlib, sys
+from mlm.interrupt import Interrupt, leave_at_once
+leave_at_once()
+print("early", flush=True)
+if sys.argv[1] == "early":
+    sys.stdin.read()
+with Interrupt() as interrupt, interrupt.deferred():
+    print("entered", flush=True)
+    hashlib.pbkdf2_hmac("sha256", b"a", b"b", int(sys.argv[1]))
+    print(interrupt.requested, flush=True)
+"""
+
+
+def start_busy(argument: str) -> subprocess.Popen:
+    process = subprocess.Popen(
+        [sys.executable, "-c", BUSY, argument],
+        cwd=REPO,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.readline() == "early\n"
+    if argument != "early":
+        assert process.stdout.readline() == "entered\n"
+    return process
+
+
+@pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_stops_at_once_whatever_the_main_thread_does(first):
+    process = start_busy(str(10**9))
+    try:
+        process.send_signal(first)
+        assert "a second signal stops at once" in process.stderr.readline()
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(0.3)
+        start = time.monotonic()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == EXIT_AT_ONCE
+        assert time.monotonic() - start < 5.0
+        assert process.stderr.read().startswith("second signal: stopped at once")
+    finally:
+        process.kill()
+
+
+def test_the_first_signal_waits_for_the_main_thread():
+    process = start_busy(str(10**6))
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert (process.returncode, output) == (0, "SIGINT\n")
+
+
+def test_before_training_one_signal_is_enough():
+    process = start_busy("early")
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == EXIT_INTERRUPTED
+    assert errors == "stopped by SIGTERM; the same command goes on\n"
+
+
+def test_a_signal_is_raised_where_it_may_be_and_handlers_are_given_back():
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    with pytest.raises(Interrupted, match="stopped by SIGTERM"), Interrupt():
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+    with Interrupt() as interrupt:
+        with interrupt.deferred():
+            os.kill(os.getpid(), signal.SIGINT)
+            assert interrupt.requested == "SIGINT"
+        with pytest.raises(Interrupted), interrupt.deferred():
+            raise AssertionError("it is not entered")
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
+
+
+def make_run(run: Path, *, weight: float = 1.0, row: int = 5, loss: float = 2.0, seconds: float = 1.0) -> None:
+    """What `differences` looks at."""
+    for name in ("model", "tokenizer", "checkpoints"):
+        (run / name).mkdir(parents=True)
+        (run / name / "file").write_text(name)
+    (run / "checkpoints" / "file").unlink()
+    (run / "model" / "curves.png").write_text(str(seconds))
+    (run / "metrics.jsonl").write_text(json.dumps({"step": 4, "train/loss": loss, "perf/step_ms": seconds}) + "\n")
+    state = parallel.to_global(parallel.replicate({"weight": np.full(3, weight, np.float32)}))
+    loop = {"counts_V": [1], "tokens_seen": 2, "skipped": [0, 0], "evaluated": True, "hours": seconds}
+    loop["interval"] = {"loss": loss, "seconds": seconds, "apart_seconds": {"save": seconds}}
+    with Checkpointer(str(run / "checkpoints"), keep_checkpoints=1) as checkpointer:
+        checkpointer.save(4, state=state, loop=loop, stream={"row": row})
+
+
+def test_what_differs_is_found_and_timings_are_not(tmp_path):
+    make_run(tmp_path / "a")
+    make_run(tmp_path / "b", seconds=7.0)
+    assert differences(str(tmp_path / "a"), str(tmp_path / "b")) == []
+    make_run(tmp_path / "c", weight=np.nextafter(np.float32(1.0), np.float32(2.0)), row=6, loss=3.0)
+    (tmp_path / "c" / "model" / "file").write_text("nodel")
+    (tmp_path / "c" / "model.old").mkdir()
+    (tmp_path / "c" / "checkpoints" / "5.orbax-checkpoint-tmp").mkdir()
+    assert sorted(differences(str(tmp_path / "a"), str(tmp_path / "c"))) == [
+        "checkpoint 4: ['weight']",
+        "checkpoint 4: loop",
+        "checkpoint 4: stream",
+        "checkpoints/5.orbax-checkpoint-tmp is left",
+        "metrics.jsonl, steps [4]",
+        "model.old is left",
+        "model/file",
+    ]
