@@ -5,6 +5,9 @@
 Any key of the config can be set from the command line: --config.optimizer.learning_rate=1e-4. `configs/default.py`
 explains them all. The same command, run again, goes on after an interruption. What else it does, by --mode:
 
+    check           --config=FILE --workdir=DIR [--topology=v3-8]     looks through a run before it begins
+    explain         [--config=FILE] [KEY]...                          what a config key means, its unit and default
+    benchmark       --config=FILE [--updates=N]                       where the time of an update goes
     train_tokenizer --config=FILE --output=DIR                        trains the config's tokenizer and nothing else
     show_data       --workdir=DIR --step=N [--rows=R] [--process=P]   prints what update N of the run was trained on
     export          --workdir=DIR [--step=N] [--average=K] [--dtype=T] [--output=DIR]
@@ -13,7 +16,13 @@ explains them all. The same command, run again, goes on after an interruption. W
     report          --workdir=DIR [--workdir=DIR]... [--output=FILE]  the curves of runs as a page, report.html
 
 The last four need no --config: the work directory has it. They run on the CPU;
-fill_mask elsewhere with the environment variable JAX_PLATFORMS=cuda or tpu.
+fill_mask elsewhere with the environment variable JAX_PLATFORMS=cuda or tpu. For example:
+
+    python main.py --mode=check --config=configs/roberta_base.py --workdir=runs/base --topology=v3-8
+    python main.py --config=configs/quickstart.py --workdir=runs/mine --config.data.data_files='corpus/*.jsonl'
+    python main.py --mode=explain optimizer data.packing
+    python main.py --mode=fill_mask --workdir=runs/mine 'The cat sat on the <mask>.'
+    python main.py --mode=report --workdir=runs/mine --workdir=runs/other
 """
 
 import difflib
@@ -24,6 +33,7 @@ import os
 import re
 import shlex
 import sys
+from typing import Any
 
 # Before these libraries are imported: what they say about themselves is of no use to who trains a model.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -39,14 +49,17 @@ from ml_collections import ConfigDict, config_flags
 from configs import default
 from mlm import interrupt
 from mlm.errors import UserError
+from mlm.explain import explain
 from mlm.workdir import WorkDir, flatten
 
 FLAGS = flags.FLAGS
 config_flags.DEFINE_config_file("config", None, "the run's configuration, such as configs/quickstart.py")
 flags.DEFINE_multi_string("workdir", None, "the run's directory; report: one of several runs to compare")
-MODES = ("train", "train_tokenizer", "show_data", "export", "fill_mask", "report")
+MODES = ("train", "benchmark", "check", "explain", "train_tokenizer", "show_data", "export", "fill_mask", "report")
 # They find the config in the work directory.
 OF_A_RUN = ("show_data", "export", "fill_mask", "report")
+# Words that are no flags: sentences, keys.
+TAKE_WORDS = ("fill_mask", "explain")
 flags.DEFINE_enum("mode", "train", MODES, "what to do; the head of this file says more")
 flags.DEFINE_bool("overwrite", False, "train: start anew, after moving what is in --workdir aside")
 flags.DEFINE_bool("multihost", None, "train: one of several processes; by itself on a TPU pod")
@@ -57,15 +70,18 @@ flags.DEFINE_integer("step", None, "show_data: the update, from 1 on; export, fi
 flags.DEFINE_string("output", None, "export, train_tokenizer: the directory; report: the page")
 flags.DEFINE_integer("average", 1, "export: the mean of so many checkpoints, the last of them --step", lower_bound=1)
 flags.DEFINE_string("dtype", None, "export: of the weights, else the run's export.dtype")
+flags.DEFINE_integer("updates", 50, "benchmark: how many to time", lower_bound=1)
 flags.DEFINE_integer("rows", 4, "show_data: how many of its rows to print", lower_bound=1)
 flags.DEFINE_integer("process", 0, "show_data: whose rows, in a run of several processes", lower_bound=0)
+flags.DEFINE_string("topology", None, "check: the machine the run is meant for, such as v3-8, v5e-16 or h100-8")
+flags.DEFINE_float("utilization", 0.4, "check: the share of its peak rate to count on", lower_bound=1e-3, upper_bound=1)
 
 
 def main(argv: list[str]) -> None:
     """Does what --mode says."""
-    if len(argv) > 1 and FLAGS.mode != "fill_mask":
+    if len(argv) > 1 and FLAGS.mode not in TAKE_WORDS:
         raise UserError(f"{argv[1]!r} is not a flag; flags begin with --, their values follow after =")
-    if not FLAGS.workdir and FLAGS.mode != "train_tokenizer":
+    if not FLAGS.workdir and FLAGS.mode not in ("train_tokenizer", "explain", "benchmark"):
         raise UserError("no --workdir; name the run's directory, such as --workdir=runs/quickstart")
     if FLAGS.mode != "report" and len(FLAGS.workdir or ()) > 1:
         raise UserError(f"--workdir is there {len(FLAGS.workdir)} times; only --mode=report takes several runs")
@@ -74,17 +90,20 @@ def main(argv: list[str]) -> None:
     if FLAGS.mode == "show_data" and FLAGS.step is None:
         raise UserError("--mode=show_data needs the update to show, such as --step=100")
     set_up_log(verbose=FLAGS.verbosity > 0)
+    defaults = flatten(default.get_config().to_dict())
     if FLAGS.mode == "report":
         from mlm.html_report import write_report
 
-        defaults = flatten(default.get_config().to_dict())
         write_report(FLAGS.workdir, FLAGS.output or "report.html", defaults=defaults)
+        return
+    if FLAGS.mode == "explain":
+        explain_keys(argv[1:], defaults)
         return
     workdir = FLAGS.workdir[0] if FLAGS.workdir else None
     config = config_of_run(workdir) if FLAGS.config is None else FLAGS.config
     check_keys(config)
 
-    if FLAGS.mode in OF_A_RUN and not (FLAGS.mode == "fill_mask" and "JAX_PLATFORMS" in os.environ):
+    if FLAGS.mode in (*OF_A_RUN, "check") and not (FLAGS.mode == "fill_mask" and "JAX_PLATFORMS" in os.environ):
         # Before jax is imported: a device may be busy with the run itself.
         os.environ["JAX_PLATFORMS"] = "cpu"
 
@@ -102,10 +121,23 @@ def main(argv: list[str]) -> None:
         from mlm.show_data import show_data
 
         show_data(config, workdir, step=FLAGS.step, rows=FLAGS.rows, process_index=FLAGS.process)
+    elif FLAGS.mode == "check":
+        from mlm.machine import machine_of
+        from mlm.preflight import check
+
+        machine = machine_of(FLAGS.topology) if FLAGS.topology else None
+        problems = check(config, workdir, defaults=defaults, machine=machine, utilization=FLAGS.utilization)
+        if problems:
+            raise UserError("; ".join(["not ready", *problems]))
+        print("\nready")
     elif FLAGS.mode == "train_tokenizer":
         from mlm import setup
 
         setup.train_tokenizer(config, FLAGS.output)
+    elif FLAGS.mode == "benchmark":
+        from mlm.benchmark import benchmark
+
+        benchmark(config, updates=FLAGS.updates)
     elif FLAGS.mode == "export":
         from mlm import saved
 
@@ -117,6 +149,16 @@ def main(argv: list[str]) -> None:
         saved.fill_sentences(config, workdir, argv[1:], step=FLAGS.step)
     else:
         train()
+
+
+def explain_keys(names: list[str], defaults: dict[str, Any]) -> None:
+    """--mode=explain: prints what the keys mean; with a config, its own values, too."""
+    values = None
+    if FLAGS.config is not None:
+        check_keys(FLAGS.config)
+        values = flatten(FLAGS.config.to_dict())
+    with open(default.__file__, encoding="utf-8") as file:
+        print(explain(names, file.read(), defaults=defaults, values=values, config="the config"))
 
 
 def train() -> None:
@@ -160,7 +202,7 @@ def parse_flags(argv: list[str]) -> list[str]:
         # The config file is the user's own code: whatever it raises is told with the file's name.
         last_line = str(error).strip().splitlines()[-1] if str(error).strip() else ""
         raise UserError(f"--config={path}: {type(error).__name__}: {last_line}") from None
-    if path is None and FLAGS.mode not in OF_A_RUN:
+    if path is None and FLAGS.mode not in (*OF_A_RUN, "explain"):
         raise UserError(f"no --config=FILE; there are {', '.join(_configs())}")
     return rest
 

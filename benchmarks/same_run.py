@@ -84,7 +84,9 @@ def read_state(workdir: str, step: int) -> dict[str, np.ndarray]:
 def read_streams(workdir: str, step: int) -> list[Any]:
     """The streams' places in a checkpoint."""
     directory = os.path.join(workdir, "checkpoints", str(step), "stream")
-    return [read_json(os.path.join(directory, name)) for name in sorted(os.listdir(directory))]
+    return [
+        read_json(os.path.join(directory, name)) for name in sorted(os.listdir(directory)) if name.endswith(".json")
+    ]
 
 
 def read_loop(workdir: str, step: int) -> dict[str, Any]:

@@ -30,7 +30,7 @@ def get_config() -> ConfigDict:
 
     config.data = data = ConfigDict()
     # "docstrings" (of the installed Python packages; needs no network), or a dataset's name on the hub, or a
-    # local directory that `datasets.load_dataset` takes.
+    # local directory that `datasets.load_dataset` takes, or "synthetic": random ids, to time the loop without text.
     data.dataset_name = "docstrings"
     # The configuration of that dataset, such as "en" of allenai/c4. None: its only one.
     data.dataset_config_name = placeholder(str)
@@ -43,6 +43,7 @@ def get_config() -> ConfigDict:
     # metrics eval/<name>/loss, the keys dataset_name, dataset_config_name, data_files, eval_data_files, split and
     # text_column_name, where they differ from the ones here. Weights are shares of the rows.
     data.mixture = ()
+    # Of a named dataset: which part is trained on.
     data.split = "train"
     # The column that holds the text. Text files have "text".
     data.text_column_name = "text"
@@ -168,6 +169,8 @@ def get_config() -> ConfigDict:
     optimizer.learning_rate = 5e-5
     optimizer.warmup_steps = 0
     optimizer.schedule = "linear"
+    # Of AdamW: the decay of the running means of gradients and of their squares, and what is added to the root of the
+    # latter.
     optimizer.adam_beta1 = 0.9
     optimizer.adam_beta2 = 0.999
     optimizer.adam_epsilon = 1e-8

@@ -1,6 +1,7 @@
 """Masked-language-model training in JAX: the map of the package.
 
     train       the run: build, restore, loop over batch, step, log, evaluate, save, export
+    preflight   looks through a run before it begins, for a machine;  explain  what config keys mean
     show_data   the ledger: documents and masked rows of any update of a run, made again
     saved       any checkpoint of a run as a model directory, means of them, sentences filled in by them
     setup       a config -> the parts of a run; everything a user can get wrong is found there

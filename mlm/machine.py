@@ -70,7 +70,9 @@ def machine_of(name: str) -> Machine:
     counted = int(match[2])
     devices, rest = divmod(counted, family.counted_per_device)
     if devices < 1 or rest:
-        raise UserError(f"--topology={name}: the number of {match[1]} counts cores, {family.counted_per_device} a device")
+        raise UserError(
+            f"--topology={name}: the number of {match[1]} counts cores, {family.counted_per_device} a device"
+        )
     per_host = family.devices_per_host
     if devices > per_host and family.devices_per_pod_host:
         per_host = family.devices_per_pod_host

@@ -6,7 +6,7 @@ which `pmap` accepts donated buffers. Checkpoints hold it unstacked, so the numb
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -20,6 +20,26 @@ AXIS = "devices"
 def data_parallel(step: Callable[..., Any], *, donate_argnums: tuple[int, ...] = ()) -> Callable[..., Any]:
     """Runs `step` on every device; arguments and results have a leading axis of local devices."""
     return jax.pmap(step, axis_name=AXIS, donate_argnums=donate_argnums)
+
+
+def over_mesh(
+    step: Callable[..., Any], devices: Sequence[jax.Device], *, donate_argnums: tuple[int, ...] = ()
+) -> Callable[..., Any]:
+    """`data_parallel` for compiling ahead of time, over devices that need not be there, such as those of a topology.
+
+    `over_mesh(step, devices).lower(*shapes).compile()`: arguments have a leading axis of devices there, too.
+    """
+    sharding = jax.NamedSharding(jax.sharding.Mesh(np.array(devices), (AXIS,)), jax.P(AXIS))
+
+    def one_device(*arguments: Any) -> Any:
+        result = step(*jax.tree.map(lambda leaf: leaf[0], arguments))
+        return jax.tree.map(lambda leaf: leaf[None], result)
+
+    # Replicas are equal because the step adds gradients up, which shard_map could not tell: hence no check.
+    mapped = jax.shard_map(
+        one_device, mesh=sharding.mesh, in_specs=sharding.spec, out_specs=sharding.spec, check_vma=False
+    )
+    return jax.jit(mapped, in_shardings=sharding, out_shardings=sharding, donate_argnums=donate_argnums)
 
 
 def _local_sharding() -> jax.NamedSharding:

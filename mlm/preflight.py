@@ -4,6 +4,7 @@ What it prints is what the run would be made of: the same functions open the tex
 """
 
 import contextlib
+import copy
 import dataclasses
 import functools
 import math
@@ -80,10 +81,10 @@ def check(
     # Apart from the rest: what the hub says does not depend on it.
     with findings.collect():
         setup.check_hub(config, place)
-    config = config.copy_and_resolve_references()
-    config.hub.push_to_hub = False
+    local = copy.deepcopy(config)
+    local.hub.push_to_hub = False
     with findings.collect():
-        run = setup.build(config, place)
+        run = setup.build(local, place)
         _heading("Text")
         show_documents(run.text)
         with findings.collect():
@@ -153,7 +154,9 @@ def show_fit(run: setup.Run) -> None:
     tokenizer, encoder = run.tokenizer, run.encoder
     print(f"tokenizer {tokenizer.name}, by {tokenizer.backend}; model {encoder.model_type}")
     unused = encoder.vocab_size - tokenizer.num_ids
-    print(f"  ids         {tokenizer.num_ids:,} of the tokenizer, {encoder.vocab_size:,} of the model ({unused:,} unused)")
+    print(
+        f"  ids         {tokenizer.num_ids:,} of the tokenizer, {encoder.vocab_size:,} of the model ({unused:,} unused)"
+    )
     roles = ("bos", tokenizer.bos_id), ("eos", tokenizer.eos_id), ("pad", tokenizer.pad_id), ("mask", tokenizer.mask_id)
     named = ", ".join(f"{role} {tokenizer.hf.convert_ids_to_tokens(id)} {id}" for role, id in roles)
     print(f"  special     {named}")
@@ -171,7 +174,7 @@ def show_size(
     parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state.params))
     state_bytes = _bytes(state)
 
-    print(f"machine       {machine.name}: {machine.devices} x {machine.kind}, {machine.hosts} host{'s' * (machine.hosts > 1)}")
+    print(f"machine       {machine.name}: {machine.devices} x {machine.kind}, on {_hosts(machine.hosts)}")
     print(
         f"an update     {rows:,} rows of {length} tokens: {config.per_device_train_batch_size} a device x "
         f"{config.gradient_accumulation_steps} passes x {machine.devices} devices"
@@ -185,14 +188,19 @@ def show_size(
         epoch, is_bound = tokens_of_epoch(source.train, run.tokenizer, seconds=_SAMPLE_SECONDS / len(run.text.sources))
         epochs = tokens * source.weight / total / epoch
         about = "at most" if is_bound else "about"
-        print(f"epochs        {about} {epochs:,.2f} of {source.train.name}, {_count(epoch)} tokens{' or more' * is_bound}")
+        print(
+            f"epochs        {about} {epochs:,.2f} of {source.train.name}, {_count(epoch)} tokens{' or more' * is_bound}"
+        )
     _show_memory(state_bytes + _bytes(state.params), machine, findings)
     _show_disk(config, place, state_bytes, _bytes(state.params), findings)
     _show_time(config, run, tokens, machine, utilization)
 
 
 def _show_memory(needed: int, machine: Machine, findings: Findings) -> None:
-    print(f"memory        {_gigabytes(needed)} a device for parameters, gradients and optimizer, without activations", end="")
+    print(
+        f"memory        {_gigabytes(needed)} a device for parameters, gradients and optimizer, without activations",
+        end="",
+    )
     if machine.memory_bytes is None:
         print()
         return
@@ -229,7 +237,9 @@ def _show_time(config: ConfigDict, run: setup.Run, tokens: int, machine: Machine
     flops = flops_per_token(run.encoder, length=length, slots=run.task.masking.slots(length))
     peak = next((peak for name, peak in PEAK_FLOPS.items() if name in machine.kind), None)
     if peak is None:
-        print(f"time          unknown: no peak rate of a {machine.kind} is known; name a machine, such as --topology=v3-8")
+        print(
+            f"time          unknown: no peak rate of a {machine.kind} is known; name a machine, such as --topology=v3-8"
+        )
         return
     rate = peak * machine.devices * utilization / flops
     print(
@@ -265,10 +275,14 @@ def _parts(source: Source, shard: int) -> Iterator[pa.LargeStringArray]:
 
 
 def _describe_shards(source: Source, hosts: int) -> str:
-    count = f"{source.num_shards:,} of {source.name}, for {hosts} host{'s' * (hosts > 1)}"
+    count = f"{source.num_shards:,} of {source.name}, for {_hosts(hosts)}"
     if source.num_shards < hosts:
         return f"{count}: they share, each reading all of a shard for some of its rows; more shards are faster"
     return count
+
+
+def _hosts(count: int) -> str:
+    return f"{count} host{'s' * (count > 1)}"
 
 
 def _rows_a_device(config: ConfigDict) -> int:

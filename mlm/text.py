@@ -10,7 +10,7 @@ import pyarrow as pa
 from absl import logging
 from ml_collections import ConfigDict
 
-from mlm.data import sources
+from mlm.data import sources, synthetic
 from mlm.data import tokenizer as tokenizers
 from mlm.data.batches import BatchStream
 from mlm.data.eval_rows import EvalRows, read_eval_rows
@@ -92,6 +92,15 @@ class Text:
         process_index = jax.process_index() if process_index is None else process_index
         process_count = process_count or jax.process_count()
         batch_rows = batch_rows or self.batch_rows
+        if self.sources[0].train is synthetic.SOURCE:
+            rows = synthetic.SyntheticRows(
+                self.tokenizer,
+                seed=self.stream_options["seed"],
+                max_seq_length=self.stream_options["max_seq_length"],
+                process_index=process_index,
+            )
+            weight = {self.sources[0].name: 1.0}
+            return BatchStream({self.sources[0].name: rows}, weights=weight, batch_rows=batch_rows)
         streams = {
             source.name: RowStream(
                 source.train,
@@ -145,6 +154,8 @@ def open_sources(config: ConfigDict) -> tuple[TextSource, ...]:
         "text_column_name": config.data.text_column_name,
     }
     if not config.data.mixture:
+        if config.data.dataset_name == synthetic.NAME and config.data.data_files is None:
+            return (TextSource("text", 1.0, synthetic.SOURCE, synthetic.SOURCE),)
         train = _open(config, own)
         evaluation = train
         if own["eval_data_files"] is not None:
@@ -220,6 +231,8 @@ def open_tokenizer(
             use_fast_tokenizer=options.use_fast_tokenizer,
             backend=options.backend,
         )
+    if text_sources[0].train is synthetic.SOURCE:
+        return synthetic.tokenizer(vocab_size=options.vocab_size, max_seq_length=config.data.max_seq_length)
     return train_tokenizer(config, text_sources, model_type=model_type)
 
 
@@ -246,6 +259,12 @@ def open_text(config: ConfigDict, text_sources: tuple[TextSource, ...], tokenize
     shares = _shares(config.data.num_eval_samples, text_sources)
     rows: list[EvalRows] = []
     for source in text_sources:
+        if source.train is synthetic.SOURCE:
+            drawn = synthetic.rows(
+                shares[source.name], length=config.data.max_seq_length, ids=tokenizer, seed=(config.seed, 0)
+            )
+            rows.append(EvalRows(drawn, pa.array([], pa.large_string())))
+            continue
         rows.append(
             read_eval_rows(
                 source.evaluation,

@@ -162,6 +162,14 @@ def test_data_parallel_uses_every_device_and_donates():
     assert not rows.is_deleted()
 
 
+def test_a_step_over_a_mesh_is_the_one_under_pmap(bag_task, bag_state, bag_step, uneven_rows):
+    step = functools.partial(steps.train_step, task=bag_task, axis_name=parallel.AXIS)
+    state, tokens = parallel.replicate(bag_state), parallel.shard(uneven_rows, shape=(1,))
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), (state, tokens))
+    ahead_of_time = parallel.over_mesh(step, jax.local_devices()).lower(*shapes).compile()
+    jax.tree.map(np.testing.assert_array_equal, ahead_of_time(state, tokens), bag_step(state, tokens))
+
+
 def test_the_trainers_step_compiles_once_donates_its_state_and_moves_nothing_by_itself(
     bag_task, bag_state, uneven_rows
 ):

@@ -3,11 +3,14 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from mlm import parallel, steps
 
+# Of the tiny tasks.
+PAD, MASK = 1, 4
 # At this learning rate and epsilon AdamW without momentum is plain gradient descent, to one part in 10^6.
 GRADIENT_DESCENT = {
     "schedule": lambda count: 1e6,
@@ -142,3 +145,94 @@ def test_a_batch_of_padding_changes_nothing_but_the_step(bag_step, bag_state):
     metrics = parallel.first_replica(metrics)
     assert metrics.sums.count == metrics.sums.loss == metrics.grad_norm == 0
     assert parallel.first_replica(new.step) == 1
+
+
+def one_step(step, state, rows):
+    """The state after it, and its metrics, unstacked."""
+    new, metrics = step(parallel.replicate(state), parallel.shard(rows, shape=(1,)))
+    return parallel.first_replica(new), parallel.first_replica(metrics)
+
+
+def assert_skipped(new, metrics, old):
+    """All is as it was, to the bit, but for the step."""
+    assert metrics.skipped == 1.0
+    jax.tree.map(np.testing.assert_array_equal, new, dataclasses.replace(old, step=old.step + 1))
+
+
+@pytest.mark.parametrize("value", [np.inf, np.nan])
+def test_a_loss_that_is_not_finite_is_skipped(bag_step, bag_state, uneven_rows, value):
+    params = {**bag_state.params, "Dense_0": {**bag_state.params["Dense_0"]}}
+    params["Dense_0"]["bias"] = params["Dense_0"]["bias"].at[7].set(value)
+    broken = dataclasses.replace(bag_state, params=params)
+    new, metrics = one_step(bag_step, broken, uneven_rows)
+    assert not np.isfinite(metrics.sums.loss)
+    assert_skipped(new, metrics, broken)
+
+
+@pytest.mark.parametrize("broken", ["loss", "gradient"])
+def test_one_bad_row_on_one_device_skips_the_update_on_all_and_the_next_one_is_made(
+    make_task, bag_step, bag_state, train_step, uneven_rows, monkeypatch, broken
+):
+    real = steps.masked_cross_entropy
+
+    def poisoned(logits, targets, weights):
+        sums = real(logits, targets, weights)
+        bad = jnp.any((targets == 49) & (weights > 0))
+        if broken == "loss":
+            return sums.replace(loss=jnp.where(bad, jnp.nan, sums.loss))
+        # Its root has no derivative at 0.
+        harm = jnp.sqrt(jnp.where(bad, 0.0 * jnp.sum(logits), 1.0))
+        return sums.replace(loss=sums.loss + harm)
+
+    good, bad = np.where(uneven_rows == 49, 48, uneven_rows), uneven_rows.copy()
+    bad[1] = 49  # The first device's.
+    with monkeypatch.context() as patch:
+        patch.setattr(steps, "masked_cross_entropy", poisoned)
+        step = train_step(make_task(masking={"mlm_probability": 0.3}))
+        skipped, metrics = one_step(step, bag_state, bad)
+        assert np.isfinite(metrics.sums.loss) == (broken == "gradient")
+        assert np.isfinite(metrics.grad_norm) == (broken == "loss")
+        assert_skipped(skipped, metrics, bag_state)
+        after, metrics = one_step(step, skipped, good)
+    assert metrics.skipped == 0.0
+    wanted, _ = one_step(bag_step, dataclasses.replace(bag_state, step=np.int32(1)), good)
+    # Compiled otherwise: to rounding.
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), after, wanted)
+    assert after.applied.count == 1
+
+
+def test_spikes_are_skipped_where_that_is_asked_for(bag_task, bag_step, bag_state, train_step, uneven_rows):
+    norm = one_step(bag_step, bag_state, uneven_rows)[1].grad_norm
+    spiky = train_step(dataclasses.replace(bag_task, spike_factor=3.0))
+
+    def after(step, *, count, mean_norm):
+        applied = steps.Applied(count=jnp.int32(count), mean_norm=jnp.float32(mean_norm))
+        state = dataclasses.replace(bag_state, applied=applied)
+        return state, *one_step(step, state, uneven_rows)
+
+    for step, count, mean_norm in ((spiky, 100, norm / 2), (spiky, 99, norm / 4), (bag_step, 100, norm / 1000)):
+        _, new, metrics = after(step, count=count, mean_norm=mean_norm)
+        assert metrics.skipped == 0.0
+        assert new.applied.count == count + 1
+        np.testing.assert_allclose(new.applied.mean_norm, mean_norm + (norm - mean_norm) / 100, rtol=1e-5)
+    old, new, metrics = after(spiky, count=100, mean_norm=norm / 4)
+    assert_skipped(new, metrics, old)
+    # The mean begins with the first norm.
+    np.testing.assert_allclose(after(spiky, count=0, mean_norm=0.0)[1].applied.mean_norm, norm, rtol=1e-5)
+
+
+@pytest.mark.parametrize("empty", ["padding", "special tokens"])
+def test_two_devices_of_four_without_a_token_to_predict(encoder_step, encoder_state, uneven_rows, empty):
+    rows = uneven_rows.copy()
+    rows[4:] = PAD
+    if empty == "special tokens":
+        rows[4:, :3] = (0, 2, MASK)
+    new, metrics = one_step(encoder_step, encoder_state, rows)
+    assert metrics.skipped == 0.0
+    assert metrics.sums.count > 0
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((new, metrics)))
+
+
+def test_nothing_to_predict_anywhere_is_a_skipped_update(bag_step, bag_state):
+    new, metrics = one_step(bag_step, bag_state, np.full((8, 16), PAD, np.int32))
+    assert_skipped(new, metrics, bag_state)

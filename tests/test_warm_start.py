@@ -351,3 +351,29 @@ def test_a_run_starts_from_the_model_of_another(tmp_path, caplog):
     encoder = json.loads((tmp_path / "third" / "model" / "config.json").read_text())
     assert (encoder["vocab_size"], encoder["pad_token_id"]) == (len(vocabulary), 3)
     assert "go with their token" in caplog.text
+
+
+def test_the_hub_is_asked_for_pytorch_files_only_where_there_is_nothing_else(tmp_path, monkeypatch):
+    asked = []
+
+    def snapshot_download(name, *, cache_dir, allow_patterns):
+        asked.append((name, cache_dir, [pattern for pattern in allow_patterns if "model" in pattern]))
+        return str(tmp_path / name.split("/")[1])
+
+    monkeypatch.setattr(warm_start.huggingface_hub, "snapshot_download", snapshot_download)
+    write(tmp_path / "new", "bert")
+    assert warm_start.open_checkpoint("somebody/new", cache_dir="there").has_head
+    safe = ["model*.safetensors", "model.safetensors.index.json", "*.model"]
+    assert asked == [("somebody/new", "there", safe)]
+
+    asked.clear()
+    monkeypatch.setitem(sys.modules, "torch", None)
+    write(tmp_path / "old", "bert", file=None)
+    (tmp_path / "old" / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(UserError, match="PyTorch is not installed"):
+        warm_start.open_checkpoint("somebody/old", cache_dir=None)
+    assert [patterns for *_, patterns in asked] == [safe, ["pytorch_model*.bin*", "*.model"]]
+
+    asked.clear()
+    assert warm_start.open_config("somebody/new", cache_dir=None) == load("bert")[1]
+    assert asked == [("somebody/new", None, [])]

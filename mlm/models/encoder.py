@@ -10,7 +10,6 @@ Layers differ by what `config.Layer` says and by nothing else, so that those whi
 """
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -18,25 +17,14 @@ import jax
 import jax.numpy as jnp
 
 from mlm.errors import UserError
+from mlm.models.activation import activation
 from mlm.models.attention import attend
-from mlm.models.config import ACTIVATIONS, EncoderConfig, Layer
+from mlm.models.config import EncoderConfig, Layer
 from mlm.models.dropout import Dropout
 from mlm.models.execution import Execution, run_layers
 from mlm.models.families import Positions
 from mlm.models.rotary import Rotation, rotate, rotation
 from mlm.models.segments import places, segments
-
-_FUNCTIONS = {
-    # The exact GELU, x * Phi(x) (Hendrycks and Gimpel, arXiv:1606.08415), and its tanh approximation.
-    "gelu_exact": functools.partial(jax.nn.gelu, approximate=False),
-    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
-    "relu": jax.nn.relu,
-    "silu": jax.nn.silu,
-}
-
-
-def _activation(name: str) -> Callable[[jax.Array], jax.Array]:
-    return _FUNCTIONS[ACTIVATIONS[name]]
 
 
 def _initializer(config: EncoderConfig, *, last: bool = False) -> nn.initializers.Initializer:
@@ -204,7 +192,7 @@ class FeedForward(nn.Module):
         """Return [B, L, D]. With `recompute` the activation is computed anew in the backward pass."""
         cfg = self.config
         dense = functools.partial(_dense, config=cfg, dtype=self.dtype, use_bias=cfg.mlp_bias)
-        act = _activation(cfg.hidden_act)
+        act = activation(cfg.hidden_act, save_input=self.recompute)
 
         def finish(self: nn.Module, inner_BxLxF: jax.Array) -> jax.Array:
             if cfg.family.gated:
@@ -273,7 +261,7 @@ class Head(nn.Module):
     def __call__(self, hidden_BxKxD: jax.Array, embedding_VxC: jax.Array, *, logits_dtype: Any) -> jax.Array:
         """Return logits_BxKxV."""
         cfg = self.config
-        act = _activation(cfg.family.head_act or cfg.classifier_activation or cfg.hidden_act)
+        act = activation(cfg.family.head_act or cfg.classifier_activation or cfg.hidden_act)
         dense = _dense(
             cfg.embedding_width,
             config=cfg,

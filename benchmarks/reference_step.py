@@ -1,0 +1,185 @@
+"""The step that ours is measured against, and ours, as functions of one device's share, for the benchmarks.
+
+The reference is Hugging Face's `run_mlm_flax.py` with the Flax `RobertaForMaskedLM` of transformers 4, told anew from
+its behaviour: query, key and value by three products, one dropout mask of attention weights for all rows and heads,
+logits of every position, cross-entropy with one-hot labels, mean gradients over devices, AdamW. Its labels come from
+the host, -100 where nothing is to be predicted; ours masks on the device.
+
+Legend: B rows, L tokens, D hidden_size, H heads, E width of a head, V vocabulary.
+"""
+
+import functools
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+from mlm import parallel, steps
+from mlm.masking import MaskingSpec
+from mlm.models.config import EncoderConfig
+from mlm.models.encoder import MaskedLM
+from mlm.models.execution import Execution
+from mlm.optimizer import create_optimizer, create_schedule, decays
+
+SCHEDULE = {"learning_rate": 3e-4, "warmup_steps": 1_000, "num_train_steps": 10_000}
+ADAM = {"adam_beta1": 0.9, "adam_beta2": 0.98, "adam_epsilon": 1e-8, "weight_decay": 0.01}
+SPECIAL = 5  # ids below are special; the last of them hides tokens
+
+
+def roberta(**overrides: Any) -> EncoderConfig:
+    """roberta-base as on the hub, with some fields changed."""
+    shape = {"max_position_embeddings": 514, "type_vocab_size": 1, "layer_norm_eps": 1e-5}
+    return EncoderConfig(**shape | overrides)
+
+
+# The small model of the CPU benchmark.
+SMALL = {
+    "vocab_size": 8_192,
+    "hidden_size": 256,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "intermediate_size": 1_024,
+}
+
+
+def our_task(config: EncoderConfig, dtype: Any, execution: Execution) -> steps.Task:
+    """What our step closes over."""
+    schedule = create_schedule("linear", **SCHEDULE)
+    return steps.Task(
+        model=MaskedLM(config, dtype, execution=execution),
+        masking=MaskingSpec(
+            mlm_probability=0.15,
+            mask_token_share=0.8,
+            random_token_share=0.1,
+            mask_id=SPECIAL - 1,
+            special_ids=tuple(range(SPECIAL)),
+            num_ids=config.vocab_size,
+        ),
+        optimizer=create_optimizer(schedule, **ADAM, max_grad_norm=0.0),
+        schedule=schedule,
+        seed=0,
+    )
+
+
+def our_step(task: steps.Task) -> Callable[..., Any]:
+    """(state, tokens_1xBxL) -> (state, metrics)."""
+    return functools.partial(steps.train_step, task=task, axis_name=parallel.AXIS)
+
+
+def our_state(task: steps.Task) -> steps.TrainState:
+    """The state before the first update."""
+    return steps.init_state(task, steps.init_params(task, length=8))
+
+
+def tokens(rows: int, length: int, *, vocab_size: int) -> np.ndarray:
+    """Rows of random tokens without padding, [rows, length]."""
+    return np.random.default_rng(0).integers(SPECIAL, vocab_size, (rows, length)).astype(np.int32)
+
+
+def reference_batch(tokens_BxL: np.ndarray) -> dict[str, np.ndarray]:
+    """What the reference's collator gives: a sixth of the tokens hidden, and labels."""
+    chosen_BxL = np.random.default_rng(1).random(tokens_BxL.shape) < 0.15
+    return {
+        "input_ids": np.where(chosen_BxL, SPECIAL - 1, tokens_BxL).astype(np.int32),
+        "attention_mask": np.ones_like(tokens_BxL),
+        "labels": np.where(chosen_BxL, tokens_BxL, -100).astype(np.int32),
+    }
+
+
+class _Layer(nn.Module):
+    config: EncoderConfig
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, hidden_BxLxD: jax.Array, bias_Bx1x1xL: jax.Array) -> jax.Array:
+        cfg = self.config
+        heads = (*hidden_BxLxD.shape[:2], cfg.num_attention_heads, cfg.head_size)
+
+        def dense(size: int, name: str) -> nn.Dense:
+            return nn.Dense(size, dtype=self.dtype, kernel_init=nn.initializers.normal(0.02), name=name)
+
+        def add_norm(update_BxLxD: jax.Array, to_BxLxD: jax.Array, name: str) -> jax.Array:
+            update_BxLxD = nn.Dropout(cfg.hidden_dropout_prob)(update_BxLxD, deterministic=False)
+            return nn.LayerNorm(cfg.layer_norm_eps, dtype=self.dtype, name=name)(update_BxLxD + to_BxLxD)
+
+        query, key, value = (dense(cfg.hidden_size, name)(hidden_BxLxD).reshape(heads) for name in ("q", "k", "v"))
+        scores_BxHxLxL = jnp.einsum("...qhd,...khd->...hqk", query / np.sqrt(cfg.head_size).astype(self.dtype), key)
+        weights_BxHxLxL = jax.nn.softmax(scores_BxHxLxL + bias_Bx1x1xL).astype(self.dtype)
+        weights_BxHxLxL = nn.Dropout(cfg.attention_probs_dropout_prob, broadcast_dims=(0, 1))(
+            weights_BxHxLxL, deterministic=False
+        )
+        attended_BxLxD = jnp.einsum("...hqk,...khd->...qhd", weights_BxHxLxL, value).reshape(hidden_BxLxD.shape)
+        hidden_BxLxD = add_norm(dense(cfg.hidden_size, "attention_output")(attended_BxLxD), hidden_BxLxD, "norm_1")
+        inner_BxLxF = nn.gelu(dense(cfg.intermediate_size, "intermediate")(hidden_BxLxD), approximate=False)
+        return add_norm(dense(cfg.hidden_size, "output")(inner_BxLxF), hidden_BxLxD, "norm_2")
+
+
+class _Model(nn.Module):
+    config: EncoderConfig
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, input_ids: jax.Array, attention_mask: jax.Array) -> jax.Array:
+        cfg = self.config
+
+        def embed(rows: int, name: str) -> nn.Embed:
+            init = nn.initializers.normal(0.02)
+            return nn.Embed(rows, cfg.hidden_size, embedding_init=init, dtype=self.dtype, name=name)
+
+        word = embed(cfg.vocab_size, "word")
+        is_token = (input_ids != cfg.pad_token_id).astype(jnp.int32)
+        positions = jnp.cumsum(is_token, axis=1) * is_token + cfg.pad_token_id
+        hidden = word(input_ids) + embed(cfg.max_position_embeddings, "position")(positions)
+        hidden += embed(cfg.type_vocab_size, "type")(jnp.zeros_like(input_ids))
+        hidden = nn.LayerNorm(cfg.layer_norm_eps, dtype=self.dtype, name="norm")(hidden)
+        hidden = nn.Dropout(cfg.hidden_dropout_prob)(hidden, deterministic=False)
+        bias = jnp.where(attention_mask[:, None, None] > 0, 0.0, jnp.finfo(self.dtype).min).astype(self.dtype)
+        for number in range(cfg.num_hidden_layers):
+            hidden = _Layer(cfg, self.dtype, name=f"layer_{number}")(hidden, bias)
+        hidden = nn.gelu(nn.Dense(cfg.hidden_size, dtype=self.dtype, name="head")(hidden), approximate=False)
+        hidden = nn.LayerNorm(cfg.layer_norm_eps, dtype=self.dtype, name="head_norm")(hidden)
+        logits = hidden @ word.embedding.T.astype(self.dtype)
+        return logits + self.param("bias", nn.initializers.zeros, (cfg.vocab_size,)).astype(self.dtype)
+
+
+def _reference_optimizer() -> optax.GradientTransformation:
+    schedule = create_schedule("linear", **SCHEDULE)
+    return optax.adamw(schedule, b1=0.9, b2=0.98, eps=1e-8, weight_decay=0.01, mask=decays)
+
+
+def reference_state(config: EncoderConfig, dtype: Any) -> dict[str, Any]:
+    """The state before the first update."""
+    ids = jnp.ones((1, 8), jnp.int32)
+    keys = {"params": jax.random.key(0), "dropout": jax.random.key(1)}
+    params = _Model(config, dtype).init(keys, ids, ids)["params"]
+    return {"params": params, "adam": _reference_optimizer().init(params), "key": jax.random.PRNGKey(0)}
+
+
+def reference_step(config: EncoderConfig, dtype: Any) -> Callable[..., Any]:
+    """(state, batch) -> (state, mean loss)."""
+    model = _Model(config, dtype)
+
+    def step(state: dict[str, Any], batch: dict[str, jax.Array]) -> tuple[dict[str, Any], jax.Array]:
+        dropout_key, next_key = jax.random.split(state["key"])
+
+        def loss_fn(params: Any) -> jax.Array:
+            rngs = {"dropout": dropout_key}
+            logits = model.apply({"params": params}, batch["input_ids"], batch["attention_mask"], rngs=rngs)
+            in_use = batch["labels"] > 0
+            losses = optax.softmax_cross_entropy(logits, jax.nn.one_hot(batch["labels"], logits.shape[-1]))
+            return jnp.sum(losses * in_use) / jnp.sum(in_use)
+
+        loss, gradients = jax.value_and_grad(loss_fn)(state["params"])
+        gradients, loss = jax.lax.pmean((gradients, loss), parallel.AXIS)
+        updates, adam = _reference_optimizer().update(gradients, state["adam"], state["params"])
+        return {"params": optax.apply_updates(state["params"], updates), "adam": adam, "key": next_key}, loss
+
+    return step
