@@ -16,7 +16,8 @@ def get_config() -> ConfigDict:
     config.seed = 42
     # Updates of the parameters in all; the learning rate reaches 0 there.
     config.num_train_steps = 50_000
-    # Rows of `data.max_seq_length` tokens per device in one forward pass.
+    # Rows of `data.max_seq_length` tokens per device in one forward pass. 0 for training: the most that its memory
+    # takes, found by compiling the step for some; a run keeps to what it has found.
     config.per_device_train_batch_size = 8
     config.per_device_eval_batch_size = 8
     # Forward and backward passes whose gradients are summed for one update; the rows of an update are

@@ -1,5 +1,6 @@
 """Where the time of an update goes: the loop as it is, beside the step alone."""
 
+import copy
 import functools
 import os
 import tempfile
@@ -32,13 +33,12 @@ def benchmark(config: ConfigDict, *, updates: int) -> None:
     Both are timed over `updates` updates after as many that are not, in one process, the step alone before and after
     the loop; the lower of its times counts. Nothing of the run is kept.
     """
-    config = config.copy_and_resolve_references()
-    with config.unlocked():
-        config.hub.push_to_hub = False
-        # Lines after the first and the second half; evaluation, checkpoint and export come between, and count apart.
-        config.num_train_steps = 2 * updates
-        config.optimizer.warmup_steps = min(config.optimizer.warmup_steps, updates)
-        config.logging_steps = config.eval_steps = config.save_steps = updates
+    config = copy.deepcopy(config)
+    config.hub.push_to_hub = False
+    # Lines after the first and the second half; evaluation, checkpoint and export come between, and count apart.
+    config.num_train_steps = 2 * updates
+    config.optimizer.warmup_steps = min(config.optimizer.warmup_steps, updates)
+    config.logging_steps = config.eval_steps = config.save_steps = updates
     alone = [_step_ms(config, updates=updates)]
     with tempfile.TemporaryDirectory(prefix="mlm-benchmark") as workdir:
         train_and_evaluate(config, os.path.join(workdir, "run"))

@@ -67,7 +67,9 @@ def export_model(
     except safetensors.SafetensorError as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise OSError(f"the model could not be written ({error})") from None
-    _write_json(os.path.join(partial, "config.json"), config.to_hf() | {"dtype": dtype})
+    # Some families' configs have these two by other names, or defaults past a small vocabulary.
+    ids = {"cls_token_id": tokenizer.bos_id, "sep_token_id": tokenizer.eos_id}
+    _write_json(os.path.join(partial, "config.json"), config.to_hf() | ids | {"dtype": dtype})
     draw_curves(metrics_path, os.path.join(partial, "curves.png"), title=f"{card.title}, {step:,} updates")
     with open(os.path.join(partial, "README.md"), "w", encoding="utf-8") as file:
         mask_token = tokenizer.hf.mask_token

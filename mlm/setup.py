@@ -53,6 +53,11 @@ class Run:
     text: Text
     start: Start | None
 
+    def with_batch_size(self, config: ConfigDict) -> "Run":
+        """The same parts for the `per_device_train_batch_size` that `config` has by now."""
+        text = dataclasses.replace(self.text, batch_rows=text_lib.batch_rows(config))
+        return dataclasses.replace(self, text=text, stream=text.batches())
+
     def initial_params(self) -> Any:
         """Parameters before the first update, on the host or one device."""
         init = jax.jit(init_params, static_argnums=0, static_argnames="length")
@@ -189,7 +194,6 @@ def check_numbers(config: ConfigDict) -> None:
     """Raises UserError for a number that cannot be, whatever the data and the model are."""
     positive = {
         "num_train_steps": config.num_train_steps,
-        "per_device_train_batch_size": config.per_device_train_batch_size,
         "per_device_eval_batch_size": config.per_device_eval_batch_size,
         "gradient_accumulation_steps": config.gradient_accumulation_steps,
         "logging_steps": config.logging_steps,
@@ -204,6 +208,7 @@ def check_numbers(config: ConfigDict) -> None:
         if value < 1:
             raise UserError(f"{key}={value} must be at least 1")
     for key, value in {
+        "per_device_train_batch_size": config.per_device_train_batch_size,
         "optimizer.max_skipped_updates": config.optimizer.max_skipped_updates,
         "checkpoint.keep_every_steps": config.checkpoint.keep_every_steps,
     }.items():

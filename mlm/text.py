@@ -289,8 +289,14 @@ def open_text(config: ConfigDict, text_sources: tuple[TextSource, ...], tokenize
             "max_failed_shards": config.data.max_failed_shards,
         },
         skip_steps=config.data.skip_steps,
-        batch_rows=config.per_device_train_batch_size * config.gradient_accumulation_steps * jax.local_device_count(),
+        batch_rows=batch_rows(config),
     )
+
+
+def batch_rows(config: ConfigDict) -> int:
+    """Rows of an update on this process; of the smallest batch while it is to be found which fits."""
+    rows = max(1, config.per_device_train_batch_size)
+    return rows * config.gradient_accumulation_steps * jax.local_device_count()
 
 
 def _shares(total: int, text_sources: tuple[TextSource, ...]) -> dict[str, int]:

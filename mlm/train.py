@@ -1,6 +1,7 @@
 """The run: build, restore, then loop over batch, step, log, evaluate, save, export."""
 
 import contextlib
+import copy
 import functools
 import itertools
 import os
@@ -13,7 +14,7 @@ from absl import logging
 from clu import parameter_overview
 from ml_collections import ConfigDict
 
-from mlm import export, parallel, report, setup, steps
+from mlm import export, fit, parallel, report, setup, steps
 from mlm.card import card_of
 from mlm.checkpoint import Checkpointer, DamagedError, NoRoomError, SaveError
 from mlm.data.packing import RUN_ON
@@ -54,6 +55,9 @@ def train_and_evaluate(
         if jax.process_index() == 0 and (old := place.move_aside()):
             logging.info("the run that was in %s is in %s now", place.path, old)
         parallel.barrier("work directory moved aside")
+    config = copy.deepcopy(config)  # What it leaves open is filled in.
+    if config.per_device_train_batch_size == 0 and place.read_layout() is not None:
+        config.per_device_train_batch_size = place.read_config()["per_device_train_batch_size"]
     place.check_same_run(config.to_dict())
     if jax.process_index() == 0:
         export.recover(place.model)
@@ -69,6 +73,10 @@ def train_and_evaluate(
         if jax.process_index() == 0:
             place.lock()
         run = setup.build(config, place)
+        if config.per_device_train_batch_size == 0:
+            length, passes = config.data.max_seq_length, config.gradient_accumulation_steps
+            config.per_device_train_batch_size = fit.find_batch_size(run.task, length=length, passes=passes)
+            run = run.with_batch_size(config)
         checkpointer = stack.enter_context(
             Checkpointer(
                 place.checkpoints,

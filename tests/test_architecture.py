@@ -42,13 +42,15 @@ ROOMS = {
     "saved": "card checkpoint curves data errors export fill_mask models setup workdir",
     "interrupt": "",
     "hosts": "errors interrupt",
-    "train": "card checkpoint data errors evaluate export fill_mask interrupt models parallel report setup steps workdir",
+    "fit": "errors parallel steps",
+    "train": "card checkpoint data errors evaluate export fill_mask fit interrupt models parallel report setup steps "
+    "workdir",
     "benchmark": "curves parallel setup steps train workdir",
     "html_report": "curves errors workdir",
     "explain": "errors",
     "machine": "errors",
     "preflight": "data errors machine masking models report setup show_data steps text workdir",
-    "main": "errors explain hosts html_report interrupt machine preflight saved setup show_data train workdir",
+    "main": "benchmark errors explain hosts html_report interrupt machine preflight saved setup show_data train workdir",
 }
 # A step is timed on machines that have only these.
 STEP_ROOMS = {"models", "masking", "loss", "optimizer", "parallel", "steps"}
@@ -143,6 +145,7 @@ def test_datasets_are_the_data_rooms_own_and_it_knows_no_device():
 
 def test_config_dicts_stop_at_train_setup_text_and_show_data():
     assert {file for file in files_importing("ml_collections") if file.startswith("mlm/")} == {
+        "mlm/benchmark.py",
         "mlm/card.py",
         "mlm/preflight.py",
         "mlm/saved.py",
