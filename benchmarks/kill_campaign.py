@@ -8,9 +8,10 @@ and started again, until it comes to its end; if that is before `--kills`, in ye
 compared: parameters, optimizer and stream state of the last checkpoint bit for bit, metrics.jsonl but for perf/*, the
 exported model and the tokenizer byte for byte, and that nothing half-written is left.
 
-Times of kills are drawn in three ways, in turn: between 0.3 and 2 times what a start takes to its first checkpoint;
-several within two seconds of their start; and, for what is short, within a fifth of a second of the beginning of a
-phase that has not been hit yet. A process is stopped (SIGSTOP) before it is looked at which phase it is in.
+Times of kills are drawn in three ways, in turn: several soon after their starts; between 0.3 and 1.3 times what a start
+takes to its first checkpoint; and, for what is short, within a moment of the beginning of a phase that was hit the
+least so far. All are processor seconds of the process that is to be killed: what else the machine does, does not count.
+It is stopped (SIGSTOP) before it is looked at which phase it is in.
 
 The text is the docstrings of the installed packages; the compilation cache is shared, as it is by default.
 """
@@ -144,17 +145,16 @@ def kill(process: subprocess.Popen, number: int, looked_at: Callable[[], tuple[s
 
 
 def plan_of(rng: random.Random, hit: collections.Counter, *, to_checkpoint: float) -> Iterator[float | str]:
-    """When to kill, start by start: seconds after it, or a phase in which to."""
+    """When to kill, start by start: processor seconds after it, or a phase in which to."""
     while True:
-        for low in (0.3, 0.8):
-            yield rng.uniform(low, 2.0) * to_checkpoint
-            # There is but one training of a tokenizer that comes to its end.
-            yield (
-                "tokenizer training"
-                if not hit["tokenizer training"]
-                else min(("evaluation", "save", "export"), key=lambda phase: hit[phase] + 0.1 * rng.random())
-            )
-        yield from (rng.uniform(0.1, 2.0) for _ in range(rng.choice((0, 0, 3))))
+        yield from (rng.uniform(0.05, 0.3) * to_checkpoint for _ in range(2))
+        yield rng.uniform(0.3, 1.0) * to_checkpoint
+        # There is but one training of a tokenizer that comes to its end.
+        if not hit["tokenizer training"]:
+            yield "tokenizer training"
+        for _ in range(2):
+            yield min(("evaluation", "save", "export"), key=lambda phase: hit[phase] + 0.1 * rng.random())
+        yield rng.uniform(0.8, 1.3) * to_checkpoint
 
 
 def campaign(
@@ -175,7 +175,7 @@ def campaign(
       workdir: where it has not run yet.
       straight: where it came to its end undisturbed.
       number: of the signal.
-      plan: for each start seconds, or a phase; when it is at its end nothing disturbs the run.
+      plan: for each start processor seconds, or a phase; when it is at its end nothing disturbs the run.
       eval_steps: of the run.
       rng: for the moments after the beginning of a phase.
       hit: kills by phase, added to.
@@ -195,8 +195,9 @@ def campaign(
             if (when := next(plan, None)) is not None:
                 if isinstance(when, str):
                     await_phase(process, looked_at, when)
-                    when = rng.uniform(0.0, 0.05 if when in ("save", "evaluation") else 0.2)
-                wait_for(process, when)
+                    when = used(process) + rng.uniform(0.0, 0.05 if when in ("save", "evaluation") else 0.2)
+                while process.poll() is None and used(process) < when:
+                    time.sleep(0.005)
                 killed = kill(process, number, looked_at, start)
             code = process.wait(TIMEOUT)
         finally:
@@ -217,12 +218,12 @@ def campaign(
     return Result(done, time.monotonic() - began, replayed, differences(straight, workdir))
 
 
-def wait_for(process: subprocess.Popen, seconds: float) -> None:
-    """Waits so long, or until a process has ended."""
-    try:
-        process.wait(seconds)
-    except subprocess.TimeoutExpired:
-        return
+def used(process: subprocess.Popen) -> float:
+    """Processor seconds of a process so far."""
+    with open(f"/proc/{process.pid}/stat") as file:
+        # After the name, which may have spaces in it, and closes with the last parenthesis.
+        fields = file.read().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def await_phase(process: subprocess.Popen, looked_at: Callable[[], tuple[str, int]], wanted: str) -> None:
@@ -277,7 +278,7 @@ def environment(folder: str) -> dict[str, str]:
 
 
 def run_straight(trainer: Trainer, workdir: str) -> tuple[float, float]:
-    """Runs undisturbed; returns the seconds it took, and those to its first checkpoint."""
+    """Runs undisturbed; returns the seconds it took, and processor seconds to its first checkpoint."""
     log, start, to_checkpoint = workdir + ".log", time.monotonic(), None
     os.makedirs(os.path.dirname(workdir), exist_ok=True)
     process = trainer.start(workdir, log)
@@ -286,8 +287,8 @@ def run_straight(trainer: Trainer, workdir: str) -> tuple[float, float]:
         while process.poll() is None:
             names = os.listdir(checkpoints) if os.path.isdir(checkpoints) else ()
             if to_checkpoint is None and any(name.isdecimal() for name in names):
-                to_checkpoint = time.monotonic() - start
-            wait_for(process, 0.05)
+                to_checkpoint = used(process)
+            time.sleep(0.02)
     finally:
         process.kill()
     if process.returncode != 0:
@@ -315,7 +316,7 @@ def main() -> None:
         straight = os.path.join(folder, "straight", "run")
         whole_seconds, to_checkpoint = run_straight(trainer, straight)
         found = differences(os.path.join(folder, "first", "run"), straight)
-        print(f"undisturbed: {whole_seconds:.0f} s, {to_checkpoint:.0f} s to the first checkpoint", flush=True)
+        print(f"undisturbed: {whole_seconds:.0f} s, {to_checkpoint:.0f} processor s to a checkpoint", flush=True)
         print(f"two undisturbed runs differ in: {', '.join(found) or 'nothing'}", flush=True)
 
         results: list[Result] = []

@@ -1,6 +1,8 @@
 """Masked-language-model training in JAX: the map of the package.
 
     train       the run: build, restore, loop over batch, step, log, evaluate, save, export
+    interrupt   SIGTERM and SIGINT;  hosts  several processes as one run: they start and end together
+    fit         the largest batch that a device takes;  benchmark  where the time of an update goes
     preflight   looks through a run before it begins, for a machine;  explain  what config keys mean
     show_data   the ledger: documents and masked rows of any update of a run, made again
     saved       any checkpoint of a run as a model directory, means of them, sentences filled in by them
@@ -8,7 +10,8 @@
     warm_start  weights that are there, of ours or of transformers, fitted to a run's model
     text        a config -> sources, tokenizer, evaluation rows, and any process's batches
     workdir     the work directory's paths, and whether a run may go on in it
-    report      metric files and progress lines;  curves  their picture;  html_report  a page of several runs'
+    report      progress lines and metrics;  metric_files  where they go;  curves  their picture
+    html_report a page of the curves of several runs
     checkpoint  the only file that imports Orbax
     export      the Hugging Face model directory;  card  its README.md;  hub  its way to the hub, in the background
     evaluate    sums over the evaluation rows, divided once;  fill_mask  guesses for the masked word
@@ -29,7 +32,7 @@
       batches     rows of one source or a mixture, less the steps left out;  eval_rows  those held out
       tokenizer   load, save; a column of strings -> ragged ids;  train_tokenizer  in the dress of a family
       packing     ragged ids -> rows
-      prefetch    a thread that makes batches ahead
+      prefetch    a thread that makes batches ahead;  synthetic  rows without text
 
 Imports point one way: main -> train -> the first group -> the second. `errors` holds the one exception that is meant
 for the user. Beside the plan of the house there are `setup` (train.py would pass 400 lines), `workdir`, `curves` and

@@ -16,6 +16,7 @@ from mlm.data.tokenizer import Tokenizer
 from mlm.fill_mask import Filling
 from mlm.models import weights
 from mlm.models.config import EncoderConfig
+from mlm.workdir import sync
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 
@@ -79,12 +80,12 @@ def export_model(
     state = {"global_step": step, "tokens_seen": card.tokens_seen, "hardware": card.hardware, **metrics}
     _write_json(os.path.join(partial, "trainer_state.json"), state)
     for name in (*os.listdir(partial), "."):
-        _sync(os.path.join(partial, name))
+        sync(os.path.join(partial, name))
 
     if os.path.exists(directory):
         os.rename(directory, old)
     os.rename(partial, directory)
-    _sync(os.path.dirname(directory))
+    sync(os.path.dirname(directory))
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -111,12 +112,3 @@ def _write_json(path: str, value: Mapping[str, Any]) -> None:
     with open(path, "w", encoding="utf-8") as file:
         json.dump(value, file, indent=2)
         file.write("\n")
-
-
-def _sync(path: str) -> None:
-    """Waits until a file, or a directory's list of names, is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

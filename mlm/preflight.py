@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 from ml_collections import ConfigDict
 
-from mlm import setup, steps
+from mlm import setup, steps, topology
 from mlm import text as text_lib
 from mlm.data.sources import Source
 from mlm.data.tokenizer import Tokenizer
@@ -93,6 +93,8 @@ def check(
         show_fit(run)
         _heading("The run")
         show_size(config, run, place, here, findings, utilization=utilization)
+        if machine is not None:
+            show_compiled(config, run, machine, findings)
     return findings.problems
 
 
@@ -245,6 +247,35 @@ def _show_time(config: ConfigDict, run: setup.Run, tokens: int, machine: Machine
     print(
         f"time          {duration(tokens / rate)} at {utilization:.0%} of the peak rate, {rate:,.0f} tokens/s "
         f"({flops / 1e6:,.0f} MFLOP a token), without evaluations"
+    )
+
+
+def show_compiled(config: ConfigDict, run: setup.Run, machine: Machine, findings: Findings) -> None:
+    """Prints what the compiled step takes of a TPU core, and the largest batch that fits."""
+    if not topology.can_compile(machine):
+        what = "pip install libtpu" if machine.kind.startswith("TPU") else "TPUs only"
+        print(f"compiled      not: that takes libtpu ({what})")
+        return
+    execution = setup.open_execution(config, backend="tpu")
+    devices = topology.devices_of(machine)
+    fit = topology.fit(
+        dataclasses.replace(run.task, model=run.task.model.clone(execution=execution)),
+        devices,
+        rows=config.per_device_train_batch_size,
+        passes=config.gradient_accumulation_steps,
+        length=config.data.max_seq_length,
+        memory_bytes=machine.memory_bytes,
+    )
+    place = f"the {_gigabytes(machine.memory_bytes)} of a {machine.kind} device"
+    if fit.compiled_rows == fit.rows:
+        needed = _gigabytes(fit.needed_bytes)
+        print(f"compiled      the step takes {needed} of {place}; about {fit.largest_rows:,} rows a pass fit")
+        return
+    print(f"compiled      the step does not fit into {place}")
+    fits = f"about {fit.largest_rows} do" if fit.largest_rows else "choose a smaller model"
+    findings.problems.append(
+        f"per_device_train_batch_size={fit.rows} does not fit into a {machine.kind} device; {fits}, and "
+        "gradient_accumulation_steps makes up for it"
     )
 
 

@@ -163,11 +163,16 @@ class WorkDir:
         if not os.path.isdir(self.tokenizer):
             shutil.rmtree(self.tokenizer + ".tmp", ignore_errors=True)
             save_tokenizer(self.tokenizer + ".tmp")
+            # On the disk before it counts, as all that follows: a machine that loses its power forgets the rest.
+            for name in (*os.listdir(self.tokenizer + ".tmp"), "."):
+                sync(os.path.join(self.tokenizer + ".tmp", name))
             os.rename(self.tokenizer + ".tmp", self.tokenizer)
         with open(self.config + ".tmp", "w", encoding="utf-8") as file:
             json.dump({"config": config, "history": history}, file, indent=2)
             file.write("\n")
+        sync(self.config + ".tmp")
         os.replace(self.config + ".tmp", self.config)
+        sync(self.path)
         return changed
 
     def has_tokenizer(self) -> bool:
@@ -224,6 +229,15 @@ class WorkDir:
         if self._lock is not None:
             self._lock.close()
             self._lock = None
+
+
+def sync(path: str) -> None:
+    """Waits until a file, or a directory's list of names, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

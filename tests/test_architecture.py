@@ -32,7 +32,7 @@ ROOMS = {
     "hub": "data errors",
     "fill_mask": "data errors models",
     "card": "data fill_mask workdir",
-    "export": "card curves data fill_mask models",
+    "export": "card curves data fill_mask models workdir",
     "metric_files": "curves workdir",
     "report": "data errors metric_files parallel steps workdir",
     "text": "data errors workdir",
@@ -49,7 +49,8 @@ ROOMS = {
     "html_report": "curves errors workdir",
     "explain": "errors",
     "machine": "errors",
-    "preflight": "data errors machine masking models report setup show_data steps text workdir",
+    "topology": "errors machine parallel steps",
+    "preflight": "data errors machine masking models report setup show_data steps text topology workdir",
     "main": "benchmark errors explain hosts html_report interrupt machine preflight saved setup show_data train workdir",
 }
 # A step is timed on machines that have only these.

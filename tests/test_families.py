@@ -23,6 +23,11 @@ GOLDEN = pathlib.Path(__file__).parent / "golden"
 CASES = sorted(path.stem for path in GOLDEN.glob("*.npz"))
 
 
+def slow_but(*quick):
+    """All cases; those that are not named are slow."""
+    return [case if case in quick else pytest.param(case, marks=pytest.mark.slow) for case in CASES]
+
+
 @functools.cache
 def load(case):
     with np.load(GOLDEN / f"{case}.npz") as file:
@@ -55,8 +60,8 @@ def test_logits_and_loss_are_those_of_pytorch(case):
     # Nothing is ever read from padding.
     is_token = golden["inputs"] != config.pad_token_id
     wanted = golden["logits"][is_token]
-    # Float32 carries 24 bits; a few layers lose about five of them.
-    np.testing.assert_allclose(logits[is_token], wanted, rtol=0, atol=2.0**-18 * np.abs(wanted).max())
+    # Float32 carries 24 bits; a few layers lose up to seven of them.
+    np.testing.assert_allclose(logits[is_token], wanted, rtol=0, atol=2.0**-16 * np.abs(wanted).max())
     np.testing.assert_allclose(loss, golden["loss"], rtol=1e-6)
 
 
@@ -208,7 +213,7 @@ def test_dropout_is_where_transformers_has_it(model_type, monkeypatch):
     assert calls == [rates[first]] + [rates[place] for place in layer] * len(config.layers)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", slow_but("modernbert", "electra"))
 def test_parameters_start_as_in_transformers(case):
     golden, config, _ = load(case)
     if case == "roberta":  # Has a test of its own, and another golden file.
@@ -229,13 +234,7 @@ def test_parameters_start_as_in_transformers(case):
             assert np.abs(values).max() <= 2 * values.std() / 0.8, name
 
 
-QUICK = ("modernbert", "roformer", "bert")
-
-
-@pytest.mark.parametrize(
-    "case",
-    [case if case in QUICK else pytest.param(case, marks=pytest.mark.slow) for case in CASES],
-)
+@pytest.mark.parametrize("case", slow_but("modernbert", "roformer"))
 def test_a_document_in_a_row_has_the_logits_it_has_alone(case):
     _, config, tensors = load(case)
     params, begin, pad = weights.from_hf(tensors, config), 1, config.pad_token_id

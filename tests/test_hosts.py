@@ -230,7 +230,7 @@ def test_killed_asked_and_gone_on_two_processes_end_as_if_nothing_had_been(tmp_p
     with pair(tmp_path, workdir=straight) as both:
         assert both.wait() == [0, 0], both.log(0) + both.log(1)
     # What is shared is written once.
-    assert len(list(Path(straight).glob("events.out.tfevents.*"))) == 1
+    assert len(list(Path(straight).glob("events.out.tfevents.*.v2"))) == 1
     assert sorted(path.name for path in Path(straight).iterdir() if not path.name.startswith(("events", "."))) == [
         "checkpoints",
         "config.json",

@@ -1,5 +1,6 @@
 """launch/slurm.sh against a Slurm of our own: programs that record the calls, and an srun that starts the processes."""
 
+import contextlib
 import os
 import re
 import signal
@@ -44,6 +45,7 @@ class Cluster:
             "MLM_COMMIT": commit,
             "MLM_PYTHON": str(python),
         }
+        (self.folder / "tasks").unlink(missing_ok=True)
         return subprocess.Popen(
             [SCRIPT, "--", *arguments],
             env=self.environment | environment,
@@ -70,7 +72,13 @@ class Cluster:
 
 @pytest.fixture
 def cluster(tmp_path):
-    return Cluster(tmp_path)
+    cluster = Cluster(tmp_path)
+    yield cluster
+    # What a test that failed has left running: its own process groups, so nobody else's processes.
+    if (tmp_path / "tasks").exists():
+        for task in cluster.tasks():
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(task, signal.SIGKILL)
 
 
 def program(path, text):

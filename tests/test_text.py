@@ -110,7 +110,11 @@ def test_a_mixture_and_files_exclude_each_other(mixed):
 def test_a_run_knows_its_mixture_and_may_leave_out_other_steps(mixed, tmp_path):
     place = WorkDir(str(tmp_path / "run"))
     place.create(
-        mixed.to_dict(), save_tokenizer=lambda path: (tmp_path / path).mkdir(), processes=2, rows_per_process=8
+        mixed.to_dict(),
+        save_tokenizer=lambda path: (tmp_path / path).mkdir(),
+        processes=2,
+        rows_per_process=8,
+        step=0,
     )
     place.check_same_run(mixed.to_dict())
     assert place.read_layout() == (2, 8)

@@ -1,0 +1,130 @@
+"""The real training step, compiled for TPUs that need not be here: what memory it takes of a device.
+
+libtpu, which is on every TPU VM and comes with `pip install libtpu` elsewhere, compiles without a TPU.
+"""
+
+import dataclasses
+import functools
+import importlib.util
+import os
+import re
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+
+from mlm import parallel, steps
+from mlm.errors import UserError
+from mlm.machine import Machine
+
+# Chips of one host. What a device holds does not depend on how many hosts there are: each has all parameters.
+_ONE_HOST = {
+    "TPU v2": "v2:2x2",
+    "TPU v3": "v3:2x2",
+    "TPU v4": "v4:2x2x1",
+    "TPU v5 lite": "v5e:2x2",
+    "TPU v5": "v5p:2x2x1",
+    "TPU v6 lite": "v6e:2x2",
+}
+# The compiler keeps a little of a device's memory to itself: 15.75 of 16 GiB.
+_USABLE = 15.75 / 16
+# Batches tried, each half of the one before, until one fits.
+_TRIES = 6
+
+
+@dataclasses.dataclass(frozen=True)
+class Fit:
+    """How a step fits into a device's memory.
+
+    Attributes:
+      rows: of one pass on one device that were asked for.
+      needed_bytes: by the step of so many rows; by the largest one that was compiled, where that did not fit.
+      compiled_rows: the rows of that one; 0 where none fits.
+      largest_rows: the most that fit, on the straight line through two compiled steps.
+    """
+
+    rows: int
+    needed_bytes: int
+    compiled_rows: int
+    largest_rows: int
+
+
+def can_compile(machine: Machine) -> bool:
+    """Whether libtpu is here and knows such devices."""
+    return machine.kind in _ONE_HOST and importlib.util.find_spec("libtpu") is not None
+
+
+def devices_of(machine: Machine) -> Sequence[jax.Device]:
+    """One host's devices, to compile for."""
+    # No TPU is touched: one that is here may be at work, and elsewhere there is no server to ask about it.
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", machine.name)
+    os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")
+    os.environ.setdefault("TPU_MIN_LOG_LEVEL", "3")
+    return topologies.get_topology_desc(_ONE_HOST[machine.kind], platform="tpu").devices
+
+
+def fit(
+    task: steps.Task,
+    devices: Sequence[jax.Device],
+    *,
+    rows: int,
+    passes: int,
+    length: int,
+    memory_bytes: int,
+) -> Fit:
+    """Compiles the step with `rows` rows a pass, or half, a quarter... as many, until it fits, and with half of that.
+
+    Args:
+      task: of the step.
+      devices: to compile for.
+      rows: of one pass on one device.
+      passes: of one update.
+      length: tokens of a row.
+      memory_bytes: what a device has.
+    """
+    memory = functools.partial(step_memory, task, devices, passes=passes, length=length)
+    usable = int(memory_bytes * _USABLE)
+    tried = rows
+    for _ in range(_TRIES):
+        needed = memory(rows=tried)
+        if needed is not None and needed <= usable:
+            break
+        if tried == 1:
+            return Fit(rows, 0, 0, 0)
+        tried //= 2
+    else:
+        return Fit(rows, 0, 0, 0)
+    half = max(1, tried // 2)
+    if half == tried:
+        return Fit(rows, needed, tried, tried)
+    a_row = (needed - memory(rows=half)) / (tried - half)
+    # Where a row costs nothing the compiler has room to spare: twice is as far as two points can tell.
+    more = int((usable - needed) / a_row) if a_row > 0 else tried
+    return Fit(rows, needed, tried, tried + more)
+
+
+def step_memory(task: steps.Task, devices: Sequence[jax.Device], *, rows: int, passes: int, length: int) -> int | None:
+    """Bytes of one device that the step takes, arguments included; None where the compiler says that they do not fit.
+
+    Raises:
+      UserError: the compiler fails otherwise.
+    """
+    state = jax.eval_shape(lambda: steps.init_state(task, steps.init_params(task, length=length)))
+    stacked = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((len(devices), *leaf.shape), leaf.dtype), state)
+    tokens = jax.ShapeDtypeStruct((len(devices), passes, rows, length), jnp.int32)
+    step = functools.partial(steps.train_step, task=task, axis_name=parallel.AXIS)
+    try:
+        compiled = parallel.over_mesh(step, devices, donate_argnums=(0,)).lower(stacked, tokens).compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" in str(error):
+            return None
+        reason = re.sub(r"\s+", " ", str(error))[:200]
+        raise UserError(f"the step does not compile for {devices[0].device_kind}: {reason}") from None
+    found = compiled.memory_analysis()
+    # What is donated is an argument and a result at once.
+    return (
+        found.argument_size_in_bytes + found.output_size_in_bytes + found.temp_size_in_bytes - found.alias_size_in_bytes
+    )
