@@ -51,7 +51,8 @@ ROOMS = {
     "machine": "errors",
     "topology": "errors machine parallel steps",
     "preflight": "data errors machine masking models report setup show_data steps text topology workdir",
-    "main": "benchmark errors explain hosts html_report interrupt machine preflight saved setup show_data train workdir",
+    "main": "benchmark errors explain hosts html_report interrupt machine preflight saved setup show_data train "
+    "workdir",
 }
 # A step is timed on machines that have only these.
 STEP_ROOMS = {"models", "masking", "loss", "optimizer", "parallel", "steps"}

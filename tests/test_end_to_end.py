@@ -104,7 +104,8 @@ def test_work_directory_has_what_the_plan_names(finished):
         "metrics.jsonl",
         "model",
     }
-    assert len(list(finished.glob("events.out.tfevents.*"))) == 1
+    # Scalars and texts; and how tensorboard is to lay them out.
+    assert sorted(path.suffix for path in finished.glob("events.out.tfevents.*")) == [".layout", ".v2"]
     assert sorted(int(path.name) for path in (finished / "checkpoints").iterdir()) == [4, 8]
     assert {path.name for path in (finished / "model").iterdir()} >= {
         "config.json",

@@ -8,9 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from mlm import show_data
+from mlm.curves import read_metrics
 from mlm.workdir import WorkDir
 from tests.test_dealing import of_epoch, units
 from tests.test_stream import split, words
@@ -57,11 +59,11 @@ open(out, "w").write(json.dumps(rows))
 """
 
 
-def run_all(code: str, arguments: list[list[str]]) -> list[subprocess.CompletedProcess]:
-    """Runs processes at the same time, of two devices each, to their end."""
+def run_all(code: str, arguments: list[list[str]], *, devices: int = 2) -> list[subprocess.CompletedProcess]:
+    """Runs processes at the same time, of so many devices each, to their end."""
     env = {
         **os.environ,
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
         "PYTHONPATH": str(REPO),
     }
     started = [
@@ -101,28 +103,35 @@ def test_processes_share_an_epoch(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_train_and_one_goes_on(tmp_path):
+def test_two_processes_train_then_one_then_four(tmp_path):
     corpus, workdir = write_corpus(tmp_path), str(tmp_path / "run")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
     rows = {}
-    for count, last in ((2, 5), (1, 8)):
+    for count, devices, last in ((2, 2, 5), (1, 2, 8), (4, 1, 10)):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
         outs = [str(tmp_path / f"{last}-{n}.json") for n in range(count)]
         results = run_all(
-            TRAIN, [[port, str(n), str(count), corpus, workdir, str(last), outs[n]] for n in range(count)]
+            TRAIN,
+            [[port, str(n), str(count), corpus, workdir, str(last), outs[n]] for n in range(count)],
+            devices=devices,
         )
         for n, result in enumerate(results):
             assert result.returncode == 0, result.stderr
             assert f"process {n} of {count} reads " in result.stderr
             rows |= {(int(step), n): batch for step, batch in json.loads(Path(outs[n]).read_text()).items()}
     # One file and two of three, then what is left of all.
-    assert {len(batch) for batch in rows.values()} == {8}
-    assert set(rows) == {(step, n) for step in range(1, 6) for n in range(2)} | {(step, 0) for step in range(6, 9)}
+    processes = {step: 2 if step <= 5 else 1 if step <= 8 else 4 for step in range(1, 11)}
+    assert set(rows) == {(step, n) for step, count in processes.items() for n in range(count)}
+    assert {(step > 8, len(batch)) for (step, _), batch in rows.items()} == {(False, 8), (True, 4)}
+    # No jump in the curve.
+    losses = [line["train/loss"] for line in read_metrics(f"{workdir}/metrics.jsonl") if "train/loss" in line]
+    assert np.abs(np.diff(losses)).max() < 0.6
+    assert losses[-1] < losses[0]
 
     config = tiny_config(corpus)
     config.data.num_eval_samples = 5
-    assert WorkDir(workdir).read_layout() == (1, 8)
+    assert WorkDir(workdir).read_layout() == (4, 4)
     used = collections.Counter()
     for (step, process), batch in rows.items():
         update = show_data.replay(config, workdir, step=step, process_index=process)
