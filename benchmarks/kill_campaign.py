@@ -106,9 +106,10 @@ def phase_of(workdir: str, log: str, *, eval_steps: int) -> tuple[str, int]:
     going_on = [int(match[1]) for line in lines if (match := re.search(r"going on after update (\d+)", line))]
     step = (steps or going_on or [0])[-1]
     checkpoints = os.path.join(workdir, "checkpoints")
-    if os.path.isdir(os.path.join(workdir, "model.tmp")):
+    # A start before this one may have left such a directory.
+    if any("evaluation: " in line for line in lines) and os.path.isdir(os.path.join(workdir, "model.tmp")):
         return "export", step
-    # What a start before this one has left is removed once the stream is open.
+    # Those that a start has left are removed before the first update.
     if steps and any(".orbax-checkpoint-tmp" in name for name in os.listdir(checkpoints)):
         return "save", step
     if not lines:

@@ -222,6 +222,8 @@ watch() {
           fi
           failed_before=yes
           say "a worker failed; looking once more whether the machine is being taken away"
+        elif ! grep -qv ' none$' <<<"$reports"; then
+          start || say "the run could not be started; trying again"
         elif ! grep -qv ' finished$' <<<"$reports"; then
           say "the run is finished"
           return 0
@@ -251,6 +253,8 @@ train() {
     learn_what_it_is
     check_train
     [[ $type ]] || die "there is no TPU VM $name; create it first"
+    # One that was preempted while nobody watched is seen to by the watching.
+    if [[ $watching && $(vm_state) != READY ]]; then watch && return; fi
   fi
   start || die "the run could not be started" 1
   [[ $dry_run || ! $watching ]] || watch

@@ -1,7 +1,7 @@
 """The largest batch that a device takes, found by compiling the step, not by running out of memory."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -52,12 +52,18 @@ def largest_batch(bytes_of: Callable[[int], int], *, limit: float) -> int:
     return low
 
 
-def step_bytes(task: steps.Task, *, length: int, passes: int, batch: int) -> int:
-    """What a training step of `batch` rows a pass and device holds in the memory of a device, by its compiler."""
-    step = parallel.data_parallel(
-        functools.partial(steps.train_step, task=task, axis_name=parallel.AXIS), donate_argnums=(0,)
-    )
-    devices = jax.local_device_count()
+def step_bytes(
+    task: steps.Task, *, length: int, passes: int, batch: int, topology: Sequence[jax.Device] | None = None
+) -> int:
+    """What a training step of `batch` rows a pass and device holds in the memory of a device, by its compiler.
+
+    Of this machine's devices, or of those of a `topology`, which need not be there.
+    """
+    step = functools.partial(steps.train_step, task=task, axis_name=parallel.AXIS)
+    if topology is None:
+        step, devices = parallel.data_parallel(step, donate_argnums=(0,)), jax.local_device_count()
+    else:
+        step, devices = parallel.over_mesh(step, topology, donate_argnums=(0,)), len(topology)
     state = jax.eval_shape(lambda: steps.init_state(task, steps.init_params(task, length=length)))
     stacked = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((devices, *leaf.shape), leaf.dtype), state)
     tokens = jax.ShapeDtypeStruct((devices, passes, batch, length), jnp.int32)

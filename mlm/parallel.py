@@ -6,20 +6,43 @@ which `pmap` accepts donated buffers. Checkpoints hold it unstacked, so the numb
 """
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+
+# The client of the coordination service; jax has no public name for it.
+from jax._src import distributed
 from jax.experimental import multihost_utils
 
 # The name of the mapped axis, for `psum` and `axis_index`.
 AXIS = "devices"
+# Each has a name of its own; all processes come by the same ones in the same order.
+_barriers = itertools.count()
 
 
 def data_parallel(step: Callable[..., Any], *, donate_argnums: tuple[int, ...] = ()) -> Callable[..., Any]:
-    """Runs `step` on every device; arguments and results have a leading axis of local devices."""
-    return jax.pmap(step, axis_name=AXIS, donate_argnums=donate_argnums)
+    """Runs `step` on every device; arguments and results have a leading axis of local devices.
+
+    Several processes compile on their own, and begin the first update together: those on CPUs wait for each other for
+    no more than 30 s, and one may find the program in its cache where another has to compile it.
+    """
+    run = jax.pmap(step, axis_name=AXIS, donate_argnums=donate_argnums)
+    if jax.process_count() == 1:
+        return run
+    compiled = False
+
+    def run_together(*args: Any) -> Any:
+        nonlocal compiled
+        if not compiled:
+            run.lower(*args).compile()
+            barrier("compiled")
+            compiled = True
+        return run(*args)
+
+    return run_together
 
 
 def over_mesh(
@@ -135,6 +158,8 @@ def maintenance_is_near(step: int) -> bool:
 
 
 def barrier(name: str) -> None:
-    """Waits until every process has come here."""
+    """Waits until every process has come here, however long that takes: one that is gone is noticed elsewhere."""
     if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)
+        # Not by a collective operation of the devices, for which processes on CPUs have no patience.
+        client = distributed.global_state.client
+        client.wait_at_barrier(f"mlm/{next(_barriers)}/{name}", timeout_in_ms=24 * 3600 * 1000)

@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 from ml_collections import ConfigDict
 
-from mlm import setup, steps, topology
+from mlm import fit, setup, steps, topology
 from mlm import text as text_lib
 from mlm.data.sources import Source
 from mlm.data.tokenizer import Tokenizer
@@ -85,16 +85,18 @@ def check(
     local.hub.push_to_hub = False
     with findings.collect():
         run = setup.build(local, place)
+        if local.per_device_train_batch_size == 0:
+            local.per_device_train_batch_size = find_batch(local, run, machine)
         _heading("Text")
         show_documents(run.text)
         with findings.collect():
-            show_rows(config, run, here)
+            show_rows(local, run, here)
         _heading("Tokenizer and model")
         show_fit(run)
         _heading("The run")
-        show_size(config, run, place, here, findings, utilization=utilization)
+        show_size(local, run, place, here, findings, utilization=utilization)
         if machine is not None:
-            show_compiled(config, run, machine, findings)
+            show_compiled(local, run, machine, findings)
     return findings.problems
 
 
@@ -250,31 +252,56 @@ def _show_time(config: ConfigDict, run: setup.Run, tokens: int, machine: Machine
     )
 
 
+def find_batch(config: ConfigDict, run: setup.Run, machine: Machine | None) -> int:
+    """What per_device_train_batch_size=0 will be on a machine, or a small one to go on with.
+
+    Raises:
+      UserError: nothing fits.
+    """
+    if machine is None or not topology.can_compile(machine):
+        print(f"\nper_device_train_batch_size=0 is found when the run starts; counted as {fit.MULTIPLE} here")
+        return fit.MULTIPLE
+    found = topology.largest_batch(
+        _for_tpu(config, run),
+        topology.devices_of(machine),
+        passes=config.gradient_accumulation_steps,
+        length=config.data.max_seq_length,
+        memory_bytes=machine.memory_bytes,
+    )
+    if found == 0:
+        raise UserError(f"per_device_train_batch_size=0: nothing fits a {machine.kind} device; choose a smaller model")
+    print(f"\nper_device_train_batch_size=0 will be {found}: the largest that fits a {machine.kind} device")
+    return found
+
+
+def _for_tpu(config: ConfigDict, run: setup.Run) -> steps.Task:
+    execution = setup.open_execution(config, backend="tpu")
+    return dataclasses.replace(run.task, model=run.task.model.clone(execution=execution))
+
+
 def show_compiled(config: ConfigDict, run: setup.Run, machine: Machine, findings: Findings) -> None:
     """Prints what the compiled step takes of a TPU core, and the largest batch that fits."""
     if not topology.can_compile(machine):
         what = "pip install libtpu" if machine.kind.startswith("TPU") else "TPUs only"
         print(f"compiled      not: that takes libtpu ({what})")
         return
-    execution = setup.open_execution(config, backend="tpu")
-    devices = topology.devices_of(machine)
-    fit = topology.fit(
-        dataclasses.replace(run.task, model=run.task.model.clone(execution=execution)),
-        devices,
+    found = topology.try_batch(
+        _for_tpu(config, run),
+        topology.devices_of(machine),
         rows=config.per_device_train_batch_size,
         passes=config.gradient_accumulation_steps,
         length=config.data.max_seq_length,
         memory_bytes=machine.memory_bytes,
     )
     place = f"the {_gigabytes(machine.memory_bytes)} of a {machine.kind} device"
-    if fit.compiled_rows == fit.rows:
-        needed = _gigabytes(fit.needed_bytes)
-        print(f"compiled      the step takes {needed} of {place}; about {fit.largest_rows:,} rows a pass fit")
+    if found.compiled_rows == found.rows:
+        needed = _gigabytes(found.needed_bytes)
+        print(f"compiled      the step takes {needed} of {place}; about {found.largest_rows:,} rows a pass fit")
         return
     print(f"compiled      the step does not fit into {place}")
-    fits = f"about {fit.largest_rows} do" if fit.largest_rows else "choose a smaller model"
+    fits = f"about {found.largest_rows} do" if found.largest_rows else "choose a smaller model"
     findings.problems.append(
-        f"per_device_train_batch_size={fit.rows} does not fit into a {machine.kind} device; {fits}, and "
+        f"per_device_train_batch_size={found.rows} does not fit into a {machine.kind} device; {fits}, and "
         "gradient_accumulation_steps makes up for it"
     )
 

@@ -6,15 +6,15 @@ libtpu, which is on every TPU VM and comes with `pip install libtpu` elsewhere, 
 import dataclasses
 import functools
 import importlib.util
+import math
 import os
 import re
 from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
 from jax.experimental import topologies
 
-from mlm import parallel, steps
+from mlm import fit, steps
 from mlm.errors import UserError
 from mlm.machine import Machine
 
@@ -66,7 +66,7 @@ def devices_of(machine: Machine) -> Sequence[jax.Device]:
     return topologies.get_topology_desc(_ONE_HOST[machine.kind], platform="tpu").devices
 
 
-def fit(
+def try_batch(
     task: steps.Task,
     devices: Sequence[jax.Device],
     *,
@@ -106,25 +106,28 @@ def fit(
     return Fit(rows, needed, tried, tried + more)
 
 
+def largest_batch(
+    task: steps.Task, devices: Sequence[jax.Device], *, passes: int, length: int, memory_bytes: int
+) -> int:
+    """The most rows a pass that fit, as a run with per_device_train_batch_size=0 finds it; 0 if none do."""
+
+    def bytes_of(rows: int) -> float:
+        needed = step_memory(task, devices, rows=rows, passes=passes, length=length)
+        return math.inf if needed is None else needed
+
+    return fit.largest_batch(bytes_of, limit=fit.USABLE * memory_bytes)
+
+
 def step_memory(task: steps.Task, devices: Sequence[jax.Device], *, rows: int, passes: int, length: int) -> int | None:
     """Bytes of one device that the step takes, arguments included; None where the compiler says that they do not fit.
 
     Raises:
       UserError: the compiler fails otherwise.
     """
-    state = jax.eval_shape(lambda: steps.init_state(task, steps.init_params(task, length=length)))
-    stacked = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((len(devices), *leaf.shape), leaf.dtype), state)
-    tokens = jax.ShapeDtypeStruct((len(devices), passes, rows, length), jnp.int32)
-    step = functools.partial(steps.train_step, task=task, axis_name=parallel.AXIS)
     try:
-        compiled = parallel.over_mesh(step, devices, donate_argnums=(0,)).lower(stacked, tokens).compile()
+        return fit.step_bytes(task, length=length, passes=passes, batch=rows, topology=devices)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" in str(error):
             return None
         reason = re.sub(r"\s+", " ", str(error))[:200]
         raise UserError(f"the step does not compile for {devices[0].device_kind}: {reason}") from None
-    found = compiled.memory_analysis()
-    # What is donated is an argument and a result at once.
-    return (
-        found.argument_size_in_bytes + found.output_size_in_bytes + found.temp_size_in_bytes - found.alias_size_in_bytes
-    )

@@ -49,8 +49,8 @@ ROOMS = {
     "html_report": "curves errors workdir",
     "explain": "errors",
     "machine": "errors",
-    "topology": "errors machine parallel steps",
-    "preflight": "data errors machine masking models report setup show_data steps text topology workdir",
+    "topology": "errors fit machine steps",
+    "preflight": "data errors fit machine masking models report setup show_data steps text topology workdir",
     "main": "benchmark errors explain hosts html_report interrupt machine preflight saved setup show_data train "
     "workdir",
 }

@@ -40,12 +40,13 @@ def output_and_gradients(function, arrays, **options):
     @jax.jit
     def run(*inputs):
         output, backward = jax.vjp(functools.partial(function, **options), *inputs)
-        return output, backward(cotangent.astype(output.dtype))
+        # No loss depends on what padding sees.
+        return output, backward(jnp.where(SEGMENTS[..., None, None] > 0, cotangent, 0).astype(output.dtype))
 
     return jax.tree.leaves(run(*inputs))
 
 
-def assert_near(actual, wanted, *, bits, mask=None):
+def assert_near(actual, wanted, *, bits):
     for array, exact in zip(actual, wanted, strict=True):
         difference = np.abs(np.asarray(array, np.float32) - np.asarray(exact, np.float32))
         assert difference.max() < 2.0**-bits * np.abs(np.asarray(exact, np.float32)).max()

@@ -68,7 +68,8 @@ def test_a_key_is_told_with_its_default_and_what_a_config_makes_of_it():
 
 def test_a_group_and_everything():
     assert told("checkpoint").count(" = ") == sum(key.startswith("checkpoint.") for key in DEFAULTS)
-    assert all(f"{key} = " in told() for key in DEFAULTS)
+    everything = told()
+    assert all(f"{key} = " in everything for key in DEFAULTS)
 
 
 def test_what_is_not_there_is_asked_back():

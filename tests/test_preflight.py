@@ -14,7 +14,7 @@ import pyarrow as pa
 import pytest
 
 from configs import default
-from mlm import preflight, setup
+from mlm import preflight, setup, topology
 from mlm.data.sources import Source
 from mlm.errors import UserError
 from mlm.machine import Machine, machine_of
@@ -157,6 +157,20 @@ def test_problems(config, tmp_path, changes, problem):
     found = check(config, tmp_path / "run")
     assert len(found) == 1
     assert problem in found[0]
+
+
+def test_a_batch_that_the_run_will_find(config, tmp_path, monkeypatch, capsys):
+    config.per_device_train_batch_size = 0
+    assert check(config, tmp_path / "run", machine_of("h100-8")) == []
+    output = capsys.readouterr().out
+    assert "per_device_train_batch_size=0 is found when the run starts; counted as 8 here" in output
+    assert "an update     64 rows of 16 tokens: 8 a device" in output
+    monkeypatch.setattr(topology, "can_compile", lambda machine: True)
+    monkeypatch.setattr(topology, "devices_of", lambda machine: jax.devices())
+    monkeypatch.setattr(topology, "largest_batch", lambda *args, **options: 24)
+    monkeypatch.setattr(topology, "try_batch", lambda *args, **options: topology.Fit(24, 10**6, 24, 24))
+    assert check(config, tmp_path / "run", machine_of("v3-8")) == []
+    assert "an update     192 rows of 16 tokens: 24 a device" in capsys.readouterr().out
 
 
 def test_a_disk_and_a_device_that_are_too_small(config, tmp_path, monkeypatch, capsys):

@@ -29,6 +29,7 @@ class Cluster:
         (folder / "state").write_text("RUNNING\n")
         self.environment = os.environ | {
             "CLUSTER": str(folder),
+            "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
             "PATH": f"{ROOT}/tests/fakes/slurm:{Path(sys.executable).parent}:{os.environ['PATH']}",
         }
 

@@ -6,7 +6,7 @@ import importlib.util
 import jax
 import pytest
 
-from mlm import preflight, topology
+from mlm import parallel, preflight, topology
 from mlm.errors import UserError
 from mlm.machine import machine_of
 
@@ -28,7 +28,7 @@ def memory(monkeypatch):
 
 
 def fit(rows):
-    return topology.fit(None, (), rows=rows, passes=1, length=8, memory_bytes=16_000)
+    return topology.try_batch(None, (), rows=rows, passes=1, length=8, memory_bytes=16_000)
 
 
 def test_a_batch_that_fits_and_the_largest_one(memory):
@@ -55,6 +55,15 @@ def test_one_row(memory):
     assert fit(1).largest_rows == 1
 
 
+def test_a_batch_left_to_the_program_is_the_largest(memory):
+    memory(lambda rows: 5_000 + 100 * rows if rows <= 200 else None)
+    found = topology.largest_batch(None, (), passes=1, length=8, memory_bytes=16_000)
+    # 15,200 are used: 102 rows, of which eights are taken.
+    assert found == 96
+    memory(lambda rows: None)
+    assert topology.largest_batch(None, (), passes=1, length=8, memory_bytes=16_000) == 0
+
+
 def test_the_memory_of_the_real_step(bag_task, bag_state):
     devices = jax.devices()[:1]
     few, many = (topology.step_memory(bag_task, devices, rows=rows, passes=1, length=16) for rows in (2, 64))
@@ -71,7 +80,7 @@ def test_what_the_compiler_says(bag_task, monkeypatch):
         def compile(self):
             raise jax.errors.JaxRuntimeError(self.message)
 
-    monkeypatch.setattr(topology.parallel, "over_mesh", lambda *args, **options: Step())
+    monkeypatch.setattr(parallel, "over_mesh", lambda *args, **options: Step())
     Step.message = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 17.3G of 15.75G hbm."
     assert topology.step_memory(bag_task, jax.devices()[:1], rows=2, passes=1, length=16) is None
     Step.message = "INTERNAL: no\nsuch luck"
@@ -110,7 +119,7 @@ def test_what_is_told_of_it(found, printed, problems, encoder_task, monkeypatch,
 
     monkeypatch.setattr(topology, "can_compile", lambda machine: True)
     monkeypatch.setattr(topology, "devices_of", lambda machine: jax.devices())
-    monkeypatch.setattr(topology, "fit", lambda *args, **options: found)
+    monkeypatch.setattr(topology, "try_batch", lambda *args, **options: found)
     findings = preflight.Findings()
     run = type("Run", (), {"task": encoder_task})
     preflight.show_compiled(default.get_config(), run, machine_of("v3-8"), findings)

@@ -249,7 +249,7 @@ def test_the_state_of_a_worker(cloud, active, result, end, state):
 
 def test_train_watches_until_the_run_is_finished(cloud):
     cloud("setup", "tpu")
-    cloud.play(states=[READY, {"vm": "UNREACHABLE"}, READY, FINISHED])
+    cloud.play(states=[READY, READY, {"vm": "UNREACHABLE"}, READY, FINISHED])
     output = cloud("train", "tpu", "--poll=0", *TRAIN)
     assert "2 running" in output
     assert "tpu is UNREACHABLE; waiting" in output
@@ -295,6 +295,24 @@ def test_a_preempted_spot_vm_is_made_anew_at_the_same_commit(cloud, repository, 
     for home in cloud.workers:
         assert (home / "mlm" / "COMMIT").read_text().strip() == sha
         assert "--workdir=gs://bucket/run" in (home / "mlm-run" / "command").read_text()
+
+
+def test_a_vm_that_was_preempted_while_nobody_watched(cloud):
+    cloud.play(states=[{"vm": "GONE"}, {"vm": "GONE"}, READY, FINISHED])
+    (cloud.folder / "scenario.json").write_text(
+        (cloud.folder / "scenario.json").read_text().replace(f'"is": "{ON_DEMAND}"', '"is": null')
+    )
+    cloud("train", "tpu", "--poll=0", "--type=v4-16", "--spot", *TRAIN)
+    assert cloud.verbs[0] == "tpu-vm create"
+    assert "--workdir=gs://bucket/run" in (cloud.workers[1] / "mlm-run" / "command").read_text()
+
+
+def test_a_vm_that_is_not_ready_yet_is_waited_for_and_started(cloud):
+    cloud("setup", "tpu")
+    cloud.play(states=[{"vm": "STARTING"}, {"vm": "STARTING"}, READY, READY, FINISHED])
+    output = cloud("train", "tpu", "--poll=0", *TRAIN)
+    assert "tpu is STARTING; waiting" in output
+    assert "worker-1: started" in output
 
 
 def test_a_preempted_queued_vm_queues_again(cloud):

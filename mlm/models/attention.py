@@ -41,7 +41,8 @@ def attend(
         `dropout_key`. "cudnn" without `isolate` takes padding to be at the end of its row.
 
     Returns:
-      The heads' outputs, [B, L, H, E]. A token of padding gets a mean of some values: it counts for nothing.
+      The heads' outputs, [B, L, H, E]. A token of padding gets a mean of some values: it counts for nothing, and
+      the gradient at it is taken to be 0.
     """
     dropped = dropout_key is not None and dropout_rate > 0
     if implementation == "cudnn" and not dropped and not isolate:

@@ -20,7 +20,9 @@ def flatten(config: Mapping[str, Any]) -> dict[str, Any]:
         flat["global_attn_every_n_layers"] = _period(kinds)
     for kind, parameters in (flat.pop("rope_parameters", None) or {}).items():
         if kind not in _KINDS or not isinstance(parameters, dict | None):
-            raise _refusal("rope_parameters", {kind: parameters}, f"a group each for {' and '.join(_KINDS)} is supported")
+            raise _refusal(
+                "rope_parameters", {kind: parameters}, f"a group each for {' and '.join(_KINDS)} is supported"
+            )
         parameters = dict(parameters or {})
         if parameters.pop("rope_type", "default") != "default":
             raise _refusal(f"rope_parameters.{kind}", parameters, 'only the rope_type "default" is supported')
