@@ -1,6 +1,7 @@
 """Several processes as one run: how they find each other, and that they end together."""
 
 import contextlib
+import faulthandler
 import importlib.util
 import os
 import sys
@@ -35,6 +36,9 @@ def start(
     Raises:
       UserError: the others cannot be found.
     """
+    # jax ends a process whose run has lost another one by itself, and says which: where every thread of this one was
+    # standing then would be the last hundred lines of the log.
+    faulthandler.disable()
     # The only one that CPU processes have; others do not look at it.
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     try:

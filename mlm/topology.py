@@ -61,9 +61,12 @@ def devices_of(machine: Machine) -> Sequence[jax.Device]:
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", machine.name)
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")
     os.environ.setdefault("TPU_MIN_LOG_LEVEL", "3")
-    return topologies.get_topology_desc(_ONE_HOST[machine.kind], platform="tpu").devices
+    # Without it libtpu takes the two cores of a v4 chip for two devices.
+    options = {"chip_config_name": "megacore"} if machine.kind == "TPU v4" else {}
+    return topologies.get_topology_desc(_ONE_HOST[machine.kind], platform="tpu", **options).devices
 
 
 def try_batch(

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from configs import default
+from mlm import setup
 from mlm.models.config import default_config
 from mlm.models.encoder import MaskedLM
 from mlm.models.execution import REMATS, Execution, _repeats
@@ -24,7 +26,7 @@ SHAPE = {
 FAMILIES = {
     "roberta": {},
     "albert": {"embedding_size": 8},
-    "modernbert": {"num_hidden_layers": 7, "pad_token_id": 1, "bos_token_id": None, "eos_token_id": None},
+    "modernbert": {"num_hidden_layers": 7, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2},
 }
 INPUTS = np.random.default_rng(0).integers(3, 40, (2, 12)).astype(np.int32)
 
@@ -104,3 +106,20 @@ def test_what_repeats_itself():
     # The first layer has no norm before attention; then two local ones and a global one.
     assert _repeats(config_of("modernbert").layers) == (1, 3)
     assert _repeats(config_of("roberta").replace(num_hidden_layers=1).layers) == (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("backend", "dtype", "expected"),
+    [
+        ("cpu", "float32", Execution(attention="plain", remat="none")),
+        ("tpu", "bfloat16", Execution(attention="plain", remat="dots")),
+        ("gpu", "float32", Execution(attention="plain", remat="dots")),
+        ("gpu", "bfloat16", Execution(attention="cudnn", remat="dots")),
+    ],
+)
+def test_auto_is_by_device(backend, dtype, expected):
+    config = default.get_config()
+    config.model.dtype = dtype
+    assert setup.open_execution(config, backend=backend) == expected
+    config.model.attention, config.model.remat, config.model.scan_layers = "xla", "full", True
+    assert setup.open_execution(config, backend=backend) == Execution("xla", "full", True)

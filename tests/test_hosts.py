@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -250,8 +251,8 @@ def test_killed_asked_and_gone_on_two_processes_end_as_if_nothing_had_been(tmp_p
             codes = both.wait(60.0)
             assert time.monotonic() - start < 60.0
             assert codes[1 - killed] not in (0, EXIT_INTERRUPTED)
-            last = "\n".join(both.log(1 - killed).splitlines()[-15:])
-            assert "process" in last, last
+            last = "\n".join(both.log(1 - killed).splitlines()[-30:])
+            assert re.search("heartbeat|unhealthy|JAX distributed service|failed first|Gloo", last), last
     with pair(tmp_path, workdir=broken) as both:
         both.await_line(0, "going on after update ")
         both.await_line(0, "step 17 of 30")
@@ -301,6 +302,6 @@ def test_a_process_that_hangs_is_given_up(tmp_path):
         start = time.monotonic()
         assert both.processes[0].wait(60.0) not in (0, EXIT_INTERRUPTED)
         assert time.monotonic() - start < 60.0
-        assert "heartbeat" in "\n".join(both.log(0).splitlines()[-15:])
+        assert "heartbeat" in "\n".join(both.log(0).splitlines()[-30:])
         both.processes[1].send_signal(signal.SIGCONT)
         assert both.processes[1].wait(60.0) not in (0, EXIT_INTERRUPTED)
