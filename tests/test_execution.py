@@ -58,6 +58,7 @@ def gradients(family, execution, *, dropout=0.0, key=0):
     return jax.device_get(loss(params_of(family)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("remat", REMATS)
 def test_the_same_loss_and_gradients(family, remat):
@@ -79,6 +80,7 @@ def test_parameters_begin_the_same_and_have_the_same_names():
         jax.tree.map(np.testing.assert_array_equal, params, params_of("roberta"))
 
 
+@pytest.mark.slow
 def test_dropout_of_a_scanned_layer_follows_its_key_and_differs_by_layer():
     scanned = Execution(scan_layers=True)
     first, again, other = (gradients("roberta", scanned, dropout=0.5, key=key)[0] for key in (0, 0, 1))
