@@ -11,7 +11,7 @@ launch/tpu_vm.sh COMMAND NAME [OPTION]... [-- ARGUMENT OF main.py...]
 
   create   makes the TPU VM        --type=v3-8 [--spot] [--queued] [--reserved] [--version=...]
   setup    puts one commit of this repository, and what it needs, on every worker   [--commit=HEAD] [--env=HF_TOKEN]...
-  train    starts the same command on every worker and watches it                   -- --config=... --workdir=gs://...
+  train    starts the same command on every worker and watches it                   -- --config=... --workdir=/mnt/...
   status   the VM's state and every worker's, with the last lines of the log
   logs     the run's log           [--worker=0] [--lines=100] [--follow]
   stop     saves a checkpoint and stops; `train` goes on from there
@@ -160,10 +160,12 @@ check_train() {
   for word in "${arguments[@]}"; do
     if [[ $word == --workdir=* ]]; then workdir=${word#--workdir=}; fi
   done
-  [[ $workdir ]] || die "train needs the arguments of main.py: -- --config=configs/... --workdir=gs://..."
-  if [[ ($spot || $queued) && $workdir != gs://* && $workdir != /mnt/* ]]; then
-    die "--workdir=$workdir is on the VM's own disk, which goes when the VM is preempted; use gs://BUCKET/... or a
-       mounted /mnt/..."
+  [[ $workdir ]] || die "train needs the arguments of main.py: -- --config=configs/... --workdir=/mnt/..."
+  if [[ $workdir == *://* ]]; then
+    die "--workdir=$workdir: URLs are not supported; mount the bucket under /mnt/... on every worker"
+  fi
+  if [[ ($spot || $queued) && $workdir != /mnt/* ]]; then
+    die "--workdir=$workdir is on the VM's own disk, which goes when the VM is preempted; use a mounted /mnt/..."
   fi
 }
 

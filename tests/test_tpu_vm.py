@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FAKES = ROOT / "tests" / "fakes"
-TRAIN = ("--", "--config=configs/roberta_base.py", "--workdir=gs://bucket/run", "--config.data.dataset_name=it's a b")
+TRAIN = ("--", "--config=configs/roberta_base.py", "--workdir=/mnt/bucket/run", "--config.data.dataset_name=it's a b")
 ON_DEMAND = "v3-8,tpu-ubuntu2204-base,,,"
 SPOT = "v4-16,tpu-ubuntu2204-base,True,,"
 QUEUED = "v4-16,tpu-ubuntu2204-base,True,,tpu"
@@ -294,7 +294,7 @@ def test_a_preempted_spot_vm_is_made_anew_at_the_same_commit(cloud, repository, 
     assert create[5:] == ["--accelerator-type=v4-16", "--version=tpu-ubuntu2204-base", "--spot", "--zone=z"]
     for home in cloud.workers:
         assert (home / "mlm" / "COMMIT").read_text().strip() == sha
-        assert "--workdir=gs://bucket/run" in (home / "mlm-run" / "command").read_text()
+        assert "--workdir=/mnt/bucket/run" in (home / "mlm-run" / "command").read_text()
 
 
 def test_a_vm_that_was_preempted_while_nobody_watched(cloud):
@@ -304,7 +304,7 @@ def test_a_vm_that_was_preempted_while_nobody_watched(cloud):
     )
     cloud("train", "tpu", "--poll=0", "--type=v4-16", "--spot", *TRAIN)
     assert cloud.verbs[0] == "tpu-vm create"
-    assert "--workdir=gs://bucket/run" in (cloud.workers[1] / "mlm-run" / "command").read_text()
+    assert "--workdir=/mnt/bucket/run" in (cloud.workers[1] / "mlm-run" / "command").read_text()
 
 
 def test_a_vm_that_is_not_ready_yet_is_waited_for_and_started(cloud):
