@@ -112,8 +112,8 @@ def get_config() -> ConfigDict:
     # 0. "auto": "cudnn" where it can run, else "plain".
     model.attention = "auto"
     # What the backward pass computes anew. "none": what the compiler likes. "dots": the activation of the feed-forward
-    # net, which saves memory and bytes to move. "full": whole layers, which leaves one array a layer in memory and costs
-    # a forward pass more. "auto": "dots", on CPU "none", where operations are dearer than memory.
+    # net, which saves memory and bytes to move. "full": whole layers, which leaves one array a layer in memory
+    # and costs a forward pass more. "auto": "dots", on CPU "none", where operations are dearer than memory.
     model.remat = "auto"
     # One layer is compiled for all that are alike, which is quicker. Checkpoints are the same either way, but dropout
     # masks are not.
