@@ -97,7 +97,7 @@ def refuse(config: ConfigDict, tmp_path: Path, message: str) -> None:
     ("key", "value", "message"),
     [
         ("num_train_steps", 0, "num_train_steps=0 must be at least 1"),
-        ("per_device_train_batch_size", 0, "per_device_train_batch_size=0 must be at least 1"),
+        ("per_device_train_batch_size", -1, "per_device_train_batch_size=-1 must not be negative"),
         ("per_device_eval_batch_size", -1, "per_device_eval_batch_size=-1 must be at least 1"),
         ("gradient_accumulation_steps", 0, "gradient_accumulation_steps=0 must be at least 1"),
         ("logging_steps", 0, "logging_steps=0"),
