@@ -61,7 +61,8 @@ def straight(trainer, tmp_path_factory) -> tuple[str, float]:
 @pytest.mark.slow
 def test_a_run_killed_anywhere_is_the_run_that_would_have_been(trainer, straight, tmp_path):
     # In what comes once, in what comes again and again, and blindly.
-    plan = [0.2 * straight[1], "tokenizer training", straight[1], "save", "evaluation", "export", "save"]
+    # The blind one comes last: from the cache a run may be at its end before its time.
+    plan = [0.2 * straight[1], "tokenizer training", "save", "evaluation", "export", "save", 0.5 * straight[1]]
     hit = collections.Counter()
     result = campaign(
         trainer,
