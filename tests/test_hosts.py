@@ -290,7 +290,7 @@ def test_text_that_breaks_in_one_process_ends_both_with_the_cause(tmp_path):
         with pair(tmp_path, *flags, workdir=str(tmp_path / "run")) as both:
             both.await_line(0, "step  ")
             server.always["/part-1.jsonl"] = 500
-            # What was read ahead is trained on first, on a machine that may be busy: the minute is that between two ends.
+            # What was read ahead is trained on first, on a machine that may be busy: it is a minute between two ends.
             first_end, last_end = sorted(both.ends(240.0))
             assert last_end - first_end < 60.0
             codes = both.wait()
