@@ -2,6 +2,7 @@
 
 import atexit
 import functools
+import gc
 import os
 import shutil
 import tempfile
@@ -55,6 +56,14 @@ def pytest_terminal_summary(terminalreporter, config):
 
 
 _LEFT_OUT = pytest.StashKey[int]()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs():
+    """Every compiled program holds some memory maps, of which a process may have 65,530: then it crashes."""
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 LENGTH = 16
 VOCAB = 50

@@ -207,7 +207,7 @@ def test_an_export_that_is_cut_off_leaves_the_old_model_or_the_new_one(run, tmp_
         elif name == "rename":
             patch.setattr(os, "rename", cut)
         else:
-            patch.setattr(export, "_sync", cut)
+            patch.setattr(export, "sync", cut)
         with contextlib.suppress(PulledPlugError):
             write({})
     if not target.exists():

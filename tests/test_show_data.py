@@ -102,7 +102,7 @@ def test_a_run_on_two_processes_that_went_on_as_three(run, tmp_path, monkeypatch
     place = workdirs.WorkDir(workdir)
     built = setup.build(config, place)
     text = built.text
-    place.create(config.to_dict(), save_tokenizer=built.tokenizer.save, processes=3, rows_per_process=8)
+    place.create(config.to_dict(), save_tokenizer=built.tokenizer.save, processes=3, rows_per_process=8, step=0)
     used = {}
 
     def make(streams, first, last):
