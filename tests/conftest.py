@@ -65,6 +65,7 @@ def forget_programs():
     jax.clear_caches()
     gc.collect()
 
+
 LENGTH = 16
 VOCAB = 50
 PAD, MASK = 1, 4
