@@ -149,6 +149,11 @@ def _add_up_devices() -> Callable[[jax.Array], jax.Array]:
     return data_parallel(lambda values: jax.lax.psum(values, AXIS))
 
 
+def on_any_process(flag: bool) -> bool:
+    """Whether the flag is set on any process; waits for the others. Every process must ask."""
+    return flag if jax.process_count() == 1 else bool(first_replica(any_process(flag)))
+
+
 def maintenance_is_near(step: int) -> bool:
     """Whether a machine of the run has been told that it is about to be taken away, by other ways than a signal.
 

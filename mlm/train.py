@@ -232,7 +232,7 @@ def _require_room(checkpointer: Checkpointer, state: Any) -> None:
         checkpointer.require_room(state)
     except NoRoomError as error:
         missing = error
-    if parallel.first_replica(parallel.any_process(missing is not None)):
+    if parallel.on_any_process(missing is not None):
         raise missing or NoRoomError("a checkpoint could not be written by another process")
 
 
@@ -267,7 +267,7 @@ def _restore(run: setup.Run, checkpointer: Checkpointer) -> tuple[steps.TrainSta
             restored = checkpointer.restore(step, like=like)
         except DamagedError as error:
             damage = str(error)
-        if not parallel.first_replica(parallel.any_process(restored is None)):
+        if not parallel.on_any_process(restored is None):
             run.stream.restore(restored.streams)
             return parallel.from_global(restored.state), restored.loop
         if jax.process_index() == 0:
