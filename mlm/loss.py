@@ -57,7 +57,9 @@ def _forward(logits_BxKxV, targets_BxK):
     sum_BxK = jnp.sum(jnp.exp(values_BxKxV - largest_BxKx1), axis=-1)
     # A sum of one term, for it shares the pass over the logits; a lookup would be another.
     target_BxK = jnp.sum(jnp.where(ids_1x1xV == targets_BxKx1, values_BxKxV, 0.0), axis=-1)
-    equals_before_BxK = jnp.sum((values_BxKxV == largest_BxKx1) & (ids_1x1xV < targets_BxKx1), axis=-1)
+    # Of floats as well: a sum of integers would be a pass of its own.
+    equals_before_BxKxV = (values_BxKxV == largest_BxKx1) & (ids_1x1xV < targets_BxKx1)
+    equals_before_BxK = jnp.sum(equals_before_BxKxV.astype(jnp.float32), axis=-1)
     log_sum_BxK = largest_BxKx1[..., 0] + jnp.log(sum_BxK)
     correct_BxK = (target_BxK == largest_BxKx1[..., 0]) & (equals_before_BxK == 0)
     # A sum of which a NaN is no part must not hide it: log_sum_BxK has them all.

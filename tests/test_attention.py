@@ -57,7 +57,7 @@ def assert_near(actual, wanted, *, bits):
 def test_the_plain_form_and_its_gradient(arrays, view, rate):
     key = jax.random.key(5) if rate else None
     ours = output_and_gradients(
-        attend, arrays, segments_BxL=jnp.asarray(SEGMENTS), dropout_rate=rate, dropout_key=key, **view
+        attend, arrays, segments_BxM=jnp.asarray(SEGMENTS), dropout_rate=rate, dropout_key=key, **view
     )
     assert_near(ours, output_and_gradients(by_hand, arrays, rate=rate, dropout_key=key, **view), bits=19)
 
@@ -65,7 +65,7 @@ def test_the_plain_form_and_its_gradient(arrays, view, rate):
 @pytest.mark.parametrize("view", VIEWS)
 def test_xla_equals_plain(arrays, view):
     forms = [
-        output_and_gradients(attend, arrays, segments_BxL=jnp.asarray(SEGMENTS), implementation=form, **view)
+        output_and_gradients(attend, arrays, segments_BxM=jnp.asarray(SEGMENTS), implementation=form, **view)
         for form in ("plain", "xla")
     ]
     assert_near(*forms, bits=19)
@@ -73,16 +73,16 @@ def test_xla_equals_plain(arrays, view):
 
 def test_forms_are_equal_to_bfloat16_rounding(arrays):
     half = [array.astype(jnp.bfloat16) for array in arrays]
-    exact = output_and_gradients(attend, [x.astype(jnp.float32) for x in half], **VIEWS[1], segments_BxL=SEGMENTS)
+    exact = output_and_gradients(attend, [x.astype(jnp.float32) for x in half], **VIEWS[1], segments_BxM=SEGMENTS)
     for form in ("plain", "xla"):
-        rounded = output_and_gradients(attend, half, **VIEWS[1], segments_BxL=SEGMENTS, implementation=form)
+        rounded = output_and_gradients(attend, half, **VIEWS[1], segments_BxM=SEGMENTS, implementation=form)
         assert {array.dtype for array in rounded} == {jnp.dtype(jnp.bfloat16)}
         # Scores of up to 20 are rounded to 2^-9 of themselves.
         assert_near(rounded, exact, bits=4.5)
 
 
 def test_dropped_weights_are_the_plain_forms(arrays):
-    options = {"segments_BxL": SEGMENTS, "dropout_rate": 0.5, "dropout_key": jax.random.key(1), **VIEWS[0]}
+    options = {"segments_BxM": SEGMENTS, "dropout_rate": 0.5, "dropout_key": jax.random.key(1), **VIEWS[0]}
     plain = output_and_gradients(attend, arrays, **options)
     for form in ("xla", "cudnn"):
         other = output_and_gradients(attend, arrays, implementation=form, **options)

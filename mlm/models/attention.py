@@ -1,7 +1,7 @@
 """Attention of tokens to tokens, apart from the projections around it.
 
-Shapes: B rows, L tokens a row, M is L again on the side of keys, H heads, E width of a head; X is L or 1, where
-every token of a row sees the same.
+Shapes: B rows, L tokens a row that ask, M tokens a row that answer, the same L unless some are chosen, H heads, E
+width of a head; X is L or 1, where every token of a row sees the same.
 """
 
 import functools
@@ -21,8 +21,9 @@ def attend(
     key_BxMxHxE: jax.Array,
     value_BxMxHxE: jax.Array,
     *,
-    segments_BxL: jax.Array,
+    segments_BxM: jax.Array,
     isolate: bool,
+    positions_BxL: jax.Array | None = None,
     window: int | None = None,
     dropout_rate: float = 0.0,
     dropout_key: jax.Array | None = None,
@@ -32,22 +33,25 @@ def attend(
 
     Args:
       query_BxLxHxE, key_BxMxHxE, value_BxMxHxE: of one dtype; softmax is float32 whatever it is.
-      segments_BxL: int32; the document of its row a token belongs to, 0 for padding, which is not attended to.
+      segments_BxM: int32; the document of its row a token belongs to, 0 for padding, which is not attended to.
       isolate: whether tokens see those of their own document only.
+      positions_BxL: int32, where in their rows the tokens stand that ask; None if all do.
       window: tokens see those at most so many places away; None for all.
       dropout_rate: of the attention weights.
       dropout_key: None for no dropout.
       implementation: one of IMPLEMENTATIONS. Weights are dropped by the plain form alone, so it is what runs with a
-        `dropout_key`. "cudnn" without `isolate` takes padding to be at the end of its row.
+        `dropout_key`; and for `positions_BxL`, of which there are few. "cudnn" without `isolate` takes padding to be at
+        the end of its row.
 
     Returns:
       The heads' outputs, [B, L, H, E]. A token of padding gets a mean of some values: it counts for nothing, and
       the gradient at it is taken to be 0.
     """
     dropped = dropout_key is not None and dropout_rate > 0
-    if implementation == "cudnn" and not dropped and not isolate:
+    implementation = "plain" if dropped or positions_BxL is not None else implementation
+    if implementation == "cudnn" and not isolate:
         # Lengths and a window are arguments of the kernel: no [L, L] mask is read. A row of padding has one token.
-        lengths_B = jnp.maximum(jnp.sum(segments_BxL > 0, axis=1, dtype=jnp.int32), 1)
+        lengths_B = jnp.maximum(jnp.sum(segments_BxM > 0, axis=1, dtype=jnp.int32), 1)
         return jax.nn.dot_product_attention(
             query_BxLxHxE,
             key_BxMxHxE,
@@ -57,8 +61,8 @@ def attend(
             local_window_size=window,
             implementation="cudnn",
         )
-    visible_BxXxM = _visible(segments_BxL, isolate=isolate, window=window)
-    if implementation != "plain" and not dropped:
+    visible_BxXxM = _visible(segments_BxM, positions_BxL, isolate=isolate, window=window)
+    if implementation != "plain":
         return jax.nn.dot_product_attention(
             query_BxLxHxE, key_BxMxHxE, value_BxMxHxE, mask=visible_BxXxM[:, None], implementation=implementation
         )
@@ -72,14 +76,20 @@ def attend(
     )
 
 
-def _visible(segments_BxL: jax.Array, *, isolate: bool, window: int | None) -> jax.Array:
+def _visible(
+    segments_BxM: jax.Array, positions_BxL: jax.Array | None, *, isolate: bool, window: int | None
+) -> jax.Array:
     # Of one document, every token sees all that are not padding: M of them, the same for each (X is 1).
-    visible_BxXxM = segments_BxL[:, None, :] > 0
+    visible_BxXxM = segments_BxM[:, None, :] > 0
     if isolate:
-        visible_BxXxM = segments_BxL[:, :, None] == segments_BxL[:, None, :]
+        segments_BxL = segments_BxM
+        if positions_BxL is not None:
+            segments_BxL = jnp.take_along_axis(segments_BxM, positions_BxL, axis=1)
+        visible_BxXxM = segments_BxL[:, :, None] == segments_BxM[:, None, :]
     if window is not None:
-        places_L = jnp.arange(segments_BxL.shape[1])
-        visible_BxXxM &= (jnp.abs(places_L[:, None] - places_L[None, :]) <= window)[None]
+        places_1xM = jnp.arange(segments_BxM.shape[1])[None]
+        places_BxL = places_1xM if positions_BxL is None else positions_BxL
+        visible_BxXxM &= jnp.abs(places_BxL[:, :, None] - places_1xM[:, None, :]) <= window
     return visible_BxXxM
 
 

@@ -1,15 +1,11 @@
 """A masked language model in Linen, with the semantics of transformers' `...ForMaskedLM` of its config's family.
 
-Shapes: B rows, L tokens a row, K predicted positions a row, C width of the embeddings, D hidden_size, F
-intermediate_size, H heads, E = D / H, V vocab_size. In attention, M is L again, on the side of keys.
+Shapes: B rows, L tokens a row, K predicted positions a row, C width of the embeddings, D hidden_size, V vocab_size.
 
 Parameters are float32; `dtype` is that of the matrix multiplications and of what flows between them. Layer
-norm's statistics, softmax, the sum of embeddings and, but in training, the logits are float32 whatever `dtype` is.
-
-Layers differ by what `config.Layer` says and by nothing else, so that those which are alike can be scanned over.
+norm's statistics, softmax and, but in training, the logits are float32 whatever `dtype` is.
 """
 
-import functools
 from typing import Any
 
 import flax.linen as nn
@@ -18,46 +14,13 @@ import jax.numpy as jnp
 
 from mlm.errors import UserError
 from mlm.models.activation import activation
-from mlm.models.attention import attend
+from mlm.models.block import Block, initializer, make_dense, make_norm
 from mlm.models.config import EncoderConfig, Layer
 from mlm.models.dropout import Dropout
 from mlm.models.execution import Execution, run_layers
 from mlm.models.families import Positions
-from mlm.models.rotary import Rotation, rotate, rotation
+from mlm.models.rotary import Rotation, rotation
 from mlm.models.segments import places, segments
-
-
-def _initializer(config: EncoderConfig, *, last: bool = False) -> nn.initializers.Initializer:
-    """Normal draws; ModernBERT's are cut off, and less wide in the `last` matrix before a sum or the logits."""
-    if config.initializer_cutoff_factor is None:
-        return nn.initializers.normal(config.initializer_range)
-    cutoff = config.initializer_cutoff_factor
-    scale = (2 * config.num_hidden_layers) ** -0.5 if last else 1.0
-    return nn.initializers.truncated_normal(config.initializer_range * scale, lower=-cutoff, upper=cutoff)
-
-
-def _dense(
-    features: int,
-    *,
-    config: EncoderConfig,
-    dtype: Any,
-    name: str | None = None,
-    use_bias: bool = True,
-    last: bool = False,
-) -> nn.Dense:
-    return nn.Dense(features, use_bias=use_bias, dtype=dtype, kernel_init=_initializer(config, last=last), name=name)
-
-
-def _norm(config: EncoderConfig, *, dtype: Any, name: str | None = None) -> nn.LayerNorm:
-    return nn.LayerNorm(
-        epsilon=config.layer_norm_eps,
-        dtype=dtype,
-        use_bias=config.norm_bias,
-        # E[x^2] - E[x]^2 saves a pass over memory, and cancels when the mean is large: then its error is some 2^-24 of
-        # the squared mean, which is less than what rounding the values to bfloat16 did, and much in float32.
-        use_fast_variance=dtype == jnp.bfloat16,
-        name=name,
-    )
 
 
 def _embed(rows: int, *, config: EncoderConfig, zero_row: int | None = None) -> nn.Embed:
@@ -68,17 +31,11 @@ def _embed(rows: int, *, config: EncoderConfig, zero_row: int | None = None) -> 
     """
 
     def init(key, shape, dtype):
-        table = _initializer(config)(key, shape, dtype)
+        table = initializer(config)(key, shape, dtype)
         return table if zero_row is None else table.at[zero_row].set(0)
 
     # float32 whatever the model's dtype: gradients of frequent tokens are sums of very many terms.
     return nn.Embed(rows, config.embedding_width, embedding_init=init, dtype=jnp.float32)
-
-
-def _drop(module: nn.Module, values: jax.Array, *, place: str, deterministic: bool) -> jax.Array:
-    """Dropout at a place that `Family.dropout` may name."""
-    rate = module.config.dropout(place)
-    return Dropout(rate)(values, deterministic=deterministic) if rate else values
 
 
 class Embeddings(nn.Module):
@@ -98,10 +55,10 @@ class Embeddings(nn.Module):
             )
         if cfg.type_vocab_size:
             self.token_type = _embed(cfg.type_vocab_size, config=cfg)
-        self.norm = _norm(cfg, dtype=self.dtype)
+        self.norm = make_norm(cfg, dtype=self.dtype)
         self.dropout = Dropout(cfg.dropout("embedding"))
         if cfg.has_projection:
-            self.project = _dense(cfg.hidden_size, config=cfg, dtype=self.dtype)
+            self.project = make_dense(cfg.hidden_size, config=cfg, dtype=self.dtype)
 
     def __call__(
         self,
@@ -113,139 +70,14 @@ class Embeddings(nn.Module):
     ) -> jax.Array:
         """Return hidden_BxLxD of token ids; `places_BxL` are rows of the table of positions."""
         cfg = self.config
-        sum_BxLxC = self.word(inputs_BxL)
+        sum_BxLxC = self.word(inputs_BxL).astype(self.dtype)
         if cfg.type_vocab_size:
-            sum_BxLxC += self.token_type(jnp.zeros((1, 1), jnp.int32) if token_types_BxL is None else token_types_BxL)
+            token_types_BxL = jnp.zeros((1, 1), jnp.int32) if token_types_BxL is None else token_types_BxL
+            sum_BxLxC += self.token_type(token_types_BxL).astype(self.dtype)
         if not cfg.family.positions.rotary:
-            sum_BxLxC += self.position(places_BxL)
+            sum_BxLxC += self.position(places_BxL).astype(self.dtype)
         hidden_BxLxC = self.dropout(self.norm(sum_BxLxC), deterministic=deterministic)
         return self.project(hidden_BxLxC) if cfg.has_projection else hidden_BxLxC
-
-
-class QueryKeyValue(nn.Module):
-    """The three projections of attention: one parameter of columns for queries, keys and values, in that order."""
-
-    config: EncoderConfig
-    dtype: Any
-
-    @nn.compact
-    def __call__(self, hidden_BxLxD: jax.Array) -> list[jax.Array]:
-        """Return queries, keys and values, each [B, L, H, E]."""
-        cfg = self.config
-        size, shape = cfg.hidden_size, (3, cfg.num_attention_heads, cfg.head_size)
-        kernel = self.param("kernel", _initializer(cfg), (size, 3 * size), jnp.float32)
-        kernel_Dx3xHxE = kernel.astype(self.dtype).reshape(size, *shape)
-        # Three products, for heads and parts of the result of one would have to be moved apart in memory.
-        parts = [jnp.einsum("BLD,DHE->BLHE", hidden_BxLxD, kernel_Dx3xHxE[:, part]) for part in range(3)]
-        if cfg.attention_bias:
-            bias = self.param("bias", nn.initializers.zeros, (3 * size,), jnp.float32)
-            bias_3x1x1xHxE = bias.astype(self.dtype).reshape(3, 1, 1, *shape[1:])
-            parts = [part + bias_1x1xHxE for part, bias_1x1xHxE in zip(parts, bias_3x1x1xHxE, strict=True)]
-        return parts
-
-
-class SelfAttention(nn.Module):
-    """Multi-head attention of every token to those it may see (Vaswani et al., arXiv:1706.03762)."""
-
-    config: EncoderConfig
-    dtype: Any
-    isolate: bool
-    window: int | None
-    implementation: str
-
-    @nn.compact
-    def __call__(
-        self, hidden_BxLxD: jax.Array, segments_BxL: jax.Array, rotation: Rotation | None, *, deterministic: bool
-    ) -> jax.Array:
-        """Return the heads' outputs, projected: [B, L, D]."""
-        cfg = self.config
-        dense = functools.partial(_dense, config=cfg, dtype=self.dtype, use_bias=cfg.attention_bias)
-        query_BxLxHxE, key_BxMxHxE, value_BxMxHxE = QueryKeyValue(cfg, self.dtype, name="qkv")(hidden_BxLxD)
-        if rotation is not None:
-            turn = functools.partial(rotate, rotation=rotation, pairs=cfg.family.positions is Positions.ROTARY_PAIRS)
-            query_BxLxHxE, key_BxMxHxE = turn(query_BxLxHxE), turn(key_BxMxHxE)
-            value_BxMxHxE = turn(value_BxMxHxE) if cfg.rotary_value else value_BxMxHxE
-        dropped = cfg.attention_probs_dropout_prob > 0 and not deterministic
-        output_BxLxHxE = attend(
-            query_BxLxHxE,
-            key_BxMxHxE,
-            value_BxMxHxE,
-            segments_BxL=segments_BxL,
-            isolate=self.isolate,
-            window=self.window,
-            dropout_rate=cfg.attention_probs_dropout_prob,
-            dropout_key=self.make_rng("dropout") if dropped else None,
-            implementation=self.implementation,
-        )
-        return dense(cfg.hidden_size, name="output", last=True)(output_BxLxHxE.reshape(hidden_BxLxD.shape))
-
-
-class FeedForward(nn.Module):
-    """Two dense layers with an activation between them, applied to each token; gated in some families."""
-
-    config: EncoderConfig
-    dtype: Any
-    recompute: bool
-
-    @nn.compact
-    def __call__(self, hidden_BxLxD: jax.Array, *, deterministic: bool) -> jax.Array:
-        """Return [B, L, D]. With `recompute` the activation is computed anew in the backward pass."""
-        cfg = self.config
-        dense = functools.partial(_dense, config=cfg, dtype=self.dtype, use_bias=cfg.mlp_bias)
-        act = activation(cfg.hidden_act, save_input=self.recompute)
-
-        def finish(self: nn.Module, inner_BxLxF: jax.Array) -> jax.Array:
-            if cfg.family.gated:
-                inner_BxLxF, gate_BxLxF = jnp.split(inner_BxLxF, 2, axis=-1)
-                inner_BxLxF = act(inner_BxLxF) * gate_BxLxF
-            else:
-                inner_BxLxF = act(inner_BxLxF)
-            inner_BxLxF = _drop(self, inner_BxLxF, place="feed_forward_inner", deterministic=deterministic)
-            return dense(cfg.hidden_size, name="output", last=True)(inner_BxLxF)
-
-        inner_BxLxF = dense((1 + cfg.family.gated) * cfg.intermediate_size, name="inner")(hidden_BxLxD)
-        if self.recompute:
-            # The barrier keeps the compiler from writing the activation beside what it is of.
-            return nn.remat(finish)(self, jax.lax.optimization_barrier(inner_BxLxF))
-        return finish(self, inner_BxLxF)
-
-
-class Block(nn.Module):
-    """One layer: attention, then the feed-forward net, each added to its input, with a norm after or before."""
-
-    config: EncoderConfig
-    dtype: Any
-    isolate: bool
-    layer: Layer
-    execution: Execution
-
-    @nn.compact
-    def __call__(
-        self, hidden_BxLxD: jax.Array, segments_BxL: jax.Array, rotation: Rotation | None, *, deterministic: bool
-    ) -> jax.Array:
-        """Return the next hidden_BxLxD."""
-        cfg = self.config
-        how = self.execution
-        attention = SelfAttention(cfg, self.dtype, self.isolate, self.layer.window, how.attention, name="attention")
-        feed_forward = FeedForward(cfg, self.dtype, how.remat == "dots", name="feed_forward")
-        feed_forward_norm = _norm(cfg, dtype=self.dtype, name="feed_forward_norm")
-        attention_norm = (
-            _norm(cfg, dtype=self.dtype, name="attention_norm") if self.layer.attention_norm else lambda values: values
-        )
-        drop = functools.partial(_drop, self, deterministic=deterministic)
-
-        def attended(values_BxLxD: jax.Array) -> jax.Array:
-            update_BxLxD = attention(values_BxLxD, segments_BxL, rotation, deterministic=deterministic)
-            return drop(update_BxLxD, place="attention_output")
-
-        def fed_forward(values_BxLxD: jax.Array) -> jax.Array:
-            return drop(feed_forward(values_BxLxD, deterministic=deterministic), place="feed_forward_output")
-
-        if cfg.family.norm_first:
-            hidden_BxLxD = hidden_BxLxD + attended(attention_norm(hidden_BxLxD))
-            return hidden_BxLxD + fed_forward(feed_forward_norm(hidden_BxLxD))
-        hidden_BxLxD = attention_norm(hidden_BxLxD + attended(hidden_BxLxD))
-        return feed_forward_norm(hidden_BxLxD + fed_forward(hidden_BxLxD))
 
 
 class Head(nn.Module):
@@ -262,7 +94,7 @@ class Head(nn.Module):
         """Return logits_BxKxV."""
         cfg = self.config
         act = activation(cfg.family.head_act or cfg.classifier_activation or cfg.hidden_act)
-        dense = _dense(
+        dense = make_dense(
             cfg.embedding_width,
             config=cfg,
             dtype=self.dtype,
@@ -270,9 +102,9 @@ class Head(nn.Module):
             last=True,
             name="dense",
         )
-        hidden_BxKxC = _norm(cfg, dtype=self.dtype, name="norm")(act(dense(hidden_BxKxD)))
+        hidden_BxKxC = make_norm(cfg, dtype=self.dtype, name="norm")(act(dense(hidden_BxKxD)))
         if not cfg.tie_word_embeddings:
-            embedding_VxC = self.param("decoder", _initializer(cfg, last=True), embedding_VxC.shape, jnp.float32)
+            embedding_VxC = self.param("decoder", initializer(cfg, last=True), embedding_VxC.shape, jnp.float32)
         logits_BxKxV = jnp.einsum(
             "BKC,VC->BKV", hidden_BxKxC, embedding_VxC.astype(self.dtype), preferred_element_type=jnp.float32
         )
@@ -302,7 +134,7 @@ class MaskedLM(nn.Module):
         blocks = {layer.block: layer for layer in cfg.layers}
         self.layer = [self._block(blocks[block]) for block in sorted(blocks)]
         if cfg.family.norm_first:
-            self.final_norm = _norm(cfg, dtype=self.dtype)
+            self.final_norm = make_norm(cfg, dtype=self.dtype)
         self.head = Head(cfg, self.dtype)
 
     def __call__(
@@ -337,24 +169,35 @@ class MaskedLM(nn.Module):
             inputs_BxL, places_BxL=places_BxL, token_types_BxL=token_types_BxL, deterministic=deterministic
         )
         rotations = self._rotations(places_BxL)
+        # Of the last layer nothing is wanted but what is predicted from: all that follows its keys and values is
+        # computed at those positions alone.
+        asked_of = {len(cfg.layers) - 1: positions_BxK}
         if self.is_initializing() or not (self.execution.scan_layers or self.execution.remat == "full"):
-            for layer in cfg.layers:
-                hidden_BxLxD = self.layer[layer.block](
-                    hidden_BxLxD, segments_BxL, rotations[layer.rope_theta], deterministic=deterministic
+            hidden = hidden_BxLxD
+            for number, layer in enumerate(cfg.layers):
+                hidden = self.layer[layer.block](
+                    hidden,
+                    segments_BxL,
+                    rotations[layer.rope_theta],
+                    asked_of.get(number),
+                    deterministic=deterministic,
                 )
         else:
 
-            def apply_layer(layer: Layer, params: Any, hidden_BxLxD: jax.Array, key: jax.Array | None) -> jax.Array:
+            def apply_layer(
+                layer: Layer, params: Any, hidden_BxLxD: jax.Array, key: jax.Array | None, *, is_last: bool
+            ) -> jax.Array:
                 return self._block(layer, parent=None).apply(
                     {"params": params},
                     hidden_BxLxD,
                     segments_BxL,
                     rotations[layer.rope_theta],
+                    positions_BxK if is_last else None,
                     deterministic=deterministic,
                     rngs={} if key is None else {"dropout": key},
                 )
 
-            hidden_BxLxD = run_layers(
+            hidden = run_layers(
                 apply_layer,
                 {layer.block: self.variables["params"][f"layer_{layer.block}"] for layer in cfg.layers},
                 hidden_BxLxD,
@@ -362,12 +205,10 @@ class MaskedLM(nn.Module):
                 key=None if deterministic else self.make_rng("dropout"),
                 execution=self.execution,
             )
-        if positions_BxK is not None:
-            hidden_BxLxD = jnp.take_along_axis(hidden_BxLxD, positions_BxK[:, :, None], axis=1)
         if cfg.family.norm_first:
-            hidden_BxLxD = self.final_norm(hidden_BxLxD)
+            hidden = self.final_norm(hidden)
         logits_dtype = jnp.float32 if deterministic else self.dtype
-        return self.head(hidden_BxLxD, self.embeddings.word.embedding, logits_dtype=logits_dtype)
+        return self.head(hidden, self.embeddings.word.embedding, logits_dtype=logits_dtype)
 
     def _block(self, layer: Layer, **module_args: Any) -> Block:
         return Block(self.config, self.dtype, self.begin_id is not None, layer, self.execution, **module_args)

@@ -4,7 +4,8 @@ Layers have their parameters apart, layer_0, layer_1..., whatever is chosen: a c
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -24,7 +25,8 @@ class Execution:
       attention: one of `attention.IMPLEMENTATIONS`.
       remat: "none" leaves it to the compiler; "dots" keeps the feed-forward net's first product, and not its
         activation too, so the widest array is in memory once; "full" keeps nothing but the inputs of each layer.
-      scan_layers: one layer is compiled for all that are alike, and their parameters are stacked in every step.
+      scan_layers: one layer is compiled for all that are alike, the last one apart, and their parameters are stacked in
+        every step.
     """
 
     attention: str = "plain"
@@ -33,7 +35,7 @@ class Execution:
 
 
 def run_layers(
-    apply: Callable[[Layer, Any, jax.Array, jax.Array | None], jax.Array],
+    apply: Callable[..., jax.Array],
     params: Mapping[int, Any],
     hidden_BxLxD: jax.Array,
     *,
@@ -44,7 +46,7 @@ def run_layers(
     """Applies layers one after the other.
 
     Args:
-      apply: (layer, its parameters, hidden, its dropout key) -> hidden.
+      apply: (layer, its parameters, hidden, its dropout key, is_last=...) -> hidden; of the last one, what it will be.
       params: by `Layer.block`.
       hidden_BxLxD: what the first layer gets.
       layers: the stack.
@@ -52,16 +54,20 @@ def run_layers(
       execution: `scan_layers`, and whether `remat` is "full".
 
     Returns:
-      What the last layer gives, as large as what the first one got.
+      What the last layer gives.
     """
-    if execution.remat == "full":
-        apply = jax.checkpoint(apply, static_argnums=0)
 
-    def run(number: int | jax.Array, layer: Layer, layer_params: Any, hidden_BxLxD: jax.Array) -> jax.Array:
+    def run(
+        number: int | jax.Array, layer: Layer, layer_params: Any, hidden_BxLxD: jax.Array, *, is_last: bool = False
+    ) -> jax.Array:
         layer_key = None if key is None else jax.random.fold_in(key, number)
-        return apply(layer, layer_params, hidden_BxLxD, layer_key)
+        how = functools.partial(apply, layer, is_last=is_last)
+        if execution.remat == "full":
+            how = jax.checkpoint(how)
+        return how(layer_params, hidden_BxLxD, layer_key)
 
-    start, period = _repeats(layers) if execution.scan_layers else (len(layers), 1)
+    *layers, last = layers
+    start, period = _repeats(layers) if execution.scan_layers and layers else (len(layers), 1)
     rounds = (len(layers) - start) // period
     for number in range(start):
         hidden_BxLxD = run(number, layers[number], params[layers[number].block], hidden_BxLxD)
@@ -85,7 +91,7 @@ def run_layers(
         hidden_BxLxD, _ = jax.lax.scan(turn, hidden_BxLxD, (jnp.arange(rounds), stacked))
     for number in range(start + rounds * period, len(layers)):
         hidden_BxLxD = run(number, layers[number], params[layers[number].block], hidden_BxLxD)
-    return hidden_BxLxD
+    return run(len(layers), last, params[last.block], hidden_BxLxD, is_last=True)
 
 
 def _stack(dtype: Any) -> Callable[..., jax.Array]:
@@ -97,7 +103,7 @@ def _stack(dtype: Any) -> Callable[..., jax.Array]:
     return stack
 
 
-def _repeats(layers: tuple[Layer, ...]) -> tuple[int, int]:
+def _repeats(layers: Sequence[Layer]) -> tuple[int, int]:
     """The first layer and the number of layers of what repeats itself to the end, so that the fewest are compiled."""
     alike = [dataclasses.replace(layer, block=0) for layer in layers]
     choices = [

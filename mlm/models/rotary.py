@@ -24,6 +24,14 @@ def rotation(places_BxL: jax.Array, *, head_size: int, theta: float, exact: bool
     return cos_LxP[places_BxL], sin_LxP[places_BxL]
 
 
+def rotation_at(rotation: Rotation, positions_BxK: jax.Array) -> Rotation:
+    """The angles of the tokens at some positions of their rows: [B, K, P]."""
+    cos_BxKxP, sin_BxKxP = (
+        jnp.take_along_axis(part_BxLxP, positions_BxK[:, :, None], axis=1) for part_BxLxP in rotation
+    )
+    return cos_BxKxP, sin_BxKxP
+
+
 def rotate(x_BxLxHxE: jax.Array, rotation: Rotation, *, pairs: bool) -> jax.Array:
     """The heads turned, in float32, given back in their own dtype.
 

@@ -1,13 +1,14 @@
 """Our parameter tree <-> the tensors of a transformers `...ForMaskedLM`, by name and layout.
 
     embeddings/{word,position,token_type}/embedding, embeddings/norm/{scale,bias}, embeddings/project/{kernel,bias}
-    layer_<i>/attention/{qkv,output}/{kernel,bias}, layer_<i>/attention_norm/{scale,bias}
+    layer_<i>/attention/qkv/{weight,bias}, layer_<i>/attention/output/{kernel,bias}
+    layer_<i>/attention_norm/{scale,bias}
     layer_<i>/feed_forward/{inner,output}/{kernel,bias}, layer_<i>/feed_forward_norm/{scale,bias}
     final_norm/{scale,bias}
     head/dense/{kernel,bias}, head/norm/{scale,bias}, head/bias, head/decoder
 
-as far as the family and its config have them. A kernel is [in, out], PyTorch's weight its transpose; qkv holds query,
-key and value side by side in its last axis, inner of a gated net the half that is activated, then the gate.
+as far as the family and its config have them. A kernel is [in, out], a weight [out, in] as PyTorch's. qkv holds query,
+key and value side by side in its first axis, inner of a gated net the half that is activated, then the gate.
 """
 
 import functools
@@ -26,7 +27,7 @@ from mlm.models.families import Positions
 from mlm.models.rotary import sinusoids
 from mlm.models.tensor_names import TENSOR_NAMES
 
-_LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "decoder": "weight", "bias": "bias"}
+_LEAVES = dict.fromkeys(("kernel", "weight", "scale", "embedding", "decoder"), "weight") | {"bias": "bias"}
 
 # In checkpoints of other classes and older versions: constants, and layers that no logit of a token depends on. After
 # the family's base, and without it.
@@ -42,7 +43,7 @@ def to_hf(params: Mapping[str, Any], config: EncoderConfig) -> dict[str, np.ndar
     names = dict(_names(config))
     tensors = {}
     for path, leaf in traverse_util.flatten_dict(jax.device_get(params), sep="/").items():
-        for name, part in zip(names[path], np.split(leaf, len(names[path]), axis=-1), strict=True):
+        for name, part in zip(names[path], np.split(leaf, len(names[path])), strict=True):
             # safetensors writes the buffer as it lies, strides ignored.
             tensors[name] = np.ascontiguousarray(part.T if path.endswith("/kernel") else part)
     return tensors | _constants(config)
@@ -64,7 +65,7 @@ def from_hf(
             leaves[path] = traverse_util.flatten_dict(fresh, sep="/")[path]
             continue
         parts = [np.asarray(tensors[name], np.float32) for name in names]
-        leaves[path] = np.concatenate([part.T for part in parts] if path.endswith("/kernel") else parts, axis=-1)
+        leaves[path] = parts[0].T if path.endswith("/kernel") else np.concatenate(parts)
     return traverse_util.unflatten_dict(leaves, sep="/")
 
 
@@ -133,8 +134,8 @@ def shapes(config: EncoderConfig) -> dict[str, tuple[int, ...]]:
     tree = _tree(config)
     shapes = {}
     for path, names in _names(config):
-        *outer, last = tree[path].shape
-        shape = (*outer, last // len(names))
+        first, *inner = tree[path].shape
+        shape = (first // len(names), *inner)
         shapes.update(dict.fromkeys(names, shape[::-1] if path.endswith("/kernel") else shape))
     return shapes
 
