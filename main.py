@@ -2,8 +2,8 @@
 
     python main.py --config=configs/quickstart.py --workdir=runs/quickstart
 
-Any key of the config can be set from the command line: --config.optimizer.learning_rate=1e-4. `configs/default.py`
-explains them all. The same command, run again, goes on after an interruption. What else it does, by --mode:
+Any key of the config can be set from the command line: --config.optimizer.learning_rate=1e-4. --mode=explain says what
+each means, as configs/default.py does. The same command, run again, goes on after an interruption. Other modes:
 
     check           --config=FILE --workdir=DIR [--topology=v3-8]     looks through a run before it begins
     explain         [--config=FILE] [KEY]...                          what a config key means, its unit and default
@@ -15,8 +15,9 @@ explains them all. The same command, run again, goes on after an interruption. W
     fill_mask       --workdir=DIR [--step=N] "A <mask>." ...          the five best words; or lines from standard input
     report          --workdir=DIR [--workdir=DIR]... [--output=FILE]  the curves of runs as a page, report.html
 
-The last four need no --config: the work directory has it. They run on the CPU;
-fill_mask elsewhere with the environment variable JAX_PLATFORMS=cuda or tpu. For example:
+The last four need no --config: the work directory has it. They run on the CPU, fill_mask elsewhere with the environment
+variable JAX_PLATFORMS=cuda or tpu. Exit codes: 0 done, 2 a mistake of yours (one line says which), 75 stopped on
+request (the same command goes on), 130 stopped at once, anything else a failure. For example:
 
     python main.py --mode=check --config=configs/roberta_base.py --workdir=runs/base --topology=v3-8
     python main.py --config=configs/quickstart.py --workdir=runs/mine --config.data.data_files='corpus/*.jsonl'
@@ -26,9 +27,11 @@ fill_mask elsewhere with the environment variable JAX_PLATFORMS=cuda or tpu. For
 """
 
 import difflib
+import functools
 import glob
 import itertools
 import logging as python_logging
+import operator
 import os
 import re
 import shlex
@@ -42,6 +45,8 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+# gs:// without TensorFlow: mlm/bucket.py says why.
+os.environ.setdefault("EPATH_USE_TF", "0")
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
@@ -60,7 +65,7 @@ MODES = ("train", "benchmark", "check", "explain", "train_tokenizer", "show_data
 OF_A_RUN = ("show_data", "export", "fill_mask", "report")
 # Words that are no flags: sentences, keys.
 TAKE_WORDS = ("fill_mask", "explain")
-flags.DEFINE_enum("mode", "train", MODES, "what to do; the head of this file says more")
+flags.DEFINE_enum("mode", "train", MODES, "what to do, as told above")
 flags.DEFINE_bool("overwrite", False, "train: start anew, after moving what is in --workdir aside")
 flags.DEFINE_bool("multihost", None, "train: one of several processes; by itself on a TPU pod")
 flags.DEFINE_string("coordinator_address", None, "multihost: HOST:PORT of process 0, where jax cannot find it")
@@ -197,14 +202,35 @@ def parse_flags(argv: list[str]) -> list[str]:
     try:
         rest = FLAGS(argv)
     except flags.Error as error:
-        raise UserError(" ".join(str(error).split())) from None
+        raise UserError(_of_flags(str(error), path)) from None
     except Exception as error:
         # The config file is the user's own code: whatever it raises is told with the file's name.
-        last_line = str(error).strip().splitlines()[-1] if str(error).strip() else ""
-        raise UserError(f"--config={path}: {type(error).__name__}: {last_line}") from None
+        told = str(error.args[0] if error.args else "").strip("'")  # A KeyError's own is in quotes.
+        raise UserError(_of_config_file(f"{type(error).__name__}: {told}", path)) from None
     if path is None and FLAGS.mode not in (*OF_A_RUN, "explain"):
         raise UserError(f"no --config=FILE; there are {', '.join(_configs())}")
     return rest
+
+
+def _of_flags(told: str, path: str | None) -> str:
+    """What the flags' parser says, in this program's words where it speaks of Python's."""
+    if "Traceback (most recent call last)" in told:  # ml_collections' way to tell of a config file's ValueError.
+        return _of_config_file(told.strip().splitlines()[-1], path)
+    if match := re.match(r"flag --config\.([\w.]+)=(.*?): ", told, re.DOTALL):
+        *groups, name = match[1].split(".")
+        group = functools.reduce(operator.getitem, groups, default.get_config())
+        kinds = {int: "a whole number", float: "a number", bool: "True or False"}
+        if (kind := group.get_type(name)) in kinds:
+            return f"--config.{match[1]}={match[2]} must be {kinds[kind]}"
+    return " ".join(told.split())
+
+
+def _of_config_file(told: str, path: str | None) -> str:
+    if "no attribute 'get_config" in told:
+        return f"--config={path}: there is no function get_config() in it; write one as configs/quickstart.py has it"
+    # ml_collections lists all keys that there are before it names the one that was meant.
+    told = re.sub(r" Other fields present: .*?(?=Did you mean|\Z)", " ", told, flags=re.DOTALL)
+    return f"--config={path}: {' '.join(told.split())}"
 
 
 def _configs() -> list[str]:
@@ -246,7 +272,10 @@ def check_keys(config: ConfigDict) -> None:
     for key in keys:
         _check_key(key, key)
     if missing := sorted(flatten(default.get_config().to_dict()).keys() - keys):
-        raise UserError(f"the config has no {', '.join(missing)}; let its get_config() start from configs/default.py")
+        more = f" and {len(missing) - 4} more keys" if len(missing) > 4 else ""
+        raise UserError(
+            f"the config has no {', '.join(missing[:4])}{more}; let its get_config() start from configs/default.py"
+        )
 
 
 def _check_key(key: str, shown: str) -> None:

@@ -11,7 +11,7 @@ launch/tpu_vm.sh COMMAND NAME [OPTION]... [-- ARGUMENT OF main.py...]
 
   create   makes the TPU VM        --type=v3-8 [--spot] [--queued] [--reserved] [--version=...]
   setup    puts one commit of this repository, and what it needs, on every worker   [--commit=HEAD] [--env=HF_TOKEN]...
-  train    starts the same command on every worker and watches it                   -- --config=... --workdir=/mnt/...
+  train    starts the same command on every worker and watches it                   -- --config=... --workdir=gs://...
   status   the VM's state and every worker's, with the last lines of the log
   logs     the run's log           [--worker=0] [--lines=100] [--follow]
   stop     saves a checkpoint and stops; `train` goes on from there
@@ -23,7 +23,8 @@ launch/tpu_vm.sh COMMAND NAME [OPTION]... [-- ARGUMENT OF main.py...]
 
 train ends with 0 when the run is finished or was stopped, with 1 when it failed. Until then it makes a TPU VM that was
 preempted (--spot, or in a --queued request) anew and goes on there from the last checkpoint, as often as it takes
-(name the variables of --env to train, too, if setup had any). Ctrl-C ends the watching alone: the run goes on, and
+(name the variables of --env to train, too, if setup had any). For that the work directory must outlive the VM: a bucket,
+gs://BUCKET/PATH, which the VM's service account may read and write, or one mounted under /mnt. Ctrl-C ends the watching alone: the run goes on, and
 train, called again, watches on. --no-watch only starts it.
 
 A pod needs your key in the ssh agent: ssh-add ~/.ssh/google_compute_engine
@@ -160,13 +161,16 @@ check_train() {
   for word in "${arguments[@]}"; do
     if [[ $word == --workdir=* ]]; then workdir=${word#--workdir=}; fi
   done
-  [[ $workdir ]] || die "train needs the arguments of main.py: -- --config=configs/... --workdir=/mnt/..."
-  if [[ $workdir == *://* ]]; then
-    die "--workdir=$workdir: URLs are not supported; mount the bucket under /mnt/... on every worker"
-  fi
-  if [[ ($spot || $queued) && $workdir != /mnt/* ]]; then
-    die "--workdir=$workdir is on the VM's own disk, which goes when the VM is preempted; use a mounted /mnt/..."
-  fi
+  [[ $workdir ]] || die "train needs the arguments of main.py: -- --config=configs/... --workdir=gs://..."
+  case $workdir in
+    gs://?*/?* | /mnt/*) ;;
+    *://*) die "--workdir=$workdir: of URLs only gs://BUCKET/PATH can be a work directory; use one" ;;
+    *)
+      if [[ $spot || $queued ]]; then
+        die "--workdir=$workdir is on the VM's own disk, which goes when the VM is preempted; use gs://BUCKET/PATH"
+      fi
+      ;;
+  esac
 }
 
 start() { # On every worker, if all are at one commit; what is under way stays.

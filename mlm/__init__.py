@@ -2,6 +2,7 @@
 
     train       the run: build, restore, loop over batch, step, log, evaluate, save, export
     interrupt   SIGTERM and SIGINT;  hosts  several processes as one run: they start and end together
+    told        what a run says of itself at its beginning and its end
     fit         the largest batch that a device takes;  benchmark  where the time of an update goes
     preflight   looks through a run before it begins, for a machine;  explain  what config keys mean
     show_data   the ledger: documents and masked rows of any update of a run, made again
@@ -9,8 +10,8 @@
     setup       a config -> the parts of a run; everything a user can get wrong is found there
     warm_start  weights that are there, of ours or of transformers, fitted to a run's model
     text        a config -> sources, tokenizer, evaluation rows, and any process's batches
-    workdir     the work directory's paths, and whether a run may go on in it
-    report      progress lines and metrics;  metric_files  where they go;  curves  their picture
+    workdir     the work directory's paths, and whether a run may go on in it;  bucket  one at gs://...
+    report      what is told of a run;  terminal  the live line;  metric_files  where metrics go;  curves  their picture
     html_report a page of the curves of several runs
     checkpoint  the only file that imports Orbax
     export      the Hugging Face model directory;  card  its README.md;  hub  its way to the hub, in the background

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 import shutil
 import tempfile
 import zlib
@@ -24,6 +25,7 @@ from absl import logging
 from etils import epath
 from orbax.checkpoint import future
 
+from mlm import bucket
 from mlm.errors import UserError
 
 
@@ -81,6 +83,16 @@ class ProcessJsonRestore(ocp.args.CheckpointArgs):
     """Asks for the values of all processes."""
 
 
+# By which Orbax tells that a checkpoint in a bucket is whole.
+_COMMITTED = re.compile(r"checkpoints/[^/]+/commit_success.txt")
+
+
+# Of TensorStore's words for errors those that are none of what is stored.
+_OF_THE_WAY = re.compile(
+    r"\b(UNAVAILABLE|DEADLINE_EXCEEDED|PERMISSION_DENIED|UNAUTHENTICATED|ABORTED|RESOURCE_EXHAUSTED|INTERNAL)\b"
+)
+
+
 class SaveError(Exception):
     """A checkpoint was not written. Those before it are as they were, and the next one may be."""
 
@@ -119,8 +131,10 @@ class Checkpointer:
 
     def __init__(self, directory: str, *, keep_checkpoints: int, keep_every_steps: int = 0):
         """Keeps the newest `keep_checkpoints`, and those at multiples of `keep_every_steps` unless it is 0."""
-        self._directory = os.path.abspath(directory)
+        self._directory = directory if bucket.is_url(directory) else os.path.abspath(directory)
         self.damaged = os.path.join(os.path.dirname(self._directory), "damaged")
+        # Where it is in a bucket: that of the run.
+        self._folder = bucket.Folder(os.path.dirname(directory)) if bucket.is_url(directory) else None
         self._options = ocp.CheckpointManagerOptions(
             max_to_keep=keep_checkpoints,
             keep_period=keep_every_steps or None,
@@ -130,7 +144,17 @@ class Checkpointer:
             # The work directory is made once all is known to be well.
             create=False,
         )
-        self._manager = self._open()
+        unreachable = bucket.failures() if self._folder else ()
+        try:
+            self._manager = self._open()
+        except unreachable as error:
+            raise UserError(f"the checkpoints in {directory} cannot be read ({_reason(error)}); mend that") from None
+        # Whether an error that was told of still sticks to the manager, for another could not be made.
+        self._is_stale = False
+
+    def _failures(self) -> tuple[type[Exception], ...]:
+        """What Orbax and its storage raise when they cannot write."""
+        return (OSError, ValueError) if self._folder is None else (OSError, ValueError, *bucket.failures())
 
     def _open(self) -> ocp.CheckpointManager:
         return ocp.CheckpointManager(
@@ -165,6 +189,8 @@ class Checkpointer:
             logging.warning("%s", error)
         loop = {"loop": dict(loop), "checksums": checksums(state)}
         with self._telling():
+            if self._is_stale:
+                self._manager, self._is_stale = self._open(), False
             saved = self._manager.save(
                 step,
                 args=ocp.args.Composite(
@@ -183,6 +209,8 @@ class Checkpointer:
         Raises:
           NoRoomError: the state cannot be saved.
         """
+        if self._folder is not None:
+            return  # A bucket is never full.
         try:
             needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
             free = shutil.disk_usage(self._directory).free
@@ -211,15 +239,24 @@ class Checkpointer:
         """What Orbax and its storage raise when they cannot write -> SaveError, and a clean slate."""
         try:
             yield
-        except (OSError, ValueError) as error:
+        except self._failures() as error:
             # Its parts keep the error, and would raise it again at the next save.
-            self._manager = self._open()
-            if jax.process_index() == 0:
-                self.remove_partial()
+            self._is_stale = True
+            with contextlib.suppress(*self._failures()):
+                self._manager, self._is_stale = self._open(), False
+                if jax.process_index() == 0:
+                    self.remove_partial()
             raise SaveError(f"a checkpoint could not be written ({_reason(error)})") from None
 
     def remove_partial(self) -> None:
         """Removes what a save that failed, or was cut off, has left. Not while one is under way."""
+        if self._folder is not None:
+            # No rename ends a save in a bucket, but an object of this name.
+            with contextlib.suppress(OSError):  # Nobody takes it for a checkpoint, and the next start tries again.
+                names = self._folder.generations(under="checkpoints/")
+                whole = {name.split("/")[1] for name in names if _COMMITTED.fullmatch(name)}
+                self._folder.remove([name for name in names if name.split("/")[1] not in whole])
+            return
         for name in os.listdir(self._directory) if os.path.isdir(self._directory) else ():
             if ".orbax-checkpoint-tmp" in name:
                 shutil.rmtree(os.path.join(self._directory, name), ignore_errors=True)
@@ -231,7 +268,7 @@ class Checkpointer:
           DamagedError: it cannot be read, or is not what was written.
           UserError: it holds another state than `like`.
         """
-        with _reading():
+        with self._reading(step):
             head = self._manager.restore(
                 step, args=ocp.args.Composite(loop=ocp.args.JsonRestore(), stream=ProcessJsonRestore())
             )
@@ -243,7 +280,7 @@ class Checkpointer:
                 f"checkpoint {step} in {self._directory} holds a state of other parts than this run's: it is of "
                 "another version of the code, or of another model; choose another --workdir"
             )
-        with _reading():
+        with self._reading(step):
             state = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(like))).state
             found = checksums(state)
             if differing := [name for name in names if found[name] != written[name]]:
@@ -258,7 +295,7 @@ class Checkpointer:
         """
         directory = epath.Path(self._directory) / str(step) / "state"
         handler = ocp.PyTreeCheckpointHandler()
-        with _reading():
+        with self._reading(step):
             head = self._manager.restore(step, args=ocp.args.Composite(loop=ocp.args.JsonRestore()))
             loop = _unsealed(head.loop)
             wanted = {"params": handler.metadata(directory).tree["params"]}
@@ -276,6 +313,9 @@ class Checkpointer:
         Returns:
           Where to.
         """
+        if self._folder is not None:
+            with self._reading(step):
+                return self._folder.set_aside(f"checkpoints/{step}", to=f"damaged/{step}")
         os.makedirs(self.damaged, exist_ok=True)
         number = 0
         while os.path.exists(target := os.path.join(self.damaged, f"{step}" + f".{number}" * (number > 0))):
@@ -294,6 +334,27 @@ class Checkpointer:
     def streams(self, step: int) -> list[dict[str, Any]]:
         """Reads the stream states of checkpoint `step`, by process, and nothing else."""
         return self._manager.restore(step, args=ocp.args.Composite(stream=ProcessJsonRestore())).stream
+
+    @contextlib.contextmanager
+    def _reading(self, step: int) -> Iterator[None]:
+        """What they raise when they cannot read -> DamagedError; UserError where it is the way to the bucket."""
+        try:
+            yield
+        except Exception as error:
+            if self._is_unreachable(error):
+                raise UserError(
+                    f"checkpoint {step} in {self._directory} cannot be read now ({_reason(error)}); mend the network "
+                    "or the rights: the same command goes on"
+                ) from None
+            # Where a part of an array cannot be read Orbax raises a plain Exception.
+            if type(error) is Exception or isinstance(error, KeyError | TypeError | ValueError | OSError):
+                raise DamagedError(f"{type(error).__name__}: {_reason(error)}") from None
+            raise
+
+    def _is_unreachable(self, error: Exception) -> bool:
+        if self._folder is None or isinstance(error, FileNotFoundError):
+            return False
+        return isinstance(error, bucket.failures()) or _OF_THE_WAY.search(str(error)) is not None
 
     def __enter__(self) -> "Checkpointer":
         return self
@@ -320,18 +381,6 @@ def _sum(leaf: jax.Array) -> jax.Array:
     unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[leaf.dtype.itemsize]
     words = jax.lax.bitcast_convert_type(leaf, unsigned).ravel().astype(jnp.uint32)
     return jnp.sum(words * (2 * jnp.arange(words.size, dtype=jnp.uint32) + 1), dtype=jnp.uint32)
-
-
-@contextlib.contextmanager
-def _reading() -> Iterator[None]:
-    """What they raise when they cannot read -> DamagedError."""
-    try:
-        yield
-    except Exception as error:
-        # Where a part of an array cannot be read Orbax raises a plain Exception.
-        if type(error) is Exception or isinstance(error, KeyError | TypeError | ValueError | OSError):
-            raise DamagedError(f"{type(error).__name__}: {_reason(error)}") from None
-        raise
 
 
 def _reason(error: Exception) -> str:

@@ -20,6 +20,7 @@ from mlm.workdir import WorkDir, flatten
 # Points of a curve, at most: more are not to be told apart on a screen, and make a page slow.
 MAX_POINTS = 4000
 
+_PAUSES = ("save", "evaluation", "export")
 # Panels in the page's order: title, unit, curves as (metric, what it is called), and the factor to the unit.
 PANELS = (
     ("Loss", "nats a predicted token", [("train/loss", "train"), ("eval/loss", "evaluation")], 1),
@@ -29,7 +30,7 @@ PANELS = (
     ("Throughput", "tokens a second", [("perf/tokens_per_second", "tokens/s")], 1),
     ("Input wait", "% of the time", [("perf/input_wait_fraction", "waiting for text")], 100),
     ("Utilization", "% of the devices' peak", [("perf/mfu", "utilization")], 100),
-    ("Pause of a save", "ms since the line before", [("perf/checkpoint_ms", "checkpoint")], 1),
+    ("Pauses", "seconds since the point before", [(f"perf/{what}_ms", what) for what in _PAUSES], 1e-3),
     ("Padding", "% of the tokens", [("data/padding_fraction", "padding")], 100),
     ("Skipped updates", "so far", [("train/skipped_updates", "skipped")], 1),
 )
@@ -49,9 +50,9 @@ def write_report(workdirs: Sequence[str], output: str, *, defaults: Mapping[str,
       UserError: a directory holds no run or has no metrics yet, two are the same, or the file cannot be written.
     """
     places = [WorkDir(path) for path in workdirs]
-    if len({place.path for place in places}) < len(places):
+    if len({place.shown for place in places}) < len(places):
         raise UserError("--workdir: two of the runs are the same; name each once")
-    names = _names([place.path for place in places])
+    names = _names([place.shown for place in places])
     runs = [read_run(place, name) for place, name in zip(places, names, strict=True)]
     page = {
         "panels": _panels(runs),
@@ -83,10 +84,10 @@ def read_run(place: WorkDir, name: str) -> dict[str, Any]:
       UserError: there is no run, or it has no metrics yet.
     """
     if not os.path.exists(place.config):
-        raise UserError(f"--workdir={place.path}: there is no run; name the work directory of one")
+        raise UserError(f"--workdir={place.shown}: there is no run; name the work directory of one")
     lines = read_metrics(place.metrics)
     if not lines:
-        raise UserError(f"--workdir={place.path}: no metrics yet; come back after the first evaluation or checkpoint")
+        raise UserError(f"--workdir={place.shown}: no metrics yet; come back after the first evaluation or checkpoint")
     config, history = flatten(place.read_config()), place.read_history()
     clock = _Clock(lines)
     curves = {}
@@ -110,7 +111,7 @@ def read_run(place: WorkDir, name: str) -> dict[str, Any]:
         before = (line["step"], count)
     return {
         "name": name,
-        "path": place.path,
+        "path": place.shown,
         "config": {key: json.dumps(value) for key, value in config.items()},
         "curves": curves,
         "events": events,

@@ -50,7 +50,16 @@ class Hub:
       repo_id: "owner/name" of the repository.
     """
 
-    def __init__(self, name: str, *, private: bool, workdir: str, patience: Patience, first_wait_seconds: float = 5.0):
+    def __init__(
+        self,
+        name: str,
+        *,
+        private: bool,
+        workdir: str,
+        patience: Patience,
+        first_wait_seconds: float = 5.0,
+        url: str | None = None,
+    ):
         """Makes the repository if it is not there, and removes what an interrupted push left in `workdir`.
 
         Args:
@@ -59,6 +68,7 @@ class Hub:
           workdir: the run's.
           patience: with the network; also the silence after which an upload is broken off.
           first_wait_seconds: before a push is tried again; the waits double up to five minutes.
+          url: of the work directory, where `workdir` is the double of one in a bucket.
 
         Raises:
           UserError: the repository cannot be made, or not be written to.
@@ -66,7 +76,7 @@ class Hub:
         for left in glob.glob(os.path.join(glob.escape(workdir), "push.*")):
             shutil.rmtree(left, ignore_errors=True)
         self._name = name
-        self._workdir = workdir
+        self._workdir, self._url = workdir, url
         self._first_wait = first_wait_seconds
         self._api = huggingface_hub.HfApi()
         self.repo_id = self._create(check_token(name, patience=patience), private=private, patience=patience)
@@ -171,10 +181,13 @@ class Hub:
             self._changed.notify_all()
         self._thread.join()
         if not is_pushed(self._workdir, name=self._name, step=step):
-            model = shlex.quote(os.path.join(self._workdir, "model"))
+            upload = f"hf upload {self.repo_id} {shlex.quote(os.path.join(self._workdir, 'model'))}"
+            if self._url is not None:
+                model = shlex.quote(os.path.join(self._url, "model"))
+                upload = f"gcloud storage cp --recursive {model} . && hf upload {self.repo_id} model"
             raise UserError(
                 f"the run is finished, but pushing it to {self.repo_id} failed ({self._failure or 'see above'}); run "
-                f"the same command again, or push by hand: hf upload {self.repo_id} {model}"
+                f"the same command again, or push by hand: {upload}"
             )
 
 

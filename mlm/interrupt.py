@@ -9,6 +9,8 @@ import threading
 from collections.abc import Iterator
 from types import FrameType
 
+from mlm import terminal
+
 # What main.py exits with: EX_TEMPFAIL of sysexits.h, "the user is invited to retry". A launch script starts again.
 EXIT_INTERRUPTED = 75
 # After a second signal, as a shell says of what SIGINT ended.
@@ -88,7 +90,8 @@ class Interrupt:
             while received := reader.recv(16):
                 heard += sum(number in (signal.SIGTERM, signal.SIGINT) for number in received)
                 if heard >= 2:
-                    os.write(2, b"second signal: stopped at once; the same command goes on from the last checkpoint\n")
+                    last_words = b"second signal: stopped at once; the same command goes on from the last checkpoint\n"
+                    os.write(2, terminal.erasing() + last_words)
                     os._exit(EXIT_AT_ONCE)
                 if heard == 1:
                     logging.getLogger("absl").warning("asked to stop; a second signal stops at once")

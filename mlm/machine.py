@@ -70,12 +70,14 @@ def machine_of(name: str) -> Machine:
     counted = int(match[2])
     devices, rest = divmod(counted, family.counted_per_device)
     if devices < 1 or rest:
+        counts = "devices" if family.counted_per_device == 1 else f"cores, {family.counted_per_device} a device"
         raise UserError(
-            f"--topology={name}: the number of {match[1]} counts cores, {family.counted_per_device} a device"
+            f"--topology={name}: the number must be a multiple of {family.counted_per_device} and not 0; that of "
+            f"{match[1]} counts {counts}"
         )
     per_host = family.devices_per_host
     if devices > per_host and family.devices_per_pod_host:
         per_host = family.devices_per_pod_host
     if devices > per_host and devices % per_host:
-        raise UserError(f"--topology={name}: {devices} devices do not make whole hosts of {per_host}")
+        raise UserError(f"--topology={name}: {devices} devices do not make whole hosts of {per_host}; take a multiple")
     return Machine(name.lower(), family.kind, devices, -(-devices // per_host), family.memory_bytes)

@@ -4,7 +4,7 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -15,6 +15,7 @@ from clu import metric_writers
 from tensorboard.compat.proto import event_pb2, summary_pb2
 from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.custom_scalar import summary as custom_scalar_summary
+from tensorboard.plugins.hparams import summary_v2 as hparams_summary
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 from mlm.curves import read_metrics
@@ -77,8 +78,6 @@ def create_writer(workdir: WorkDir, *, last_step: int) -> metric_writers.MetricW
         return metric_writers.create_default_writer(just_logging=True)
     if last_step > 0:
         _forget_after(last_step, workdir.path)
-    else:
-        _lay_out(workdir.path)
     return metric_writers.MultiWriter(
         [
             JsonLinesWriter(workdir.metrics, last_step=last_step),
@@ -98,24 +97,41 @@ def _forget_after(step: int, logdir: str) -> None:
 
 # What tensorboard's page "custom scalars" puts in one chart: title -> tags, as regular expressions.
 _CHARTS = {
-    "Loss": ["train/loss", "eval/loss", "eval/unigram_loss"],
+    # eval/<source>/loss of a mixture, too.
+    "Loss": ["train/loss", "eval/loss", "eval/unigram_loss", "eval/.+/loss"],
     "Accuracy": ["train/accuracy", "eval/accuracy"],
-    "Losses of the sources": ["eval/.+/loss"],
     "Milliseconds of an update": [f"perf/{part}_ms" for part in ("step", "device", "input_wait", "transfer", "host")],
     "Pauses, milliseconds": [f"perf/{part}_ms" for part in ("evaluation", "save", "export")],
 }
 
 
-def _lay_out(logdir: str) -> None:
-    """Puts curves that belong together, such as those of training and evaluation, into one chart."""
+# What its page "hparams" has no columns for: how a run is kept and told, not what it learns.
+NO_HPARAMS = (
+    "checkpoint.", "data.cache_dir", "data.max_failed_shards", "data.network_", "data.num_eval_samples",
+    "data.prefetch_batches", "data.split", "data.text_column_name", "eval_steps", "export.", "hub.", "logging_steps",
+    "per_device_eval_batch_size", "profile.", "report.", "save_steps", "tokenizer.backend",
+    "tokenizer.use_fast_tokenizer",
+)  # fmt: skip
+# And the figures that it has.
+_FIGURES = ("eval/loss", "eval/accuracy", "eval/perplexity", "train/loss", "perf/tokens_per_second")
+
+
+def lay_out(logdir: str, keys: Iterable[str]) -> None:
+    """Tells tensorboard which curves belong together, such as those of training and evaluation, and what runs are told
+    apart by."""
     charts = [
         layout_pb2.Chart(title=title, multiline=layout_pb2.MultilineChartContent(tag=[f"^{tag}$" for tag in tags]))
         for title, tags in _CHARTS.items()
     ]
     layout = layout_pb2.Layout(category=[layout_pb2.Category(title="Training and evaluation", chart=charts)])
+    columns = hparams_summary.hparams_config_pb(
+        hparams=[hparams_summary.HParam(key) for key in keys],
+        metrics=[hparams_summary.Metric(tag) for tag in _FIGURES],
+    )
     writer = EventFileWriter(logdir, filename_suffix=".layout")
-    summary = summary_pb2.Summary.FromString(custom_scalar_summary.pb(layout).SerializeToString())
-    writer.add_event(event_pb2.Event(wall_time=time.time(), summary=summary))
+    for told in (custom_scalar_summary.pb(layout), columns):
+        summary = summary_pb2.Summary.FromString(told.SerializeToString())
+        writer.add_event(event_pb2.Event(wall_time=time.time(), summary=summary))
     writer.close()
 
 

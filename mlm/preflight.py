@@ -27,8 +27,9 @@ from mlm.errors import UserError
 from mlm.machine import Machine
 from mlm.masking import mask_tokens
 from mlm.models.flops import flops_per_token
-from mlm.report import PEAK_FLOPS, duration
+from mlm.report import PEAK_FLOPS
 from mlm.show_data import decode_masked
+from mlm.terminal import duration
 from mlm.workdir import WorkDir, flatten
 
 # Of text read to estimate what an epoch holds.
@@ -74,6 +75,8 @@ def check(
     with findings.collect():
         place = WorkDir(workdir)
         place.check_same_run(config.to_dict())
+        if place.is_remote:
+            place.lock()  # Whether it can be written to; of a directory that is known.
     with findings.collect():
         setup.check_numbers(config)
     if place is None or findings.problems:
@@ -221,6 +224,9 @@ def _show_disk(config: ConfigDict, place: WorkDir, state_bytes: int, model_bytes
     # One more while the oldest is still there; the model twice, while the new one takes the old one's place.
     kept = config.checkpoint.keep_checkpoints + 1 + (config.num_train_steps // every if every else 0)
     needed = kept * state_bytes + 2 * model_bytes
+    if place.is_remote:
+        print(f"storage       {_gigabytes(needed)} for {kept} checkpoints of {_gigabytes(state_bytes)} and the model")
+        return
     existing = place.path
     while not os.path.exists(existing):
         existing = os.path.dirname(existing)

@@ -15,6 +15,7 @@ from mlm import metric_files, parallel
 from mlm.data.prefetch import Batch
 from mlm.errors import UserError
 from mlm.steps import TrainMetrics
+from mlm.terminal import LiveLine, Progress, evaluation_line
 from mlm.workdir import WorkDir
 
 # Peak bfloat16 rate of one device, FLOP/s, from the vendors' data sheets, by `jax.Device.device_kind`; the first
@@ -31,6 +32,9 @@ PEAK_FLOPS = {
     "H100": 989e12,
     "A100": 312e12,
 }
+
+# Fewer say little about speed.
+_TELLING_SECONDS = 1.0
 
 
 @dataclasses.dataclass
@@ -80,13 +84,14 @@ class Reporter:
 
         With a `pad_id` the share of padding in the rows of process 0 is logged; None for rows that never have any.
         """
-        restored = restored or {
+        restored = {
             "interval": {},
             "counts_V": [0] * vocab_size,
             "tokens_seen": 0,
             "hours": 0.0,
             "skipped": [0, 0],
-        }
+            "eval_loss": None,  # Younger than some checkpoints.
+        } | dict(restored or {})
         self.tokens_seen: int = restored["tokens_seen"]
         self.skipped, self._skipped_in_a_row = restored["skipped"]
         self._max_skipped_updates = max_skipped_updates
@@ -95,6 +100,12 @@ class Reporter:
         self._began: float | None = None
         self.counts_V = np.asarray(restored["counts_V"], np.int64)
         self._interval = Interval(**restored["interval"])
+        self._eval_loss: float | None = restored["eval_loss"]
+        # Until the interval is long enough to tell anything, the live line has the figures of the one before.
+        self._told: Progress | None = None
+        self._step = step
+        self._live = LiveLine(wanted=jax.process_index() == 0)
+        self._logdir = workdir.path
         self._writer = metric_files.create_writer(workdir, last_step=step)
         self._num_train_steps = num_train_steps
         self._flops_per_token = flops_per_token
@@ -170,6 +181,9 @@ class Reporter:
             self._interval.correct += float(metrics.sums.correct)
             self._interval.count += float(metrics.sums.count)
         self._lap()
+        self._step = step
+        if self._live.due():
+            self._show()
 
     def _tell_skipped(self, step: int, metrics: TrainMetrics) -> None:
         self.skipped += 1
@@ -190,6 +204,7 @@ class Reporter:
     def log_updates(self, step: int) -> None:
         """Writes the means since the last line and begins the next interval. Call after `settle`."""
         total, seconds = self._interval, max(self._interval.seconds, 1e-9)
+        self._told = now = self._progress_at(step)
         scalars: dict[str, float] = {}
         if total.count:  # Else all were skipped.
             scalars |= {"train/loss": total.loss / total.count, "train/accuracy": total.correct / total.count}
@@ -200,9 +215,9 @@ class Reporter:
             "train/skipped_updates": self.skipped,
             "data/tokens": self.tokens_seen,
             "perf/hours": self._hours(),
-            "perf/tokens_per_second": total.tokens / seconds,
+            "perf/tokens_per_second": now.tokens_per_second,
             "perf/step_ms": 1e3 * seconds / total.steps,
-            "perf/input_wait_fraction": min(1.0, total.wait_seconds / seconds),
+            "perf/input_wait_fraction": now.input_wait,
         }
         parts = {"input_wait": total.wait_seconds, "transfer": total.transfer_seconds, "device": total.device_seconds}
         parts["host"] = max(0.0, seconds - sum(parts.values()))
@@ -212,40 +227,51 @@ class Reporter:
         scalars |= {f"data/{name}": number for name, number in self._batch.counters.items()}
         if self._pad_id is not None:
             scalars["data/padding_fraction"] = total.padding / max(total.tokens, 1)
-        if peak := peak_flops():
-            rate = total.tokens * self._flops_per_token / seconds
-            scalars["perf/mfu"] = rate / (peak * jax.device_count())
+        if now.utilization is not None:
+            scalars["perf/mfu"] = now.utilization
         memory = jax.local_devices()[0].memory_stats() or {}
         if "peak_bytes_in_use" in memory:
             scalars["perf/device_memory_bytes"] = memory["peak_bytes_in_use"]
         with metric_files.tolerant():
             self._writer.write_scalars(step, scalars)
-        waited = scalars["perf/input_wait_fraction"]
-        logging.info(
-            "step %*d of %d   loss %.3f   accuracy %4.1f %%   %s tokens/s%s%s   %s left",
-            len(str(self._num_train_steps)),
-            step,
-            self._num_train_steps,
-            total.loss / max(total.count, 1.0),
-            100 * total.correct / max(total.count, 1.0),
-            f"{scalars['perf/tokens_per_second']:,.0f}",
-            f"   {100 * scalars['perf/mfu']:.0f} % of peak" if "perf/mfu" in scalars else "",
-            # Worth a word once it is worth a change.
-            f"   {100 * waited:.0f} % waiting for text"
-            if (waited := scalars["perf/input_wait_fraction"]) > 0.02
-            else "",
-            duration((self._num_train_steps - step) * seconds / total.steps),
-        )
+        logging.info("%s", now.line(self._live.width))
         skipped = self._batch.counters["skipped_rows"]
         if skipped > self._told_skipped:
             logging.info("%s rows so far were left out: null, empty, not text or not UTF-8", f"{skipped:,}")
             self._told_skipped = skipped
         self._interval = Interval()
+        self._show()
+
+    def _progress_at(self, step: int) -> Progress:
+        """What is known at a step that is settled, of the updates since the last line."""
+        total, seconds = self._interval, max(self._interval.seconds, 1e-9)
+        peak = peak_flops()
+        return Progress(
+            step=step,
+            num_train_steps=self._num_train_steps,
+            loss=total.loss / max(total.count, 1.0),
+            accuracy=total.correct / max(total.count, 1.0),
+            eval_loss=self._eval_loss,
+            tokens_per_second=total.tokens / seconds,
+            utilization=total.tokens * self._flops_per_token / seconds / (peak * jax.device_count()) if peak else None,
+            input_wait=min(1.0, total.wait_seconds / seconds),
+            seconds_left=(self._num_train_steps - step) * seconds / max(total.steps, 1),
+        )
+
+    def _show(self, *, busy: str = "") -> None:
+        """Draws the live line, where there is a terminal: of numbers that are on the host already."""
+        if not self._live.alive or self._clock is None:
+            return
+        told = self._told
+        if told is None or self._interval.seconds > _TELLING_SECONDS:
+            told = self._progress_at(self._step)
+        self._live.show(told.at(self._step, eval_loss=self._eval_loss), busy=busy)
 
     @contextlib.contextmanager
     def apart(self, name: str) -> Iterator[None]:
         """Keeps the time of a block out of the updates' time, and logs it as perf/<name>_ms."""
         self._lap()
+        self._show(busy=name)
         start = time.monotonic()
         with self._progress.timed(name, wait_jax_async_dispatch=False):
             yield
@@ -253,22 +279,15 @@ class Reporter:
             self._clock = time.monotonic()
             pauses = self._interval.apart_seconds
             pauses[name] = pauses.get(name, 0.0) + self._clock - start
+        self._show()
 
     def log_evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
         """Writes an evaluation's metrics, to the disk: the curves are drawn from there next."""
+        self._eval_loss = float(metrics["eval/loss"])
         with metric_files.tolerant():
             self._writer.write_scalars(step, metrics)
         self.flush()
-        logging.info(
-            "step %*d of %d   evaluation: loss %.3f (unigram model %.3f)   accuracy %4.1f %%   perplexity %.1f",
-            len(str(self._num_train_steps)),
-            step,
-            self._num_train_steps,
-            metrics["eval/loss"],
-            metrics["eval/unigram_loss"],
-            100 * metrics["eval/accuracy"],
-            metrics["eval/perplexity"],
-        )
+        logging.info("%s", evaluation_line(step, self._num_train_steps, metrics, width=self._live.width))
 
     def to_json(self) -> dict[str, Any]:
         """What a checkpoint keeps. Call after `settle`; everything reported so far is on disk after it."""
@@ -279,12 +298,20 @@ class Reporter:
             "tokens_seen": self.tokens_seen,
             "hours": self._hours(),
             "skipped": [self.skipped, self._skipped_in_a_row],
+            "eval_loss": self._eval_loss,
         }
 
     def write_hparams(self, hparams: Mapping[str, Any]) -> None:
-        """Tells tensorboard the run's configuration."""
+        """Tells tensorboard the configuration of a run that begins; what is None is none of its columns."""
         plain = (bool, int, float, str)  # What tensorboard takes.
-        self._writer.write_hparams({k: v if isinstance(v, plain) else str(v) for k, v in hparams.items()})
+        told = {
+            key: value if isinstance(value, plain) else str(value)
+            for key, value in hparams.items()
+            if value not in (None, (), []) and not key.startswith(metric_files.NO_HPARAMS)
+        }
+        if jax.process_index() == 0:
+            metric_files.lay_out(self._logdir, told)
+        self._writer.write_hparams(told)
 
     def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
         """Shows tensorboard texts, in Markdown."""
@@ -297,9 +324,11 @@ class Reporter:
             self._writer.flush()
 
     def __enter__(self) -> "Reporter":
+        self._live.__enter__()
         return self
 
     def __exit__(self, *exc: object) -> None:
+        self._live.__exit__(*exc)
         with metric_files.tolerant():
             self._writer.close()
 
@@ -318,12 +347,3 @@ def peak_flops() -> float | None:
     """The peak rate of this run's kind of device, FLOP/s; None where no data sheet gives one (CPU)."""
     kind = jax.devices()[0].device_kind
     return next((peak for name, peak in PEAK_FLOPS.items() if name in kind), None)
-
-
-def duration(seconds: float) -> str:
-    """Seconds as a person says them: "2 d 3 h", "4 h 12 min", "3 min 20 s", "12 s"."""
-    seconds = round(seconds)
-    for size, unit, small, small_unit in ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s")):
-        if seconds >= size:
-            return f"{seconds // size} {unit} {seconds % size // small} {small_unit}"
-    return f"{seconds} s"

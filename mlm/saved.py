@@ -17,6 +17,7 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from mlm import export, setup
+from mlm.bucket import is_url
 from mlm.card import card_of
 from mlm.checkpoint import Checkpointer, DamagedError
 from mlm.curves import read_metrics
@@ -78,7 +79,9 @@ def export_checkpoint(
     """
     dtype = dtype or config.export.dtype
     if dtype not in export.DTYPES:
-        raise UserError(f"the dtype {dtype!r} is not one of {', '.join(export.DTYPES)}")
+        raise UserError(f"--dtype={dtype} is not one of {', '.join(export.DTYPES)}")
+    if output is not None and is_url(output):
+        raise UserError(f"--output={output}: URLs are not supported; name a directory here and copy it there")
     place = WorkDir(workdir)
     directory = os.path.abspath(os.path.expanduser(output)) if output is not None else place.model
     if os.path.exists(directory) and not os.path.isdir(directory):
@@ -103,6 +106,7 @@ def export_checkpoint(
             tokens_seen=saved.tokens_seen,
             hardware=_hardware(place),
         )
+        os.makedirs(os.path.dirname(directory), exist_ok=True)
         export.export_model(
             directory,
             step=last,
@@ -116,10 +120,15 @@ def export_checkpoint(
             metrics_path=place.metrics,
             dtype=dtype,
         )
+        if output is None:
+            place.push()
+    except OSError as error:
+        raise UserError(f"{error}; make room, or mend that, and export again") from None
     finally:
         place.unlock()
-    logging.info("exported update %s to %s", " + ".join(map(str, saved.steps)), directory)
-    return directory
+    shown = directory if output is not None else os.path.join(place.shown, "model")
+    logging.info("exported update %s to %s", " + ".join(map(str, saved.steps)), shown)
+    return shown
 
 
 def load_checkpoint(config: ConfigDict, place: WorkDir, *, step: int | None, average: int = 1) -> SavedModel:
@@ -133,7 +142,7 @@ def load_checkpoint(config: ConfigDict, place: WorkDir, *, step: int | None, ave
     with Checkpointer(place.checkpoints, keep_checkpoints=config.checkpoint.keep_checkpoints) as checkpointer:
         there = checkpointer.steps()
         if not there:
-            raise UserError(f"{place.path} has no checkpoints; name the work directory of a run that has saved one")
+            raise UserError(f"{place.shown} has no checkpoints; name the work directory of a run that has saved one")
         step = there[-1] if step is None else step
         if step not in there:
             raise UserError(f"--step={step}: there is no such checkpoint; there are {', '.join(map(str, there))}")
@@ -153,7 +162,7 @@ def load_checkpoint(config: ConfigDict, place: WorkDir, *, step: int | None, ave
                 mean = params if mean is None else jax.tree.map(np.add, mean, params)
         except DamagedError as error:
             raise UserError(
-                f"checkpoint {other} in {place.path} cannot be read ({error}); choose another --step"
+                f"checkpoint {other} in {place.shown} cannot be read ({error}); choose another --step"
             ) from None
     tokenizer = load_tokenizer(place.tokenizer)
     path = os.path.join(place.model, "config.json")
@@ -162,18 +171,18 @@ def load_checkpoint(config: ConfigDict, place: WorkDir, *, step: int | None, ave
     return SavedModel(tuple(steps), params, encoder, tokenizer, tokens_seen)
 
 
-def load_model(directory: str) -> SavedModel:
-    """Reads an exported model directory.
+def load_model(directory: str, *, shown: str | None = None) -> SavedModel:
+    """Reads an exported model directory, called `shown` where that is not its name.
 
     Raises:
       UserError: there is none.
     """
+    shown = shown or directory
     directory = directory if os.path.exists(directory) else directory + ".old"
     names = os.listdir(directory) if os.path.isdir(directory) else []
     if not {"config.json", "model.safetensors"} <= set(names):
         raise UserError(
-            f"there is no model in {directory.removesuffix('.old')}: the run has not evaluated yet; "
-            "--mode=export makes one of a checkpoint"
+            f"there is no model in {shown}: the run has not evaluated yet; --mode=export makes one of a checkpoint"
         )
     encoder = _read_encoder(os.path.join(directory, "config.json"))
     tensors = safetensors.numpy.load_file(os.path.join(directory, "model.safetensors"))
@@ -218,7 +227,11 @@ def fill_sentences(config: ConfigDict, workdir: str, sentences: Sequence[str], *
       UserError: there is no such model, or a sentence has no mask or is too long.
     """
     place = WorkDir(workdir)
-    saved = load_model(place.model) if step is None else load_checkpoint(config, place, step=step)
+    if step is None:
+        place.fetch_weights()
+        saved = load_model(place.model, shown=os.path.join(place.shown, "model"))
+    else:
+        saved = load_checkpoint(config, place, step=step)
     model, params = MaskedLM(saved.encoder), jax.device_put(saved.params)
     asked = False
     for some in _batches(sentences, _lines()):

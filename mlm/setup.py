@@ -1,6 +1,7 @@
 """From a config to the parts of a run. What a user can get wrong is found here, before anything is compiled, and
 nothing is written here."""
 
+import contextlib
 import dataclasses
 import functools
 import os
@@ -169,6 +170,7 @@ def open_hub(config: ConfigDict, workdir: WorkDir) -> Hub | None:
         private=config.hub.private,
         workdir=workdir.path,
         patience=text_lib.patience(config),
+        url=workdir.shown if workdir.is_remote else None,
     )
 
 
@@ -177,7 +179,10 @@ def push_what_is_left(config: ConfigDict, workdir: WorkDir, *, step: int) -> Non
     if config.hub.push_to_hub and not is_pushed(workdir.path, name=_hub_name(config, workdir), step=step):
         hub = open_hub(config, workdir)
         if hub is not None:
+            workdir.fetch_weights()
             hub.finish(step=step)
+            with contextlib.suppress(OSError):  # Else it is pushed again, which does no harm.
+                workdir.push()
 
 
 def check_hub(config: ConfigDict, workdir: WorkDir) -> None:
@@ -251,7 +256,10 @@ def check_numbers(config: ConfigDict) -> None:
     if not 0 < shares.mlm_probability <= 1:
         raise UserError(f"masking.mlm_probability={shares.mlm_probability} must lie in (0, 1]")
     if not (shares.mask_token_share >= 0 and shares.random_token_share >= 0):
-        raise UserError("masking.mask_token_share and masking.random_token_share must not be negative")
+        raise UserError(
+            f"masking.mask_token_share={shares.mask_token_share} and masking.random_token_share="
+            f"{shares.random_token_share} must not be negative"
+        )
     if not shares.mask_token_share + shares.random_token_share <= 1 + 1e-9:
         raise UserError(
             f"masking.mask_token_share={shares.mask_token_share} and masking.random_token_share="

@@ -5,13 +5,11 @@ import copy
 import functools
 import itertools
 import os
-import shlex
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 from absl import logging
-from clu import parameter_overview
 from ml_collections import ConfigDict
 
 from mlm import export, fit, parallel, report, setup, steps
@@ -24,6 +22,7 @@ from mlm.evaluate import Evaluator, unigram_log_probs
 from mlm.fill_mask import Filling, fill_mask, table
 from mlm.interrupt import Interrupt, Interrupted
 from mlm.models.flops import flops_per_token
+from mlm.told import say_what_runs, show, warn_of_other_rows
 from mlm.workdir import WorkDir, flatten
 
 
@@ -53,8 +52,9 @@ def train_and_evaluate(
     place = WorkDir(workdir)
     if overwrite:
         if jax.process_index() == 0 and (old := place.move_aside()):
-            logging.info("the run that was in %s is in %s now", place.path, old)
+            logging.info("the run that was in %s is in %s now", place.shown, old)
         parallel.barrier("work directory moved aside")
+        place.pull()
     config = copy.deepcopy(config)  # What it leaves open is filled in.
     if config.per_device_train_batch_size == 0 and place.read_layout() is not None:
         config.per_device_train_batch_size = place.read_config()["per_device_train_batch_size"]
@@ -63,13 +63,13 @@ def train_and_evaluate(
         export.recover(place.model)
     exported = place.exported_step()
     if exported is not None and exported >= last:
-        logging.info("nothing to do: all %d updates are made; the model is in %s", exported, place.model)
+        logging.info("nothing to do: all %d updates are made; the model is in %s/model", exported, place.shown)
         setup.push_what_is_left(config, place, step=exported)
         return
     setup.check_numbers(config)
 
     with contextlib.ExitStack() as stack:
-        stack.callback(place.unlock)
+        stack.callback(place.close)
         if jax.process_index() == 0:
             place.lock()
         run = setup.build(config, place)
@@ -93,7 +93,7 @@ def train_and_evaluate(
         stream = itertools.chain([next(batches)], batches)
         hub = setup.open_hub(config, place)
         if jax.process_index() == 0:
-            _warn_of_other_rows(place, run)
+            warn_of_other_rows(place, run)
             changed = place.create(
                 config.to_dict(),
                 save_tokenizer=run.tokenizer.save,
@@ -109,8 +109,9 @@ def train_and_evaluate(
         reporter = stack.enter_context(_reporter(config, place, run, start, restored))
         if start == 0:
             reporter.write_hparams(flatten(config.to_dict()))
-            reporter.write_texts(0, {"config": f"```\n{config}\n```"})
-        _say_what_runs(config, run, state, start)
+            lines = "\n".join(f"{key} = {value!r}" for key, value in flatten(config.to_dict()).items())
+            reporter.write_texts(0, {"config": f"```\n{lines}\n```"})
+        say_what_runs(config, run, state, start)
         train_step = parallel.data_parallel(
             functools.partial(steps.train_step, task=run.task, axis_name=parallel.AXIS), donate_argnums=(0,)
         )
@@ -133,7 +134,7 @@ def train_and_evaluate(
             with reporter.apart("save"), _tolerant(final=awaited, together=True):
                 loop = {"step": step, "evaluated": evaluated, **reporter.to_json()}
                 saved = parallel.to_global(state)
-                _require_room(checkpointer, saved)
+                _require_room(checkpointer, saved, first=place.push)
                 checkpointer.save(step, state=saved, loop=loop, stream=stream_state)
                 if awaited:
                     checkpointer.wait()
@@ -147,6 +148,7 @@ def train_and_evaluate(
                     fillings[:] = fill_mask(run.task.model, params, run.tokenizer, config.report.sentences)
                     reporter.write_texts(step, {"fillings": f"```\n{table(fillings)}\n```"})
                     _export(config, place, run, params, step, metrics, fillings, tokens_seen=reporter.tokens_seen)
+                    place.push()
                     if hub is not None and step < last:
                         hub.push(step=step)
 
@@ -180,6 +182,10 @@ def train_and_evaluate(
                     reporter.settle()
                 if logs:
                     reporter.log_updates(step)
+                    if place.is_remote and jax.process_index() == 0:
+                        with reporter.apart("upload"), _tolerant():
+                            reporter.flush()
+                            place.push()
                 if evaluates and not stops:
                     eval_metrics = evaluate(step)
                 if saves or stops:
@@ -191,7 +197,7 @@ def train_and_evaluate(
                     export_model(step, eval_metrics)
         reporter.flush()
         if jax.process_index() == 0:
-            _show(config, place, fillings, command)
+            show(config, place, fillings, command)
         if hub is not None:
             hub.finish(step=last)
 
@@ -225,13 +231,20 @@ def _waits_in_vain(interrupt: Interrupt) -> Callable[[], None]:
     return check
 
 
-def _require_room(checkpointer: Checkpointer, state: Any) -> None:
-    """Raises NoRoomError on all processes if there is no room for one of them: a save takes all."""
+def _require_room(checkpointer: Checkpointer, state: Any, *, first: Callable[[], None] = lambda: None) -> None:
+    """Raises NoRoomError on all processes if there is no room for one of them: a save takes all.
+
+    Process 0 carries the metrics up to here to the bucket (`first`): a run that goes on from the save needs them.
+    """
     missing = None
     try:
         checkpointer.require_room(state)
+        if jax.process_index() == 0:
+            first()
     except NoRoomError as error:
         missing = error
+    except OSError as error:
+        missing = NoRoomError(f"a checkpoint could not be written: {error}")
     if parallel.on_any_process(missing is not None):
         raise missing or NoRoomError("a checkpoint could not be written by another process")
 
@@ -278,46 +291,6 @@ def _restore(run: setup.Run, checkpointer: Checkpointer) -> tuple[steps.TrainSta
         f"none of the checkpoints up to {newest} can be read; they are in {checkpointer.damaged}. Put whole ones back, "
         "or start anew with --overwrite"
     )
-
-
-def _say_what_runs(config: ConfigDict, run: setup.Run, state: steps.TrainState, start: int) -> None:
-    """Logs the model, the data and the devices; each process, which text it reads."""
-    for line in run.text.describe_shares(run.stream):
-        logging.info("process %d of %d reads %s", jax.process_index(), jax.process_count(), line)
-    if jax.process_index() > 0:
-        return
-    # Shapes tell all there is to print: the parameters themselves can stay where they are.
-    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), state.params)
-    overview = parameter_overview.get_parameter_overview(shapes, include_stats=False)
-    rows = config.per_device_train_batch_size * config.gradient_accumulation_steps * jax.device_count()
-    device = jax.devices()[0]
-    logging.info("parameters of the %s encoder:\n%s", run.encoder.model_type, overview)
-    logging.info("text: %s, tokenized by %s", run.text.name, run.tokenizer.name)
-    logging.info(
-        "an update: %s rows of %d tokens on %d %s device%s of %d process%s",
-        f"{rows:,}",
-        config.data.max_seq_length,
-        jax.device_count(),
-        device.device_kind,
-        "s" * (jax.device_count() > 1),
-        jax.process_count(),
-        "es" * (jax.process_count() > 1),
-    )
-    if start:
-        logging.info("going on after update %d", start)
-
-
-def _warn_of_other_rows(place: WorkDir, run: setup.Run) -> None:
-    """An update's rows follow the number of devices: a run that goes on with others is not what it was."""
-    layout = place.read_layout()
-    rows = jax.process_count() * run.text.batch_rows
-    if layout is not None and layout[0] * layout[1] != rows:
-        logging.warning(
-            "an update had %d rows in this run so far and has %d from now on, for the devices are not as many; "
-            "per_device_train_batch_size or gradient_accumulation_steps can make up for it in a new run",
-            layout[0] * layout[1],
-            rows,
-        )
 
 
 def _reporter(
@@ -371,18 +344,3 @@ def _export(
         metrics_path=place.metrics,
         dtype=config.export.dtype,
     )
-
-
-def _show(config: ConfigDict, place: WorkDir, fillings: list[Filling], command: str) -> None:
-    """Prints what the finished model says, and what to do next."""
-    if fillings:
-        print("\nThe model's five best fillings:\n")
-        print(table(fillings))
-    print(f"""
-Model      {place.model}
-Curves     {os.path.join(place.model, "curves.png")}
-Look at    tensorboard --logdir {shlex.quote(place.path)}
-Resume     {command} --config.num_train_steps={2 * config.num_train_steps}
-Use        from transformers import pipeline
-           pipeline("fill-mask", model={place.model!r})
-""")

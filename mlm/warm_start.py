@@ -195,7 +195,7 @@ def _read_config(path: str) -> EncoderConfig:
         with open(os.path.join(path, "config.json"), encoding="utf-8") as file:
             return EncoderConfig.from_hf(json.load(file))
     except ValueError:
-        raise UserError(f"{path}/config.json is not JSON") from None
+        raise UserError(f"{path}/config.json is not JSON; fetch it anew") from None
 
 
 def _read_tensors(path: str) -> dict[str, np.ndarray]:
@@ -265,9 +265,9 @@ def _fetch(name: str, *, cache_dir: str | None, patterns: list[str]) -> str:
     if os.path.isfile(os.path.join(name, "config.json")):
         return name
     if sources.is_local_path(name) and not os.path.exists(name):
-        raise UserError(f"there is no model directory {name!r}")
+        raise UserError(f"there is no model directory {name!r}; check the path")
     if os.path.exists(name):
-        raise UserError(f"the model directory {name!r} has no config.json")
+        raise UserError(f"the model directory {name!r} has no config.json; check the path")
     try:
         return huggingface_hub.snapshot_download(name, cache_dir=cache_dir, allow_patterns=patterns)
     except (HfHubHTTPError, OSError, ValueError):

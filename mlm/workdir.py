@@ -1,5 +1,10 @@
-"""The work directory: where its files are, and whether a run may go on in it."""
+"""The work directory: where its files are, and whether a run may go on in it.
 
+One in a bucket has a double on this machine's disk, where all files but the checkpoints are read and written: see
+`bucket`. What is carried there, and when, is `push`'s callers' to say.
+"""
+
+import contextlib
 import datetime
 import fcntl
 import glob
@@ -7,9 +12,10 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
+from mlm.bucket import Double, is_url
 from mlm.errors import UserError
 
 # A run may go on with other values of these; any other key changes what the updates so far have meant.
@@ -39,24 +45,33 @@ MAY_CHANGE = (
 class WorkDir:
     """Paths of a run's files; making one touches nothing.
 
+    Attributes:
+      path: a directory on this machine, where all that is not a checkpoint is read and written.
+      shown: what people call the work directory: `path`, or the URL that `path` is the double of.
+      is_remote: whether it is a URL.
+
     Raises:
       UserError: the path cannot be a work directory.
     """
 
     def __init__(self, path: str):
-        if "://" in path:
-            raise UserError(f"--workdir={path}: URLs are not supported; name a local or mounted directory")
-        self.path = os.path.abspath(os.path.expanduser(path))
+        self.is_remote = is_url(path)
+        self._double = Double(path) if self.is_remote else None
+        self.path = self._double.path if self._double else os.path.abspath(os.path.expanduser(path))
+        self.shown = self._double.folder.url if self._double else self.path
         if glob.has_magic(self.path):
             # Orbax lists its files by glob, and would write checkpoints that it cannot find.
             raise UserError(f"--workdir={path}: a path with *, ? or [ cannot hold checkpoints; choose another")
         self.config = os.path.join(self.path, "config.json")
         self.tokenizer = os.path.join(self.path, "tokenizer")
-        self.checkpoints = os.path.join(self.path, "checkpoints")
+        self.checkpoints = os.path.join(self.shown, "checkpoints")
         self.metrics = os.path.join(self.path, "metrics.jsonl")
         self.model = os.path.join(self.path, "model")
 
         self._lock = None
+        self._has_started = False
+        if self._double is not None:
+            return
 
         existing = self.path
         while not os.path.lexists(existing):
@@ -74,9 +89,9 @@ class WorkDir:
     def check_same_run(self, config: dict[str, Any]) -> None:
         """Refuses a config that differs from the directory's own in a key that changes the run's result."""
         if not os.path.exists(self.config):
-            if os.path.isdir(self.checkpoints) and os.listdir(self.checkpoints):
+            if self._has_checkpoints():
                 raise UserError(
-                    f"{self.path} has checkpoints but no config.json; put it back, or choose another --workdir"
+                    f"{self.shown} has checkpoints but no config.json; put it back, or choose another --workdir"
                 )
             return
         old, new = flatten(self.read_config()), flatten(config)
@@ -87,9 +102,14 @@ class WorkDir:
         ]
         if differing:
             raise UserError(
-                f"{self.path} holds a run with another config: {'; '.join(differing)}. "
+                f"{self.shown} holds a run with another config: {'; '.join(differing)}. "
                 "Use the same values to go on with it, another --workdir, or --overwrite to start anew here"
             )
+
+    def _has_checkpoints(self) -> bool:
+        if self._double is not None:
+            return self._double.has_checkpoints()
+        return os.path.isdir(self.checkpoints) and bool(os.listdir(self.checkpoints))
 
     def read_config(self) -> dict[str, Any]:
         """The config of the run in this directory.
@@ -117,7 +137,8 @@ class WorkDir:
         except ValueError:
             content = None
         if not (isinstance(content, dict) and isinstance(content.get("config"), dict) and content.get("history")):
-            raise UserError(f"{self.config} is damaged or not a run's config; mend it, or choose another --workdir")
+            config = os.path.join(self.shown, "config.json")
+            raise UserError(f"{config} is damaged or not a run's config; mend it, or choose another --workdir")
         return content
 
     def create(
@@ -135,6 +156,9 @@ class WorkDir:
 
         Returns:
           Those keys: name -> [value before, value now].
+
+        Raises:
+          UserError: a bucket does not take it, or has taken another start meanwhile.
         """
         history, changed = [], {}
         if os.path.exists(self.config):
@@ -156,7 +180,8 @@ class WorkDir:
                 "changed": changed,
             }
         )
-        os.makedirs(self.checkpoints, exist_ok=True)
+        if not self.is_remote:
+            os.makedirs(self.checkpoints, exist_ok=True)
         if not os.path.exists(self.config):
             # Of a run that was killed before it had a config: it may be another's.
             shutil.rmtree(self.tokenizer, ignore_errors=True)
@@ -173,7 +198,41 @@ class WorkDir:
         sync(self.config + ".tmp")
         os.replace(self.config + ".tmp", self.config)
         sync(self.path)
+        self._has_started = True
+        try:
+            self.push()
+        except OSError as error:
+            raise UserError(f"{error}; mend that: the same command goes on") from None
         return changed
+
+    def push(self) -> None:
+        """Carries what has changed to the bucket, if the directory is in one. On process 0.
+
+        Raises:
+          OSError: it cannot be written; it is, the next time.
+          UserError: the run was started again elsewhere.
+        """
+        if self._double is not None:
+            self._double.push()
+
+    def pull(self) -> None:
+        """Looks again what is in the bucket, after another process has changed it."""
+        if self._double is not None:
+            with _reading(self.shown):
+                self._double.pull()
+
+    def fetch_weights(self) -> None:
+        """Has the weights in `model/`, if there are any: of a bucket's they are not here before."""
+        if self._double is not None:
+            with _reading(self.shown):
+                self._double.fetch_weights()
+
+    def close(self) -> None:
+        """Lets the directory go; on the process that has made it, what is left is carried to the bucket, if it can."""
+        self.unlock()
+        if self._has_started:
+            with contextlib.suppress(OSError, UserError):
+                self.push()
 
     def has_tokenizer(self) -> bool:
         """Whether the run here has made its tokenizer. One without a config is left of a start that was killed."""
@@ -193,6 +252,11 @@ class WorkDir:
         Raises:
           UserError: it is under way, or cannot be moved.
         """
+        if self._double is not None:
+            with _reading(self.shown):
+                target = self._double.folder.move_aside()
+                self._double.pull()
+            return target
         if not os.path.isdir(self.path) or not os.listdir(self.path):
             return None
         self.lock()
@@ -202,7 +266,9 @@ class WorkDir:
         try:
             os.rename(self.path, target)
         except OSError as error:
-            raise UserError(f"--overwrite: {self.path} cannot be moved to {target} ({error.strerror})") from None
+            raise UserError(
+                f"--overwrite: {self.path} cannot be moved to {target} ({error.strerror}); choose another --workdir"
+            ) from None
         finally:
             self.unlock()
         return target
@@ -210,9 +276,15 @@ class WorkDir:
     def lock(self) -> None:
         """Holds the directory, if it is there, until `unlock` or until this process ends, however it ends.
 
+        A bucket cannot be held, see `push`; that it can be written to shows here.
+
         Raises:
-          UserError: another process holds it.
+          UserError: another process holds it, or the bucket cannot be written to.
         """
+        if self._double is not None and not self._has_started:
+            self._double.check_writable()
+        if self._double is not None:
+            return
         if self._lock is not None or not os.path.isdir(self.path):
             return
         self._lock = open(os.path.join(self.path, ".lock"), "w")  # noqa: SIM115
@@ -229,6 +301,15 @@ class WorkDir:
         if self._lock is not None:
             self._lock.close()
             self._lock = None
+
+
+@contextlib.contextmanager
+def _reading(shown: str) -> Iterator[None]:
+    """What a bucket does not give, or take, where there is no next time -> UserError."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"--workdir={shown}: {error}; mend that: the same command goes on") from None
 
 
 def sync(path: str) -> None:

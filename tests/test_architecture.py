@@ -21,12 +21,14 @@ ROOMS = {
     "models": "errors",
     "masking": "",
     "loss": "",
+    "terminal": "",
     "optimizer": "errors",
     "data": "errors",
     "curves": "errors",
-    "workdir": "errors",
+    "bucket": "errors",
+    "workdir": "bucket errors",
     "parallel": "",
-    "checkpoint": "errors",
+    "checkpoint": "bucket errors",
     "steps": "loss masking models",
     "evaluate": "parallel steps",
     "hub": "data errors",
@@ -34,23 +36,24 @@ ROOMS = {
     "card": "data fill_mask workdir",
     "export": "card curves data fill_mask models workdir",
     "metric_files": "curves workdir",
-    "report": "data errors metric_files parallel steps workdir",
+    "report": "data errors metric_files parallel steps terminal workdir",
     "text": "data errors workdir",
     "warm_start": "data errors models",
     "setup": "data errors export hub fill_mask masking models optimizer steps text warm_start workdir",
     "show_data": "checkpoint data errors masking setup steps text workdir",
-    "saved": "card checkpoint curves data errors export fill_mask models setup workdir",
-    "interrupt": "",
+    "saved": "bucket card checkpoint curves data errors export fill_mask models setup workdir",
+    "interrupt": "terminal",
     "hosts": "errors interrupt",
     "fit": "errors parallel steps",
+    "told": "fill_mask setup steps workdir",
     "train": "card checkpoint data errors evaluate export fill_mask fit interrupt models parallel report setup steps "
-    "workdir",
+    "told workdir",
     "benchmark": "curves parallel setup steps train workdir",
     "html_report": "curves errors workdir",
     "explain": "errors",
     "machine": "errors",
     "topology": "errors fit machine steps",
-    "preflight": "data errors fit machine masking models report setup show_data steps text topology workdir",
+    "preflight": "data errors fit machine masking models report setup show_data steps terminal text topology workdir",
     "main": "benchmark errors explain hosts html_report interrupt machine preflight saved setup show_data train "
     "workdir",
 }
@@ -154,6 +157,7 @@ def test_config_dicts_stop_at_train_setup_text_and_show_data():
         "mlm/setup.py",
         "mlm/show_data.py",
         "mlm/text.py",
+        "mlm/told.py",
         "mlm/train.py",
     }
 
@@ -248,6 +252,7 @@ def test_requirements_list_what_the_code_imports():
     lines = (ROOT / "requirements.txt").read_text().splitlines()
     required = {re.split("[=<>]", line)[0] for line in lines if line and not line.startswith("#")}
     distributions = {"absl": "absl-py", "orbax": "orbax-checkpoint", "tensorflow": "tensorflow-cpu"}
+    distributions["google"] = "google-cloud-storage"
     packages = {name.split(".")[0] for tree in TREES.values() for name in imports(tree)}
     # PyTorch is for those who have weights in its own format, and is asked for then.
     packages -= sys.stdlib_module_names | {"mlm", "configs", "torch"}

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from configs import default
-from mlm import html_report
+from mlm import html_report, metric_files, train
 from mlm.errors import UserError
 from mlm.workdir import WorkDir, flatten
 
@@ -366,3 +366,12 @@ def test_a_phone_shows_it_without_scrolling_sideways(browser, page):
     assert all(300 < width <= 390 for width in widths.values())
     size = browser.execute_script("return parseFloat(getComputedStyle(document.querySelector('#figures td')).fontSize)")
     assert size >= 14
+
+
+def test_the_pauses_are_called_as_the_loop_calls_them():
+    loop = Path(train.__file__).read_text()
+    called = {f"perf/{name}_ms" for name in re.findall(r'reporter\.apart\("(\w+)"\)', loop)}
+    panels = {title: {metric for metric, _ in curves} for title, _, curves, _ in html_report.PANELS}
+    assert panels["Pauses"] <= called
+    charts = {name for tags in metric_files._CHARTS.values() for name in tags if "evaluation" in name or "save" in name}
+    assert charts <= called

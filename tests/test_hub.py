@@ -189,6 +189,16 @@ def test_waits_grow_and_the_runs_end_does_not_wait_for_them(server, workdir, mon
     assert [message for message, _ in server.commits] == ["Update 1"]
 
 
+def test_the_command_for_a_model_in_a_bucket(server, workdir):
+    hub = open_hub(workdir, url="gs://bucket/runs/it's")
+    server.always[COMMIT] = 403
+    with pytest.raises(UserError) as error:
+        hub.finish(step=1)
+    assert "gcloud storage cp --recursive 'gs://bucket/runs/it'\"'\"'s/model' . && hf upload ann/run model" in str(
+        error.value
+    )
+
+
 @pytest.mark.parametrize("fault", [500, "reset", 403])
 def test_a_push_that_fails_to_the_end_is_an_error_with_the_command(server, workdir, fault):
     hub = open_hub(workdir)

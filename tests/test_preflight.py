@@ -18,7 +18,7 @@ from mlm import preflight, setup, topology
 from mlm.data.sources import Source
 from mlm.errors import UserError
 from mlm.machine import Machine, machine_of
-from mlm.report import duration
+from mlm.terminal import duration
 from mlm.workdir import WorkDir, flatten
 from tests.tiny import tiny_config, write_corpus
 
@@ -145,7 +145,7 @@ def test_everything_wrong_is_told_at_once(config, tmp_path, monkeypatch):
     ("changes", "problem"),
     [
         ({"num_train_steps": 0}, "num_train_steps=0 must be at least 1"),
-        ({"data.data_files": "/nowhere/*.txt"}, "no file matches data_files="),
+        ({"data.data_files": "/nowhere/*.txt"}, "no file matches data.data_files="),
         ({"per_device_train_batch_size": 4000}, "batch"),
         ({"tokenizer.tokenizer_name": "/nowhere/tokenizer"}, "/nowhere/tokenizer"),
         ({"model.overrides.vocab_size": 100}, "has ids up to"),

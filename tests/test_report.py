@@ -16,8 +16,9 @@ from mlm.data.prefetch import Batch
 from mlm.errors import UserError
 from mlm.loss import LossSums
 from mlm.metric_files import JsonLinesWriter
-from mlm.report import Reporter, duration
+from mlm.report import Reporter
 from mlm.steps import TrainMetrics
+from mlm.terminal import duration
 from mlm.workdir import WorkDir
 
 

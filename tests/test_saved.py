@@ -148,7 +148,7 @@ def test_what_cannot_be_exported(run, tmp_path):
         ({"average": 5}, r"--average=5: up to update 8 there are only the checkpoints 2, 4, 6, 8"),
         ({"average": 2, "step": 2}, r"--average=2: up to update 2 there are only the checkpoints 2"),
         ({"average": 0}, "at least 1"),
-        ({"dtype": "float8"}, "'float8' is not one of float32, bfloat16, float16"),
+        ({"dtype": "float8"}, "--dtype=float8 is not one of float32, bfloat16, float16"),
         ({"output": str(tmp_path / "other")}, "something else than a model"),
         ({"output": str(tmp_path / "file")}, "there is a file"),
     ]:

@@ -211,7 +211,7 @@ def test_docstrings_are_the_default_that_needs_no_network():
     ("arguments", "message"),
     [
         ({"data_files": "none.txt"}, "no data file 'none.txt'"),
-        ({"data_files": "*.none.txt"}, "no file matches data_files='\\*.none.txt'"),
+        ({"data_files": "*.none.txt"}, "no file matches data.data_files='\\*.none.txt'"),
         ({"data_files": "a.doc"}, "'.*a.doc'.*one of .txt, .text, .json, .jsonl, .csv, .parquet"),
         ({"data_files": "a.parquet.gz"}, "compressed twice"),
         ({"data_files": "."}, "is a directory"),

@@ -1,81 +1,20 @@
-"""launch/tpu_vm.sh against a gcloud of our own, which records calls, plays failures, and runs in folders what is sent
-to the workers. No test calls the real one."""
+"""The commands of launch/tpu_vm.sh, and the workers' half; test_tpu_vm_train.py has the watching."""
 
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
-FAKES = ROOT / "tests" / "fakes"
-TRAIN = ("--", "--config=configs/roberta_base.py", "--workdir=/mnt/bucket/run", "--config.data.dataset_name=it's a b")
-ON_DEMAND = "v3-8,tpu-ubuntu2204-base,,,"
-SPOT = "v4-16,tpu-ubuntu2204-base,True,,"
-QUEUED = "v4-16,tpu-ubuntu2204-base,True,,tpu"
-READY = {"vm": "READY"}
-FINISHED = {"vm": "READY", "exits": {"0": "exited 0", "1": "exited 0"}}
-
-
-def git(repository, *words):
-    command = ["git", "-c", "user.name=t", "-c", "user.email=t@t", "-C", repository, *words]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+from tests.tpu_cloud import FAKES, QUEUED, ROOT, TRAIN, Cloud, git, make_repository
 
 
 @pytest.fixture(scope="module")
 def repository(tmp_path_factory):
-    """With the scripts of the working tree, committed."""
-    repository = tmp_path_factory.mktemp("repository")
-    shutil.copytree(ROOT / "launch", repository / "launch")
-    shutil.copy(ROOT / "requirements.txt", repository)
-    git(repository, "init", "--quiet")
-    git(repository, "add", ".")
-    git(repository, "commit", "--quiet", "--message", "all")
-    return repository
-
-
-class Cloud:
-    """A project with one TPU VM of `workers` workers."""
-
-    def __init__(self, folder, repository, workers=2):
-        self.folder, self.repository = folder, repository
-        self.workers = [folder / f"worker-{i}" for i in range(workers)]
-        for home in self.workers:
-            home.mkdir()
-        self.play()
-
-    def play(self, **scenario):
-        scenario = {"workers": len(self.workers), "is": ON_DEMAND} | scenario
-        (self.folder / "scenario.json").write_text(json.dumps(scenario))
-
-    def __call__(self, *words, code=0, env=None):
-        """Runs the script; returns what it wrote."""
-        done = subprocess.run(
-            [self.repository / "launch" / "tpu_vm.sh", *words],
-            env=os.environ
-            | {"CLOUD": str(self.folder), "PATH": f"{FAKES}:{Path(sys.executable).parent}:{os.environ['PATH']}"}
-            | (env or {}),
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-        )
-        assert done.returncode == code, done.stdout + done.stderr
-        return done.stdout + done.stderr
-
-    @property
-    def calls(self):
-        path = self.folder / "calls.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-    @property
-    def verbs(self):
-        """Of the calls, without the looks at the VM's state."""
-        return [" ".join(call[2:4]) for call in self.calls if call[3] != "describe"]
+    return make_repository(tmp_path_factory.mktemp("repository"))
 
 
 @pytest.fixture
@@ -247,113 +186,6 @@ def test_the_state_of_a_worker(cloud, active, result, end, state):
     assert (worker("may-start").returncode == 0) == (end in (None, "exited 75", "killed KILL"))
 
 
-def test_train_watches_until_the_run_is_finished(cloud):
-    cloud("setup", "tpu")
-    cloud.play(states=[READY, READY, {"vm": "UNREACHABLE"}, READY, FINISHED])
-    output = cloud("train", "tpu", "--poll=0", *TRAIN)
-    assert "2 running" in output
-    assert "tpu is UNREACHABLE; waiting" in output
-    assert "the run is finished" in output
-
-
-@pytest.mark.parametrize("end", ["exited 1", "exited 2", "killed SEGV"])
-def test_train_stops_on_a_failure_and_does_not_start_again(cloud, end):
-    cloud("setup", "tpu")
-    cloud.play(**{"is": SPOT}, states=[READY, {"vm": "READY", "exits": {"1": end}}])
-    (cloud.workers[0] / "mlm-run" / "log").write_text("the cause\n")
-    (cloud.workers[1] / "mlm-run" / "log").write_text("it went wrong\n")
-    before = len(cloud.verbs)
-    output = cloud("train", "tpu", "--poll=0", *TRAIN, code=1)
-    assert f"worker-1 {(cloud.workers[1] / 'mlm' / 'COMMIT').read_text().strip()} failed {end.split()[1]}" in output
-    assert "worker-1: it went wrong" in output
-    assert set(cloud.verbs[before:]) == {"tpu-vm ssh"}
-    assert (cloud.workers[1] / "systemctl").read_text().count("start ") == 1
-
-
-@pytest.mark.parametrize("gone", ["PREEMPTED", "TERMINATED", "GONE"])
-def test_a_preempted_spot_vm_is_made_anew_at_the_same_commit(cloud, repository, gone):
-    cloud("setup", "tpu")
-    sha = git(repository, "rev-parse", "HEAD")
-    no_capacity = '{"code": 8, "message": "There is no more capacity in the zone \\"z\\"; you can try in another zone"}'
-    cloud.play(
-        **{"is": SPOT},
-        # A worker fails first, for the other host is gone: it is no failure of the run.
-        states=[READY, {"vm": "READY", "exits": {"0": "exited 1"}}, {"vm": gone}, READY, FINISHED],
-        creates=[no_capacity, no_capacity],
-    )
-    git(repository, "commit", "--quiet", "--allow-empty", "--message", "later")
-    before = len(cloud.verbs)
-    output = cloud("train", "tpu", "--poll=0", "--zone=z", *TRAIN)
-    assert "no TPU to be had now" in output
-    verbs = cloud.verbs[before:]
-    at = verbs.index("tpu-vm create")
-    assert verbs[at - 1] == ("tpu-vm ssh" if gone == "GONE" else "tpu-vm delete")
-    # setup is ssh, scp, ssh; start is two.
-    assert verbs[at : at + 8] == ["tpu-vm create"] * 3 + ["tpu-vm ssh", "tpu-vm scp"] + ["tpu-vm ssh"] * 3
-    create = next(call for call in cloud.calls if call[3] == "create")
-    assert create[5:] == ["--accelerator-type=v4-16", "--version=tpu-ubuntu2204-base", "--spot", "--zone=z"]
-    for home in cloud.workers:
-        assert (home / "mlm" / "COMMIT").read_text().strip() == sha
-        assert "--workdir=/mnt/bucket/run" in (home / "mlm-run" / "command").read_text()
-
-
-def test_a_vm_that_was_preempted_while_nobody_watched(cloud):
-    cloud.play(states=[{"vm": "GONE"}, {"vm": "GONE"}, READY, FINISHED])
-    (cloud.folder / "scenario.json").write_text(
-        (cloud.folder / "scenario.json").read_text().replace(f'"is": "{ON_DEMAND}"', '"is": null')
-    )
-    cloud("train", "tpu", "--poll=0", "--type=v4-16", "--spot", *TRAIN)
-    assert cloud.verbs[0] == "tpu-vm create"
-    assert "--workdir=/mnt/bucket/run" in (cloud.workers[1] / "mlm-run" / "command").read_text()
-
-
-def test_a_vm_that_is_not_ready_yet_is_waited_for_and_started(cloud):
-    cloud("setup", "tpu")
-    cloud.play(states=[{"vm": "STARTING"}, {"vm": "STARTING"}, READY, READY, FINISHED])
-    output = cloud("train", "tpu", "--poll=0", *TRAIN)
-    assert "tpu is STARTING; waiting" in output
-    assert "worker-1: started" in output
-
-
-def test_a_preempted_queued_vm_queues_again(cloud):
-    cloud("setup", "tpu")
-    cloud.play(
-        **{"is": QUEUED}, states=[READY, {"vm": "GONE"}, READY, FINISHED], queue=["WAITING_FOR_RESOURCES", "ACTIVE"]
-    )
-    before = len(cloud.calls)
-    cloud("train", "tpu", "--poll=0", *TRAIN)
-    calls = [" ".join(call[2:]) for call in cloud.calls[before:] if call[2] == "queued-resources"]
-    assert calls[:2] == [
-        "queued-resources delete tpu --force --quiet",
-        "queued-resources create tpu --node-id=tpu --accelerator-type=v4-16 --runtime-version=tpu-ubuntu2204-base "
-        "--spot",
-    ]
-    assert [call.split()[1] for call in calls[2:]] == ["describe", "describe"]
-
-
-def test_what_waiting_does_not_mend_ends_the_watching(cloud):
-    cloud("setup", "tpu")
-    cloud.play(**{"is": SPOT}, states=[READY, {"vm": "GONE"}], creates=["PERMISSION_DENIED: you may not"])
-    assert "error: tpu cannot be made anew; see above" in cloud("train", "tpu", "--poll=0", *TRAIN, code=1)
-
-
-def test_a_vm_that_cannot_be_preempted_is_not_made_anew(cloud):
-    cloud("setup", "tpu")
-    cloud.play(states=[READY, {"vm": "TERMINATED"}])
-    before = len(cloud.verbs)
-    assert "error: tpu is TERMINATED; make it again" in cloud("train", "tpu", "--poll=0", *TRAIN, code=1)
-    assert set(cloud.verbs[before:]) == {"tpu-vm ssh"}
-
-
-def test_stop_saves_and_train_goes_on(cloud):
-    cloud("setup", "tpu")
-    cloud("train", "tpu", "--no-watch", *TRAIN)
-    assert "worker-1: stopped" in cloud("stop", "tpu")
-    assert "disable --quiet mlm.service" in (cloud.workers[1] / "systemctl").read_text()
-    cloud.play(states=[READY, {"vm": "READY", "exits": {"0": "exited 75", "1": "exited 75"}}])
-    assert "the run was stopped; train goes on with it" in cloud("train", "tpu", "--poll=0", *TRAIN)
-
-
 def test_status_logs_and_delete(cloud):
     cloud("setup", "tpu")
     for home in cloud.workers:
@@ -395,13 +227,6 @@ def test_workers_that_are_not_set_up_alike_do_not_start(cloud):
 def test_a_mistake_is_one_line(cloud, words, message):
     assert message in cloud(*words, code=2)
     assert cloud.verbs == []
-
-
-def test_a_work_directory_that_goes_with_the_vm_is_refused(cloud):
-    cloud("setup", "tpu")
-    cloud.play(**{"is": SPOT})
-    output = cloud("train", "tpu", "--", "--config=configs/roberta_base.py", "--workdir=runs/a", code=2)
-    assert "error: --workdir=runs/a is on the VM's own disk" in output
 
 
 def test_alone_it_says_how(cloud):

@@ -54,7 +54,7 @@ def read_eval_rows(
         if texts is None:
             raise UserError(
                 f"the data set {source.name!r} has {have // units_per_row} rows of {max_seq_length} tokens, "
-                f"fewer than the {num_rows} to evaluate on: lower data.num_eval_samples"
+                f"fewer than the {num_rows} to evaluate on: lower data.num_eval_samples, or add text"
             )
         texts = texts.filter(pa.array(reader_lib.has_text(texts)))
         units = packing_lib.pack(texts, tokenizer, packing=packing, max_seq_length=max_seq_length)

@@ -204,6 +204,9 @@ def _load(line: bytes) -> object:
         return json.loads(line) if line.strip() else None
     except UnicodeDecodeError:
         return None
+    except json.JSONDecodeError as error:
+        # It counts lines and columns from the begin of this one.
+        raise ValueError(f"{error.msg} in the line {line[:60].decode(errors='replace')!r}") from None
 
 
 def _strings(rows: list, column: str) -> pa.Array:

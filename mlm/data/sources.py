@@ -94,7 +94,7 @@ class Source:
                 column = next(columns, None)
             except _READ_ERRORS as error:
                 if self.patience is None or network.failure_of(error) is network.Failure.FINAL:
-                    raise UserError(f"cannot read {name}: {one_line(error)}") from None
+                    raise UserError(f"cannot read {name}: {one_line(error)}; mend it, or leave it out") from None
                 try:
                     retries.failed(error)
                 except network.GaveUpError as gave_up:
@@ -164,7 +164,7 @@ def open_source(
         for texts in source.read(shard):
             if len(texts):
                 return source
-    raise UserError(f"the data set {source.name!r} is empty: it has no rows")
+    raise UserError(f"the data set {source.name!r} is empty: it has no rows; name one that has text")
 
 
 def _open_files(patterns: tuple[str, ...], *, text_column: str, patience: network.Patience) -> Source:
@@ -172,7 +172,10 @@ def _open_files(patterns: tuple[str, ...], *, text_column: str, patience: networ
     kinds = [files.kind_of(path) for path in paths]
     for path, kind in zip(paths, kinds, strict=True):
         if kind != kinds[0]:
-            raise UserError(f"data_files must be of one kind, but {paths[0]!r} is {kinds[0]} and {path!r} is {kind}")
+            raise UserError(
+                f"data.data_files must be of one kind, but {paths[0]!r} is {kinds[0]} and {path!r} is {kind}: "
+                "take one kind, or name two sources in data.mixture"
+            )
     return Source(
         name=patterns[0] if len(patterns) == 1 else f"{patterns[0]} and {len(patterns) - 1} more",
         text_column=text_column,
@@ -190,14 +193,15 @@ def expand_files(patterns: tuple[str, ...]) -> tuple[str, ...]:
         if "://" in pattern or os.path.isfile(pattern):
             files.append(pattern)
         elif os.path.isdir(pattern):
-            raise UserError(f"data file {pattern!r} is a directory: name its files, for example {pattern}/*.parquet")
+            example = os.path.join(pattern, "*.parquet")
+            raise UserError(f"data file {pattern!r} is a directory: name its files, for example {example}")
         elif glob.has_magic(pattern):
             matches = [match for match in sorted(glob.glob(pattern, recursive=True)) if os.path.isfile(match)]
             if not matches:
-                raise UserError(f"no file matches data_files={pattern!r}")
+                raise UserError(f"no file matches data.data_files={pattern!r}: check the folder and the pattern")
             files += matches
         else:
-            raise UserError(f"no data file {pattern!r}")
+            raise UserError(f"no data file {pattern!r}: check data.data_files")
     return tuple(file if "://" in file else os.path.abspath(file) for file in files)
 
 
@@ -234,7 +238,7 @@ def _open_named(
                     continue
             except network.GaveUpError as gave_up:
                 reason = one_line(gave_up)
-            raise UserError(f"cannot open the data set {name!r}: {reason}") from None
+            raise UserError(f"cannot open the data set {name!r}: {reason}; check data.dataset_name") from None
     num_shards = dataset.num_shards
 
     def columns(shard: int) -> Iterator[pa.ChunkedArray]:

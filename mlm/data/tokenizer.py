@@ -151,7 +151,9 @@ def load_tokenizer(
         hf = transformers.AutoTokenizer.from_pretrained(tokenizer_name, local_files_only=True, **options)
     except (OSError, ValueError) as error:
         if local:
-            raise UserError(f"no tokenizer in {tokenizer_name!r}: {sources.one_line(error)}") from None
+            raise UserError(
+                f"no tokenizer in {tokenizer_name!r}: {sources.one_line(error)}; check tokenizer.tokenizer_name"
+            ) from None
         sources.require_hub(f"the tokenizer {tokenizer_name!r}")
         try:
             hf = transformers.AutoTokenizer.from_pretrained(tokenizer_name, **options)
@@ -172,7 +174,9 @@ def read_vocabulary(directory: str) -> dict[str, int] | None:
     try:
         return transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True).get_vocab()
     except (OSError, ValueError) as error:
-        raise UserError(f"the tokenizer in {directory!r} cannot be read: {sources.one_line(error)}") from None
+        raise UserError(
+            f"the tokenizer in {directory!r} cannot be read ({sources.one_line(error)}); fetch it anew, or remove it"
+        ) from None
 
 
 def _text_only(tokenizer: tokenizers.Tokenizer) -> tokenizers.Tokenizer:

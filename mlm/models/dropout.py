@@ -24,12 +24,14 @@ def kept(key: jax.Array, shape: tuple[int, ...], *, rate: float) -> jax.Array:
     After 2^32 values the mask repeats itself.
     """
     first, second = jax.random.key_data(key).reshape(-1)[-2:]  # An rbg key is two threefry keys side by side.
-    hash_ = jnp.broadcast_to(first, (1,) * len(shape))
+    place = jnp.zeros((1,) * len(shape), jnp.uint32)
     stride = 1
     for axis in reversed(range(len(shape))):
         along = (1,) * axis + (shape[axis],) + (1,) * (len(shape) - 1 - axis)
-        hash_ = hash_ + jax.lax.broadcasted_iota(jnp.uint32, along, axis) * np.uint32(stride % 2**32)
+        place = place + jax.lax.broadcasted_iota(jnp.uint32, along, axis) * np.uint32(stride % 2**32)
         stride *= shape[axis]
+    # The key comes last: the compiler keeps sums of iotas, which are then the same for all keys.
+    hash_ = place + first
     for number, (shift, multiplier) in enumerate(_ROUNDS):
         hash_ = (hash_ ^ (hash_ >> np.uint32(shift))) * np.uint32(multiplier)
         if number == 0:

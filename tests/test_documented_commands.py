@@ -1,0 +1,190 @@
+"""README.md and docs/: every command is run by a test, or its section says what it needs that is not here."""
+
+import ast
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.tiny import sentences, write_corpus
+
+REPO = Path(__file__).parent.parent
+PAGES = [REPO / "README.md", *sorted((REPO / "docs").glob("*.md"))]
+PROGRAMS = ("python main.py", "python benchmarks/", "pip ", "hf ", "gcloud ", "launch/", "tensorboard --logdir")
+
+# Beginnings of commands -> the test that runs them, as they are but for names and numbers.
+TESTED = {
+    "pip install -r requirements.txt && python main.py --config=configs/quickstart.py": (
+        "tests/test_end_to_end.py::test_quickstart"
+    ),
+    "pip install -r tests/requirements.txt && python -m pytest": ".ci/run",
+    "launch/tpu_vm.sh create": "tests/test_tpu_vm.py::test_create_makes_the_call_and_prints_it",
+    "launch/tpu_vm.sh setup": "tests/test_tpu_vm.py::test_setup_puts_one_commit_on_every_worker",
+    "launch/tpu_vm.sh train": "tests/test_tpu_vm_train.py::test_train_watches_until_the_run_is_finished",
+    "launch/tpu_vm.sh stop": "tests/test_tpu_vm_train.py::test_stop_saves_and_train_goes_on",
+    "launch/tpu_vm.sh status": "tests/test_tpu_vm.py::test_status_logs_and_delete",
+    "launch/tpu_vm.sh logs": "tests/test_tpu_vm.py::test_status_logs_and_delete",
+    "launch/tpu_vm.sh delete": "tests/test_tpu_vm.py::test_status_logs_and_delete",
+    "launch/slurm.sh": "tests/test_slurm.py::test_a_job_is_submitted",
+    "python main.py --config=... --workdir=/shared/run --multihost": (
+        "tests/test_hosts.py::test_two_processes_make_the_updates_of_one_and_save_together_or_not_at_all"
+    ),
+    "python main.py --config=configs/roberta_base.py --workdir=gs://": (
+        "tests/test_bucket_runs.py::test_a_run_in_a_bucket_killed_anywhere_is_the_local_run_that_would_have_been"
+    ),
+}
+# Beginnings of commands -> a word of what they need; their section, or the line itself, must say so.
+NEEDS = {
+    "pip install libtpu": "libtpu",
+    'pip install -r requirements.txt "jax[cuda13]"': "CUDA",
+    "hf ": "hub",
+    "gcloud ": "Google",
+    "tensorboard --logdir gs://": "Google",
+    "python main.py --mode=check --config=configs/roberta_base.py": "Google",
+    "python main.py --config=configs/roberta_base.py --workdir=runs/roberta_base": "TPU",
+    "python main.py --config=configs/default.py --workdir=runs/my_bert": "hub",
+    "python benchmarks/": "machine",
+}
+
+# Run by the last test here, one after the other in one folder, with what makes them small.
+SMALL = (
+    "--config.num_train_steps=6 --config.eval_steps=2 --config.save_steps=2 --config.logging_steps=2 "
+    "--config.data.num_eval_samples=30 --config.tokenizer.vocab_size=300 --config.tokenizer.train_documents=200 "
+    "--config.model.overrides.hidden_size=16 --config.optimizer.warmup_steps=2 "
+    "--config.per_device_train_batch_size=4 --config.checkpoint.keep_checkpoints=3"
+)
+TOKENIZER = "--config.tokenizer.vocab_size=300 --config.tokenizer.train_documents=200"
+# Beginning -> flags to add, replacements.
+RUN: dict[str, tuple[str, dict[str, str]]] = {
+    "python main.py --mode=explain optimizer.learning_rate": ("", {}),
+    "python main.py --mode=check --config=configs/quickstart.py --workdir=runs/mine": (SMALL, {}),
+    "python main.py --config=configs/quickstart.py --workdir=runs/mine --config.data.data_files='corpus/*.jsonl'": (
+        SMALL,
+        {},
+    ),
+    "python main.py --mode=show_data --workdir=runs/mine --step=1205": ("", {"--step=1205": "--step=3"}),
+    "python main.py --mode=export --workdir=runs/mine --step=4": ("", {}),
+    "python main.py --mode=export --workdir=runs/mine --average=3": ("", {}),
+    "python main.py --mode=fill_mask --workdir=runs/mine": ("", {}),
+    "python main.py --mode=train_tokenizer --config=configs/quickstart.py --output=tokenizers/mine": (TOKENIZER, {}),
+    "python main.py --config=configs/quickstart.py --workdir=runs/mine --config.data.data_files='corpus/*.txt'": (
+        SMALL.replace(TOKENIZER, ""),
+        {"--workdir=runs/mine": "--workdir=runs/b"},
+    ),
+    "python main.py --mode=train_tokenizer --config=configs/quickstart.py --output=tokenizers/albert": (
+        TOKENIZER + " --config.data.data_files='corpus/*.txt'",
+        {},
+    ),
+    "python main.py --mode=report --workdir=runs/a --workdir=runs/b": ("", {"--workdir=runs/a": "--workdir=runs/mine"}),
+    "tensorboard --logdir runs/quickstart": ("", {}),
+}
+
+
+def sections(page: Path) -> list[str]:
+    return re.split(r"^(?=##+ )", page.read_text(), flags=re.MULTILINE)
+
+
+def commands_of(text: str) -> list[str]:
+    """Those of its code blocks, after "$ " or by themselves, and of code within lines."""
+    found, inside, block, prose = [], False, [], []
+    for line in text.splitlines():
+        if line.startswith("```"):
+            if inside:
+                joined = "\n".join(block).replace("\\\n", " ")
+                found += [
+                    row.removeprefix("$ ") for row in joined.splitlines() if row.removeprefix("$ ").startswith(PROGRAMS)
+                ]
+            inside, block = not inside, []
+        elif inside:
+            block.append(line)
+        else:
+            prose.append(line)
+    inline = [code for code in re.findall(r"`([^`]+)`", " ".join(prose)) if code.startswith(PROGRAMS)]
+    inline = [code for code in inline if code.count(" ") >= 2 or code.startswith(("hf", "tensorboard"))]
+    return [re.sub(r"\s+", " ", re.sub(r"\s+# .*", "", command)).strip() for command in found + inline]
+
+
+DOCUMENTED = [
+    (page.name, section, command) for page in PAGES for section in sections(page) for command in commands_of(section)
+]
+
+
+def begins(command: str, beginnings) -> str | None:
+    """The longest of the beginnings that a command has."""
+    return max((beginning for beginning in beginnings if command.startswith(beginning)), key=len, default=None)
+
+
+def test_there_are_many():
+    assert len({command for _, _, command in DOCUMENTED}) > 35
+
+
+@pytest.mark.parametrize(
+    ("page", "section", "command"), [pytest.param(*row, id=f"{row[0]}-{row[2]}") for row in DOCUMENTED]
+)
+def test_every_command_is_run_or_says_what_it_needs(page, section, command):
+    if needs := begins(command, NEEDS):
+        assert NEEDS[needs].lower() in section.lower()
+        assert not begins(command, {**TESTED, **RUN}) or len(begins(command, {**TESTED, **RUN})) < len(needs)
+        return
+    tested = begins(command, {**TESTED, **RUN})
+    assert tested, f"{page}: {command}"
+    if tested in TESTED and "::" in TESTED[tested]:
+        file, name = TESTED[tested].split("::")
+        names = {n.name for n in ast.walk(ast.parse((REPO / file).read_text())) if isinstance(n, ast.FunctionDef)}
+        assert name in names
+
+
+def test_no_row_is_left_over():
+    commands = [command for _, _, command in DOCUMENTED]
+    used = {begins(command, {**TESTED, **RUN, **NEEDS}) for command in commands}
+    assert {*TESTED, *RUN, *NEEDS} - used == set()
+
+
+@pytest.mark.slow
+def test_a_day_with_the_commands_of_the_pages(tmp_path):
+    (tmp_path / "corpus").mkdir()
+    write_corpus(tmp_path / "corpus")
+    for part in range(3):
+        (tmp_path / "corpus" / f"part-{part}.txt").write_text("\n".join(sentences(600, seed=1)[part::3]) + "\n")
+    (tmp_path / "configs").symlink_to(REPO / "configs")
+    env = {**os.environ, "XLA_FLAGS": "", "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache")}
+    told = {}
+    for beginning, (flags, replaced) in RUN.items():
+        command = next(command for _, _, command in DOCUMENTED if begins(command, {**TESTED, **RUN}) == beginning)
+        if command.startswith("tensorboard"):
+            continue
+        for old, new in replaced.items():
+            command = command.replace(old, new)
+        # Flags come before the sentences of fill_mask; what is said last of a flag counts.
+        words = [sys.executable, str(REPO / "main.py"), *shlex.split(command)[2:], *shlex.split(flags)]
+        done = subprocess.run(words, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300, check=False)
+        assert done.returncode == 0, f"{command}\n{done.stderr[-3000:]}"
+        told[beginning] = done.stderr + done.stdout
+    answers = iter(told.values())
+    assert "optimizer.learning_rate = 5e-05\n" in next(answers)
+    assert next(answers).rstrip().endswith("ready")
+    assert "step 6 of 6   evaluation: loss" in next(answers)
+    assert "update 3: batch 3 of the data" in next(answers)
+    assert "exported update 4 to" in next(answers)
+    assert "exported update 2 + 4 + 6 to" in next(answers)
+    assert next(answers).count(" %") >= 10
+    assert "a tokenizer of 300 entries is in tokenizers/mine" in next(answers)
+    assert "tokenized by tokenizers/mine" in next(answers)
+    assert "in tokenizers/albert; use it with" in next(answers)
+    assert "the report of mine, b is in report.html" in next(answers)
+    assert (tmp_path / "models" / "early" / "model.safetensors").exists()
+    assert (tmp_path / "report.html").stat().st_size > 10**6
+
+    # What tensorboard is shown.
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "runs" / "mine")).Reload()
+    tags = events.Tags()
+    assert {"custom_scalars__config__", "_hparams_/experiment", "_hparams_/session_start_info"} <= set(
+        events.summary_metadata
+    )
+    assert {"config", "fillings", "eval/loss"} <= {*tags["tensors"]}
