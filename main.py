@@ -17,7 +17,8 @@ each means, as configs/default.py does. The same command, run again, goes on aft
 
 The last four need no --config: the work directory has it. They run on the CPU, fill_mask elsewhere with the environment
 variable JAX_PLATFORMS=cuda or tpu. Exit codes: 0 done, 2 a mistake of yours (one line says which), 75 stopped on
-request (the same command goes on), 130 stopped at once, anything else a failure. For example:
+request (the same command goes on), 130 stopped at once, 141 nobody reads what it prints, anything else a failure.
+For example:
 
     python main.py --mode=check --config=configs/roberta_base.py --workdir=runs/base --topology=v3-8
     python main.py --config=configs/quickstart.py --workdir=runs/mine --config.data.data_files='corpus/*.jsonl'
@@ -34,6 +35,7 @@ import logging as python_logging
 import operator
 import os
 import re
+import select
 import shlex
 import sys
 from typing import Any
@@ -56,6 +58,9 @@ from mlm import interrupt
 from mlm.errors import UserError
 from mlm.explain import explain
 from mlm.workdir import WorkDir, flatten
+
+# As a shell says of what SIGPIPE ended.
+_EXIT_UNREAD = 141
 
 FLAGS = flags.FLAGS
 config_flags.DEFINE_config_file("config", None, "the run's configuration, such as configs/quickstart.py")
@@ -203,6 +208,8 @@ def parse_flags(argv: list[str]) -> list[str]:
         rest = FLAGS(argv)
     except flags.Error as error:
         raise UserError(_of_flags(str(error), path)) from None
+    except BrokenPipeError:  # Of --help, which is printed here.
+        raise
     except Exception as error:
         # The config file is the user's own code: whatever it raises is told with the file's name.
         told = str(error.args[0] if error.args else "").strip("'")  # A KeyError's own is in quotes.
@@ -310,7 +317,25 @@ def set_up_log(*, verbose: bool) -> None:
 
 
 def run() -> None:
-    """The command line's entry: a user's mistake is one line and exit code 2, a stop on request exit code 75."""
+    """The command line's entry: a user's mistake is one line and exit code 2, a stop on request exit code 75.
+
+    Where the reader of what is printed has gone, as `head` does, it ends quietly.
+    """
+    try:
+        try:
+            _run()
+        finally:
+            sys.stdout.flush()  # Else Python finds out too late for us to hear of it.
+    except BrokenPipeError:
+        out = select.poll()
+        out.register(sys.stdout.fileno(), 0)
+        if not out.poll(0):
+            raise  # Another pipe's.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # For what Python still has to print.
+        sys.exit(_EXIT_UNREAD)
+
+
+def _run() -> None:
     try:
         app.run(main, flags_parser=parse_flags)
     except UserError as error:

@@ -35,8 +35,8 @@ def get_config() -> ConfigDict:
     data.dataset_name = "docstrings"
     # The configuration of that dataset, such as "en" of allenai/c4. None: its only one.
     data.dataset_config_name = placeholder(str)
-    # Text, JSON-lines, CSV or parquet files, plain or compressed: a path, a glob, an http(s) URL or a list of
-    # these. Wins over dataset_name.
+    # Text (a document a line), JSON-lines, CSV or parquet files, plain or compressed, all of one kind: a path, a glob,
+    # an http(s) or gs:// URL of one file, or a list of these. Wins over dataset_name.
     data.data_files = placeholder(object)
     # The same for evaluation. None: the first num_eval_samples rows of the training text are held out.
     data.eval_data_files = placeholder(object)
@@ -55,7 +55,8 @@ def get_config() -> ConfigDict:
     # "pad": a document a row, cut or padded (the reference's pad_to_max_length). "pad_lines": a line a row (its
     # line_by_line).
     data.packing = "concatenate"
-    # Documents read, then shuffled among themselves. 0: the order of the source.
+    # Documents read, then shuffled among themselves, no others: sorted files want a shuffle before. 0: the order of the
+    # source.
     data.shuffle_buffer_size = 10_000
     # Rows in the evaluation set. Documents in it are never trained on.
     data.num_eval_samples = 5_000
@@ -212,7 +213,8 @@ def get_config() -> ConfigDict:
     profile.num_steps = 0
 
     config.report = report = ConfigDict()
-    # Sentences with "<mask>" (whatever the tokenizer's own mask token is) that the finished model fills in.
+    # Sentences with "<mask>" (whatever the tokenizer's own mask token is) that the finished model fills in; yours to
+    # set for another language: --config.report.sentences="('Die <mask> ist da.',)".
     report.sentences = (
         "The capital of France is <mask>.",
         "She opened the <mask> and went into the house.",

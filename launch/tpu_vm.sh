@@ -11,11 +11,12 @@ launch/tpu_vm.sh COMMAND NAME [OPTION]... [-- ARGUMENT OF main.py...]
 
   create   makes the TPU VM        --type=v3-8 [--spot] [--queued] [--reserved] [--version=...]
   setup    puts one commit of this repository, and what it needs, on every worker   [--commit=HEAD] [--env=HF_TOKEN]...
+           (files that are not committed do not go along)
   train    starts the same command on every worker and watches it                   -- --config=... --workdir=gs://...
   status   the VM's state and every worker's, with the last lines of the log
   logs     the run's log           [--worker=0] [--lines=100] [--follow]
   stop     saves a checkpoint and stops; `train` goes on from there
-  delete   gives the TPU VM back; what is on its disks is gone
+  delete   gives the TPU VM back, when status says finished; what is on its disks is gone
 
   --zone=Z --project=P   where gcloud's own settings do not say
   --dry-run              prints the gcloud calls of the command and makes none of them

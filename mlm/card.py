@@ -215,6 +215,7 @@ def model_card(
         f"# {card.title}\n",
         f"A {card.model_type} encoder trained {card.start} with masked language modelling, for {step:,} updates.\n",
         "```python\nfrom transformers import pipeline\n"
+        "# Needs PyTorch: pip install torch\n"
         'fill_mask = pipeline("fill-mask", model="path/or/name/of/this/model")\n'
         f"fill_mask({sentence!r})\n```\n",
         "## Figures\n",

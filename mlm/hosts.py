@@ -4,6 +4,9 @@ import contextlib
 import faulthandler
 import importlib.util
 import os
+import re
+import signal
+import socket
 import sys
 import threading
 import time
@@ -13,6 +16,7 @@ import urllib.request
 from collections.abc import Iterator
 
 import jax
+from absl import logging
 
 # The client of the coordination service; jax has no public name for it.
 from jax._src import distributed
@@ -25,6 +29,8 @@ HEARTBEAT_TIMEOUT_SECONDS = 30
 # The first process may still be uploading when the others are done.
 SHUTDOWN_TIMEOUT_SECONDS = 24 * 3600
 _FAILURE = "mlm/failure"
+# How the coordination service says it.
+_GONE = re.compile(r"heartbeat timeout|Barrier failed|coordination service", re.IGNORECASE)
 
 
 def start(
@@ -41,20 +47,46 @@ def start(
     faulthandler.disable()
     # The only one that CPU processes have; others do not look at it.
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    at = f" at {coordinator_address}" if coordinator_address else ""
+    logging.info("waiting for the other processes%s; start the same command on every host", at)
     try:
-        jax.distributed.initialize(
-            coordinator_address,
-            num_processes,
-            process_id,
-            heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT_SECONDS,
-            shutdown_timeout_seconds=SHUTDOWN_TIMEOUT_SECONDS,
-        )
+        with _signals_heard():
+            jax.distributed.initialize(
+                coordinator_address,
+                num_processes,
+                process_id,
+                heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT_SECONDS,
+                shutdown_timeout_seconds=SHUTDOWN_TIMEOUT_SECONDS,
+            )
     except (ValueError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(
             f"--multihost: the processes do not find each other ({reason}); give each "
             "--coordinator_address=HOST:PORT --num_processes=N --process_id=I, or leave --multihost out"
         ) from None
+
+
+@contextlib.contextmanager
+def _signals_heard() -> Iterator[None]:
+    """Inside, SIGTERM and SIGINT end the process: Python's own handlers would wait for jax, which waits for others."""
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
+    before = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+
+    def listen() -> None:
+        with reader:
+            while number := reader.recv(1):
+                if number[0] in (signal.SIGTERM, signal.SIGINT):
+                    name = signal.Signals(number[0]).name
+                    os.write(2, f"stopped by {name} before all processes were there\n".encode())
+                    os._exit(EXIT_INTERRUPTED)
+
+    threading.Thread(target=listen, name="mlm-hosts-signals", daemon=True).start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        writer.close()
 
 
 def on_tpu_pod() -> bool:
@@ -100,6 +132,14 @@ def end_together() -> Iterator[None]:
     except UserError as error:
         _end(client, str(error), 2)
     except BaseException as error:
+        if isinstance(error, jax.errors.JaxRuntimeError) and _GONE.search(str(error)):
+            cause = f"another process of the run has not been heard of for {HEARTBEAT_TIMEOUT_SECONDS} s, or is gone"
+            print(
+                f"error: {cause}; its log may say why. The same command on all goes on from the last checkpoint",
+                file=sys.stderr,
+                flush=True,
+            )
+            os._exit(1)
         traceback.print_exc()
         _end(client, f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}", 1)
     finally:

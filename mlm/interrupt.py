@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from types import FrameType
 
@@ -15,6 +16,9 @@ from mlm import terminal
 EXIT_INTERRUPTED = 75
 # After a second signal, as a shell says of what SIGINT ended.
 EXIT_AT_ONCE = 130
+# One Ctrl-C reaches a program under `timeout` twice, from the terminal and from there: so soon after the first signal
+# another is the same wish. Nobody reads what the first one says, and means another, in less.
+_SAME_WISH_SECONDS = 1.0
 
 
 def leave_at_once() -> None:
@@ -37,7 +41,8 @@ class Interrupted(Exception):  # noqa: N818, it is no error
 
 
 class Interrupt:
-    """Takes both signals while it is entered, on the main thread. The first one asks; the second one ends the process.
+    """Takes both signals while it is entered, on the main thread. The first one asks; the second one ends the process,
+    if it does not come at the same time as the first.
 
     Python runs a signal's handler only between two of its own instructions, so not while the main thread compiles or
     waits for a device. The second signal must not wait for that: a thread of its own hears both at once, through the
@@ -79,19 +84,23 @@ class Interrupt:
             raise Interrupted(f"stopped by {self.requested}")
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        self.requested = signal.Signals(number).name
-        if not self._deferred:
+        is_first = self.requested is None
+        self.requested = self.requested or signal.Signals(number).name
+        # Raised again, it would break off what the program does on its way out.
+        if is_first and not self._deferred:
             self.check()
 
     @staticmethod
     def _listen(reader: socket.socket) -> None:
-        heard = 0
+        first: float | None = None
         with reader:
             while received := reader.recv(16):
-                heard += sum(number in (signal.SIGTERM, signal.SIGINT) for number in received)
-                if heard >= 2:
+                if signal.SIGTERM not in received and signal.SIGINT not in received:
+                    continue
+                if first is None:
+                    first = time.monotonic()
+                    logging.getLogger("absl").warning("asked to stop; a second signal stops at once")
+                elif time.monotonic() - first > _SAME_WISH_SECONDS:
                     last_words = b"second signal: stopped at once; the same command goes on from the last checkpoint\n"
                     os.write(2, terminal.erasing() + last_words)
                     os._exit(EXIT_AT_ONCE)
-                if heard == 1:
-                    logging.getLogger("absl").warning("asked to stop; a second signal stops at once")

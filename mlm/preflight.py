@@ -21,6 +21,7 @@ from ml_collections import ConfigDict
 
 from mlm import fit, setup, steps, topology
 from mlm import text as text_lib
+from mlm.data import synthetic
 from mlm.data.sources import Source
 from mlm.data.tokenizer import Tokenizer
 from mlm.errors import UserError
@@ -36,6 +37,8 @@ from mlm.workdir import WorkDir, flatten
 _SAMPLE_SECONDS = 5.0
 # Documents tokenized at once then.
 _SAMPLE_DOCUMENTS = 500
+# Muennighoff et al. 2023, "Scaling Data-Constrained Language Models": past about 40 epochs more gain nothing.
+_MANY_EPOCHS = 40
 # Characters shown of a document or a row.
 _SHOWN = 400
 
@@ -98,6 +101,8 @@ def check(
         show_fit(run)
         _heading("The run")
         show_size(local, run, place, here, findings, utilization=utilization)
+        if has_english_sentences(config, defaults):
+            print("note          report.sentences are the English defaults; give sentences in your text's language")
         if machine is not None:
             show_compiled(local, run, machine, findings)
     return findings.problems
@@ -198,6 +203,11 @@ def show_size(
         print(
             f"epochs        {about} {epochs:,.2f} of {source.train.name}, {_count(epoch)} tokens{' or more' * is_bound}"
         )
+        if epochs > _MANY_EPOCHS and not is_bound:
+            print(
+                f"note          text seen more than {_MANY_EPOCHS} times teaches little more: lower num_train_steps, "
+                "or add text"
+            )
     _show_memory(state_bytes + _bytes(state.params), machine, findings)
     _show_disk(config, place, state_bytes, _bytes(state.params), findings)
     _show_time(config, run, tokens, machine, utilization)
@@ -258,6 +268,13 @@ def _show_time(config: ConfigDict, run: setup.Run, tokens: int, machine: Machine
     )
 
 
+def has_english_sentences(config: ConfigDict, defaults: Mapping[str, Any]) -> bool:
+    """Whether the finished model is to fill in the default sentences, though the text is the user's own."""
+    data = config.data
+    is_own = data.mixture or data.data_files is not None or data.dataset_name not in ("docstrings", synthetic.NAME)
+    return bool(is_own) and tuple(config.report.sentences) == tuple(defaults["report.sentences"])
+
+
 def find_batch(config: ConfigDict, run: setup.Run, machine: Machine | None) -> int:
     """What per_device_train_batch_size=0 will be on a machine, or a small one to go on with.
 
@@ -267,6 +284,7 @@ def find_batch(config: ConfigDict, run: setup.Run, machine: Machine | None) -> i
     if machine is None or not topology.can_compile(machine):
         print(f"\nper_device_train_batch_size=0 is found when the run starts; counted as {fit.MULTIPLE} here")
         return fit.MULTIPLE
+    print(f"\nper_device_train_batch_size=0: compiling the step for {machine.kind}, minutes at real size", flush=True)
     found = topology.largest_batch(
         _for_tpu(config, run),
         topology.devices_of(machine),
@@ -276,7 +294,7 @@ def find_batch(config: ConfigDict, run: setup.Run, machine: Machine | None) -> i
     )
     if found == 0:
         raise UserError(f"per_device_train_batch_size=0: nothing fits a {machine.kind} device; choose a smaller model")
-    print(f"\nper_device_train_batch_size=0 will be {found}: the largest that fits a {machine.kind} device")
+    print(f"per_device_train_batch_size=0 will be {found}: the largest that fits a {machine.kind} device")
     return found
 
 
@@ -291,6 +309,8 @@ def show_compiled(config: ConfigDict, run: setup.Run, machine: Machine, findings
         what = "pip install libtpu" if machine.kind.startswith("TPU") else "TPUs only"
         print(f"compiled      not: that takes libtpu ({what})")
         return
+    # Also for who reads a pipe: what is above has been waiting for more to come with it.
+    print(f"compiling     the step for {machine.kind}, minutes at real size; all else is said above", flush=True)
     found = topology.try_batch(
         _for_tpu(config, run),
         topology.devices_of(machine),

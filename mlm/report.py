@@ -154,7 +154,9 @@ class Reporter:
 
     @contextlib.contextmanager
     def transfer(self) -> Iterator[None]:
-        """Inside, a batch is sent to the devices."""
+        """Inside, a batch is sent to the devices; for the first update the step is compiled next."""
+        if self._clock is None:
+            self._live.say("compiling the step ...")
         start = time.monotonic()
         yield
         if self._clock is not None:
@@ -236,7 +238,8 @@ class Reporter:
             self._writer.write_scalars(step, scalars)
         logging.info("%s", now.line(self._live.width))
         skipped = self._batch.counters["skipped_rows"]
-        if skipped > self._told_skipped:
+        # Every epoch has the same ones again.
+        if skipped > 2 * self._told_skipped:
             logging.info("%s rows so far were left out: null, empty, not text or not UTF-8", f"{skipped:,}")
             self._told_skipped = skipped
         self._interval = Interval()

@@ -85,6 +85,7 @@ def build(config: ConfigDict, workdir: WorkDir) -> Run:
     spike_factor = options.pop("spike_factor")
     optimizer = create_optimizer(schedule, **options)
     copied, checkpoint = _load_model(config)
+    _check_positions_early(config, copied or default_config(config.model.model_type))
 
     text_sources = text_lib.open_sources(config)
     model_type = copied.model_type if copied is not None else config.model.model_type
@@ -292,12 +293,27 @@ def _encoder_config(
             f"the tokenizer {tokenizer.name} pads with id {tokenizer.pad_id}, the model's pad_token_id is "
             f"{encoder.pad_token_id}; use the model's own tokenizer"
         )
-    if config.data.max_seq_length > encoder.max_seq_length:
-        raise UserError(
-            f"data.max_seq_length={config.data.max_seq_length} is past the model's positions, which end at "
-            f"{encoder.max_seq_length}; lower it or raise model.overrides.max_position_embeddings"
-        )
+    _check_positions(config, encoder)
     return encoder
+
+
+def _check_positions_early(config: ConfigDict, encoder: EncoderConfig) -> None:
+    """Refuses, before a tokenizer is trained, rows that are too long whichever id pads them."""
+    if (given := config.model.overrides.max_position_embeddings) is not None:
+        encoder = encoder.replace(max_position_embeddings=given)
+    if config.data.max_seq_length > encoder.replace(pad_token_id=0).max_seq_length:
+        _check_positions(config, encoder)
+
+
+def _check_positions(config: ConfigDict, encoder: EncoderConfig) -> None:
+    length = config.data.max_seq_length
+    if length > encoder.max_seq_length:
+        # Some families have positions before that of the first token.
+        needed = length + encoder.max_position_embeddings - encoder.max_seq_length
+        raise UserError(
+            f"data.max_seq_length={length} is past the model's positions, which end at {encoder.max_seq_length}; "
+            f"lower it, or set --config.model.overrides.max_position_embeddings={needed}"
+        )
 
 
 def _load_model(config: ConfigDict) -> tuple[EncoderConfig | None, Checkpoint | None]:

@@ -180,6 +180,11 @@ class LiveLine:
         self._draw(progress.line(max(columns - len(note), 1)) + note)
         self._next = time.monotonic() + _SECONDS_BETWEEN
 
+    def say(self, text: str) -> None:
+        """Draws a line of other words, where there are no figures yet."""
+        if self.alive:
+            self._draw(text[: max(_columns(self._stream) - 5, 1)])
+
     def erase(self) -> None:
         """Leaves no trace of the line."""
         self._draw("")

@@ -60,15 +60,15 @@ def show(config: ConfigDict, place: WorkDir, fillings: list[Filling], command: s
         print("\nThe model's five best fillings:\n")
         print(table(fillings))
     longer = re.sub(r" --config\.num_train_steps[= ]\S+", "", command)
-    # As a person would write it.
-    path = place.shown if place.is_remote else min(place.path, os.path.relpath(place.path), key=len)
+    path = place.typed
     model = os.path.join(path, "model")
-    copied = f"  # after: gcloud storage cp --recursive {shlex.quote(model)} ." if place.is_remote else ""
+    copied = f"; after: gcloud storage cp --recursive {shlex.quote(model)} ." if place.is_remote else ""
     print(f"""
 Model      {model}
 Curves     {os.path.join(model, "curves.png")}
 Look at    tensorboard --logdir {shlex.quote(path)}
 Resume     {longer} --config.num_train_steps={2 * config.num_train_steps}
-Use        from transformers import pipeline{copied}
+Use        from transformers import pipeline  # needs PyTorch: pip install torch{copied}
            pipeline("fill-mask", model={"model" if place.is_remote else model!r})
+Or         python main.py --mode=fill_mask --workdir={shlex.quote(path)}
 """)

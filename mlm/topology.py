@@ -3,16 +3,18 @@
 libtpu, which is on every TPU VM and comes with `pip install libtpu` elsewhere, compiles without a TPU.
 """
 
+import contextlib
 import dataclasses
 import functools
 import importlib.util
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import jax
 from jax.experimental import topologies
+from jax.experimental.compilation_cache import compilation_cache
 
 from mlm import fit, steps
 from mlm.errors import UserError
@@ -128,9 +130,25 @@ def step_memory(task: steps.Task, devices: Sequence[jax.Device], *, rows: int, p
       UserError: the compiler fails otherwise.
     """
     try:
-        return fit.step_bytes(task, length=length, passes=passes, batch=rows, topology=devices)
+        with _no_cache():
+            return fit.step_bytes(task, length=length, passes=passes, batch=rows, topology=devices)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" in str(error):
             return None
         reason = re.sub(r"\s+", " ", str(error))[:200]
         raise UserError(f"the step does not compile for {devices[0].device_kind}: {reason}") from None
+
+
+@contextlib.contextmanager
+def _no_cache() -> Iterator[None]:
+    """Inside, jax keeps nothing that it compiles: what is for a topology cannot be loaded where no such device is, and
+    it warns of that."""
+    before = jax.config.jax_enable_compilation_cache
+    # Whether there is a cache is asked once a process; a reset has it asked again.
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)
+        compilation_cache.reset_cache()

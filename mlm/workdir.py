@@ -47,6 +47,7 @@ class WorkDir:
 
     Attributes:
       path: a directory on this machine, where all that is not a checkpoint is read and written.
+      typed: as it was given.
       shown: what people call the work directory: `path`, or the URL that `path` is the double of.
       is_remote: whether it is a URL.
 
@@ -56,6 +57,7 @@ class WorkDir:
 
     def __init__(self, path: str):
         self.is_remote = is_url(path)
+        self.typed = path if self.is_remote else os.path.expanduser(path)
         self._double = Double(path) if self.is_remote else None
         self.path = self._double.path if self._double else os.path.abspath(os.path.expanduser(path))
         self.shown = self._double.folder.url if self._double else self.path

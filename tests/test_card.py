@@ -131,6 +131,7 @@ def test_people_read_what_it_was_trained_on(config):
     assert "| eval/loss | 2.5000 |" in text
     assert "![Loss, accuracy, learning rate and throughput over updates](curves.png)" in text
     # Three lines of use, with the model's own mask token; a bar would end a table's cell.
+    assert "# Needs PyTorch: pip install torch\nfill_mask = pipeline(" in text
     assert "fill_mask('A [MASK] | and [MASK].')\n```" in text
     assert "| A `[MASK]` \\| and `[MASK]`. | `cat` (50.0 %), `\\|` (25.0 %); `dog` (12.5 %) |" in text
 

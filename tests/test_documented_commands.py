@@ -40,6 +40,7 @@ TESTED = {
 # Beginnings of commands -> a word of what they need; their section, or the line itself, must say so.
 NEEDS = {
     "pip install libtpu": "libtpu",
+    "pip install torch": "PyTorch",
     'pip install -r requirements.txt "jax[cuda13]"': "CUDA",
     "hf ": "hub",
     "gcloud ": "Google",

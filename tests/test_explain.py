@@ -1,5 +1,6 @@
 """--mode=explain: every key is explained by the comments of configs/default.py."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -97,3 +98,16 @@ def test_help_names_every_mode_with_examples():
         assert f"\n    {mode} " in done.stdout
     assert done.stdout.count("\n    python main.py --") >= 5
     assert "--[no]overwrite" in done.stdout
+
+
+@pytest.mark.parametrize("words", [["--help"], ["--mode=explain"], ["--mode=explain", "seed"]])
+def test_a_reader_that_goes_away_is_no_error(words):
+    reads, writes = os.pipe()
+    os.close(reads)
+    try:
+        done = subprocess.run(
+            [sys.executable, "main.py", *words], cwd=ROOT, stdout=writes, stderr=subprocess.PIPE, text=True, check=False
+        )
+    finally:
+        os.close(writes)
+    assert (done.returncode, done.stderr) == (141, "")

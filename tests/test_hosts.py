@@ -317,3 +317,24 @@ def test_a_process_that_hangs_is_given_up(tmp_path):
         assert "heartbeat" in "\n".join(both.log(0).splitlines()[-30:])
         both.processes[1].send_signal(signal.SIGCONT)
         assert both.processes[1].wait(60.0) not in (0, EXIT_INTERRUPTED)
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_signal_ends_a_process_that_waits_for_the_others(index):
+    code = f"""
+from absl import logging
+from mlm import hosts, interrupt
+interrupt.leave_at_once()
+logging.use_absl_handler()
+logging.set_verbosity("info")
+hosts.start(coordinator_address="127.0.0.1:{free_port()}", num_processes=2, process_id={index})
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=REPO, stderr=subprocess.PIPE, text=True)
+    lines = []
+    while not lines or "waiting for the other processes at 127.0.0.1:" not in lines[-1]:
+        lines.append(process.stderr.readline())
+        assert lines[-1], lines
+    time.sleep(1)  # It has gone from saying so to doing so.
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=10) == EXIT_INTERRUPTED
+    assert "stopped by SIGTERM before all processes were there" in process.stderr.read()

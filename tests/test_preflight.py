@@ -131,6 +131,36 @@ def test_time_to_finish_follows_from_peak_and_utilization(config, tmp_path, caps
     assert "time          unknown: no peak rate of a cpu is known" in capsys.readouterr().out
 
 
+def test_what_may_not_be_meant_is_a_note(config, tmp_path, capsys):
+    sentences = "note          report.sentences are the English defaults"
+    config.num_train_steps = 10_000
+    assert check(config, tmp_path / "run") == []
+    output = capsys.readouterr().out
+    assert "note          text seen more than 40 times" in output
+    assert sentences not in output
+    config.num_train_steps = 8
+    config.model.overrides.max_position_embeddings = 100
+    config.report.sentences = default.get_config().report.sentences
+    assert check(config, tmp_path / "run") == []
+    output = capsys.readouterr().out
+    assert sentences in output
+    assert "text seen" not in output
+    # The documentation of Python packages is English.
+    assert not preflight.has_english_sentences(default.get_config(), DEFAULTS)
+
+
+@pytest.mark.parametrize(("model_type", "needed"), [("roberta", 514), ("bert", 512)])
+def test_rows_past_the_positions_are_told_with_what_to_set_before_a_tokenizer_is_trained(
+    config, tmp_path, monkeypatch, model_type, needed
+):
+    config.model.model_type = model_type
+    config.data.max_seq_length = 512
+    config.model.overrides.max_position_embeddings = 500
+    monkeypatch.setattr(setup.text_lib, "open_tokenizer", lambda *args, **options: pytest.fail("too late"))
+    with pytest.raises(UserError, match=rf"max_position_embeddings={needed}$"):
+        setup.build(config, WorkDir(str(tmp_path / "run")))
+
+
 def test_everything_wrong_is_told_at_once(config, tmp_path, monkeypatch):
     monkeypatch.delenv("HF_TOKEN", raising=False)
     monkeypatch.setenv("HF_HOME", str(tmp_path))

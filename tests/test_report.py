@@ -1,5 +1,6 @@
 """What a run tells: metric lines, means over intervals, durations, operation counts, curves."""
 
+import dataclasses
 import json
 import struct
 import types
@@ -203,6 +204,19 @@ def test_lines_hold_means_over_their_interval(make_reporter, clock, path):
         np.testing.assert_array_equal(reporter.counts_V, [0, 2, 2, 2, 2, 2, 0, 0, 0, 5])
     # Exact: few and small numbers.
     assert read_metrics(path) == EXPECTED
+
+
+def test_rows_left_out_are_told_of_when_they_have_doubled(make_reporter, clock, caplog):
+    reporter = make_reporter()
+    with caplog.at_level("INFO"):
+        for counted in (0, 7, 7, 12, 14, 15, 29, 31):
+            metrics, batch = fake(1)
+            reporter.update(1, metrics, dataclasses.replace(batch, counters={"skipped_rows": counted}), wait_seconds=0)
+            clock.now += 1.0
+            reporter.settle()
+            reporter.log_updates(1)
+    told = [record.getMessage() for record in caplog.records if "left out" in record.getMessage()]
+    assert [line.split()[0] for line in told] == ["7", "15", "31"]
 
 
 @pytest.mark.parametrize("stop", [1, 2, 3, 4])

@@ -1,17 +1,24 @@
 import bz2
+import functools
 import gzip
 import http.server
+import io
 import json
+import logging
 import lzma
 import threading
+import time
 
+import aiohttp
 import pyarrow as pa
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 import pytest
 import zstandard
+from gcsfs.retry import HttpError
+from google.auth.exceptions import DefaultCredentialsError
 
-from mlm.data import files, sources
+from mlm.data import files, network, sources
 from mlm.errors import UserError
 
 TEXTS = ["first", 'a "quoted" line', "é 🙂", "", "NA", "12", "last, with a comma"]
@@ -330,3 +337,62 @@ def test_a_url(tmp_path, url, name):
 def test_a_url_that_is_not_there(tmp_path, url):
     with pytest.raises(UserError, match=f"cannot read '{url}/none.txt'.*not found"):
         open_files(f"{url}/none.txt")
+
+
+@pytest.fixture
+def bucket(monkeypatch):
+    """Sets what opening a file in a bucket ends in: an exception, or its bytes. Nothing was reached before."""
+    monkeypatch.setattr(files, "_reached", set())
+
+    def set_answer(answer):
+        def open_it(file, mode, **options):
+            if isinstance(answer, Exception):
+                raise answer
+            return io.BytesIO(answer)
+
+        monkeypatch.setattr(files.fsspec, "open", open_it)
+        return functools.partial(
+            sources.open_source,
+            dataset_name=None,
+            data_files="gs://bucket/a.jsonl",
+            patience=network.Patience(deadline_seconds=0.2, first_wait_seconds=0.05),
+        )
+
+    return set_answer
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (aiohttp.ClientConnectionError("no such host"), r"gs:// cannot be reached \(no such host\): check network and"),
+        (TimeoutError(), r"gs:// cannot be reached \(TimeoutError\): check network and credentials"),
+        (DefaultCredentialsError("none found"), r"gs:// cannot be reached \(none found\): check network and"),
+        (HttpError({"code": 503, "message": "busy"}), r"gs:// cannot be reached \(busy, 503\)"),
+        (HttpError({"code": 401, "message": "Anonymous caller"}), r"Anonymous caller, 401: check the credentials"),
+    ],
+)
+def test_a_bucket_that_was_never_reached_is_not_waited_for(bucket, answer, message):
+    start = time.monotonic()
+    with pytest.raises(UserError, match=rf"^cannot read 'gs://bucket/a.jsonl': {message}") as error:
+        bucket(answer)()
+    assert not isinstance(error.value, sources.ShardLostError)
+    assert time.monotonic() - start < 5.0
+    # gcsfs logs a traceback of each of its errors.
+    assert not logging.getLogger("gcsfs").isEnabledFor(logging.CRITICAL)
+
+
+def test_a_bucket_that_was_reached_is_waited_for(bucket):
+    source = bucket(b'{"text": "one"}\n')()
+    assert read(source) == ["one"]
+    bucket(HttpError({"code": 503, "message": "busy"}))
+    with pytest.raises(sources.ShardLostError, match=r"from row 0 on: .*busy, 503 \(tried \d+ times"):
+        read(source)
+    bucket(HttpError({"code": 401, "message": "expired"}))
+    with pytest.raises(UserError, match="expired, 401: check the credentials"):
+        read(source)
+
+
+def test_blank_lines_are_gaps_in_text_files_alone(tmp_path):
+    for name, data in (("a.txt", "one\n\ntwo\n"), ("a.jsonl", '{"text": "one"}\n')):
+        (tmp_path / name).write_text(data)
+    assert [open_files(tmp_path / name).has_gaps for name in ("a.txt", "a.jsonl")] == [True, False]

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import hypothesis
@@ -281,6 +282,15 @@ def test_counters():
     take(rows, 4)
     assert rows.epoch == 1
     assert rows.counters == {"documents": 40, "skipped_rows": 8, "held_out_documents": 4, "failed_shards": 0}
+
+
+def test_blank_lines_between_documents_are_no_loss():
+    corpus = ["", " ", None, "held", *words(20)]
+    source = dataclasses.replace(memory_source(split(corpus, 2)), has_gaps=True)
+    rows = rows_of(source, packing="pad", batch_rows=5, held_out=pa.array(["held"]))
+    for _ in range(4):
+        next(rows)
+    assert rows.counters == {"documents": 20, "skipped_rows": 1, "held_out_documents": 1, "failed_shards": 0}
 
 
 @pytest.mark.parametrize("how", packing.PACKINGS)

@@ -19,9 +19,10 @@ from absl import logging
 from mlm import metric_files, report, terminal
 from mlm.metric_files import JsonLinesWriter
 from mlm.terminal import LiveLine, Progress, evaluation_line
+from mlm.told import show
 from mlm.workdir import WorkDir
 from tests.test_report import fake
-from tests.tiny import write_corpus
+from tests.tiny import tiny_config, write_corpus
 
 REPO = Path(__file__).parent.parent
 PROGRESS = Progress(
@@ -278,6 +279,18 @@ def test_the_reporter_draws_after_updates_and_only_on_the_first_process(
         assert screen.lines()[-1] == ""
 
 
+def test_until_the_first_update_the_line_says_that_it_compiles(tmp_path, plain_writer, make_screen):
+    screen = make_screen()
+    with make_reporter(tmp_path) as reporter:
+        with reporter.transfer():
+            assert screen.lines() == ["compiling the step ..."]
+        for step in (1, 2):
+            reporter.update(step, *fake(step), wait_seconds=0.0)
+        with reporter.transfer():
+            assert screen.lines()[-1].startswith("  1/100 ")
+    assert screen.lines() == [""]
+
+
 @pytest.mark.slow
 def test_a_run_on_a_terminal_shows_itself_and_leaves_it_clean_after_ctrl_c(tmp_path):
     corpus = write_corpus(tmp_path)
@@ -325,3 +338,13 @@ def test_a_run_on_a_terminal_shows_itself_and_leaves_it_clean_after_ctrl_c(tmp_p
 def test_the_last_words_of_a_process_that_ends_at_once_stand_alone():
     code = "import os; from mlm import terminal; os.write(2, terminal.erasing() + b'stopped')"
     assert subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, check=True).stderr == b"stopped"
+
+
+@pytest.mark.parametrize("absolute", [True, False])
+def test_the_last_words_name_the_work_directory_as_it_was_typed(tmp_path, monkeypatch, capsys, absolute):
+    # From a sibling directory the shortest name would be ../runs/de.
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    typed = str(tmp_path / "runs" / "de") if absolute else "../runs/de"
+    show(tiny_config("*"), WorkDir(typed), [], f"python main.py --workdir={typed}")
+    assert f"\nModel      {typed}/model\n" in capsys.readouterr().out

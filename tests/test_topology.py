@@ -5,6 +5,7 @@ import importlib.util
 
 import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from mlm import parallel, preflight, topology
 from mlm.errors import UserError
@@ -72,6 +73,23 @@ def test_the_memory_of_the_real_step(bag_task, bag_state):
     assert many - few >= 62 * 16 * 16 * 4
 
 
+def test_nothing_compiled_for_a_topology_is_kept(bag_task, tmp_path):
+    # jax would warn of each when it is to be loaded: it cannot be where no such device is.
+    before = jax.config.jax_compilation_cache_dir, jax.config.jax_persistent_cache_min_compile_time_secs
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    compilation_cache.reset_cache()
+    try:
+        topology.step_memory(bag_task, jax.devices()[:1], rows=4, passes=1, length=16)
+        assert list(tmp_path.iterdir()) == []
+        jax.jit(lambda x: x + 0.125)(1.0)
+        assert list(tmp_path.iterdir()) != []
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before[0])
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", before[1])
+        compilation_cache.reset_cache()
+
+
 def test_what_the_compiler_says(bag_task, monkeypatch):
     class Step:
         def lower(self, *shapes):
@@ -101,11 +119,13 @@ def test_only_tpus_are_compiled_for_and_only_with_libtpu(monkeypatch):
     [
         (
             topology.Fit(8, 2 * 10**9, 8, 40),
+            "compiling     the step for TPU v3, minutes at real size; all else is said above\n"
             "compiled      the step takes 2.0 GB of the 17.2 GB of a TPU v3 device; about 40 rows a pass fit\n",
             [],
         ),
         (
             topology.Fit(8, 10**9, 4, 6),
+            "compiling     the step for TPU v3, minutes at real size; all else is said above\n"
             "compiled      the step does not fit into the 17.2 GB of a TPU v3 device\n",
             [
                 "per_device_train_batch_size=8 does not fit into a TPU v3 device; about 6 do, and "

@@ -139,7 +139,7 @@ VALUES = [
     ({"data.max_seq_length": 2}, "data.max_seq_length=2 must be at least 3: begin, text, end"),
     (
         {"data.max_seq_length": 19},
-        "data.max_seq_length=19 is past the model's positions, which end at 18; lower it or raise model.overrides.max_position_embeddings",
+        "data.max_seq_length=19 is past the model's positions, which end at 18; lower it, or set --config.model.overrides.max_position_embeddings=21",
     ),
     ({"data.data_files": ""}, "data.data_files='' names no file: give a path, a glob, a URL or a list of them"),
     ({"data.data_files": 5}, "data.data_files=5 names no file: give a path, a glob, a URL or a list of them"),

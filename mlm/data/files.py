@@ -7,12 +7,16 @@ go through them, see sources.py.
 """
 
 import contextlib
+import importlib.util
 import io
 import json
+import logging
 import lzma
 import os
 from collections.abc import Iterator
+from typing import Any
 
+import aiohttp
 import fsspec
 import numpy as np
 import pyarrow as pa
@@ -42,6 +46,8 @@ _JSON_PARSE_BYTES = 1 << 20
 _PARQUET_ROWS = 256
 # Taken at once from a connection.
 _NETWORK_BYTES = 1 << 20
+# Schemes of URLs that have given this process a file.
+_reached: set[str] = set()
 _BOM = b"\xef\xbb\xbf"
 
 
@@ -109,7 +115,7 @@ def _open(file: str, patience: network.Patience | None = None) -> Iterator[io.IO
             connection = remote.RemoteStream(file, patience=patience or network.Patience())
             raw = stack.enter_context(io.BufferedReader(connection, _NETWORK_BYTES))
         elif "://" in file:
-            raw = stack.enter_context(fsspec.open(file, "rb"))
+            raw = stack.enter_context(_open_elsewhere(file, patience or network.Patience()))
         elif codec == "xz":
             raw = stack.enter_context(open(file, "rb"))
         else:
@@ -119,6 +125,56 @@ def _open(file: str, patience: network.Patience | None = None) -> Iterator[io.IO
         elif codec is not None:
             raw = stack.enter_context(pa.CompressedInputStream(raw, codec))
         yield raw
+
+
+@contextlib.contextmanager
+def _open_elsewhere(file: str, patience: network.Patience) -> Iterator[io.IOBase]:
+    """A file at a URL that is fsspec's to read.
+
+    Its clients have tried for a while when they raise. Where none of their files could ever be read, that is final:
+    no network, or no credentials.
+
+    Raises:
+        network.RefusedError: that, or what will not be given.
+        ConnectionError: what a Google client says of the network.
+    """
+    scheme = file.split("://", 1)[0].lower()
+    options, of_google = _google(patience) if scheme in ("gs", "gcs") else ({}, ())
+    try:
+        with fsspec.open(file, "rb", **options) as raw:
+            _reached.add(scheme)
+            yield raw
+    except (*of_google, ConnectionError, TimeoutError, aiohttp.ClientError) as error:
+        told = " ".join(str(error).split()) or type(error).__name__
+        code = getattr(error, "code", None)
+        if str(code).isdigit() and not network.is_worth_trying(int(code)):
+            raise network.RefusedError(
+                f"{told}: check the credentials (gcloud auth application-default login)"
+            ) from None
+        if scheme not in _reached:
+            raise network.RefusedError(
+                f"{scheme}:// cannot be reached ({told}): check network and credentials"
+            ) from None
+        if isinstance(error, of_google):
+            raise ConnectionError(told) from None
+        raise
+
+
+def _google(patience: network.Patience) -> tuple[dict[str, Any], tuple[type[Exception], ...]]:
+    """Options of gcsfs that have it give up a silent connection, and what it raises that is no OSError."""
+    # It logs a traceback for each error that it raises.
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL + 1)
+    logging.getLogger("google.auth").setLevel(logging.ERROR)
+    if importlib.util.find_spec("gcsfs") is None:
+        return {}, ()  # fsspec says so.
+    from gcsfs.retry import HttpError
+    from google.auth.exceptions import GoogleAuthError
+
+    seconds = patience.timeout_seconds
+    return (
+        {"requests_timeout": aiohttp.ClientTimeout(total=None, sock_connect=seconds, sock_read=seconds)},
+        (HttpError, GoogleAuthError),
+    )
 
 
 def _blocks(stream: io.IOBase | pa.NativeFile, first: bytes) -> Iterator[bytes]:
@@ -250,7 +306,7 @@ def _read_parquet(file: str, column: str, start_row: int, patience: network.Pati
         if _is_http(file):
             raw = stack.enter_context(remote.RemoteParts(file, patience=patience or network.Patience()))
         elif "://" in file:
-            raw = stack.enter_context(fsspec.open(file, "rb"))
+            raw = stack.enter_context(_open_elsewhere(file, patience or network.Patience()))
         else:
             raw = stack.enter_context(pa.OSFile(file))
         # One read for the pieces of a row group, where a read is a request.

@@ -116,6 +116,11 @@ def failure_of(error: BaseException) -> Failure:
     return Failure.UNREADABLE
 
 
+def is_worth_trying(status: int) -> bool:
+    """Whether an HTTP status may be another the next time."""
+    return status < 400 or status in _TRY_AGAIN
+
+
 def _module(error: BaseException) -> str:
     return type(error).__module__.split(".")[0]
 

@@ -63,6 +63,7 @@ class Source:
         columns: (shard, first row) -> the arrays of the texts from that row on, whatever their type.
         shard_name: shard -> its name, for messages.
         patience: with the network that the shards come over; None where they do not.
+        has_gaps: whether a blank row is what stands between documents, as in a text file, and no document lost.
     """
 
     name: str
@@ -71,6 +72,7 @@ class Source:
     columns: Callable[[int, int], Iterator[pa.Array | pa.ChunkedArray]]
     shard_name: Callable[[int], str]
     patience: network.Patience | None = None
+    has_gaps: bool = False
 
     def read(self, shard: int, *, start_row: int = 0) -> Iterator[pa.LargeStringArray]:
         """The texts of a shard's rows from `start_row` on, null where a row is null, not text or not UTF-8.
@@ -183,6 +185,7 @@ def _open_files(patterns: tuple[str, ...], *, text_column: str, patience: networ
         columns=lambda shard, row: files.read_column(paths[shard], text_column, start_row=row, patience=patience),
         shard_name=lambda shard: repr(paths[shard]),
         patience=patience if any("://" in path for path in paths) else None,
+        has_gaps=kinds[0] == "text",
     )
 
 

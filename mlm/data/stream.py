@@ -308,7 +308,8 @@ class RowStream:
         if others and self._short_epochs < _PATIENCE:
             return
         counters = self.counters
-        lost = f"{counters['skipped_rows']} blank rows, {counters['held_out_documents']} held-out documents"
+        lost = f"{counters['skipped_rows']} {'rows that are not UTF-8' if self._source.has_gaps else 'blank rows'}"
+        lost += f", {counters['held_out_documents']} held-out documents"
         who = f" for process {self._process_index} of {self._process_count}" if self._process_count > 1 else ""
         if self._epoch_units == 0:
             raise UserError(f"the data set {self._source.name!r} has no documents to train on{who} ({lost})")
@@ -343,7 +344,8 @@ class RowStream:
             key = (self._seed, 1, self._start.epoch, self._start.window)
             order = np.random.default_rng(key).permutation(len(texts))
         kept = reader_lib.has_text(texts)
-        skipped_rows = len(texts) - int(kept.sum())
+        without_text = len(texts) - int(kept.sum())
+        skipped_rows = texts.null_count if self._source.has_gaps else without_text
         if self._held_out is not None and len(self._held_out):
             kept &= ~np.asarray(pc.is_in(texts, value_set=self._held_out))
         order = order[kept[order]]
@@ -352,7 +354,7 @@ class RowStream:
             self._start = dataclasses.replace(
                 self._start,
                 skipped_rows=self._start.skipped_rows + skipped_rows,
-                held_out_documents=self._start.held_out_documents + len(texts) - skipped_rows - len(order),
+                held_out_documents=self._start.held_out_documents + len(texts) - without_text - len(order),
                 window_end=end,
             )
         if self._start.part is not None:
