@@ -8,8 +8,10 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from mlm.models.dropout import kept
+from mlm.models.execution import KEPT
 
 # How attention may be computed. "plain" is the form below; "xla" and "cudnn" are those of
 # `jax.nn.dot_product_attention`: the second is a flash kernel, for NVIDIA GPUs and bfloat16.
@@ -118,6 +120,9 @@ def _forward(query_BxLxHxE, key_BxMxHxE, value_BxMxHxE, visible_BxXxM, dropout_k
     ) / (sum_BxHxLx1 * (1.0 - rate))
     output_BxLxHxE = output_BxHxLxE.swapaxes(1, 2).astype(dtype)
     log_sum_BxHxLx1 = largest_BxHxLx1 + jnp.log(sum_BxHxLx1)
+    scores_BxHxLxM, log_sum_BxHxLx1, output_BxLxHxE = (
+        checkpoint_name(array, KEPT) for array in (scores_BxHxLxM, log_sum_BxHxLx1, output_BxLxHxE)
+    )
     saved = (query_BxLxHxE, key_BxMxHxE, value_BxMxHxE, scores_BxHxLxM, log_sum_BxHxLx1, dropout_key, output_BxLxHxE)
     return output_BxLxHxE, saved
 

@@ -12,12 +12,13 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from mlm.models.activation import activation
 from mlm.models.attention import attend
 from mlm.models.config import EncoderConfig, Layer
 from mlm.models.dropout import Dropout
-from mlm.models.execution import Execution
+from mlm.models.execution import KEPT, Execution
 from mlm.models.families import Positions
 from mlm.models.qkv import project
 from mlm.models.rotary import Rotation, rotate, rotation_at
@@ -94,7 +95,7 @@ class QueryKeyValue(nn.Module):
             bias = self.param("bias", nn.initializers.zeros, (3 * size,), jnp.float32)
             bias_3x1x1xHxE = bias.astype(self.dtype).reshape(3, 1, 1, *shape[1:])
             parts = [part + bias_1x1xHxE for part, bias_1x1xHxE in zip(parts, bias_3x1x1xHxE, strict=True)]
-        return parts
+        return [checkpoint_name(part, KEPT) for part in parts]
 
 
 class SelfAttention(nn.Module):
@@ -172,6 +173,7 @@ class FeedForward(nn.Module):
             return dense(cfg.hidden_size, name="output", last=True)(inner_BxLxF)
 
         inner_BxLxF = dense((1 + cfg.family.gated) * cfg.intermediate_size, name="inner")(hidden_BxLxD)
+        inner_BxLxF = checkpoint_name(inner_BxLxF, KEPT)
         if self.recompute:
             # The barrier keeps the compiler from writing the activation beside what it is of.
             return nn.remat(finish)(self, jax.lax.optimization_barrier(inner_BxLxF))
@@ -220,7 +222,7 @@ class Block(nn.Module):
         # Of the positions that are asked for alone, [B, K, D], from here on.
         asking = hidden_BxLxD if positions_BxK is None else _at(hidden_BxLxD, positions_BxK)
         if cfg.family.norm_first:
-            hidden = asking + attended(attention_norm(hidden_BxLxD))
+            hidden = checkpoint_name(asking + attended(attention_norm(hidden_BxLxD)), KEPT)
             return hidden + fed_forward(feed_forward_norm(hidden))
-        hidden = attention_norm(asking + attended(hidden_BxLxD))
-        return feed_forward_norm(hidden + fed_forward(hidden))
+        hidden = attention_norm(checkpoint_name(asking + attended(hidden_BxLxD), KEPT))
+        return feed_forward_norm(checkpoint_name(hidden + fed_forward(hidden), KEPT))
