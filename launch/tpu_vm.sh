@@ -256,9 +256,9 @@ watch() {
 }
 
 train() {
+  [[ $dry_run ]] || learn_what_it_is
+  check_train
   if [[ ! $dry_run ]]; then
-    learn_what_it_is
-    check_train
     [[ $type ]] || die "there is no TPU VM $name; create it first"
     # One that was preempted while nobody watched is seen to by the watching.
     if [[ $watching && $(vm_state) != READY ]]; then watch && return; fi

@@ -97,6 +97,12 @@ def test_a_dry_run_prints_the_calls_and_makes_none(cloud, command, calls):
     assert cloud.calls == []
 
 
+def test_a_dry_run_refuses_what_the_run_would(cloud):
+    assert "train needs the arguments of main.py" in cloud("train", "tpu", "--dry-run", code=2)
+    home = ("--", "--config=configs/quickstart.py", "--workdir=/home/me/run")
+    assert "is on the VM's own disk" in cloud("train", "tpu", "--dry-run", "--spot", *home, code=2)
+
+
 def test_setup_puts_one_commit_on_every_worker(cloud, repository):
     (repository / "requirements.txt").write_text("not committed\n")
     output = cloud("setup", "tpu", "--env=HF_TOKEN", env={"HF_TOKEN": "hf_secret"})
