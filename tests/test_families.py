@@ -170,7 +170,7 @@ def test_fields_of_other_families_are_refused_but_for_their_one_value():
 def test_matrices_decay_and_nothing_else(case):
     _, config, tensors = load(case)
     flat = jax.tree_util.tree_leaves_with_path(decays(weights.from_hf(tensors, config)))
-    assert {path[-1].key for path, decayed in flat if decayed} - {"decoder"} == {"kernel", "embedding"}
+    assert {path[-1].key for path, decayed in flat if decayed} - {"decoder"} == {"kernel", "weight", "embedding"}
     assert {path[-1].key for path, decayed in flat if not decayed} <= {"bias", "scale"}
 
 
