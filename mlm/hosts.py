@@ -6,7 +6,6 @@ import importlib.util
 import os
 import re
 import signal
-import socket
 import sys
 import threading
 import time
@@ -22,7 +21,7 @@ from absl import logging
 from jax._src import distributed
 
 from mlm.errors import UserError
-from mlm.interrupt import EXIT_INTERRUPTED, Interrupted
+from mlm.interrupt import EXIT_INTERRUPTED, Interrupted, hearing
 
 # A process that has not been heard of for so long is given up, and so is the run.
 HEARTBEAT_TIMEOUT_SECONDS = 30
@@ -50,7 +49,7 @@ def start(
     at = f" at {coordinator_address}" if coordinator_address else ""
     logging.info("waiting for the other processes%s; start the same command on every host", at)
     try:
-        with _signals_heard():
+        with hearing(_leave):
             jax.distributed.initialize(
                 coordinator_address,
                 num_processes,
@@ -66,27 +65,9 @@ def start(
         ) from None
 
 
-@contextlib.contextmanager
-def _signals_heard() -> Iterator[None]:
-    """Inside, SIGTERM and SIGINT end the process: Python's own handlers would wait for jax, which waits for others."""
-    reader, writer = socket.socketpair()
-    writer.setblocking(False)
-    before = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
-
-    def listen() -> None:
-        with reader:
-            while number := reader.recv(1):
-                if number[0] in (signal.SIGTERM, signal.SIGINT):
-                    name = signal.Signals(number[0]).name
-                    os.write(2, f"stopped by {name} before all processes were there\n".encode())
-                    os._exit(EXIT_INTERRUPTED)
-
-    threading.Thread(target=listen, name="mlm-hosts-signals", daemon=True).start()
-    try:
-        yield
-    finally:
-        signal.set_wakeup_fd(before)
-        writer.close()
+def _leave(number: int) -> None:
+    os.write(2, f"stopped by {signal.Signals(number).name} before all processes were there\n".encode())
+    os._exit(EXIT_INTERRUPTED)
 
 
 def on_tpu_pod() -> bool:
@@ -133,9 +114,9 @@ def end_together() -> Iterator[None]:
         _end(client, str(error), 2)
     except BaseException as error:
         if isinstance(error, jax.errors.JaxRuntimeError) and _GONE.search(str(error)):
-            cause = f"another process of the run has not been heard of for {HEARTBEAT_TIMEOUT_SECONDS} s, or is gone"
             print(
-                f"error: {cause}; its log may say why. The same command on all goes on from the last checkpoint",
+                f"error: another process of the run has not been heard of for {HEARTBEAT_TIMEOUT_SECONDS} s, or is "
+                "gone; its log may say why. The same command on all goes on from the last checkpoint",
                 file=sys.stderr,
                 flush=True,
             )

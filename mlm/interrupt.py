@@ -7,7 +7,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 
 from mlm import terminal
@@ -32,6 +32,31 @@ def leave_at_once() -> None:
         signal.signal(number, leave)
 
 
+@contextlib.contextmanager
+def hearing(hear: Callable[[int], None]) -> Iterator[None]:
+    """Inside, a thread calls `hear` with the number of every SIGTERM and SIGINT, at once. Enter it on the main thread.
+
+    Python runs a signal's handler only between two of its own instructions, so not while the main thread compiles or
+    waits for a device or another host. The thread listens to the descriptor that Python writes a signal's number to.
+    """
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
+    before = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+
+    def listen() -> None:
+        with reader:
+            while received := reader.recv(1):
+                if received[0] in (signal.SIGTERM, signal.SIGINT):
+                    hear(received[0])
+
+    threading.Thread(target=listen, name="mlm-interrupt", daemon=True).start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        writer.close()  # Ends the thread, which closes the other end.
+
+
 class Interrupted(Exception):  # noqa: N818, it is no error
     """The run was asked to stop, and does; `together` if all its processes do, at the same update."""
 
@@ -44,28 +69,24 @@ class Interrupt:
     """Takes both signals while it is entered, on the main thread. The first one asks; the second one ends the process,
     if it does not come at the same time as the first.
 
-    Python runs a signal's handler only between two of its own instructions, so not while the main thread compiles or
-    waits for a device. The second signal must not wait for that: a thread of its own hears both at once, through the
-    descriptor that Python writes a signal's number to.
+    The second signal must not wait until Python runs its handler: see `hearing`.
     """
 
     def __init__(self) -> None:
         self.requested: str | None = None
         self._deferred = False
+        self._first: float | None = None  # When the first signal was heard.
 
     def __enter__(self) -> "Interrupt":
         self._handlers = {number: signal.signal(number, self._handle) for number in (signal.SIGTERM, signal.SIGINT)}
-        self._reader, self._writer = socket.socketpair()
-        self._writer.setblocking(False)
-        self._wakeup = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
-        threading.Thread(target=self._listen, args=(self._reader,), name="mlm-interrupt", daemon=True).start()
+        self._hearing = hearing(self._hear)
+        self._hearing.__enter__()
         return self
 
     def __exit__(self, *exc: object) -> None:
-        signal.set_wakeup_fd(self._wakeup)
+        self._hearing.__exit__(None, None, None)
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
-        self._writer.close()  # Ends the thread, which closes the other end.
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
@@ -90,17 +111,11 @@ class Interrupt:
         if is_first and not self._deferred:
             self.check()
 
-    @staticmethod
-    def _listen(reader: socket.socket) -> None:
-        first: float | None = None
-        with reader:
-            while received := reader.recv(16):
-                if signal.SIGTERM not in received and signal.SIGINT not in received:
-                    continue
-                if first is None:
-                    first = time.monotonic()
-                    logging.getLogger("absl").warning("asked to stop; a second signal stops at once")
-                elif time.monotonic() - first > _SAME_WISH_SECONDS:
-                    last_words = b"second signal: stopped at once; the same command goes on from the last checkpoint\n"
-                    os.write(2, terminal.erasing() + last_words)
-                    os._exit(EXIT_AT_ONCE)
+    def _hear(self, number: int) -> None:
+        if self._first is None:
+            self._first = time.monotonic()
+            logging.getLogger("absl").warning("asked to stop; a second signal stops at once")
+        elif time.monotonic() - self._first > _SAME_WISH_SECONDS:
+            last_words = b"second signal: stopped at once; the same command goes on from the last checkpoint\n"
+            os.write(2, terminal.erasing() + last_words)
+            os._exit(EXIT_AT_ONCE)
