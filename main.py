@@ -126,6 +126,8 @@ def main(argv: list[str]) -> None:
         # The second start of the same run compiles nothing.
         cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
         jax.config.update("jax_compilation_cache_dir", os.path.join(cache, "mlm", "jax"))
+        # jax's own limit, a second, leaves out some eighty programs of one operation, as a save has for every shape.
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
     if FLAGS.mode == "show_data":
         from mlm.show_data import show_data

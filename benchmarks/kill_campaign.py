@@ -275,7 +275,9 @@ FLAGS = (
 
 def environment(folder: str) -> dict[str, str]:
     """Of the trainer: one device, and caches of its own."""
-    return {**os.environ, "XDG_CACHE_HOME": os.path.join(folder, "cache"), "XLA_FLAGS": "", "HF_HUB_OFFLINE": "1"}
+    cache = os.path.join(folder, "cache")
+    own = {"XDG_CACHE_HOME": cache, "JAX_COMPILATION_CACHE_DIR": os.path.join(cache, "jax")}
+    return {**os.environ, **own, "XLA_FLAGS": "", "HF_HUB_OFFLINE": "1"}
 
 
 def run_straight(trainer: Trainer, workdir: str) -> tuple[float, float]:

@@ -3,7 +3,7 @@
     pip install libtpu                                     # the version that goes with this jax
     nice python benchmarks/tpu_compile.py                  # all topologies, both dtypes: an hour or two on two cores
     nice python benchmarks/tpu_compile.py --topologies=v3-8 --dtypes=bfloat16
-    nice python benchmarks/tpu_compile.py --quick          # of two layers: minutes, to try a change
+    nice python benchmarks/tpu_compile.py --layers=2       # minutes, to try a change
     nice python benchmarks/tpu_compile.py --topologies=v3-8 --sides= --remat --largest
 
 The shapes are those of configs/roberta_base.py: roberta-base, 128 rows of 128 tokens a device, dropout on. Operations,
@@ -150,11 +150,11 @@ def main() -> None:
     parser.add_argument("--topologies", default=",".join(CHIPS))
     parser.add_argument("--dtypes", default="float32,bfloat16")
     parser.add_argument("--sides", default="ours,reference")
-    parser.add_argument("--quick", action="store_true", help="two layers of twelve")
+    parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--remat", action="store_true", help="the table of remat policies, unrolled and scanned")
     parser.add_argument("--largest", action="store_true", help="the largest batch that fits")
     options = parser.parse_args()
-    layers = 2 if options.quick else 12
+    layers = options.layers
     for name in options.topologies.split(","):
         chip = CHIPS[name]
         for dtype_name in options.dtypes.split(","):

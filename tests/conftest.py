@@ -16,6 +16,9 @@ os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 os.environ.setdefault("EPATH_USE_TF", "0")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+# Whole runs, in the test process and in ones of their own, compile the same programs again and again.
+os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp()
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 
 import flax.linen as nn
 import jax
@@ -29,35 +32,29 @@ from mlm.models.config import EncoderConfig
 from mlm.models.encoder import MaskedLM
 from mlm.optimizer import create_optimizer, create_schedule
 
+atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 # Broadcasting [V] against [B, K, V] is more often a mistake than meant.
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Tests compile much and compute little: half the time. Programs that tests start compile as users' do.
 jax.config.update("jax_disable_most_optimizations", True)
-# Whole runs in one test process compile the same programs again and again.
-_cache = tempfile.TemporaryDirectory()
-atexit.register(_cache.cleanup)
-jax.config.update("jax_compilation_cache_dir", _cache.name)
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+_CAN_BROWSE = bool(shutil.which("chromium") and shutil.which("chromedriver"))
 
 
 def pytest_collection_modifyitems(config, items):
     """Leaves out the tests marked `browser` where there is none to drive."""
-    if shutil.which("chromium") and shutil.which("chromedriver"):
+    if _CAN_BROWSE:
         return
     left_out = [item for item in items if item.get_closest_marker("browser")]
-    if left_out:
-        config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if item not in left_out]
-        config.stash[_LEFT_OUT] = len(left_out)
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in left_out]
 
 
-def pytest_terminal_summary(terminalreporter, config):
+def pytest_terminal_summary(terminalreporter):
     """Says so."""
-    if count := config.stash.get(_LEFT_OUT, 0):
-        terminalreporter.write_line(f"{count} tests marked browser were left out: no chromium and chromedriver here")
-
-
-_LEFT_OUT = pytest.StashKey[int]()
+    if not _CAN_BROWSE:
+        terminalreporter.write_line("tests marked browser were left out: no chromium and chromedriver here")
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -2,6 +2,7 @@
 
 import collections
 import json
+import os
 import random
 import signal
 import subprocess
@@ -39,16 +40,19 @@ def get_config():
 """
 
 
-def trainer_of(directory: Path, corpus: str, *flags: str) -> Trainer:
-    """main.py on a tiny config, which is written to `directory`."""
+def trainer_of(directory: Path, corpus: str, *flags: str, compiles: bool = False) -> Trainer:
+    """main.py on a tiny config, which is written to `directory`; one that compiles has not what other tests have."""
     (directory / "config.py").write_text(CONFIG.format(corpus=corpus, eval_steps=EVAL_STEPS))
-    return Trainer((f"--config={directory / 'config.py'}", *flags), environment(str(directory)))
+    env = environment(str(directory))
+    if not compiles:
+        env["JAX_COMPILATION_CACHE_DIR"] = os.environ["JAX_COMPILATION_CACHE_DIR"]
+    return Trainer((f"--config={directory / 'config.py'}", *flags), env)
 
 
 @pytest.fixture(scope="module")
 def trainer(tmp_path_factory) -> Trainer:
     directory = tmp_path_factory.mktemp("trainer")
-    return trainer_of(directory, write_corpus(directory, documents=3000))
+    return trainer_of(directory, write_corpus(directory, documents=3000), compiles=True)
 
 
 @pytest.fixture(scope="module")
