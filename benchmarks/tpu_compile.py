@@ -9,6 +9,8 @@
 The shapes are those of configs/roberta_base.py: roberta-base, 128 rows of 128 tokens a device, dropout on. Operations,
 bytes and temporaries are the compiler's own count for one device (a TensorCore up to v3, a chip from v4 on). The
 roofline time is the larger of operations / peak and bytes / bandwidth: no update can be faster, and none is as fast.
+Cycles are what the compiler itself expects of its kernels, added up: nearer to the truth, but it says nothing of sorts,
+scatters and what goes between devices.
 Peaks are the vendor's: docs.cloud.google.com/tpu/docs/v3, /v4, /v5e and /v6e, for bfloat16, which float32 products
 are computed in as well at JAX's default precision.
 """
@@ -16,6 +18,7 @@ are computed in as well at JAX's default precision.
 import argparse
 import dataclasses
 import os
+import re
 import time
 from typing import Any
 
@@ -31,6 +34,8 @@ from mlm import parallel
 from mlm.models.execution import REMATS, Execution
 
 ROWS, LENGTH = 128, 128
+# An estimate from here on is none.
+UNKNOWN = 2**60
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +63,7 @@ class Cost:
 
     flops: float
     accessed: float
+    cycles: int
     temporaries: int
     peak: int
     seconds: float  # of compiling
@@ -91,9 +97,11 @@ def compile_side(
             raise
         return None
     cost, memory = compiled.cost_analysis(), compiled.memory_analysis()
+    estimates = map(int, re.findall(r'"estimated_cycles":"(\d+)"', compiled.as_text()))
     return Cost(
         flops=cost["flops"],
         accessed=cost["bytes accessed"],
+        cycles=sum(cycles for cycles in estimates if cycles < UNKNOWN),
         temporaries=memory.temp_size_in_bytes,
         peak=memory.peak_memory_in_bytes,
         seconds=time.monotonic() - start,
@@ -106,13 +114,13 @@ def show(name: str, cost: Cost | None, chip: Chip, *, counted: bool = True) -> N
         print(f"  {name:28} does not fit into {chip.memory / 2**30:.0f} GiB", flush=True)
         return
     counts = (
-        f"{cost.flops / 1e12:6.2f} {cost.accessed / 1e9:7.1f} {1e3 * cost.bound(chip):9.1f}"
+        f"{cost.flops / 1e12:6.2f} {cost.accessed / 1e9:7.1f} {1e3 * cost.bound(chip):9.1f} {cost.cycles / 1e6:8.1f}"
         if counted
-        else f"{'-':>6} {'-':>7} {'-':>9}"
+        else f"{'-':>6} {'-':>7} {'-':>9} {'-':>8}"
     )
     share = cost.peak / chip.memory
     print(
-        f"  {name:28} {counts} {cost.temporaries / 1e9:9.2f} {cost.peak / 1e9:8.2f} ({share:3.0%}) {cost.seconds:9.0f}",
+        f"  {name:28} {counts} {cost.temporaries / 1e9:9.3f} {cost.peak / 1e9:8.2f} ({share:3.0%}) {cost.seconds:9.0f}",
         flush=True,
     )
 
@@ -160,7 +168,7 @@ def main() -> None:
         for dtype_name in options.dtypes.split(","):
             dtype = jnp.dtype(dtype_name)
             print(f"\n{name}, {dtype_name}: {layers} layers, {ROWS} rows of {LENGTH} tokens a device, dropout on")
-            head = f"{'TFLOP':>6} {'GB read':>7} {'bound ms':>9} {'temp. GB':>9} {'peak GB':>14} {'compile s':>9}"
+            head = f"{'TFLOP':>6} {'GB read':>7} {'bound ms':>9} {'Mcycles':>8} {'temp. GB':>9} {'peak GB':>14} {'compile s':>9}"
             print(f"  {'':28} {head}")
             costs = {}
             for side in filter(None, options.sides.split(",")):
@@ -181,6 +189,7 @@ def main() -> None:
                     "bytes": reference.accessed / ours.accessed,
                     "temporaries": reference.temporaries / ours.temporaries,
                     "bound": reference.bound(chip) / ours.bound(chip),
+                    "cycles": reference.cycles / ours.cycles,
                 }
                 print("  ratio reference / ours: " + ", ".join(f"{what} {x:.2f}" for what, x in ratios.items()))
 

@@ -1,6 +1,7 @@
 """Attention's forms: by hand against autodiff, and against jax.nn.dot_product_attention."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -87,3 +88,25 @@ def test_dropped_weights_are_the_plain_forms(arrays):
     for form in ("xla", "cudnn"):
         other = output_and_gradients(attend, arrays, implementation=form, **options)
         jax.tree.map(np.testing.assert_array_equal, other, plain)
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_what_is_handed_to_cudnn(monkeypatch, view):
+    # Compiled for a GPU as far as it goes on a machine that has none: jax asks the GPU's libraries for their versions.
+    library = "jax._src.cudnn.fused_attention_stablehlo"
+    monkeypatch.setattr(f"{library}.check_cudnn_version", lambda: 91000)
+    monkeypatch.setattr(f"{library}.check_compute_capability", lambda capability: True)
+    monkeypatch.setattr(f"{library}.is_cuda_compute_capability_equal", lambda capability: False)
+
+    def total(query, key, value, segments):
+        output = attend(query, key, value, segments_BxM=segments, implementation="cudnn", **view)
+        return jnp.sum(output.astype(jnp.float32))
+
+    array = jax.ShapeDtypeStruct((4, 128, 2, 64), jnp.bfloat16)
+    traced = jax.jit(jax.grad(total, argnums=(0, 1, 2))).trace(
+        array, array, array, jax.ShapeDtypeStruct((4, 128), jnp.int32)
+    )
+    lowered = traced.lower(lowering_platforms=("cuda",)).as_text()
+    # One document a row: of each the length. Otherwise a mask, which is added to the scores.
+    kernel = "fmhaSoftmax" if view == {"isolate": False} else "fmhaScaleBiasSoftmax"
+    assert re.findall(r"custom_call @__cudnn\$(\w+)\(", lowered) == [kernel, f"{kernel}Backward"]

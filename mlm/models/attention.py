@@ -51,8 +51,9 @@ def attend(
     """
     dropped = dropout_key is not None and dropout_rate > 0
     implementation = "plain" if dropped or positions_BxL is not None else implementation
-    if implementation == "cudnn" and not isolate:
-        # Lengths and a window are arguments of the kernel: no [L, L] mask is read. A row of padding has one token.
+    if implementation == "cudnn" and not isolate and window is None:
+        # Lengths are an argument of the kernel: no [L, L] mask is read. A row of padding has one token. A window to
+        # both sides is not, to JAX: only to the side that tokens see where they see no later ones.
         lengths_B = jnp.maximum(jnp.sum(segments_BxM > 0, axis=1, dtype=jnp.int32), 1)
         return jax.nn.dot_product_attention(
             query_BxLxHxE,
@@ -60,7 +61,6 @@ def attend(
             value_BxMxHxE,
             query_seq_lengths=lengths_B,
             key_value_seq_lengths=lengths_B,
-            local_window_size=window,
             implementation="cudnn",
         )
     visible_BxXxM = _visible(segments_BxM, positions_BxL, isolate=isolate, window=window)

@@ -16,7 +16,9 @@ from jax.ad_checkpoint import checkpoint_name
 
 from mlm.models.activation import activation
 from mlm.models.attention import attend
+from mlm.models.choose import tokens_at
 from mlm.models.config import EncoderConfig, Layer
+from mlm.models.dense import Dense, add_bias
 from mlm.models.dropout import Dropout
 from mlm.models.execution import KEPT, Execution
 from mlm.models.families import Positions
@@ -41,9 +43,9 @@ def make_dense(
     name: str | None = None,
     use_bias: bool = True,
     last: bool = False,
-) -> nn.Dense:
+) -> Dense:
     """A dense layer with the family's initial values; `last` before a sum or the logits."""
-    return nn.Dense(features, use_bias=use_bias, dtype=dtype, kernel_init=initializer(config, last=last), name=name)
+    return Dense(features, use_bias=use_bias, dtype=dtype, kernel_init=initializer(config, last=last), name=name)
 
 
 def make_norm(config: EncoderConfig, *, dtype: Any, name: str | None = None) -> nn.LayerNorm:
@@ -59,14 +61,20 @@ def make_norm(config: EncoderConfig, *, dtype: Any, name: str | None = None) -> 
     )
 
 
-def _at(hidden_BxLxD: jax.Array, positions_BxK: jax.Array) -> jax.Array:
-    return jnp.take_along_axis(hidden_BxLxD, positions_BxK[:, :, None], axis=1)
-
-
 def _drop(module: nn.Module, values: jax.Array, *, place: str, deterministic: bool) -> jax.Array:
     """Dropout at a place that `Family.dropout` may name."""
     rate = module.config.dropout(place)
     return Dropout(rate)(values, deterministic=deterministic) if rate else values
+
+
+# The barrier keeps the compiler from writing the activation beside what it is of. JAX would put one before the gradient
+# as well, which then is read once more for its sum, the bias's.
+@jax.custom_vjp
+def _written(values: jax.Array) -> jax.Array:
+    return jax.lax.optimization_barrier(values)
+
+
+_written.defvjp(lambda values: (_written(values), None), lambda _, gradient: (gradient,))
 
 
 class QueryKeyValue(nn.Module):
@@ -89,12 +97,11 @@ class QueryKeyValue(nn.Module):
         if positions_BxL is None:
             parts = project(hidden_BxMxD, weight_3xHxExD)
         else:
-            asking_BxLxD = _at(hidden_BxMxD, positions_BxL)
+            asking_BxLxD = tokens_at(hidden_BxMxD, positions_BxL)
             parts = project(asking_BxLxD, weight_3xHxExD[:1]) + project(hidden_BxMxD, weight_3xHxExD[1:])
         if cfg.attention_bias:
             bias = self.param("bias", nn.initializers.zeros, (3 * size,), jnp.float32)
-            bias_3x1x1xHxE = bias.astype(self.dtype).reshape(3, 1, 1, *shape[1:])
-            parts = [part + bias_1x1xHxE for part, bias_1x1xHxE in zip(parts, bias_3x1x1xHxE, strict=True)]
+            parts = [add_bias(part, bias_HxE) for part, bias_HxE in zip(parts, bias.reshape(shape), strict=True)]
         return [checkpoint_name(part, KEPT) for part in parts]
 
 
@@ -175,8 +182,7 @@ class FeedForward(nn.Module):
         inner_BxLxF = dense((1 + cfg.family.gated) * cfg.intermediate_size, name="inner")(hidden_BxLxD)
         inner_BxLxF = checkpoint_name(inner_BxLxF, KEPT)
         if self.recompute:
-            # The barrier keeps the compiler from writing the activation beside what it is of.
-            return nn.remat(finish)(self, jax.lax.optimization_barrier(inner_BxLxF))
+            return nn.remat(finish)(self, _written(inner_BxLxF))
         return finish(self, inner_BxLxF)
 
 
@@ -220,7 +226,7 @@ class Block(nn.Module):
             return drop(feed_forward(values_BxLxD, deterministic=deterministic), place="feed_forward_output")
 
         # Of the positions that are asked for alone, [B, K, D], from here on.
-        asking = hidden_BxLxD if positions_BxK is None else _at(hidden_BxLxD, positions_BxK)
+        asking = hidden_BxLxD if positions_BxK is None else tokens_at(hidden_BxLxD, positions_BxK)
         if cfg.family.norm_first:
             hidden = checkpoint_name(asking + attended(attention_norm(hidden_BxLxD)), KEPT)
             return hidden + fed_forward(feed_forward_norm(hidden))

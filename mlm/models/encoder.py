@@ -15,7 +15,9 @@ import jax.numpy as jnp
 from mlm.errors import UserError
 from mlm.models.activation import activation
 from mlm.models.block import Block, initializer, make_dense, make_norm
+from mlm.models.choose import entries_at
 from mlm.models.config import EncoderConfig, Layer
+from mlm.models.dense import decode
 from mlm.models.dropout import Dropout
 from mlm.models.execution import Execution, run_layers
 from mlm.models.families import Positions
@@ -73,9 +75,9 @@ class Embeddings(nn.Module):
         sum_BxLxC = self.word(inputs_BxL).astype(self.dtype)
         if cfg.type_vocab_size:
             token_types_BxL = jnp.zeros((1, 1), jnp.int32) if token_types_BxL is None else token_types_BxL
-            sum_BxLxC += self.token_type(token_types_BxL).astype(self.dtype)
+            sum_BxLxC += entries_at(self.token_type.embedding, token_types_BxL, self.dtype)
         if not cfg.family.positions.rotary:
-            sum_BxLxC += self.position(places_BxL).astype(self.dtype)
+            sum_BxLxC += entries_at(self.position.embedding, places_BxL, self.dtype)
         hidden_BxLxC = self.dropout(self.norm(sum_BxLxC), deterministic=deterministic)
         return self.project(hidden_BxLxC) if cfg.has_projection else hidden_BxLxC
 
@@ -105,9 +107,7 @@ class Head(nn.Module):
         hidden_BxKxC = make_norm(cfg, dtype=self.dtype, name="norm")(act(dense(hidden_BxKxD)))
         if not cfg.tie_word_embeddings:
             embedding_VxC = self.param("decoder", initializer(cfg, last=True), embedding_VxC.shape, jnp.float32)
-        logits_BxKxV = jnp.einsum(
-            "BKC,VC->BKV", hidden_BxKxC, embedding_VxC.astype(self.dtype), preferred_element_type=jnp.float32
-        )
+        logits_BxKxV = decode(hidden_BxKxC, embedding_VxC)
         if cfg.decoder_bias:
             bias_V = self.param("bias", nn.initializers.zeros, (cfg.vocab_size,), jnp.float32)
             logits_BxKxV += bias_V[None, None, :]
