@@ -18,11 +18,10 @@ from mlm.models.activation import activation
 from mlm.models.attention import attend
 from mlm.models.choose import tokens_at
 from mlm.models.config import EncoderConfig, Layer
-from mlm.models.dense import Dense, add_bias
+from mlm.models.dense import Dense, add_bias, project
 from mlm.models.dropout import Dropout
 from mlm.models.execution import KEPT, Execution
 from mlm.models.families import Positions
-from mlm.models.qkv import project
 from mlm.models.rotary import Rotation, rotate, rotation_at
 
 
