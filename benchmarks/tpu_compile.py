@@ -4,7 +4,7 @@
     nice python benchmarks/tpu_compile.py                  # all topologies, both dtypes: an hour or two on two cores
     nice python benchmarks/tpu_compile.py --topologies=v3-8 --dtypes=bfloat16
     nice python benchmarks/tpu_compile.py --layers=2       # minutes, to try a change
-    nice python benchmarks/tpu_compile.py --topologies=v3-8 --sides= --remat --largest
+    nice python benchmarks/tpu_compile.py --topologies=v3-8 --sides= --remat=none,dots,full --largest
 
 The shapes are those of configs/roberta_base.py: roberta-base, 128 rows of 128 tokens a device, dropout on. Operations,
 bytes and temporaries are the compiler's own count for one device (a TensorCore up to v3, a chip from v4 on). The
@@ -32,7 +32,7 @@ import reference_step as sides
 from jax.experimental import topologies
 
 from mlm import parallel
-from mlm.models.execution import REMATS, Execution
+from mlm.models.execution import Execution
 
 ROWS, LENGTH = 128, 128
 # An estimate from here on is none.
@@ -161,7 +161,7 @@ def main() -> None:
     parser.add_argument("--dtypes", default="float32,bfloat16")
     parser.add_argument("--sides", default="ours,reference")
     parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument("--remat", action="store_true", help="the table of remat policies, unrolled and scanned")
+    parser.add_argument("--remat", default="", help="a table of these, unrolled and scanned: none,dots,full")
     parser.add_argument("--largest", action="store_true", help="the largest batch that fits")
     options = parser.parse_args()
     layers = options.layers
@@ -176,7 +176,7 @@ def main() -> None:
             for side in filter(None, options.sides.split(",")):
                 costs[side] = compile_side(side, chip, dtype=dtype, layers=layers, execution=Execution(remat="dots"))
                 show(side, costs[side], chip)
-            for remat in REMATS if options.remat else ():
+            for remat in filter(None, options.remat.split(",")):
                 for scan in (False, True):
                     execution = Execution(remat=remat, scan_layers=scan)
                     cost = compile_side("ours", chip, dtype=dtype, layers=layers, execution=execution)

@@ -5,9 +5,10 @@ The state is stacked, one copy per local device along a leading axis: over sever
 which `pmap` accepts donated buffers. Checkpoints hold it unstacked, so the number of devices may change.
 """
 
+import contextlib
 import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -37,12 +38,27 @@ def data_parallel(step: Callable[..., Any], *, donate_argnums: tuple[int, ...] =
     def run_together(*args: Any) -> Any:
         nonlocal compiled
         if not compiled:
-            run.lower(*args).compile()
+            with _every_process_caches():
+                run.lower(*args).compile()
             barrier("compiled")
             compiled = True
         return run(*args)
 
     return run_together
+
+
+@contextlib.contextmanager
+def _every_process_caches() -> Iterator[None]:
+    """Inside, jax keeps what it compiles, in a cache that is a directory of this machine, whichever process this is.
+
+    Else process 0 alone keeps it, and at every start all others would compile anew while it waits for them.
+    """
+    state = distributed.global_state
+    own, state.process_id = state.process_id, 0
+    try:
+        yield
+    finally:
+        state.process_id = own
 
 
 def over_mesh(

@@ -319,6 +319,30 @@ def test_a_process_that_hangs_is_given_up(tmp_path):
         assert both.processes[1].wait(60.0) not in (0, EXIT_INTERRUPTED)
 
 
+# A second start compiles nothing, on no machine.
+KEEPS = """
+import sys
+import jax
+from mlm import hosts, parallel
+port, index, cache = sys.argv[1:]
+jax.config.update("jax_compilation_cache_dir", cache)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+hosts.start(coordinator_address=f"127.0.0.1:{port}", num_processes=2, process_id=int(index))
+assert parallel.on_any_process(index == "1")
+assert jax.process_index() == int(index)
+"""
+
+
+def test_every_process_keeps_what_it_compiles(tmp_path):
+    port, caches = free_port(), [tmp_path / f"cache-{i}" for i in range(2)]
+    both = Pair([["-c", KEEPS, port, str(i), str(caches[i])] for i in range(2)], tmp_path)
+    try:
+        assert both.wait() == [0, 0], both.log(0) + both.log(1)
+    finally:
+        both.kill()
+    assert all(list(cache.glob("jit__fun-*")) for cache in caches)
+
+
 @pytest.mark.parametrize("index", [0, 1])
 def test_a_signal_ends_a_process_that_waits_for_the_others(index):
     code = f"""
