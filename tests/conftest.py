@@ -16,9 +16,13 @@ os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 os.environ.setdefault("EPATH_USE_TF", "0")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
-# Whole runs, in the test process and in ones of their own, compile the same programs again and again.
-os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp()
+# Whole runs, in the test processes and in ones of their own, compile the same programs again and again.
+os.environ["JAX_COMPILATION_CACHE_DIR"] = (
+    os.environ["JAX_COMPILATION_CACHE_DIR"] if "PYTEST_XDIST_WORKER" in os.environ else tempfile.mkdtemp()
+)
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+# They compile much and compute little. The quickstart's test and that of killed runs compile as users do.
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 
 import flax.linen as nn
 import jax
@@ -32,11 +36,10 @@ from mlm.models.config import EncoderConfig
 from mlm.models.encoder import MaskedLM
 from mlm.optimizer import create_optimizer, create_schedule
 
-atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 # Broadcasting [V] against [B, K, V] is more often a mistake than meant.
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# Tests compile much and compute little: half the time. Programs that tests start compile as users' do.
-jax.config.update("jax_disable_most_optimizations", True)
 
 
 _CAN_BROWSE = bool(shutil.which("chromium") and shutil.which("chromedriver"))

@@ -40,6 +40,7 @@ def get_config():
     config.logging_steps = 1
     config.eval_steps = 10
     config.data.num_eval_samples = 8
+    config.model.overrides.num_hidden_layers = 1
     config.model.overrides.hidden_dropout_prob = 0.0
     config.model.overrides.attention_probs_dropout_prob = 0.0
     return config

@@ -41,10 +41,12 @@ def get_config():
 
 
 def trainer_of(directory: Path, corpus: str, *flags: str, compiles: bool = False) -> Trainer:
-    """main.py on a tiny config, which is written to `directory`; one that compiles has not what other tests have."""
+    """main.py on a tiny config, which is written to `directory`; one that compiles does so as a user's first run."""
     (directory / "config.py").write_text(CONFIG.format(corpus=corpus, eval_steps=EVAL_STEPS))
     env = environment(str(directory))
-    if not compiles:
+    if compiles:
+        env["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "0"
+    else:
         env["JAX_COMPILATION_CACHE_DIR"] = os.environ["JAX_COMPILATION_CACHE_DIR"]
     return Trainer((f"--config={directory / 'config.py'}", *flags), env)
 

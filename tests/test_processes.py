@@ -54,6 +54,7 @@ report.Reporter.update = update
 config = tiny_config(corpus)
 config.num_train_steps = int(last)
 config.data.num_eval_samples = 5
+config.model.overrides.num_hidden_layers = 1
 train_and_evaluate(config, workdir)
 open(out, "w").write(json.dumps(rows))
 """
@@ -131,6 +132,7 @@ def test_two_processes_train_then_one_then_four(tmp_path):
 
     config = tiny_config(corpus)
     config.data.num_eval_samples = 5
+    config.model.overrides.num_hidden_layers = 1
     assert WorkDir(workdir).read_layout() == (4, 4)
     used = collections.Counter()
     for (step, process), batch in rows.items():

@@ -66,7 +66,6 @@ os.environ["XLA_FLAGS"] = ""
 import sys
 from pathlib import Path
 import jax, jax.numpy as jnp, numpy as np
-jax.config.update("jax_disable_most_optimizations", True)  # As in conftest.py.
 from mlm.curves import read_metrics
 from mlm.errors import UserError
 from mlm.train import train_and_evaluate
