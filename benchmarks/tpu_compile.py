@@ -64,7 +64,7 @@ class Cost:
 
     flops: float
     accessed: float
-    cycles: int
+    cycles: float  # NaN where the compiler's text cannot be had.
     temporaries: int
     peak: int
     seconds: float  # of compiling, of all cores' time
@@ -99,11 +99,16 @@ def compile_side(
         return None
     seconds = time.process_time() - start
     cost, memory = compiled.cost_analysis(), compiled.memory_analysis()
-    estimates = map(int, re.findall(r'"estimated_cycles":"(\d+)"', compiled.as_text()))
+    try:
+        estimates = map(int, re.findall(r'"estimated_cycles":"(\d+)"', compiled.as_text()))
+        cycles = float(sum(estimate for estimate in estimates if estimate < UNKNOWN))
+    except jax.errors.JaxRuntimeError:
+        # For a v6e, libtpu 0.0.52 writes an instruction that jaxlib 0.10.2 does not read.
+        cycles = float("nan")
     return Cost(
         flops=cost["flops"],
         accessed=cost["bytes accessed"],
-        cycles=sum(cycles for cycles in estimates if cycles < UNKNOWN),
+        cycles=cycles,
         temporaries=memory.temp_size_in_bytes,
         peak=memory.peak_memory_in_bytes,
         seconds=seconds,
