@@ -32,6 +32,7 @@ def test_the_largest_is_found_in_few_compilations(per_row, fixed, wobble, limit)
         assert bytes_of(found + MULTIPLE) > limit
 
 
+@pytest.mark.slow
 def test_a_steps_bytes_grow_by_the_row(encoder_task):
     sizes = [fit.step_bytes(encoder_task, length=16, passes=1, batch=batch) for batch in (8, 64)]
     assert sizes[0] < sizes[1] < 8 * sizes[0]

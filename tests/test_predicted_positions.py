@@ -32,6 +32,7 @@ POSITIONS = np.array([[1, 4, 11], [0, 5, 6]], np.int32)
 SCAN = Execution(remat="full", scan_layers=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "begin_id", "execution"),
     [

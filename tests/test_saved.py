@@ -27,6 +27,9 @@ from mlm.train import train_and_evaluate
 from mlm.workdir import WorkDir
 from tests.tiny import tiny_config, write_corpus
 
+# Most look at one run of eight updates.
+pytestmark = pytest.mark.slow
+
 REPO = Path(__file__).parent.parent
 
 
@@ -284,7 +287,6 @@ def test_sentences_that_cannot_be_filled_in(run, tmp_path):
         ask(config, tmp_path / "empty", "<mask>")
 
 
-@pytest.mark.slow
 def test_the_command_line_needs_no_config(run, tmp_path):
     """It stands in the work directory; and the device is the CPU whatever else there is."""
     _, workdir, _ = run
@@ -316,7 +318,6 @@ def test_the_command_line_needs_no_config(run, tmp_path):
     assert not (tmp_path / "none").exists()
 
 
-@pytest.mark.slow
 def test_the_command_line_trains_a_tokenizer_and_nothing_else(tmp_path):
     corpus = write_corpus(tmp_path)
     (tmp_path / "config.py").write_text(

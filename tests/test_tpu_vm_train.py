@@ -75,6 +75,7 @@ def test_train_stops_on_a_failure_and_does_not_start_again(cloud, end):
     assert (cloud.workers[1] / "systemctl").read_text().count("start ") == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gone", ["PREEMPTED", "TERMINATED", "GONE"])
 def test_a_preempted_spot_vm_is_made_anew_at_the_same_commit(cloud, repository, gone):
     cloud("setup", "tpu")
