@@ -128,6 +128,7 @@ def test_parameters_are_those_of_every_packing(config, params):
     jax.tree.map(np.testing.assert_array_equal, ours, params)
 
 
+@pytest.mark.slow
 def test_a_step_trains(encoder_task, encoder_state, train_step):
     """Eight rows of five documents "begin, x, x": the first x of each says what the second is."""
     task = dataclasses.replace(encoder_task, model=dataclasses.replace(encoder_task.model, begin_id=BEGIN))
@@ -165,6 +166,7 @@ def test_setup_tells_the_model_and_the_rows_are_those_of_concatenate(runs):
         np.testing.assert_array_equal(next(isolate.stream), next(concatenate.stream))
 
 
+@pytest.mark.slow
 def test_evaluation_isolates_too(runs):
     params = parallel.replicate(runs["isolate"].initial_params())
 

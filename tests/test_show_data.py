@@ -55,6 +55,7 @@ def run(tmp_path_factory):
     return config, workdir, rows, inputs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", range(1, STEPS + 1))
 def test_the_rows_shown_are_those_the_loop_used(run, step):
     """Steps before the first checkpoint kept, right after one, and between."""

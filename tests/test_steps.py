@@ -98,6 +98,7 @@ def test_masks_change_with_the_step_alone(bag_step, bag_state, uneven_rows):
     assert loss(2) == loss(2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_dropout_differs_by_device_pass_and_step_and_by_nothing_else(make_task, init, train_step, dropout):
     # Every token is masked: masks have nothing random. All rows but one are padding and count for nothing.
@@ -169,6 +170,7 @@ def test_a_loss_that_is_not_finite_is_skipped(bag_step, bag_state, uneven_rows, 
     assert_skipped(new, metrics, broken)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("broken", ["loss", "gradient"])
 def test_one_bad_row_on_one_device_skips_the_update_on_all_and_the_next_one_is_made(
     make_task, bag_step, bag_state, train_step, uneven_rows, monkeypatch, broken
