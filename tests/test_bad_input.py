@@ -60,6 +60,7 @@ def test_resuming_with_another_config_names_the_keys(config, tmp_path):
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")} == before
 
 
+@pytest.mark.slow
 def test_rows_without_text_are_skipped_and_counted(config, tmp_path, caplog):
     texts = sentences(300)
     lines = [json.dumps({"text": text}) for text in texts]

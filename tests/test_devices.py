@@ -67,6 +67,7 @@ def test_four_passes_make_the_same_updates_as_one_of_four_times_the_rows(bag_tas
         assert_near(params, expected_params)
 
 
+@pytest.mark.slow
 def test_a_mean_of_the_devices_means_would_be_another_gradient(bag_task, bag_state, bag_step, uneven_rows):
     """The two tests above have power: on these rows the common mistake shows."""
 
