@@ -32,7 +32,7 @@ import reference_step as sides
 from jax.experimental import topologies
 
 from mlm import parallel
-from mlm.models.execution import Execution
+from mlm.models.execution import REMATS, Execution
 
 ROWS, LENGTH = 128, 128
 # An estimate from here on is none.
@@ -169,7 +169,9 @@ def main() -> None:
     parser.add_argument("--remat", default="", help="a table of these, unrolled and scanned: none,dots,full")
     parser.add_argument("--largest", action="store_true", help="the largest batch that fits")
     options = parser.parse_args()
-    layers = options.layers
+    layers, remats = options.layers, list(filter(None, options.remat.split(",")))
+    if unknown := set(remats) - set(REMATS):
+        parser.error(f"--remat={','.join(sorted(unknown))}: there are {', '.join(REMATS)}")
     for name in options.topologies.split(","):
         chip = CHIPS[name]
         for dtype_name in options.dtypes.split(","):
@@ -181,7 +183,7 @@ def main() -> None:
             for side in filter(None, options.sides.split(",")):
                 costs[side] = compile_side(side, chip, dtype=dtype, layers=layers, execution=Execution(remat="dots"))
                 show(side, costs[side], chip)
-            for remat in filter(None, options.remat.split(",")):
+            for remat in remats:
                 for scan in (False, True):
                     execution = Execution(remat=remat, scan_layers=scan)
                     cost = compile_side("ours", chip, dtype=dtype, layers=layers, execution=execution)

@@ -198,6 +198,7 @@ def _gigatoken(model: dict):
     # Without the special tokens, a text that spells one is text. Begin and end are added in packing.py.
     added = [token for token in model["added_tokens"] if not token["special"]]
     plain = {**model, "added_tokens": added, "post_processor": None, "truncation": None, "padding": None}
+    # It says by one or another of these that it lacks a part of a tokenizer. `tokenizers` has all parts, and is slower.
     try:
         return gigatoken.Tokenizer.from_json(json.dumps(plain))
     except (ValueError, RuntimeError, KeyError, NotImplementedError) as error:
