@@ -47,17 +47,17 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-# gs:// without TensorFlow: mlm/bucket.py says why.
+# gs:// without TensorFlow: mlm/run/gcs.py says why.
 os.environ.setdefault("EPATH_USE_TF", "0")
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from configs import default
-from mlm import interrupt
 from mlm.errors import UserError
-from mlm.explain import explain
-from mlm.workdir import WorkDir, flatten
+from mlm.modes.explain import explain
+from mlm.run import signals
+from mlm.run.workdir import WorkDir, flatten
 
 # As a shell says of what SIGPIPE ended.
 _EXIT_UNREAD = 141
@@ -67,9 +67,9 @@ config_flags.DEFINE_config_file("config", None, "the run's configuration, such a
 flags.DEFINE_multi_string("workdir", None, "the run's directory; report: one of several runs to compare")
 MODES = ("train", "benchmark", "check", "explain", "train_tokenizer", "show_data", "export", "fill_mask", "report")
 # They find the config in the work directory.
-OF_A_RUN = ("show_data", "export", "fill_mask", "report")
+MODES_WITH_WORKDIR_CONFIG = ("show_data", "export", "fill_mask", "report")
 # Words that are no flags: sentences, keys.
-TAKE_WORDS = ("fill_mask", "explain")
+MODES_WITH_ARGS = ("fill_mask", "explain")
 flags.DEFINE_enum("mode", "train", MODES, "what to do, as told above")
 flags.DEFINE_bool("overwrite", False, "train: start anew, after moving what is in --workdir aside")
 flags.DEFINE_bool("multihost", None, "train: one of several processes; by itself on a TPU pod")
@@ -89,7 +89,7 @@ flags.DEFINE_float("utilization", 0.4, "check: the share of its peak rate to cou
 
 def main(argv: list[str]) -> None:
     """Does what --mode says."""
-    if len(argv) > 1 and FLAGS.mode not in TAKE_WORDS:
+    if len(argv) > 1 and FLAGS.mode not in MODES_WITH_ARGS:
         raise UserError(f"{argv[1]!r} is not a flag; flags begin with --, their values follow after =")
     if not FLAGS.workdir and FLAGS.mode not in ("train_tokenizer", "explain", "benchmark"):
         raise UserError("no --workdir; name the run's directory, such as --workdir=runs/quickstart")
@@ -102,7 +102,7 @@ def main(argv: list[str]) -> None:
     set_up_log(verbose=FLAGS.verbosity > 0)
     defaults = flatten(default.get_config().to_dict())
     if FLAGS.mode == "report":
-        from mlm.html_report import write_report
+        from mlm.modes.report import write_report
 
         write_report(FLAGS.workdir, FLAGS.output or "report.html", defaults=defaults)
         return
@@ -113,12 +113,14 @@ def main(argv: list[str]) -> None:
     config = config_of_run(workdir) if FLAGS.config is None else FLAGS.config
     check_keys(config)
 
-    if FLAGS.mode in (*OF_A_RUN, "check") and not (FLAGS.mode == "fill_mask" and "JAX_PLATFORMS" in os.environ):
+    if FLAGS.mode in (*MODES_WITH_WORKDIR_CONFIG, "check") and not (
+        FLAGS.mode == "fill_mask" and "JAX_PLATFORMS" in os.environ
+    ):
         # Before jax is imported: a device may be busy with the run itself.
         os.environ["JAX_PLATFORMS"] = "cpu"
 
     if FLAGS.mode == "train":
-        interrupt.leave_at_once()
+        signals.exit_on_signal()
     # These take seconds to import; a mistake on the command line should not.
     import jax
 
@@ -130,35 +132,35 @@ def main(argv: list[str]) -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
     if FLAGS.mode == "show_data":
-        from mlm.show_data import show_data
+        from mlm.modes.show_data import show_data
 
         show_data(config, workdir, step=FLAGS.step, rows=FLAGS.rows, process_index=FLAGS.process)
     elif FLAGS.mode == "check":
-        from mlm.machine import machine_of
-        from mlm.preflight import check
+        from mlm.hardware import parse_topology
+        from mlm.modes.check import check
 
-        machine = machine_of(FLAGS.topology) if FLAGS.topology else None
+        machine = parse_topology(FLAGS.topology) if FLAGS.topology else None
         problems = check(config, workdir, defaults=defaults, machine=machine, utilization=FLAGS.utilization)
         if problems:
             raise UserError("; ".join(["not ready", *problems]))
         print("\nready")
     elif FLAGS.mode == "train_tokenizer":
-        from mlm import setup
+        from mlm import build
 
-        setup.train_tokenizer(config, FLAGS.output)
+        build.train_tokenizer(config, FLAGS.output)
     elif FLAGS.mode == "benchmark":
-        from mlm.benchmark import benchmark
+        from mlm.modes.benchmark import benchmark
 
         benchmark(config, updates=FLAGS.updates)
     elif FLAGS.mode == "export":
-        from mlm import saved
+        from mlm import load
 
         options = {"step": FLAGS.step, "average": FLAGS.average, "output": FLAGS.output, "dtype": FLAGS.dtype}
-        saved.export_checkpoint(config, workdir, **options)
+        load.export_checkpoint(config, workdir, **options)
     elif FLAGS.mode == "fill_mask":
-        from mlm import saved
+        from mlm import load
 
-        saved.fill_sentences(config, workdir, argv[1:], step=FLAGS.step)
+        load.fill_sentences(config, workdir, argv[1:], step=FLAGS.step)
     else:
         train()
 
@@ -175,10 +177,10 @@ def explain_keys(names: list[str], defaults: dict[str, Any]) -> None:
 
 def train() -> None:
     """--mode=train, alone or as one of several processes."""
-    from mlm import hosts
+    from mlm.run import multihost
 
-    if FLAGS.multihost or (FLAGS.multihost is None and hosts.on_tpu_pod()):
-        hosts.start(
+    if FLAGS.multihost or (FLAGS.multihost is None and multihost.on_tpu_pod()):
+        multihost.start(
             coordinator_address=FLAGS.coordinator_address,
             num_processes=FLAGS.num_processes,
             process_id=FLAGS.process_id,
@@ -186,7 +188,7 @@ def train() -> None:
     from mlm.train import train_and_evaluate
 
     # After jax.distributed, which has a handler of its own.
-    with interrupt.Interrupt() as asked, hosts.end_together():
+    with signals.Interrupt() as asked, multihost.propagate_failures():
         train_and_evaluate(
             FLAGS.config,
             FLAGS.workdir[0],
@@ -209,19 +211,19 @@ def parse_flags(argv: list[str]) -> list[str]:
     try:
         rest = FLAGS(argv)
     except flags.Error as error:
-        raise UserError(_of_flags(str(error), path)) from None
+        raise UserError(_flag_error_message(str(error), path)) from None
     except BrokenPipeError:  # Of --help, which is printed here.
         raise
     except Exception as error:
         # The config file is the user's own code: whatever it raises is told with the file's name.
         told = str(error.args[0] if error.args else "").strip("'")  # A KeyError's own is in quotes.
         raise UserError(_of_config_file(f"{type(error).__name__}: {told}", path)) from None
-    if path is None and FLAGS.mode not in (*OF_A_RUN, "explain"):
+    if path is None and FLAGS.mode not in (*MODES_WITH_WORKDIR_CONFIG, "explain"):
         raise UserError(f"no --config=FILE; there are {', '.join(_configs())}")
     return rest
 
 
-def _of_flags(told: str, path: str | None) -> str:
+def _flag_error_message(told: str, path: str | None) -> str:
     """What the flags' parser says, in this program's words where it speaks of Python's."""
     if "Traceback (most recent call last)" in told:  # ml_collections' way to tell of a config file's ValueError.
         return _of_config_file(told.strip().splitlines()[-1], path)
@@ -310,7 +312,7 @@ def set_up_log(*, verbose: bool) -> None:
 
     def is_ours(record: python_logging.LogRecord) -> bool:
         if f"{os.sep}orbax{os.sep}" in record.pathname:
-            return False  # It logs a traceback for each of its threads; mlm/checkpoint.py tells what there is to tell.
+            return False  # It logs a traceback for each of its threads; mlm/run/checkpoint.py reports what matters.
         return record.levelno >= python_logging.WARNING or record.pathname.startswith(ours)
 
     handler = logging.get_absl_handler()
@@ -343,11 +345,11 @@ def _run() -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except interrupt.Interrupted as interrupted:
+    except signals.Interrupted as interrupted:
         print(f"{interrupted}; the same command goes on", file=sys.stderr)
-        sys.exit(interrupt.EXIT_INTERRUPTED)
+        sys.exit(signals.EXIT_INTERRUPTED)
     except KeyboardInterrupt:  # Before training, or in another mode.
-        sys.exit(interrupt.EXIT_AT_ONCE)
+        sys.exit(signals.EXIT_AT_ONCE)
 
 
 if __name__ == "__main__":

@@ -37,8 +37,8 @@ def jax_step(side: str, shape: str) -> Callable[[], None]:
     config = sides.roberta(**(getattr(sides, name) if name else {}))
     tokens = sides.tokens(rows, length, vocab_size=config.vocab_size)
     if side == "ours":
-        task = sides.our_task(config, jnp.float32, Execution())
-        state, step = jax.jit(sides.our_state, static_argnums=0)(task), sides.our_step(task)
+        step_config = sides.our_task(config, jnp.float32, Execution())
+        state, step = jax.jit(sides.our_state, static_argnums=0)(step_config), sides.our_step(step_config)
         batch = parallel.shard(tokens, shape=(1,))
     else:
         state = jax.jit(sides.reference_state, static_argnums=(0, 1))(config, jnp.float32)
@@ -134,10 +134,10 @@ def compile_quickstart() -> None:
     config = quickstart.get_config()
     overrides = {name: value for name, value in config.model.overrides.to_dict().items() if value is not None}
     encoder = sides.roberta(vocab_size=config.tokenizer.vocab_size, **overrides)
-    task = sides.our_task(encoder, jnp.float32, Execution())
-    state = parallel.replicate(jax.jit(sides.our_state, static_argnums=0)(task))
+    step_config = sides.our_task(encoder, jnp.float32, Execution())
+    state = parallel.replicate(jax.jit(sides.our_state, static_argnums=0)(step_config))
     tokens = sides.tokens(config.per_device_train_batch_size, config.data.max_seq_length, vocab_size=2_048)
-    step = parallel.data_parallel(sides.our_step(task), donate_argnums=(0,))
+    step = parallel.data_parallel(sides.our_step(step_config), donate_argnums=(0,))
     start = time.perf_counter()
     step.lower(state, parallel.shard(tokens, shape=(1,))).compile()
     print(time.perf_counter() - start)

@@ -102,9 +102,9 @@ def our_update(shape: str, rows: int, options: argparse.Namespace) -> None:
     overrides, length, _ = SHAPES[shape]
     config = sides.roberta(**overrides, attention_probs_dropout_prob=options.attention_dropout)
     attention = options.attention if jax.default_backend() == "gpu" else "xla"
-    task = sides.our_task(config, jnp.bfloat16, Execution(attention=attention, remat=options.remat))
-    state = parallel.replicate(jax.jit(sides.our_state, static_argnums=0)(task))
-    step = parallel.data_parallel(sides.our_step(task), donate_argnums=(0,))
+    step_config = sides.our_task(config, jnp.bfloat16, Execution(attention=attention, remat=options.remat))
+    state = parallel.replicate(jax.jit(sides.our_state, static_argnums=0)(step_config))
+    step = parallel.data_parallel(sides.our_step(step_config), donate_argnums=(0,))
     batch = parallel.shard(sides.tokens(rows, length, vocab_size=config.vocab_size), shape=(1,))
     metrics = None
 
@@ -285,7 +285,7 @@ def model_flops(shape: str) -> float:
     from mlm.models.flops import flops_per_token
 
     overrides, length, _ = SHAPES[shape]
-    return flops_per_token(sides.roberta(**overrides), length=length, slots=-(-length * 15 // 100))
+    return flops_per_token(sides.roberta(**overrides), length=length, max_predictions_per_seq=-(-length * 15 // 100))
 
 
 def main() -> None:

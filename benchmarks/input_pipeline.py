@@ -35,8 +35,9 @@ import pyarrow.parquet as pq
 import tokenizers
 import transformers
 
-from mlm.data import prefetch, sources, stream
+from mlm.data import prefetch, stream
 from mlm.data import tokenizer as tokenizer_lib
+from mlm.data.sources import source as sources
 from mlm.data.train_tokenizer import train_tokenizer
 
 SHUFFLE = 10_000  # documents, on both sides

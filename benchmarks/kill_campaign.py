@@ -38,8 +38,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import numpy as np
 
 from benchmarks.same_run import differences
-from mlm.curves import read_metrics
-from mlm.interrupt import EXIT_INTERRUPTED
+from mlm.reporting.curves import read_metrics
+from mlm.run.signals import EXIT_INTERRUPTED
 
 REPO = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 # Of a start, in order; the middle ones come again and again.
@@ -239,7 +239,7 @@ def await_phase(process: subprocess.Popen, looked_at: Callable[[], tuple[str, in
 
 def write_corpus(folder: str, *, megabytes: float) -> str:
     """The head of the docstrings in three JSON-lines files; returns their glob."""
-    from mlm.data import sources  # Takes seconds to import, and tests have a corpus of their own.
+    from mlm.data.sources import source as sources
 
     source = sources.open_source(dataset_name="docstrings")
     texts, size = [], 0

@@ -50,15 +50,15 @@ SMALL = {
 }
 
 
-def our_task(config: EncoderConfig, dtype: Any, execution: Execution) -> steps.Task:
+def our_task(config: EncoderConfig, dtype: Any, execution: Execution) -> steps.StepConfig:
     """What our step closes over."""
     schedule = create_schedule("linear", **SCHEDULE)
-    return steps.Task(
+    return steps.StepConfig(
         model=MaskedLM(config, dtype, execution=execution),
         masking=MaskingSpec(
             mlm_probability=0.15,
-            mask_token_share=0.8,
-            random_token_share=0.1,
+            mask_replace_prob=0.8,
+            random_replace_prob=0.1,
             mask_id=SPECIAL - 1,
             special_ids=tuple(range(SPECIAL)),
             num_ids=config.vocab_size,
@@ -69,14 +69,14 @@ def our_task(config: EncoderConfig, dtype: Any, execution: Execution) -> steps.T
     )
 
 
-def our_step(task: steps.Task) -> Callable[..., Any]:
+def our_step(step_config: steps.StepConfig) -> Callable[..., Any]:
     """(state, tokens_1xBxL) -> (state, metrics)."""
-    return functools.partial(steps.train_step, task=task, axis_name=parallel.AXIS)
+    return functools.partial(steps.train_step, step_config=step_config, axis_name=parallel.AXIS)
 
 
-def our_state(task: steps.Task) -> steps.TrainState:
+def our_state(step_config: steps.StepConfig) -> steps.TrainState:
     """The state before the first update."""
-    return steps.init_state(task, steps.init_params(task, length=8))
+    return steps.init_state(step_config, steps.init_params(step_config, length=8))
 
 
 def tokens(rows: int, length: int, *, vocab_size: int) -> np.ndarray:

@@ -22,7 +22,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from mlm.curves import read_metrics
+from mlm.reporting.curves import read_metrics
 
 # Throughput is in the picture.
 TIMINGS = ("curves.png",)

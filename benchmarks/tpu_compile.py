@@ -82,8 +82,8 @@ def compile_side(
     config = sides.roberta(num_hidden_layers=layers)
     tokens = np.zeros((rows, LENGTH), np.int32)
     if side == "ours":
-        task = sides.our_task(config, dtype, execution)
-        state, step = jax.eval_shape(lambda: sides.our_state(task)), sides.our_step(task)
+        step_config = sides.our_task(config, dtype, execution)
+        state, step = jax.eval_shape(lambda: sides.our_state(step_config)), sides.our_step(step_config)
         batch = tokens[None]
     else:
         state = jax.eval_shape(lambda: sides.reference_state(config, dtype))

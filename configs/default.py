@@ -104,7 +104,7 @@ def get_config() -> ConfigDict:
     # A hub name or local directory whose config.json is copied, without the weights.
     model.config_name = placeholder(str)
     # A hub name or local directory, such as a run's model/, whose config.json and weights training starts from
-    # (mlm/warm_start.py says what becomes of another vocabulary, longer rows and missing heads).
+    # (mlm/models/hf/pretrained.py says what becomes of another vocabulary, longer rows and missing heads).
     model.model_name_or_path = placeholder(str)
     # Of the computation: "float32" or "bfloat16". Parameters, reductions and the optimizer stay float32.
     model.dtype = "float32"
@@ -162,8 +162,8 @@ def get_config() -> ConfigDict:
     # The share of tokens to predict, special tokens and padding aside.
     masking.mlm_probability = 0.15
     # Of those: the share replaced by the mask token, and by a random token; the rest stays as it is.
-    masking.mask_token_share = 0.8
-    masking.random_token_share = 0.1
+    masking.mask_replace_prob = 0.8
+    masking.random_replace_prob = 0.1
 
     config.optimizer = optimizer = ConfigDict()
     # The peak. It rises linearly over warmup_steps updates from 0, then follows the schedule down to 0 at
@@ -182,7 +182,7 @@ def get_config() -> ConfigDict:
     optimizer.max_grad_norm = 0.0
     # An update whose loss or gradient is not finite is skipped: parameters and optimizer stay as they were. After so
     # many in a row the run stops: its parameters will not mend themselves.
-    optimizer.max_skipped_updates = 10
+    optimizer.max_skipped_steps = 10
     # Skip an update, too, whose gradient norm is over so many times the running mean of the last 100 or so. 0: never.
     optimizer.spike_factor = 0.0
 

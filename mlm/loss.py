@@ -23,7 +23,7 @@ class LossSums:
     count: jax.Array
 
 
-def masked_cross_entropy(logits_BxKxV: jax.Array, targets_BxK: jax.Array, weights_BxK: jax.Array) -> LossSums:
+def masked_cross_entropy(logits_BxKxV: jax.Array, labels_BxK: jax.Array, label_weights_BxK: jax.Array) -> LossSums:
     """Sums -log softmax(logits)[target] over the slots in use.
 
     Args:
@@ -34,26 +34,26 @@ def masked_cross_entropy(logits_BxKxV: jax.Array, targets_BxK: jax.Array, weight
     Returns:
       The sums. With no slot in use all are 0. Of equal logits the one with the smallest id counts as first.
     """
-    loss_BxK, correct_BxK = _cross_entropy(logits_BxKxV, targets_BxK)
+    loss_BxK, correct_BxK = _cross_entropy(logits_BxKxV, labels_BxK)
     return LossSums(
-        loss=jnp.sum(loss_BxK * weights_BxK),
-        correct=jnp.sum(correct_BxK * weights_BxK),
-        count=jnp.sum(weights_BxK),
+        loss=jnp.sum(loss_BxK * label_weights_BxK),
+        correct=jnp.sum(correct_BxK * label_weights_BxK),
+        count=jnp.sum(label_weights_BxK),
     )
 
 
 # Derived by hand: logits are the largest array of a step. They are read once for their maximum, once for all sums,
 # and the backward pass computes their gradient from them where it is read.
 @jax.custom_vjp
-def _cross_entropy(logits_BxKxV: jax.Array, targets_BxK: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return _forward(logits_BxKxV, targets_BxK)[0]
+def _cross_entropy(logits_BxKxV: jax.Array, labels_BxK: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return _forward(logits_BxKxV, labels_BxK)[0]
 
 
-def _forward(logits_BxKxV, targets_BxK):
+def _forward(logits_BxKxV, labels_BxK):
     largest_BxKx1 = jnp.max(logits_BxKxV, axis=-1, keepdims=True).astype(jnp.float32)
     values_BxKxV = logits_BxKxV.astype(jnp.float32)
-    ids_1x1xV = jnp.arange(logits_BxKxV.shape[-1], dtype=targets_BxK.dtype)[None, None]
-    targets_BxKx1 = targets_BxK[..., None]
+    ids_1x1xV = jnp.arange(logits_BxKxV.shape[-1], dtype=labels_BxK.dtype)[None, None]
+    targets_BxKx1 = labels_BxK[..., None]
     sum_BxK = jnp.sum(jnp.exp(values_BxKxV - largest_BxKx1), axis=-1)
     # A sum of one term, for it shares the pass over the logits; a lookup would be another.
     target_BxK = jnp.sum(jnp.where(ids_1x1xV == targets_BxKx1, values_BxKxV, 0.0), axis=-1)
@@ -63,14 +63,14 @@ def _forward(logits_BxKxV, targets_BxK):
     log_sum_BxK = largest_BxKx1[..., 0] + jnp.log(sum_BxK)
     correct_BxK = (target_BxK == largest_BxKx1[..., 0]) & (equals_before_BxK == 0)
     # A sum of which a NaN is no part must not hide it: log_sum_BxK has them all.
-    return (log_sum_BxK - target_BxK, correct_BxK.astype(jnp.float32)), (logits_BxKxV, targets_BxK, log_sum_BxK)
+    return (log_sum_BxK - target_BxK, correct_BxK.astype(jnp.float32)), (logits_BxKxV, labels_BxK, log_sum_BxK)
 
 
 def _backward(saved, gradients):
-    logits_BxKxV, targets_BxK, log_sum_BxK = saved
+    logits_BxKxV, labels_BxK, log_sum_BxK = saved
     softmax_BxKxV = jnp.exp(logits_BxKxV.astype(jnp.float32) - log_sum_BxK[..., None])
-    ids_1x1xV = jnp.arange(logits_BxKxV.shape[-1], dtype=targets_BxK.dtype)[None, None]
-    is_target_BxKxV = ids_1x1xV == targets_BxK[..., None]
+    ids_1x1xV = jnp.arange(logits_BxKxV.shape[-1], dtype=labels_BxK.dtype)[None, None]
+    is_target_BxKxV = ids_1x1xV == labels_BxK[..., None]
     gradient_BxKxV = (softmax_BxKxV - is_target_BxKxV) * gradients[0][..., None]
     return gradient_BxKxV.astype(logits_BxKxV.dtype), None
 

@@ -21,21 +21,21 @@ class MaskingSpec:
 
     Attributes:
       mlm_probability: share of the maskable tokens to predict, in (0, 1].
-      mask_token_share: share of those replaced by the mask id.
-      random_token_share: share of those replaced by a random id that is not special.
+      mask_replace_prob: share of those replaced by the mask id.
+      random_replace_prob: share of those replaced by a random id that is not special.
       mask_id: the mask token.
       special_ids: ids that are never masked and never drawn: begin, end, padding, mask, unknown, ...
       num_ids: ids are below this.
     """
 
     mlm_probability: float
-    mask_token_share: float
-    random_token_share: float
+    mask_replace_prob: float
+    random_replace_prob: float
     mask_id: int
     special_ids: tuple[int, ...]
     num_ids: int
 
-    def slots(self, length: int) -> int:
+    def max_predictions_per_seq(self, length: int) -> int:
         """The largest number of tokens that a row of `length` tokens has to predict (K)."""
         # 1e-6: 0.07 * 100 is a little over 7 in floating point.
         return max(1, math.ceil(self.mlm_probability * length - 1e-6))
@@ -53,9 +53,9 @@ class MaskedBatch:
     """
 
     inputs_BxL: jax.Array
-    positions_BxK: jax.Array
-    targets_BxK: jax.Array
-    weights_BxK: jax.Array
+    masked_positions_BxK: jax.Array
+    labels_BxK: jax.Array
+    label_weights_BxK: jax.Array
 
 
 def mask_tokens(tokens_BxL: jax.Array, *, rows_B: jax.Array, key: jax.Array, spec: MaskingSpec) -> MaskedBatch:
@@ -74,7 +74,7 @@ def mask_tokens(tokens_BxL: jax.Array, *, rows_B: jax.Array, key: jax.Array, spe
     Returns:
       The masked rows. A row without maskable tokens has weight 0 everywhere.
     """
-    slots = spec.slots(tokens_BxL.shape[1])
+    max_predictions_per_seq = spec.max_predictions_per_seq(tokens_BxL.shape[1])
     is_special_R = np.zeros(spec.num_ids, bool)
     is_special_R[[i for i in spec.special_ids if i < spec.num_ids]] = True
     replacements_R = jnp.asarray(np.flatnonzero(~is_special_R), jnp.int32)
@@ -83,22 +83,24 @@ def mask_tokens(tokens_BxL: jax.Array, *, rows_B: jax.Array, key: jax.Array, spe
 
     def mask_row(tokens_L: jax.Array, maskable_L: jax.Array, row: jax.Array) -> MaskedBatch:
         # One draw for all that the row needs: every call of the generator costs a kernel.
-        bits = jax.random.bits(jax.random.fold_in(key, row), (tokens_L.shape[0] + 2 * slots + 1,), jnp.uint32)
+        bits = jax.random.bits(
+            jax.random.fold_in(key, row), (tokens_L.shape[0] + 2 * max_predictions_per_seq + 1,), jnp.uint32
+        )
         bits_L, action_bits_K, random_bits_K, rounding_bits = jnp.split(
-            bits, np.cumsum([tokens_L.shape[0], slots, slots])
+            bits, np.cumsum([tokens_L.shape[0], max_predictions_per_seq, max_predictions_per_seq])
         )
         # The K largest of random numbers are a uniform draw without replacement.
         rank_L = jnp.where(maskable_L, (bits_L >> 1).astype(jnp.int32), -1)
-        _, positions_K = jax.lax.top_k(rank_L, slots)
+        _, positions_K = jax.lax.top_k(rank_L, max_predictions_per_seq)
         number = jnp.floor(spec.mlm_probability * maskable_L.sum() + uniform(rounding_bits[0]))
-        chosen_K = (jnp.arange(slots) < number) & maskable_L[positions_K]
+        chosen_K = (jnp.arange(max_predictions_per_seq) < number) & maskable_L[positions_K]
 
         targets_K = tokens_L[positions_K]
         action_K = uniform(action_bits_K)
         # The remainder favours small ids by R / 2^32, one part in 80,000 for a vocabulary of 50,000.
         random_K = replacements_R[random_bits_K % replacements_R.shape[0]]
-        shown_K = jnp.where(action_K < spec.mask_token_share + spec.random_token_share, random_K, targets_K)
-        shown_K = jnp.where(action_K < spec.mask_token_share, spec.mask_id, shown_K)
+        shown_K = jnp.where(action_K < spec.mask_replace_prob + spec.random_replace_prob, random_K, targets_K)
+        shown_K = jnp.where(action_K < spec.mask_replace_prob, spec.mask_id, shown_K)
         inputs_L = tokens_L.at[positions_K].set(
             jnp.where(chosen_K, shown_K, targets_K), unique_indices=True, mode="promise_in_bounds"
         )

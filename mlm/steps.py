@@ -27,7 +27,7 @@ NORM_WINDOW = 100
 
 
 @flax.struct.dataclass
-class Applied:
+class UpdateStats:
     """Of the updates that were not skipped: how many, and the running mean of their gradients' norms."""
 
     count: jax.Array
@@ -40,7 +40,7 @@ class TrainState(flax.struct.PyTreeNode):
     step: jax.Array
     params: Any
     opt_state: optax.OptState
-    applied: Applied
+    applied: UpdateStats
 
 
 @flax.struct.dataclass
@@ -62,7 +62,7 @@ class EvalSums:
 
 
 @dataclasses.dataclass(frozen=True)
-class Task:
+class StepConfig:
     """What a step closes over; nothing in it changes during a run.
 
     `spike_factor`: an update whose gradient norm is over so many times the running mean is skipped; 0 for none.
@@ -85,33 +85,35 @@ def random_key(seed: int, stream: int) -> jax.Array:
     return jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), stream)
 
 
-def init_params(task: Task, *, length: int) -> Any:
+def init_params(step_config: StepConfig, *, length: int) -> Any:
     """Draws the parameters of a fresh model from the seed."""
     tokens_BxL = jnp.ones((1, length), jnp.int32)
-    return task.model.init(task.key(INIT), tokens_BxL, positions_BxK=tokens_BxL[:, :1])["params"]
+    return step_config.model.init(step_config.key(INIT), tokens_BxL, positions_BxK=tokens_BxL[:, :1])["params"]
 
 
-def init_state(task: Task, params: Any) -> TrainState:
+def init_state(step_config: StepConfig, params: Any) -> TrainState:
     """The state before the first update."""
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
-        opt_state=task.optimizer.init(params),
-        applied=Applied(count=jnp.zeros((), jnp.int32), mean_norm=jnp.zeros((), jnp.float32)),
+        opt_state=step_config.optimizer.init(params),
+        applied=UpdateStats(count=jnp.zeros((), jnp.int32), mean_norm=jnp.zeros((), jnp.float32)),
     )
 
 
-def forward(task: Task, params: Any, tokens_BxL: jax.Array, *, rows_B: jax.Array, mask_key: jax.Array, **model_args):
+def forward(
+    step_config: StepConfig, params: Any, tokens_BxL: jax.Array, *, rows_B: jax.Array, mask_key: jax.Array, **model_args
+):
     """Masks a batch and predicts it. Returns the logits (float32) and the masked batch."""
-    batch = mask_tokens(tokens_BxL, rows_B=rows_B, key=mask_key, spec=task.masking)
-    logits_BxKxV = task.model.apply(
-        {"params": params}, batch.inputs_BxL, positions_BxK=batch.positions_BxK, **model_args
+    batch = mask_tokens(tokens_BxL, rows_B=rows_B, key=mask_key, spec=step_config.masking)
+    logits_BxKxV = step_config.model.apply(
+        {"params": params}, batch.inputs_BxL, positions_BxK=batch.masked_positions_BxK, **model_args
     )
     return logits_BxKxV, batch
 
 
 def train_step(
-    state: TrainState, tokens_AxBxL: jax.Array, *, task: Task, axis_name: str
+    state: TrainState, tokens_AxBxL: jax.Array, *, step_config: StepConfig, axis_name: str
 ) -> tuple[TrainState, TrainMetrics]:
     """Makes one update from this device's share of the global batch.
 
@@ -130,22 +132,22 @@ def train_step(
     Returns:
       The state after the update and its metrics, the same on every device.
     """
-    passes, rows, _ = tokens_AxBxL.shape
+    microbatches, rows, _ = tokens_AxBxL.shape
     device = jax.lax.axis_index(axis_name)
-    mask_key = jax.random.fold_in(task.key(TRAIN_MASKS), state.step)
-    dropout_key = jax.random.fold_in(jax.random.fold_in(task.key(DROPOUT), state.step), device)
+    mask_key = jax.random.fold_in(step_config.key(TRAIN_MASKS), state.step)
+    dropout_key = jax.random.fold_in(jax.random.fold_in(step_config.key(DROPOUT), state.step), device)
 
     def loss_fn(params: Any, tokens_BxL: jax.Array, number: jax.Array) -> tuple[jax.Array, LossSums]:
         logits_BxKxV, batch = forward(
-            task,
+            step_config,
             params,
             tokens_BxL,
-            rows_B=(device * passes + number) * rows + jnp.arange(rows),
+            rows_B=(device * microbatches + number) * rows + jnp.arange(rows),
             mask_key=mask_key,
             deterministic=False,
             rngs={"dropout": jax.random.fold_in(dropout_key, number)},
         )
-        sums = masked_cross_entropy(logits_BxKxV, batch.targets_BxK, batch.weights_BxK)
+        sums = masked_cross_entropy(logits_BxKxV, batch.labels_BxK, batch.label_weights_BxK)
         return sums.loss, sums
 
     def accumulate(total: Any, numbered: tuple[jax.Array, jax.Array]) -> tuple[Any, None]:
@@ -155,18 +157,18 @@ def train_step(
 
     zero = LossSums(*(jnp.zeros((), jnp.float32) for _ in range(3)))
     total = (jax.tree.map(jnp.zeros_like, state.params), zero)
-    total, _ = jax.lax.scan(accumulate, total, (jnp.arange(passes), tokens_AxBxL), unroll=passes == 1)
+    total, _ = jax.lax.scan(accumulate, total, (jnp.arange(microbatches), tokens_AxBxL), unroll=microbatches == 1)
     grads, sums = jax.lax.psum(total, axis_name)
     grads = jax.tree.map(lambda grad: grad / jnp.maximum(sums.count, 1.0), grads)
 
     norm = optax.tree.norm(grads)
-    good = is_good(sums, norm, state.applied, spike_factor=task.spike_factor)
+    good = should_apply(sums, norm, state.applied, spike_factor=step_config.spike_factor)
 
-    updates, opt_state = task.optimizer.update(grads, state.opt_state, state.params)
+    updates, opt_state = step_config.optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     # The mean over all updates so far, until there are as many as the window has; then an exponential one.
     weight = 1.0 / jnp.minimum(state.applied.count + 1, NORM_WINDOW)
-    applied = Applied(
+    applied = UpdateStats(
         count=state.applied.count + 1,
         mean_norm=state.applied.mean_norm + weight * (norm - state.applied.mean_norm),
     )
@@ -180,13 +182,13 @@ def train_step(
         sums=sums,
         grad_norm=norm,
         # Of the optimizer's own count, which a skipped update does not move.
-        learning_rate=jnp.asarray(task.schedule(state.applied.count), jnp.float32),
+        learning_rate=jnp.asarray(step_config.schedule(state.applied.count), jnp.float32),
         skipped=1.0 - good,
     )
     return TrainState(step=state.step + 1, params=params, opt_state=opt_state, applied=applied), metrics
 
 
-def is_good(sums: LossSums, norm: jax.Array, applied: Applied, *, spike_factor: float) -> jax.Array:
+def should_apply(sums: LossSums, norm: jax.Array, applied: UpdateStats, *, spike_factor: float) -> jax.Array:
     """Whether to make an update: it has tokens to predict, is finite, and its gradient norm is no spike."""
     good = (sums.count > 0) & jnp.isfinite(sums.loss) & jnp.isfinite(norm)
     if spike_factor:
@@ -195,7 +197,13 @@ def is_good(sums: LossSums, norm: jax.Array, applied: Applied, *, spike_factor: 
 
 
 def eval_step(
-    params: Any, tokens_BxL: jax.Array, rows_B: jax.Array, unigram_V: jax.Array, *, task: Task, axis_name: str
+    params: Any,
+    tokens_BxL: jax.Array,
+    rows_B: jax.Array,
+    unigram_V: jax.Array,
+    *,
+    step_config: StepConfig,
+    axis_name: str,
 ) -> EvalSums:
     """Sums the losses of one batch of evaluation rows over all devices.
 
@@ -211,8 +219,8 @@ def eval_step(
       The sums, the same on every device.
     """
     logits_BxKxV, batch = forward(
-        task, params, tokens_BxL, rows_B=rows_B, mask_key=task.key(EVAL_MASKS), deterministic=True
+        step_config, params, tokens_BxL, rows_B=rows_B, mask_key=step_config.key(EVAL_MASKS), deterministic=True
     )
-    sums = masked_cross_entropy(logits_BxKxV, batch.targets_BxK, batch.weights_BxK)
-    unigram_loss = -jnp.sum(unigram_V[batch.targets_BxK] * batch.weights_BxK)
+    sums = masked_cross_entropy(logits_BxKxV, batch.labels_BxK, batch.label_weights_BxK)
+    unigram_loss = -jnp.sum(unigram_V[batch.labels_BxK] * batch.label_weights_BxK)
     return jax.lax.psum(EvalSums(sums=sums, unigram_loss=unigram_loss), axis_name)

@@ -16,9 +16,9 @@ import jax
 from jax.experimental import topologies
 from jax.experimental.compilation_cache import compilation_cache
 
-from mlm import fit, steps
+from mlm import memory, steps
 from mlm.errors import UserError
-from mlm.machine import Machine
+from mlm.hardware import Machine
 
 # Chips of one host. What a device holds does not depend on how many hosts there are: each has all parameters.
 _ONE_HOST = {
@@ -36,7 +36,7 @@ _TRIES = 6
 
 
 @dataclasses.dataclass(frozen=True)
-class Fit:
+class MemoryEstimate:
     """How a step fits into a device's memory.
 
     Attributes:
@@ -72,14 +72,14 @@ def devices_of(machine: Machine) -> Sequence[jax.Device]:
 
 
 def try_batch(
-    task: steps.Task,
+    step_config: steps.StepConfig,
     devices: Sequence[jax.Device],
     *,
     rows: int,
-    passes: int,
+    microbatches: int,
     length: int,
     memory_bytes: int,
-) -> Fit:
+) -> MemoryEstimate:
     """Compiles the step with `rows` rows a pass, or half, a quarter... as many, until it fits, and with half of that.
 
     Args:
@@ -90,40 +90,42 @@ def try_batch(
       length: tokens of a row.
       memory_bytes: what a device has.
     """
-    memory = functools.partial(step_memory, task, devices, passes=passes, length=length)
+    bytes_needed = functools.partial(step_memory, step_config, devices, microbatches=microbatches, length=length)
     usable = int(memory_bytes * _USABLE)
     tried = rows
     for _ in range(_TRIES):
-        needed = memory(rows=tried)
+        needed = bytes_needed(rows=tried)
         if needed is not None and needed <= usable:
             break
         if tried == 1:
-            return Fit(rows, 0, 0, 0)
+            return MemoryEstimate(rows, 0, 0, 0)
         tried //= 2
     else:
-        return Fit(rows, 0, 0, 0)
+        return MemoryEstimate(rows, 0, 0, 0)
     half = max(1, tried // 2)
     if half == tried:
-        return Fit(rows, needed, tried, tried)
-    a_row = (needed - memory(rows=half)) / (tried - half)
+        return MemoryEstimate(rows, needed, tried, tried)
+    a_row = (needed - bytes_needed(rows=half)) / (tried - half)
     # Where a row costs nothing the compiler has room to spare: twice is as far as two points can tell.
     more = int((usable - needed) / a_row) if a_row > 0 else tried
-    return Fit(rows, needed, tried, tried + more)
+    return MemoryEstimate(rows, needed, tried, tried + more)
 
 
 def largest_batch(
-    task: steps.Task, devices: Sequence[jax.Device], *, passes: int, length: int, memory_bytes: int
+    step_config: steps.StepConfig, devices: Sequence[jax.Device], *, microbatches: int, length: int, memory_bytes: int
 ) -> int:
     """The most rows a pass that fit, as a run with per_device_train_batch_size=0 finds it; 0 if none do."""
 
     def bytes_of(rows: int) -> float:
-        needed = step_memory(task, devices, rows=rows, passes=passes, length=length)
+        needed = step_memory(step_config, devices, rows=rows, microbatches=microbatches, length=length)
         return math.inf if needed is None else needed
 
-    return fit.largest_batch(bytes_of, limit=fit.USABLE * memory_bytes)
+    return memory.largest_batch(bytes_of, limit=memory.USABLE * memory_bytes)
 
 
-def step_memory(task: steps.Task, devices: Sequence[jax.Device], *, rows: int, passes: int, length: int) -> int | None:
+def step_memory(
+    step_config: steps.StepConfig, devices: Sequence[jax.Device], *, rows: int, microbatches: int, length: int
+) -> int | None:
     """Bytes of one device that the step takes, arguments included; None where the compiler says that they do not fit.
 
     Raises:
@@ -131,7 +133,9 @@ def step_memory(task: steps.Task, devices: Sequence[jax.Device], *, rows: int, p
     """
     try:
         with _no_cache():
-            return fit.step_bytes(task, length=length, passes=passes, batch=rows, topology=devices)
+            return memory.step_bytes(
+                step_config, length=length, microbatches=microbatches, batch=rows, topology=devices
+            )
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" in str(error):
             return None

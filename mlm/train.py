@@ -12,18 +12,20 @@ import jax
 from absl import logging
 from ml_collections import ConfigDict
 
-from mlm import export, fit, parallel, report, setup, steps
-from mlm.card import card_of
-from mlm.checkpoint import Checkpointer, DamagedError, NoRoomError, SaveError
-from mlm.data.packing import RUN_ON
+from mlm import build, memory, parallel, steps
+from mlm.data.packing import CONCATENATING
 from mlm.data.prefetch import Prefetcher
 from mlm.errors import UserError
 from mlm.evaluate import Evaluator, unigram_log_probs
-from mlm.fill_mask import Filling, fill_mask, table
-from mlm.interrupt import Interrupt, Interrupted
+from mlm.export import model_directory
+from mlm.export.fill_mask import MaskPrediction, fill_mask, table
+from mlm.export.model_card import build_card
 from mlm.models.flops import flops_per_token
-from mlm.told import say_what_runs, show, warn_of_other_rows
-from mlm.workdir import WorkDir, flatten
+from mlm.reporting import reporter
+from mlm.reporting.summary import log_run_summary, show, warn_batch_size_changed
+from mlm.run.checkpoint import Checkpointer, CorruptCheckpointError, DiskFullError, SaveError
+from mlm.run.signals import Interrupt, Interrupted
+from mlm.run.workdir import WorkDir, flatten
 
 
 def train_and_evaluate(
@@ -52,30 +54,32 @@ def train_and_evaluate(
     place = WorkDir(workdir)
     if overwrite:
         if jax.process_index() == 0 and (old := place.move_aside()):
-            logging.info("the run that was in %s is in %s now", place.shown, old)
+            logging.info("the run that was in %s is in %s now", place.display_path, old)
         parallel.barrier("work directory moved aside")
         place.pull()
     config = copy.deepcopy(config)  # What it leaves open is filled in.
-    if config.per_device_train_batch_size == 0 and place.read_layout() is not None:
+    if config.per_device_train_batch_size == 0 and place.last_topology() is not None:
         config.per_device_train_batch_size = place.read_config()["per_device_train_batch_size"]
     place.check_same_run(config.to_dict())
     if jax.process_index() == 0:
-        export.recover(place.model)
+        model_directory.recover(place.model)
     exported = place.exported_step()
     if exported is not None and exported >= last:
-        logging.info("nothing to do: all %d updates are made; the model is in %s/model", exported, place.shown)
-        setup.push_what_is_left(config, place, step=exported)
+        logging.info("nothing to do: all %d updates are made; the model is in %s/model", exported, place.display_path)
+        build.push_what_is_left(config, place, step=exported)
         return
-    setup.check_numbers(config)
+    build.check_numbers(config)
 
     with contextlib.ExitStack() as stack:
         stack.callback(place.close)
         if jax.process_index() == 0:
             place.lock()
-        run = setup.build(config, place)
+        run = build.build(config, place)
         if config.per_device_train_batch_size == 0:
-            length, passes = config.data.max_seq_length, config.gradient_accumulation_steps
-            config.per_device_train_batch_size = fit.find_batch_size(run.task, length=length, passes=passes)
+            length, microbatches = config.data.max_seq_length, config.gradient_accumulation_steps
+            config.per_device_train_batch_size = memory.find_batch_size(
+                run.step_config, length=length, microbatches=microbatches
+            )
             run = run.with_batch_size(config)
         checkpointer = stack.enter_context(
             Checkpointer(
@@ -87,13 +91,13 @@ def train_and_evaluate(
         state, restored = _restore(run, checkpointer)
         start = restored["step"] if restored else 0
         batches = stack.enter_context(
-            Prefetcher(run.stream, depth=config.data.prefetch_batches, interrupted=_waits_in_vain(interrupt))
+            Prefetcher(run.stream, depth=config.data.prefetch_batches, interrupted=_raise_if_interrupted(interrupt))
         )
         # Text too short for a batch shows here, before anything is written or compiled.
         stream = itertools.chain([next(batches)], batches)
-        hub = setup.open_hub(config, place)
+        hub = build.open_hub(config, place)
         if jax.process_index() == 0:
-            warn_of_other_rows(place, run)
+            warn_batch_size_changed(place, run)
             changed = place.create(
                 config.to_dict(),
                 save_tokenizer=run.tokenizer.save,
@@ -111,12 +115,15 @@ def train_and_evaluate(
             reporter.write_hparams(flatten(config.to_dict()))
             lines = "\n".join(f"{key} = {value!r}" for key, value in flatten(config.to_dict()).items())
             reporter.write_texts(0, {"config": f"```\n{lines}\n```"})
-        say_what_runs(config, run, state, start)
+        log_run_summary(config, run, state, start)
         train_step = parallel.data_parallel(
-            functools.partial(steps.train_step, task=run.task, axis_name=parallel.AXIS), donate_argnums=(0,)
+            functools.partial(steps.train_step, step_config=run.step_config, axis_name=parallel.AXIS),
+            donate_argnums=(0,),
         )
         evaluator = Evaluator(
-            parallel.data_parallel(functools.partial(steps.eval_step, task=run.task, axis_name=parallel.AXIS)),
+            parallel.data_parallel(
+                functools.partial(steps.eval_step, step_config=run.step_config, axis_name=parallel.AXIS)
+            ),
             run.text.eval_rows_RxL,
             per_device_batch_size=config.per_device_eval_batch_size,
             pad_id=run.tokenizer.pad_id,
@@ -124,14 +131,14 @@ def train_and_evaluate(
         )
 
         def evaluate(step: int) -> dict[str, float]:
-            with reporter.apart("evaluation"):
+            with reporter.timed("evaluation"):
                 unigram_V = unigram_log_probs(reporter.counts_V, special_ids=run.tokenizer.special_ids)
                 metrics = evaluator(state.params, parallel.broadcast_from_first(unigram_V))
                 reporter.log_evaluation(step, metrics)
             return metrics
 
         def save(step: int, stream_state: dict[str, Any], *, evaluated: bool = True, awaited: bool = False) -> None:
-            with reporter.apart("save"), _tolerant(final=awaited, together=True):
+            with reporter.timed("save"), _log_and_retry_later(final=awaited, together=True):
                 loop = {"step": step, "evaluated": evaluated, **reporter.to_json()}
                 saved = parallel.to_global(state)
                 _require_room(checkpointer, saved, first=place.push)
@@ -139,15 +146,15 @@ def train_and_evaluate(
                 if awaited:
                     checkpointer.wait()
 
-        fillings: list[Filling] = []  # Of the newest evaluation.
+        predictions: list[MaskPrediction] = []  # Of the newest evaluation.
 
         def export_model(step: int, metrics: dict[str, float]) -> None:
-            with reporter.apart("export"), _tolerant(final=step >= last):
+            with reporter.timed("export"), _log_and_retry_later(final=step >= last):
                 if jax.process_index() == 0:
                     params = parallel.first_replica(state.params)
-                    fillings[:] = fill_mask(run.task.model, params, run.tokenizer, config.report.sentences)
-                    reporter.write_texts(step, {"fillings": f"```\n{table(fillings)}\n```"})
-                    _export(config, place, run, params, step, metrics, fillings, tokens_seen=reporter.tokens_seen)
+                    predictions[:] = fill_mask(run.step_config.model, params, run.tokenizer, config.report.sentences)
+                    reporter.write_texts(step, {"fillings": f"```\n{table(predictions)}\n```"})
+                    _export(config, place, run, params, step, metrics, predictions, tokens_seen=reporter.tokens_seen)
                     place.push()
                     if hub is not None and step < last:
                         hub.push(step=step)
@@ -156,34 +163,34 @@ def train_and_evaluate(
             # The run was stopped between an update and its evaluation, or between the last checkpoint and the export.
             if (restored and not restored["evaluated"]) or start >= last:
                 export_model(start, evaluate(start))
-            asked = Agreement(interrupt)
+            asked = StopConsensus(interrupt)
             for step in range(start + 1, last + 1):
                 try:
                     batch = next(stream)
                 except (UserError, Interrupted):
                     # No more text to be had. Not over several processes: the others do not know, and a save takes all.
                     if start < step - 1 and checkpointer.latest_step() != step - 1 and jax.process_count() == 1:
-                        reporter.settle()
+                        reporter.wait_for_pending_step()
                         save(step - 1, batch.state, awaited=True)
                     raise
                 with reporter.transfer():
                     tokens = parallel.shard(batch.tokens, shape=(config.gradient_accumulation_steps,))
                 state, metrics = train_step(state, tokens)
                 reporter.update(step, metrics, batch, wait_seconds=batches.wait_seconds)
-                with _tolerant(together=True):
+                with _log_and_retry_later(together=True):
                     checkpointer.check()
 
                 logs, evaluates, saves = (
                     step % every == 0 or step == last
                     for every in (config.logging_steps, config.eval_steps, config.save_steps)
                 )
-                stops = asked.to_stop(step)
+                stops = asked.should_stop(step)
                 if logs or evaluates or saves or stops:
-                    reporter.settle()
+                    reporter.wait_for_pending_step()
                 if logs:
                     reporter.log_updates(step)
                     if place.is_remote and jax.process_index() == 0:
-                        with reporter.apart("upload"), _tolerant():
+                        with reporter.timed("upload"), _log_and_retry_later():
                             reporter.flush()
                             place.push()
                 if evaluates and not stops:
@@ -197,12 +204,12 @@ def train_and_evaluate(
                     export_model(step, eval_metrics)
         reporter.flush()
         if jax.process_index() == 0:
-            show(config, place, fillings, command)
+            show(config, place, predictions, command)
         if hub is not None:
             hub.finish(step=last)
 
 
-class Agreement:
+class StopConsensus:
     """Whether to stop after this update: the same answer on all processes, though signals reach them when they do.
 
     Over several processes it is the answer to what each asked an update ago, so that nobody waits for it.
@@ -212,7 +219,7 @@ class Agreement:
         self._interrupt = interrupt
         self._asked: jax.Array | None = None
 
-    def to_stop(self, step: int) -> bool:
+    def should_stop(self, step: int) -> bool:
         """Call once an update, on every process."""
         if jax.process_count() == 1:
             return bool(self._interrupt.requested)
@@ -221,7 +228,7 @@ class Agreement:
         return is_near or (before is not None and bool(parallel.first_replica(before)))
 
 
-def _waits_in_vain(interrupt: Interrupt) -> Callable[[], None]:
+def _raise_if_interrupted(interrupt: Interrupt) -> Callable[[], None]:
     """What to call while no batch comes: raises Interrupted once that is asked for, where nobody else must agree."""
 
     def check() -> None:
@@ -241,16 +248,16 @@ def _require_room(checkpointer: Checkpointer, state: Any, *, first: Callable[[],
         checkpointer.require_room(state)
         if jax.process_index() == 0:
             first()
-    except NoRoomError as error:
+    except DiskFullError as error:
         missing = error
     except OSError as error:
-        missing = NoRoomError(f"a checkpoint could not be written: {error}")
+        missing = DiskFullError(f"a checkpoint could not be written: {error}")
     if parallel.on_any_process(missing is not None):
-        raise missing or NoRoomError("a checkpoint could not be written by another process")
+        raise missing or DiskFullError("a checkpoint could not be written by another process")
 
 
 @contextlib.contextmanager
-def _tolerant(*, final: bool = False, together: bool = False) -> Iterator[None]:
+def _log_and_retry_later(*, final: bool = False, together: bool = False) -> Iterator[None]:
     """What cannot be written is told of, and written the next time.
 
     Raises:
@@ -260,31 +267,31 @@ def _tolerant(*, final: bool = False, together: bool = False) -> Iterator[None]:
     try:
         yield
     except (SaveError, OSError) as error:
-        if final or (together and jax.process_count() > 1 and not isinstance(error, NoRoomError)):
+        if final or (together and jax.process_count() > 1 and not isinstance(error, DiskFullError)):
             raise UserError(f"{error}; make room, or mount it again: the same command goes on") from None
         logging.warning("%s; training goes on, and it is tried again at the next time", error)
 
 
-def _restore(run: setup.Run, checkpointer: Checkpointer) -> tuple[steps.TrainState, dict[str, Any] | None]:
+def _restore(run: build.Run, checkpointer: Checkpointer) -> tuple[steps.TrainState, dict[str, Any] | None]:
     """The stacked state to begin with, and what the loop saved with it; None for a fresh run.
 
     Sets the stream to the place that goes with the state. A damaged checkpoint is moved aside, for the one before it.
     """
     newest = checkpointer.latest_step()
     if newest is None:
-        return parallel.replicate(steps.init_state(run.task, run.initial_params())), None
-    like = parallel.global_like(jax.eval_shape(lambda: steps.init_state(run.task, run.initial_params())))
+        return parallel.replicate(steps.init_state(run.step_config, run.initial_params())), None
+    like = parallel.global_like(jax.eval_shape(lambda: steps.init_state(run.step_config, run.initial_params())))
     while (step := checkpointer.latest_step()) is not None:
         restored, damage = None, "another process cannot read it"
         try:
             restored = checkpointer.restore(step, like=like)
-        except DamagedError as error:
+        except CorruptCheckpointError as error:
             damage = str(error)
         if not parallel.on_any_process(restored is None):
             run.stream.restore(restored.streams)
             return parallel.from_global(restored.state), restored.loop
         if jax.process_index() == 0:
-            logging.warning("checkpoint %d is damaged (%s): moved to %s", step, damage, checkpointer.set_aside(step))
+            logging.warning("checkpoint %d is damaged (%s): moved to %s", step, damage, checkpointer.quarantine(step))
         parallel.barrier(f"checkpoint {step} moved aside")
         checkpointer.reload()
     raise UserError(
@@ -294,36 +301,38 @@ def _restore(run: setup.Run, checkpointer: Checkpointer) -> tuple[steps.TrainSta
 
 
 def _reporter(
-    config: ConfigDict, place: WorkDir, run: setup.Run, step: int, restored: dict[str, Any] | None
-) -> report.Reporter:
+    config: ConfigDict, place: WorkDir, run: build.Run, step: int, restored: dict[str, Any] | None
+) -> reporter.Reporter:
     length = config.data.max_seq_length
-    flops = flops_per_token(run.encoder, length=length, slots=run.task.masking.slots(length))
-    return report.Reporter(
+    flops = flops_per_token(
+        run.encoder, length=length, max_predictions_per_seq=run.step_config.masking.max_predictions_per_seq(length)
+    )
+    return reporter.Reporter(
         place,
         num_train_steps=config.num_train_steps,
         vocab_size=run.encoder.vocab_size,
         flops_per_token=flops,
         profile=config.profile,
-        max_skipped_updates=config.optimizer.max_skipped_updates,
+        max_skipped_steps=config.optimizer.max_skipped_steps,
         restored=restored,
         step=step,
-        pad_id=None if config.data.packing in RUN_ON else run.tokenizer.pad_id,
+        pad_id=None if config.data.packing in CONCATENATING else run.tokenizer.pad_id,
     )
 
 
 def _export(
     config: ConfigDict,
     place: WorkDir,
-    run: setup.Run,
+    run: build.Run,
     params: Any,
     step: int,
     metrics: dict[str, float],
-    fillings: list[Filling],
+    predictions: list[MaskPrediction],
     *,
     tokens_seen: int,
 ) -> None:
     """Writes `model/`."""
-    card = card_of(
+    card = build_card(
         config,
         title=os.path.basename(place.path),
         model_type=run.encoder.model_type,
@@ -332,7 +341,7 @@ def _export(
         tokens_seen=tokens_seen,
         hardware=f"{jax.device_count()} x {jax.devices()[0].device_kind}",
     )
-    export.export_model(
+    model_directory.export_model(
         place.model,
         step=step,
         params=params,
@@ -340,7 +349,7 @@ def _export(
         tokenizer=run.tokenizer,
         card=card,
         metrics=metrics,
-        fillings=fillings,
+        predictions=predictions,
         metrics_path=place.metrics,
         dtype=config.export.dtype,
     )

@@ -25,13 +25,13 @@ import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 import zstandard
 
-from mlm.data import sources
-from mlm.data.network import Patience
+from mlm.data.sources import source as sources
+from mlm.data.sources.retry import RetryPolicy
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 # Long enough for a busy machine, where nothing is really wrong; the server is silent for 0.5 s.
-PATIENCE = Patience(deadline_seconds=30.0, timeout_seconds=0.2, first_wait_seconds=0.001, max_wait_seconds=0.01)
+PATIENCE = RetryPolicy(deadline_seconds=30.0, timeout_seconds=0.2, first_wait_seconds=0.001, max_wait_seconds=0.01)
 # Where requests are counted.
 CALM = dataclasses.replace(PATIENCE, timeout_seconds=5.0)
 # For what is wrong for good; what is well may take its time.
@@ -281,9 +281,9 @@ def encode(name, texts):
     return sink.getvalue()
 
 
-def open_url(server, *names, patience=PATIENCE):
+def open_url(server, *names, retry_policy=PATIENCE):
     return sources.open_source(
-        dataset_name=None, data_files=[f"{server.url}/{name}" for name in names], patience=patience
+        dataset_name=None, data_files=[f"{server.url}/{name}" for name in names], retry_policy=retry_policy
     )
 
 

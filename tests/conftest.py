@@ -126,13 +126,13 @@ def make_task(tiny_config):
         } | (optimizer or {})
         fields = {
             "mlm_probability": 0.3,
-            "mask_token_share": 0.8,
-            "random_token_share": 0.1,
+            "mask_replace_prob": 0.8,
+            "random_replace_prob": 0.1,
             "mask_id": MASK,
             "special_ids": (0, PAD, 2, 3, MASK),
             "num_ids": VOCAB,
         } | (masking or {})
-        return steps.Task(
+        return steps.StepConfig(
             model=MaskedLM(tiny_config.replace(**rates)) if model == "encoder" else BagOfTokens(dropout),
             masking=MaskingSpec(**fields),
             optimizer=create_optimizer(options.pop("schedule", schedule), **options),
@@ -147,9 +147,9 @@ def make_task(tiny_config):
 def init():
     """task -> the state before the first update, unstacked."""
 
-    def init(task):
-        params = jax.jit(functools.partial(steps.init_params, task, length=LENGTH))()
-        return steps.init_state(task, params)
+    def init(step_config):
+        params = jax.jit(functools.partial(steps.init_params, step_config, length=LENGTH))()
+        return steps.init_state(step_config, params)
 
     return init
 
@@ -158,8 +158,10 @@ def init():
 def train_step():
     """task -> its step on all devices, which leaves the state that it is given alone."""
 
-    def train_step(task):
-        return parallel.data_parallel(functools.partial(steps.train_step, task=task, axis_name=parallel.AXIS))
+    def train_step(step_config):
+        return parallel.data_parallel(
+            functools.partial(steps.train_step, step_config=step_config, axis_name=parallel.AXIS)
+        )
 
     return train_step
 

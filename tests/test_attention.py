@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mlm.models.attention import attend
-from mlm.models.dropout import kept
+from mlm.models.ops.attention import attend
+from mlm.models.ops.dropout import kept
 
 B, L, H, E = 3, 24, 2, 8
 # Two documents and padding; one document; padding alone.

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from ml_collections import ConfigDict
 
-from mlm.curves import read_metrics
 from mlm.errors import UserError
+from mlm.reporting.curves import read_metrics
 from mlm.train import train_and_evaluate
 from tests.tiny import sentences, tiny_config, write_corpus
 

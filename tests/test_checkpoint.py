@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from mlm import parallel, steps
-from mlm.checkpoint import Checkpointer, DamagedError, NoRoomError, SaveError, checksums
 from mlm.errors import UserError
+from mlm.run.checkpoint import Checkpointer, CorruptCheckpointError, DiskFullError, SaveError, checksums
 
 LOOP = {"step": 3, "interval": {"loss": 0.1 + 0.2, "count": 17.0}, "counts_V": list(range(50))}
 STREAM = {"shard": 2, "sources": [{"row": 12345678901}], "remainder": [5, 6, 7], "epoch": 0}
@@ -33,7 +33,7 @@ def save(checkpointer, step, value=0.0):
 
 def test_training_after_a_save_does_not_reach_the_checkpoint(directory, bag_task, bag_state, uneven_rows):
     step = parallel.data_parallel(
-        functools.partial(steps.train_step, task=bag_task, axis_name=parallel.AXIS), donate_argnums=(0,)
+        functools.partial(steps.train_step, step_config=bag_task, axis_name=parallel.AXIS), donate_argnums=(0,)
     )
     tokens = parallel.shard(uneven_rows, shape=(1,))
     state, _ = step(parallel.replicate(bag_state), tokens)
@@ -138,7 +138,7 @@ def test_damage_to_any_file_is_noticed_or_harmless(directory, tmp_path):
                 pathlib.Path(path).write_bytes(damaged)
             try:
                 found = restore(directory, 2)
-            except DamagedError:
+            except CorruptCheckpointError:
                 noticed += 1
             else:
                 np.testing.assert_array_equal(found.state["weight"], whole.state["weight"])
@@ -153,12 +153,12 @@ def test_a_damaged_checkpoint_moves_aside(directory):
         for step in (2, 4):
             save(checkpointer, step)
         checkpointer.wait()
-        places = [checkpointer.set_aside(4)]
+        places = [checkpointer.quarantine(4)]
         checkpointer.reload()
         assert checkpointer.latest_step() == 2
         save(checkpointer, 4)
         checkpointer.wait()
-        places.append(checkpointer.set_aside(4))
+        places.append(checkpointer.quarantine(4))
     assert [os.path.basename(place) for place in places] == ["4", "4.1"]
     assert all(os.path.isdir(place) for place in places)
 
@@ -179,11 +179,11 @@ def test_a_save_that_fails_is_told_and_the_next_one_counts(directory, monkeypatc
         if fault == "full":
             with monkeypatch.context() as patch:
                 patch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=3))
-                with pytest.raises(NoRoomError, match=r"a checkpoint could not be written .*0 MB are free"):
+                with pytest.raises(DiskFullError, match=r"a checkpoint could not be written .*0 MB are free"):
                     save(checkpointer, 4)
         elif fault == "gone":
             os.rename(directory, directory + ".x")
-            with pytest.raises(NoRoomError, match=r"a checkpoint could not be written .*No such file"):
+            with pytest.raises(DiskFullError, match=r"a checkpoint could not be written .*No such file"):
                 save(checkpointer, 4)
             os.rename(directory + ".x", directory)
         else:

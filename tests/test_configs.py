@@ -14,8 +14,8 @@ from configs import (
     roberta_large,
     xlm_roberta_base,
 )
-from mlm.text import check_mixture
-from mlm.workdir import flatten
+from mlm.data.pipeline import check_mixture
+from mlm.run.workdir import flatten
 
 MODULES = [quickstart, roberta_base, bert_base, roberta_large, modernbert_base, xlm_roberta_base]
 
@@ -46,8 +46,8 @@ def test_reference_run_has_the_values_of_the_reference_command():
         "data.num_eval_samples": 5_000,
         "data.packing": "concatenate",
         "masking.mlm_probability": 0.15,
-        "masking.mask_token_share": 0.8,
-        "masking.random_token_share": 0.1,
+        "masking.mask_replace_prob": 0.8,
+        "masking.random_replace_prob": 0.1,
         "optimizer.learning_rate": 3e-4,
         "optimizer.warmup_steps": 1_000,
         "optimizer.schedule": "linear",

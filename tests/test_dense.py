@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
 
-from mlm.models.block import _written
-from mlm.models.choose import entries_at, tokens_at
-from mlm.models.dense import Dense, add_bias, decode, product
+from mlm.models.block import _materialize
+from mlm.models.ops.dense import Dense, add_bias, decode, product
+from mlm.models.ops.gather import embedding_lookup, gather_tokens
 
 DRAW = np.random.default_rng(0)
 
@@ -89,7 +89,7 @@ def test_dense_has_linens_parameters():
 
 
 def test_what_is_written_has_no_barrier_before_its_gradient():
-    names = [name for name, _ in primitives(_written, draw(3))]
+    names = [name for name, _ in primitives(_materialize, draw(3))]
     assert names.count("optimization_barrier") == 1
 
 
@@ -100,22 +100,24 @@ PLACES = jnp.asarray([[0, 2, 2], [4, 0, 4]], jnp.int32)
 def test_chosen_tokens():
     hidden = draw(2, 5, 6)
     by_jax = lambda hidden: jnp.take_along_axis(hidden, PLACES[..., None], axis=1)  # noqa: E731
-    found = gradients(lambda hidden: tokens_at(hidden, PLACES), hidden)
+    found = gradients(lambda hidden: gather_tokens(hidden, PLACES), hidden)
     for array, wanted in zip(found, gradients(by_jax, hidden), strict=True):
         np.testing.assert_allclose(array, wanted, rtol=1e-6)
-    assert not [name for name, _ in primitives(lambda hidden: tokens_at(hidden, PLACES), hidden) if "scatter" in name]
-    assert np.isnan(tokens_at(hidden, PLACES.at[0, 0].set(5))[0, 0]).all()
+    assert not [
+        name for name, _ in primitives(lambda hidden: gather_tokens(hidden, PLACES), hidden) if "scatter" in name
+    ]
+    assert np.isnan(gather_tokens(hidden, PLACES.at[0, 0].set(5))[0, 0]).all()
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_entries_of_a_table(dtype):
     table = draw(7, 6)
-    found = gradients(lambda table: entries_at(table, PLACES, dtype), table)
+    found = gradients(lambda table: embedding_lookup(table, PLACES, dtype), table)
     # Rounded before it comes to the table, and not again.
     by_jax = gradients(lambda table: table[PLACES].astype(dtype), table)
     for array, wanted in zip(found, by_jax, strict=True):
         assert array.dtype == wanted.dtype
         np.testing.assert_allclose(array, wanted, rtol=1e-6)
-    names = [name for name, _ in primitives(lambda table: entries_at(table, PLACES, dtype), table)]
+    names = [name for name, _ in primitives(lambda table: embedding_lookup(table, PLACES, dtype), table)]
     assert not [name for name in names if "scatter" in name]
-    assert np.isnan(entries_at(table, PLACES.at[0, 0].set(7), jnp.float32)[0, 0]).all()
+    assert np.isnan(embedding_lookup(table, PLACES.at[0, 0].set(7), jnp.float32)[0, 0]).all()

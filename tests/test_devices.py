@@ -15,11 +15,11 @@ def assert_near(actual, wanted):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6), actual, wanted)
 
 
-def updates(task, state, tokens_DxAxBxL, number):
+def updates(step_config, state, tokens_DxAxBxL, number):
     """Parameters and metrics after each of `number` updates on the same rows, on D devices in A passes."""
     devices = jax.devices()[: len(tokens_DxAxBxL)]
     step = jax.pmap(
-        functools.partial(steps.train_step, task=task, axis_name=parallel.AXIS),
+        functools.partial(steps.train_step, step_config=step_config, axis_name=parallel.AXIS),
         axis_name=parallel.AXIS,
         devices=devices,
         donate_argnums=(0,),
@@ -77,7 +77,7 @@ def test_a_mean_of_the_devices_means_would_be_another_gradient(bag_task, bag_sta
             mask_key = jax.random.fold_in(bag_task.key(steps.TRAIN_MASKS), 0)
             tokens_BxL = jnp.asarray(uneven_rows)[rows_B]
             logits, batch = steps.forward(bag_task, params, tokens_BxL, rows_B=rows_B, mask_key=mask_key)
-            sums = masked_cross_entropy(logits, batch.targets_BxK, batch.weights_BxK)
+            sums = masked_cross_entropy(logits, batch.labels_BxK, batch.label_weights_BxK)
             return sums.loss / jnp.maximum(sums.count, 1.0), sums.count
 
         return jax.grad(loss, has_aux=True)(bag_state.params)
@@ -164,7 +164,7 @@ def test_data_parallel_uses_every_device_and_donates():
 
 
 def test_a_step_over_a_mesh_is_the_one_under_pmap(bag_task, bag_state, bag_step, uneven_rows):
-    step = functools.partial(steps.train_step, task=bag_task, axis_name=parallel.AXIS)
+    step = functools.partial(steps.train_step, step_config=bag_task, axis_name=parallel.AXIS)
     state, tokens = parallel.replicate(bag_state), parallel.shard(uneven_rows, shape=(1,))
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), (state, tokens))
     ahead_of_time = parallel.over_mesh(step, jax.local_devices()).lower(*shapes).compile()
@@ -179,7 +179,7 @@ def test_the_trainers_step_compiles_once_donates_its_state_and_moves_nothing_by_
     def step(*args):
         nonlocal traces
         traces += 1
-        return steps.train_step(*args, task=bag_task, axis_name=parallel.AXIS)
+        return steps.train_step(*args, step_config=bag_task, axis_name=parallel.AXIS)
 
     step = parallel.data_parallel(step, donate_argnums=(0,))
     state = parallel.replicate(bag_state)

@@ -3,7 +3,7 @@ import warnings
 
 import pytest
 
-from mlm.data import docstrings
+from mlm.data.sources import docstrings
 
 LONG = "A sentence that is long enough to be kept as a document."
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mlm.models.dropout import dropout, kept
+from mlm.models.ops.dropout import dropout, kept
 
 SHAPE = (64, 8, 32, 64)  # a million values
 SIGMAS = 5

@@ -12,10 +12,11 @@ import pytest
 import safetensors.numpy
 from transformers import AutoConfig, AutoTokenizer
 
-from mlm import parallel, report, steps
-from mlm.curves import read_metrics
+from mlm import parallel, steps
 from mlm.data import prefetch
 from mlm.errors import UserError
+from mlm.reporting import reporter
+from mlm.reporting.curves import read_metrics
 from mlm.train import train_and_evaluate
 from tests.tiny import tiny_config, write_corpus
 
@@ -178,7 +179,7 @@ def test_stopping_and_going_on_gives_the_same_run(corpus, finished, tmp_path):
     ],
 )
 def test_crashing_anywhere_gives_the_same_run(corpus, finished, tmp_path, monkeypatch, crash_at):
-    real = report.Reporter.update
+    real = reporter.Reporter.update
 
     def crash(self, step, *args, **kwargs):
         real(self, step, *args, **kwargs)
@@ -186,7 +187,7 @@ def test_crashing_anywhere_gives_the_same_run(corpus, finished, tmp_path, monkey
             raise RuntimeError("pulled the plug")
 
     with monkeypatch.context() as patch:
-        patch.setattr(report.Reporter, "update", crash)
+        patch.setattr(reporter.Reporter, "update", crash)
         with pytest.raises(RuntimeError, match="pulled the plug"):
             train_and_evaluate(tiny_config(corpus), str(tmp_path))
     train_and_evaluate(tiny_config(corpus), str(tmp_path))
@@ -195,9 +196,9 @@ def test_crashing_anywhere_gives_the_same_run(corpus, finished, tmp_path, monkey
 
 @pytest.mark.slow
 def test_crashing_between_last_checkpoint_and_export_gives_the_same_run(corpus, finished, tmp_path, monkeypatch):
-    from mlm import export
+    from mlm.export import model_directory
 
-    real = export.export_model
+    real = model_directory.export_model
 
     def crash(directory, *, step, **kwargs):
         if step == 8:
@@ -205,7 +206,7 @@ def test_crashing_between_last_checkpoint_and_export_gives_the_same_run(corpus, 
         real(directory, step=step, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(export, "export_model", crash)
+        patch.setattr(model_directory, "export_model", crash)
         with pytest.raises(RuntimeError, match="pulled the plug"):
             train_and_evaluate(tiny_config(corpus), str(tmp_path))
     train_and_evaluate(tiny_config(corpus), str(tmp_path))
@@ -226,7 +227,7 @@ def test_too_many_bad_updates_stop_the_run_and_keep_the_checkpoint(corpus, tmp_p
     poisoned.updates = 0
     monkeypatch.setattr(parallel, "first_replica", poisoned)
     config = tiny_config(corpus)
-    config.optimizer.max_skipped_updates = 1
+    config.optimizer.max_skipped_steps = 1
     with pytest.raises(UserError, match=r"updates 5 to 6 went wrong .* its loss is nan"):
         train_and_evaluate(config, str(tmp_path))
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["4"]

@@ -30,7 +30,7 @@ def log_probs():
 
 @pytest.fixture(scope="module")
 def eval_step(bag_task):
-    step = functools.partial(steps.eval_step, task=bag_task, axis_name=parallel.AXIS)
+    step = functools.partial(steps.eval_step, step_config=bag_task, axis_name=parallel.AXIS)
     return parallel.data_parallel(step)
 
 
@@ -44,8 +44,8 @@ def by_hand(bag_task, bag_state, rows, log_probs):
         rows_B=jnp.arange(ROWS),
         mask_key=bag_task.key(steps.EVAL_MASKS),
     )
-    sums = jax.device_get(masked_cross_entropy(logits, batch.targets_BxK, batch.weights_BxK))
-    targets = np.asarray(batch.targets_BxK)[np.asarray(batch.weights_BxK) == 1]
+    sums = jax.device_get(masked_cross_entropy(logits, batch.labels_BxK, batch.label_weights_BxK))
+    targets = np.asarray(batch.labels_BxK)[np.asarray(batch.label_weights_BxK) == 1]
     assert sums.count == len(targets)
     return {
         "eval/loss": sums.loss / sums.count,
@@ -83,12 +83,12 @@ def test_each_source_has_its_own_loss(eval_step, bag_task, bag_state, rows, log_
         bag_task, bag_state.params, jnp.asarray(rows), rows_B=jnp.arange(ROWS), mask_key=bag_task.key(steps.EVAL_MASKS)
     )
     log_probs_BxKxV = np.asarray(jax.nn.log_softmax(logits), np.float64)
-    losses_BxK = -np.take_along_axis(log_probs_BxKxV, np.asarray(batch.targets_BxK)[:, :, None], axis=2)[:, :, 0]
-    weights_BxK = np.asarray(batch.weights_BxK)
+    losses_BxK = -np.take_along_axis(log_probs_BxKxV, np.asarray(batch.labels_BxK)[:, :, None], axis=2)[:, :, 0]
+    label_weights_BxK = np.asarray(batch.label_weights_BxK)
     first = 0
     for name, count in counts.items():
         own = slice(first, first + count)
-        loss = (losses_BxK[own] * weights_BxK[own]).sum() / weights_BxK[own].sum()
+        loss = (losses_BxK[own] * label_weights_BxK[own]).sum() / label_weights_BxK[own].sum()
         np.testing.assert_allclose(metrics[f"eval/{name}/loss"], loss, rtol=1e-5)
         first += count
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from configs import default
-from mlm import setup
+from mlm import build
 from mlm.models.config import default_config
 from mlm.models.encoder import MaskedLM
 from mlm.models.execution import REMATS, Execution, _repeats
@@ -122,6 +122,6 @@ def test_what_repeats_itself():
 def test_auto_is_by_device(backend, dtype, expected):
     config = default.get_config()
     config.model.dtype = dtype
-    assert setup.open_execution(config, backend=backend) == expected
+    assert build.open_execution(config, backend=backend) == expected
     config.model.attention, config.model.remat, config.model.scan_layers = "xla", "full", True
-    assert setup.open_execution(config, backend=backend) == Execution("xla", "full", True)
+    assert build.open_execution(config, backend=backend) == Execution("xla", "full", True)

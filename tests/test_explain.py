@@ -9,8 +9,8 @@ import pytest
 
 from configs import default
 from mlm.errors import UserError
-from mlm.explain import explain, read_explanations
-from mlm.workdir import flatten
+from mlm.modes.explain import explain, read_explanations
+from mlm.run.workdir import flatten
 
 ROOT = Path(__file__).parent.parent
 SOURCE = Path(default.__file__).read_text(encoding="utf-8")

@@ -13,10 +13,11 @@ import pytest
 from mlm import parallel, steps
 from mlm.errors import UserError
 from mlm.masking import MaskingSpec
-from mlm.models import attention, dropout, weights
 from mlm.models.config import EncoderConfig, default_config
 from mlm.models.encoder import MaskedLM
 from mlm.models.families import FAMILIES
+from mlm.models.hf import weights
+from mlm.models.ops import attention, dropout
 from mlm.optimizer import create_optimizer, create_schedule, decays
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
@@ -265,10 +266,15 @@ def test_updates_lower_the_loss(model_type):
     """Eight rows of one token each, from PyTorch's weights, through the real train step."""
     _, config, tensors = load(model_type.replace("-", "_"))
     schedule = create_schedule("constant", learning_rate=5e-3, warmup_steps=0, num_train_steps=100)
-    task = steps.Task(
+    step_config = steps.StepConfig(
         model=MaskedLM(config),
         masking=MaskingSpec(
-            mlm_probability=0.3, mask_token_share=0.8, random_token_share=0.1, mask_id=4, special_ids=(3, 4), num_ids=61
+            mlm_probability=0.3,
+            mask_replace_prob=0.8,
+            random_replace_prob=0.1,
+            mask_id=4,
+            special_ids=(3, 4),
+            num_ids=61,
         ),
         optimizer=create_optimizer(
             schedule, adam_beta1=0.9, adam_beta2=0.98, adam_epsilon=1e-6, weight_decay=0.01, max_grad_norm=1.0
@@ -277,8 +283,8 @@ def test_updates_lower_the_loss(model_type):
         seed=0,
     )
     rows = np.repeat(np.arange(10, 18, dtype=np.int32)[:, None], 16, axis=1)
-    state = parallel.replicate(steps.init_state(task, weights.from_hf(tensors, config)))
-    step = parallel.data_parallel(functools.partial(steps.train_step, task=task, axis_name=parallel.AXIS))
+    state = parallel.replicate(steps.init_state(step_config, weights.from_hf(tensors, config)))
+    step = parallel.data_parallel(functools.partial(steps.train_step, step_config=step_config, axis_name=parallel.AXIS))
     losses = []
     for _ in range(40):
         state, metrics = step(state, parallel.shard(rows, shape=(1,)))

@@ -37,28 +37,30 @@ def test_flops_are_those_of_every_matrix_product(case):
         config = EncoderConfig.from_hf(json.loads(str(file["config"])))
     if config.local_attention:
         config = config.replace(local_attention=100)  # Windows longer than the row: all is computed, all is counted.
-    length, slots = 12, 5
+    length, max_predictions_per_seq = 12, 5
 
     def forward(inputs_BxL, positions_BxK):
         return MaskedLM(config).init_with_output(jax.random.key(0), inputs_BxL, positions_BxK=positions_BxK)[0]
 
-    jaxpr = jax.make_jaxpr(forward)(jnp.zeros((1, length), jnp.int32), jnp.zeros((1, slots), jnp.int32))
-    counted = flops_per_token(config, length=length, slots=slots) * length
+    jaxpr = jax.make_jaxpr(forward)(
+        jnp.zeros((1, length), jnp.int32), jnp.zeros((1, max_predictions_per_seq), jnp.int32)
+    )
+    counted = flops_per_token(config, length=length, max_predictions_per_seq=max_predictions_per_seq) * length
     assert counted == pytest.approx(3 * 2 * products(jaxpr.jaxpr), rel=1e-12)
 
 
 def test_a_window_counts_with_what_it_holds():
     config = default_config("modernbert")
     # 14 of 22 layers see 64 tokens on each side; scores and their use are 2 x 768 multiply-adds a token seen.
-    difference = flops_per_token(config.replace(local_attention=10_000), length=512, slots=77) - flops_per_token(
-        config, length=512, slots=77
-    )
+    difference = flops_per_token(
+        config.replace(local_attention=10_000), length=512, max_predictions_per_seq=77
+    ) - flops_per_token(config, length=512, max_predictions_per_seq=77)
     assert difference == 6 * 14 * 2 * 768 * (512 - 129)
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_a_wider_head_and_more_layers_cost_more(model_type):
     config = default_config(model_type)
-    cost = flops_per_token(config, length=128, slots=20)
-    assert flops_per_token(config.replace(vocab_size=60_000), length=128, slots=20) > cost
-    assert flops_per_token(config.replace(num_hidden_layers=30), length=128, slots=20) > cost
+    cost = flops_per_token(config, length=128, max_predictions_per_seq=20)
+    assert flops_per_token(config.replace(vocab_size=60_000), length=128, max_predictions_per_seq=20) > cost
+    assert flops_per_token(config.replace(num_hidden_layers=30), length=128, max_predictions_per_seq=20) > cost

@@ -10,17 +10,17 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from mlm import hub as hub_lib
-from mlm import setup
-from mlm.data.network import Patience
+from mlm import build
+from mlm.data.sources.retry import RetryPolicy
 from mlm.errors import UserError
-from mlm.hub import Hub, check_token, is_pushed
+from mlm.export import hub as hub_lib
+from mlm.export.hub import Hub, check_token, is_pushed
 from mlm.train import train_and_evaluate
 from tests import hub_server
 from tests.hub_server import READ, WRITE, HubServer, fine_grained
 from tests.tiny import tiny_config, write_corpus
 
-PATIENCE = Patience(deadline_seconds=0.05, timeout_seconds=0.2, first_wait_seconds=0.001, max_wait_seconds=0.01)
+PATIENCE = RetryPolicy(deadline_seconds=0.05, timeout_seconds=0.2, first_wait_seconds=0.001, max_wait_seconds=0.01)
 BASE = "/api/models/ann/run"
 PREUPLOAD, COMMIT = f"{BASE}/preupload/main", f"{BASE}/commit/main"
 BATCH = "/ann/run.git/info/lfs/objects/batch"
@@ -70,7 +70,7 @@ def contents(workdir):
 
 
 def open_hub(workdir, **kwargs):
-    options = {"private": False, "patience": PATIENCE, "first_wait_seconds": 0.01}
+    options = {"private": False, "retry_policy": PATIENCE, "first_wait_seconds": 0.01}
     return Hub("run", workdir=str(workdir), **options | kwargs)
 
 
@@ -150,7 +150,7 @@ def test_training_is_not_held_up_and_the_newest_model_is_pushed(server, workdir,
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(server, "hub_answer", slow)
-        hub = open_hub(workdir, patience=dataclasses.replace(PATIENCE, timeout_seconds=20.0))
+        hub = open_hub(workdir, retry_policy=dataclasses.replace(PATIENCE, timeout_seconds=20.0))
         before = time.monotonic()
         first = contents(workdir)
         hub.push(step=1)
@@ -248,24 +248,24 @@ def test_a_card_that_the_hub_does_not_take_is_told(server, workdir):
 def test_a_token_that_may_not_write_is_found_out(server, token, fine):
     server.token = token
     if fine:
-        assert check_token("run", patience=PATIENCE) == "ann/run"
+        assert check_token("run", retry_policy=PATIENCE) == "ann/run"
     else:
         with pytest.raises(UserError, match="the token of ann may only read, not write to ann/run"):
-            check_token("run", patience=PATIENCE)
+            check_token("run", retry_policy=PATIENCE)
     assert server.created == []
 
 
 def test_tokens_and_hubs_that_are_not_there(server, monkeypatch, workdir):
     server.always["/api/whoami-v2"] = 401
     with pytest.raises(UserError, match=r"does not say whose token this is .*Invalid user token") as error:
-        check_token("run", patience=PATIENCE)
+        check_token("run", retry_policy=PATIENCE)
     assert "\n" not in str(error.value)
     assert server.count("/api/whoami-v2") == 1
     for fault in (500, "reset", "hang"):
         server.heal()
         server.always["/api/whoami-v2"] = fault
         with pytest.raises(UserError, match="does not say whose token this is"):
-            check_token("run", patience=PATIENCE)
+            check_token("run", retry_policy=PATIENCE)
     for fault, tries in ((403, 1), (500, 2)):
         server.heal()
         server.always["/api/repos/create"] = fault
@@ -275,7 +275,7 @@ def test_tokens_and_hubs_that_are_not_there(server, monkeypatch, workdir):
     server.heal()
     monkeypatch.delenv("HF_TOKEN")
     with pytest.raises(UserError, match=r"hub.push_to_hub=True needs a token"):
-        check_token("run", patience=PATIENCE)
+        check_token("run", retry_policy=PATIENCE)
     assert server.requests == []
 
 
@@ -311,7 +311,7 @@ def test_a_run_pushes_and_one_that_was_cut_off_pushes_when_started_again(server,
     server.heal()
     with monkeypatch.context() as patch:
         # Nothing is made again for it.
-        patch.setattr(setup, "build", None)
+        patch.setattr(build, "build", None)
         train_and_evaluate(config, str(workdir))
         [(message, files)] = server.commits
         assert message == "Update 8"

@@ -12,12 +12,12 @@ import pytest
 from tiny import tiny_config as tiny_run_config
 from tiny import write_corpus
 
-from mlm import parallel, setup, steps
+from mlm import build, parallel, steps
 from mlm.evaluate import Evaluator
 from mlm.masking import MaskingSpec, mask_tokens
 from mlm.models.encoder import MaskedLM
-from mlm.models.segments import segments
-from mlm.workdir import WorkDir
+from mlm.models.ops.position_ids import segments
+from mlm.run.workdir import WorkDir
 
 BEGIN, PAD, END, UNKNOWN, MASK = range(5)  # conftest's special ids
 LENGTH, VOCAB = 16, 50
@@ -109,8 +109,8 @@ def test_the_loss_of_a_document_has_no_gradient_at_another(config, params):
 def test_masking_leaves_the_segments_as_they_are():
     spec = MaskingSpec(
         mlm_probability=1.0,
-        mask_token_share=0.4,
-        random_token_share=0.4,
+        mask_replace_prob=0.4,
+        random_replace_prob=0.4,
         mask_id=MASK,
         special_ids=(BEGIN, PAD, END, UNKNOWN, MASK),
         num_ids=VOCAB,
@@ -131,11 +131,11 @@ def test_parameters_are_those_of_every_packing(config, params):
 @pytest.mark.slow
 def test_a_step_trains(encoder_task, encoder_state, train_step):
     """Eight rows of five documents "begin, x, x": the first x of each says what the second is."""
-    task = dataclasses.replace(encoder_task, model=dataclasses.replace(encoder_task.model, begin_id=BEGIN))
+    step_config = dataclasses.replace(encoder_task, model=dataclasses.replace(encoder_task.model, begin_id=BEGIN))
     words = np.random.default_rng(0).integers(10, 18, (8, 5, 1))
     documents = np.concatenate([np.full_like(words, BEGIN), words, words], axis=2).reshape(8, 15)
     rows = np.concatenate([documents, np.full((8, 1), END)], axis=1).astype(np.int32)
-    step, state, losses = train_step(task), parallel.replicate(encoder_state), []
+    step, state, losses = train_step(step_config), parallel.replicate(encoder_state), []
     for _ in range(30):
         state, metrics = step(state, parallel.shard(rows, shape=(1,)))
         sums = parallel.first_replica(metrics.sums)
@@ -153,14 +153,14 @@ def runs(tmp_path_factory):
     for packing in ("concatenate", "isolate"):
         config = tiny_run_config(corpus)
         config.data.packing = packing
-        parts[packing] = setup.build(config, place)
+        parts[packing] = build.build(config, place)
     return parts
 
 
 def test_setup_tells_the_model_and_the_rows_are_those_of_concatenate(runs):
     isolate, concatenate = runs["isolate"], runs["concatenate"]
-    assert concatenate.task.model.begin_id is None
-    assert isolate.task.model.begin_id == isolate.tokenizer.bos_id == 0
+    assert concatenate.step_config.model.begin_id is None
+    assert isolate.step_config.model.begin_id == isolate.tokenizer.bos_id == 0
     np.testing.assert_array_equal(isolate.text.eval_rows_RxL, concatenate.text.eval_rows_RxL)
     for _ in range(9):
         np.testing.assert_array_equal(next(isolate.stream), next(concatenate.stream))
@@ -171,7 +171,9 @@ def test_evaluation_isolates_too(runs):
     params = parallel.replicate(runs["isolate"].initial_params())
 
     eval_steps = {
-        packing: parallel.data_parallel(functools.partial(steps.eval_step, task=run.task, axis_name=parallel.AXIS))
+        packing: parallel.data_parallel(
+            functools.partial(steps.eval_step, step_config=run.step_config, axis_name=parallel.AXIS)
+        )
         for packing, run in runs.items()
     }
     tokenizer, rows_RxL = runs["isolate"].tokenizer, runs["isolate"].text.eval_rows_RxL

@@ -16,9 +16,9 @@ import pytest
 from benchmarks.kill_campaign import Trainer, await_phase, campaign, environment, phase_of, run_straight
 from benchmarks.same_run import differences
 from mlm import parallel
-from mlm.checkpoint import Checkpointer
-from mlm.curves import read_metrics
-from mlm.interrupt import EXIT_AT_ONCE, EXIT_INTERRUPTED, Interrupt, Interrupted
+from mlm.reporting.curves import read_metrics
+from mlm.run.checkpoint import Checkpointer
+from mlm.run.signals import EXIT_AT_ONCE, EXIT_INTERRUPTED, Interrupt, Interrupted
 from tests.bad_server import Server, encode
 from tests.tiny import sentences, write_corpus
 

@@ -20,8 +20,8 @@ PAD, MASK, VOCAB = 31, 17, 50
 ORDINARY = np.setdiff1d(np.arange(VOCAB), SPECIAL)
 SPEC = MaskingSpec(
     mlm_probability=0.15,
-    mask_token_share=0.8,
-    random_token_share=0.1,
+    mask_replace_prob=0.8,
+    random_replace_prob=0.1,
     mask_id=MASK,
     special_ids=SPECIAL,
     num_ids=VOCAB,
@@ -58,14 +58,14 @@ def assert_uniform(counts):
 def assert_whole(tokens, masked):
     """What holds for every row, whatever is drawn."""
     maskable = ~np.isin(tokens, SPECIAL)
-    used = masked.weights_BxK == 1
-    np.testing.assert_array_equal(masked.weights_BxK[~used], 0)
-    assert (np.diff(np.sort(masked.positions_BxK)) > 0).all()  # No place twice in a row.
-    np.testing.assert_array_equal(masked.targets_BxK, np.take_along_axis(tokens, masked.positions_BxK, 1))
-    assert not np.isin(masked.targets_BxK[used], SPECIAL).any()
+    used = masked.label_weights_BxK == 1
+    np.testing.assert_array_equal(masked.label_weights_BxK[~used], 0)
+    assert (np.diff(np.sort(masked.masked_positions_BxK)) > 0).all()  # No place twice in a row.
+    np.testing.assert_array_equal(masked.labels_BxK, np.take_along_axis(tokens, masked.masked_positions_BxK, 1))
+    assert not np.isin(masked.labels_BxK[used], SPECIAL).any()
     # Only places in use may change, and no special id is drawn for them but the mask.
     chosen = np.zeros(tokens.shape, bool)
-    np.put_along_axis(chosen, masked.positions_BxK, used, 1)
+    np.put_along_axis(chosen, masked.masked_positions_BxK, used, 1)
     assert not (chosen & ~maskable).any()
     np.testing.assert_array_equal(masked.inputs_BxL[~chosen], tokens[~chosen])
     shown = masked.inputs_BxL[chosen]
@@ -75,10 +75,10 @@ def assert_whole(tokens, masked):
 @pytest.mark.parametrize(("mask_share", "random_share"), [(0.8, 0.1), (0.0, 0.0), (0.5, 0.5)])
 def test_shares_of_hidden_random_and_kept(mask_share, random_share):
     tokens = ordinary_rows(8192, 32)
-    masked = mask(tokens, mask_token_share=mask_share, random_token_share=random_share)
-    used = masked.weights_BxK == 1
-    shown = np.take_along_axis(masked.inputs_BxL, masked.positions_BxK, 1)[used]
-    targets = masked.targets_BxK[used]
+    masked = mask(tokens, mask_replace_prob=mask_share, random_replace_prob=random_share)
+    used = masked.label_weights_BxK == 1
+    shown = np.take_along_axis(masked.inputs_BxL, masked.masked_positions_BxK, 1)[used]
+    targets = masked.labels_BxK[used]
     # A random token is the one that stood there once in len(ORDINARY) draws.
     changed = random_share * (1 - 1 / len(ORDINARY))
     assert_binomial((shown == MASK).sum(), used.sum(), mask_share)
@@ -95,7 +95,7 @@ def test_the_expected_number_is_exactly_the_share_of_every_number_of_tokens(leng
     tokens = np.random.default_rng(1).permuted(tokens, axis=1)
     masked = mask(tokens, mlm_probability=probability)
     assert_whole(tokens, masked)
-    numbers = masked.weights_BxK.sum(1)
+    numbers = masked.label_weights_BxK.sum(1)
     for n in range(length + 1):
         expected = fractions.Fraction(str(probability)) * n
         drawn = numbers[maskable == n]
@@ -109,7 +109,7 @@ def test_a_row_without_maskable_tokens_is_left_alone():
     tokens = np.array([[0, 18, 49, PAD], [PAD] * 4, [MASK] * 4], np.int32)
     masked = mask(tokens, mlm_probability=1.0)
     np.testing.assert_array_equal(masked.inputs_BxL, tokens)
-    assert masked.weights_BxK.sum() == 0
+    assert masked.label_weights_BxK.sum() == 0
 
 
 def test_probability_one_predicts_every_token_once():
@@ -117,7 +117,7 @@ def test_probability_one_predicts_every_token_once():
     tokens[:, 0], tokens[::2, 5:] = 0, PAD
     masked = mask(tokens, mlm_probability=1.0)
     assert_whole(tokens, masked)
-    np.testing.assert_array_equal(masked.weights_BxK.sum(1), (~np.isin(tokens, SPECIAL)).sum(1))
+    np.testing.assert_array_equal(masked.label_weights_BxK.sum(1), (~np.isin(tokens, SPECIAL)).sum(1))
 
 
 @hypothesis.settings(max_examples=50, deadline=None)
@@ -126,23 +126,23 @@ def test_probability_one_predicts_every_token_once():
     seed=hnp.arrays(np.uint32, ()),
 )
 def test_any_tokens_stay_whole(tokens, seed):
-    assert_whole(tokens, mask(tokens, seed=int(seed), mlm_probability=0.4, mask_token_share=0.1))
+    assert_whole(tokens, mask(tokens, seed=int(seed), mlm_probability=0.4, mask_replace_prob=0.1))
 
 
 def test_places_are_uniform():
     masked = mask(ordinary_rows(8192, 32))
     # The slots in use, and the first alone: a place must not be more likely to be chosen first either.
     for used in (
-        masked.weights_BxK == 1,
-        masked.weights_BxK * (np.arange(masked.weights_BxK.shape[1]) == 0) == 1,
+        masked.label_weights_BxK == 1,
+        masked.label_weights_BxK * (np.arange(masked.label_weights_BxK.shape[1]) == 0) == 1,
     ):
-        assert_uniform(np.bincount(masked.positions_BxK[used], minlength=32))
+        assert_uniform(np.bincount(masked.masked_positions_BxK[used], minlength=32))
 
 
 def test_replacements_are_uniform_over_ordinary_ids():
     tokens = np.full((8192, 32), ORDINARY[3], np.int32)
-    masked = mask(tokens, mask_token_share=0.0, random_token_share=1.0)
-    shown = np.take_along_axis(masked.inputs_BxL, masked.positions_BxK, 1)[masked.weights_BxK == 1]
+    masked = mask(tokens, mask_replace_prob=0.0, random_replace_prob=1.0)
+    shown = np.take_along_axis(masked.inputs_BxL, masked.masked_positions_BxK, 1)[masked.label_weights_BxK == 1]
     counts = np.bincount(shown, minlength=VOCAB)
     assert counts[list(SPECIAL)].sum() == 0
     assert_uniform(counts[ORDINARY])
@@ -150,12 +150,12 @@ def test_replacements_are_uniform_over_ordinary_ids():
 
 def test_the_kind_of_replacement_does_not_depend_on_slot_or_place():
     masked = mask(ordinary_rows(8192, 32))
-    used = masked.weights_BxK == 1
-    hidden = np.take_along_axis(masked.inputs_BxL, masked.positions_BxK, 1) == MASK
+    used = masked.label_weights_BxK == 1
+    hidden = np.take_along_axis(masked.inputs_BxL, masked.masked_positions_BxK, 1) == MASK
     for slot in range(used.shape[1]):
         assert_binomial((hidden & used)[:, slot].sum(), used[:, slot].sum(), 0.8)
     for place in range(32):
-        here = used & (masked.positions_BxK == place)
+        here = used & (masked.masked_positions_BxK == place)
         assert_binomial((hidden & here).sum(), here.sum(), 0.8)
 
 
@@ -174,7 +174,7 @@ def test_every_row_and_key_draws_its_own():
     masks = []
     for seed in range(3):
         masked = mask(tokens, seed=seed)
-        masks += [tuple(sorted(row)) for row in masked.positions_BxK]
+        masks += [tuple(sorted(row)) for row in masked.masked_positions_BxK]
     # 120 draws of 10 places of 64: two are alike with a probability of 120^2 / 2 / 1.5e11.
     assert len(set(masks)) == 120
 
@@ -183,13 +183,13 @@ def test_slots_are_the_ceiling_of_the_share():
     for probability in ("0.15", "0.07", "0.55", "0.3", "0.1", "0.2", "0.7", "0.5", "1.0", "0.01"):
         spec = dataclasses.replace(SPEC, mlm_probability=float(probability))
         for length in range(1, 513):
-            assert spec.slots(length) == math.ceil(fractions.Fraction(probability) * length)
+            assert spec.max_predictions_per_seq(length) == math.ceil(fractions.Fraction(probability) * length)
 
 
 def test_special_ids_past_the_tokenizers_range_do_no_harm():
     tokens = ordinary_rows(200, 16)
-    masked = mask(tokens, num_ids=30, special_ids=(0, MASK, 35), random_token_share=1.0, mask_token_share=0.0)
-    shown = np.take_along_axis(masked.inputs_BxL, masked.positions_BxK, 1)[masked.weights_BxK == 1]
+    masked = mask(tokens, num_ids=30, special_ids=(0, MASK, 35), random_replace_prob=1.0, mask_replace_prob=0.0)
+    shown = np.take_along_axis(masked.inputs_BxL, masked.masked_positions_BxK, 1)[masked.label_weights_BxK == 1]
     np.testing.assert_array_equal(np.unique(shown), np.setdiff1d(np.arange(30), (0, MASK)))
 
 

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from mlm.errors import UserError
-from mlm.models import attention, dropout, weights
 from mlm.models.config import EncoderConfig, default_config
 from mlm.models.encoder import MaskedLM
+from mlm.models.hf import weights
+from mlm.models.ops import attention, dropout
 
 B, L, PAD = 5, 17, 3  # of the golden file
 

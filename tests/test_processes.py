@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mlm import show_data
-from mlm.curves import read_metrics
-from mlm.workdir import WorkDir
-from tests.test_dealing import of_epoch, units
+from mlm.modes import show_data
+from mlm.reporting.curves import read_metrics
+from mlm.run.workdir import WorkDir
+from tests.test_shard_assignment import of_epoch, units
 from tests.test_stream import split, words
 from tests.tiny import tiny_config, write_corpus
 
@@ -43,7 +43,7 @@ if int(count) > 1:
     jax.distributed.initialize(f"127.0.0.1:{port}", int(count), int(index))
 from absl import logging
 logging.set_verbosity(logging.INFO)
-from mlm import report
+from mlm.reporting import reporter as report
 from mlm.train import train_and_evaluate
 from tests.tiny import tiny_config
 real, rows = report.Reporter.update, {}
@@ -133,7 +133,7 @@ def test_two_processes_train_then_one_then_four(tmp_path):
     config = tiny_config(corpus)
     config.data.num_eval_samples = 5
     config.model.overrides.num_hidden_layers = 1
-    assert WorkDir(workdir).read_layout() == (4, 4)
+    assert WorkDir(workdir).last_topology() == (4, 4)
     used = collections.Counter()
     for (step, process), batch in rows.items():
         update = show_data.replay(config, workdir, step=step, process_index=process)

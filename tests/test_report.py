@@ -1,380 +1,377 @@
-"""What a run tells: metric lines, means over intervals, durations, operation counts, curves."""
+"""The page of --mode=report: its numbers, and, in a real browser, what a reader sees and does."""
 
-import dataclasses
+import http.server
 import json
-import struct
-import types
+import re
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
 
-import jax
-import jax.numpy as jnp
-import matplotlib.figure
-import numpy as np
 import pytest
 
-from mlm import metric_files, parallel, report
-from mlm.curves import draw_curves, read_metrics
-from mlm.data.prefetch import Batch
+from configs import default
+from mlm import train
 from mlm.errors import UserError
-from mlm.loss import LossSums
-from mlm.metric_files import JsonLinesWriter
-from mlm.report import Reporter
-from mlm.steps import TrainMetrics
-from mlm.terminal import duration
-from mlm.workdir import WorkDir
+from mlm.modes import report
+from mlm.reporting import writers
+from mlm.run.workdir import WorkDir, flatten
+
+ROOT = Path(__file__).parent.parent
+DEFAULTS = flatten(default.get_config().to_dict())
 
 
-@pytest.fixture
-def path(tmp_path):
-    return str(tmp_path / "metrics.jsonl")
-
-
-def test_one_line_a_step(path):
-    writer = JsonLinesWriter(path, last_step=0)
-    writer.write_scalars(2, {"a": np.float32(0.5), "n": np.int64(3)})
-    writer.write_scalars(2, {"b": jnp.float32(1.5)})
-    writer.write_scalars(4, {"a": 2.125})
-    writer.flush()
-    writer.flush()
-    # More of a step whose line is on disk: shorter than before, then longer.
-    writer.write_scalars(4, {"a": 1})
-    writer.flush()
-    assert read_metrics(path)[1:] == [{"step": 4, "a": 1}]
-    writer.write_scalars(4, {"b": 0.25})
-    writer.write_scalars(6, {"a": 0})
-    writer.close()
-    assert read_metrics(path) == [
-        {"step": 2, "a": 0.5, "n": 3, "b": 1.5},
-        {"step": 4, "a": 1, "b": 0.25},
-        {"step": 6, "a": 0},
+def write_run(folder, *, steps=40, skipped=None, restarts=(), values=None, loss=5.0):
+    """A run's work directory: a line every 10 updates of 1,000 tokens and half an hour, an evaluation every 20."""
+    folder.mkdir(parents=True)
+    config = default.get_config()
+    config.num_train_steps = 40
+    for key, value in (values or {}).items():
+        config.update_from_flattened_dict({key: value})
+    starts = [(0, "start", {}), *((step, "restart", changed) for step, changed in restarts)]
+    history = [
+        {"step": step, "time": "2026-11-22T10:00:00+00:00", "event": event, "changed": changed}
+        for step, event, changed in starts
     ]
+    (folder / "config.json").write_text(json.dumps({"config": config.to_dict(), "history": history}))
+    lines = []
+    for step in range(10, steps + 1, 10):
+        line = {
+            "step": step,
+            "train/loss": loss - step / 100,
+            "train/accuracy": 0.25,
+            "train/learning_rate": 1e-3,
+            "train/skipped_updates": sum(count for at, count in (skipped or {}).items() if at <= step),
+            "data/tokens": 1000 * step,
+            "perf/hours": step / 20,
+            "perf/tokens_per_second": 100.0 * step,
+            "perf/input_wait_fraction": 0.02,
+        }
+        if step % 20 == 0:
+            line |= {
+                "eval/loss": loss - step / 50,
+                "eval/accuracy": 0.3,
+                "eval/perplexity": 50.0,
+                "eval/unigram_loss": 6.0,
+            }
+        lines.append(line)
+    # Where nothing else is logged, as happens when the intervals differ.
+    lines.insert(2, {"step": 25, "eval/loss": loss})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return str(folder)
 
 
-def write_lines(path, steps, rest=""):
-    with open(path, "w", encoding="utf-8") as file:
-        file.writelines(json.dumps({"step": step, "old": True}) + "\n" for step in steps)
-        file.write(rest)
+def write_page(path, *workdirs):
+    report.write_report(workdirs, str(path), defaults=DEFAULTS)
+    return path.read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("last_step", [0, 1, 4, 5, 6, 7])
-def test_no_step_twice_after_going_on(path, last_step):
-    write_lines(path, [2, 4, 6], rest='{"step": 8, "old": tr')
-    writer = JsonLinesWriter(path, last_step=last_step)
-    kept = [step for step in (2, 4, 6) if step <= last_step]
-    # They stay on disk whatever happens next.
-    assert [line["step"] for line in read_metrics(path)] == kept
-    for step in range(max(last_step, 1), 10):
-        if step % 2 == 0:
-            writer.write_scalars(step, {"new": True})
-    writer.close()
-    lines = read_metrics(path)
-    assert [line["step"] for line in lines] == [2, 4, 6, 8]
-    assert [line["step"] for line in lines if "old" in line] == kept
-    # The line of last_step is added to; those before it are left alone.
-    assert [line["step"] for line in lines if "new" in line] == [s for s in (2, 4, 6, 8) if s >= last_step]
+def data_of(html):
+    return json.loads(re.search(r"^const page = (.*);$", html, re.MULTILINE)[1])
 
 
-def test_a_line_cut_off_is_left_out(path):
-    assert read_metrics(path) == []
-    write_lines(path, [1, 2], rest='{"step": 3, "o')
-    assert [line["step"] for line in read_metrics(path)] == [1, 2]
-
-
-class Clock:
-    """Stands for the module `time` in `report`."""
-
-    now = 100.0
-
-    def monotonic(self):
-        return self.now
-
-
-@pytest.fixture
-def clock(monkeypatch):
-    clock = Clock()
-    monkeypatch.setattr(report, "time", clock)
-    return clock
-
-
-@pytest.fixture
-def make_reporter(tmp_path, monkeypatch, clock):
-    # Tensorboard's part is CLU's own.
-    monkeypatch.setattr(
-        metric_files, "create_writer", lambda place, last_step: JsonLinesWriter(place.metrics, last_step=last_step)
-    )
-    place = WorkDir(str(tmp_path))
-
-    def make(restored=None, step=0, pad_id=None, max_skipped_updates=2):
-        return Reporter(
-            place,
-            num_train_steps=100,
-            vocab_size=10,
-            flops_per_token=1e3,
-            profile={"first_step": 1, "num_steps": 0},
-            max_skipped_updates=max_skipped_updates,
-            restored=restored,
-            step=step,
-            pad_id=pad_id,
-        )
-
-    return make
-
-
-# Update n: sums, tokens, time until it is done, and of that the wait for its batch.
-LOSSES = {1: 30.0, 2: 10.0, 3: 64.0, 4: 50.0, 5: 24.0}
-COUNTS = {1: 10.0, 2: 2.0, 3: 16.0, 4: 25.0, 5: 4.0}
-SECONDS = {1: 1.0, 2: 2.0, 3: 5.0, 4: 1.0, 5: 1.0}
-WAITS = {1: 0.0, 2: 0.0, 3: 0.75, 4: 0.5, 5: 0.0}
-
-
-def fake(step, loss=None, grad_norm=1.0, skipped=False):
-    metrics = TrainMetrics(
-        sums=LossSums(np.float32(LOSSES[step] if loss is None else loss), np.float32(step), np.float32(COUNTS[step])),
-        grad_norm=np.float32(grad_norm * step),
-        learning_rate=np.float32(step / 8),
-        skipped=np.float32(skipped),
-    )
-    tokens = np.array([[step, step, 9]], np.int32)
-    return parallel.replicate(metrics), Batch(tokens, {}, 0, {"skipped_rows": 7})
-
-
-def run(reporter, clock, steps, *, since=1, log=()):
-    """Makes updates whose waits add up since update `since`, as a process's do."""
-    for step in steps:
-        # The wait for the first batch, 7 s here, is before the first update: it is nobody's.
-        reporter.update(step, *fake(step), wait_seconds=7 + sum(WAITS[i] for i in range(since + 1, step + 1)))
-        clock.now += SECONDS[step]
-        if step in log:
-            reporter.settle()
-            reporter.log_updates(step)
-
-
-EXPECTED = [
-    {
-        "step": 3,
-        "train/loss": 104 / 28,
-        "train/accuracy": 6 / 28,
-        "train/learning_rate": 3 / 8,
-        "train/grad_norm": 3.0,
-        "train/skipped_updates": 0,
-        "data/tokens": 9,
-        "perf/hours": 8 / 3600,
-        "perf/tokens_per_second": 9 / 8,
-        "perf/step_ms": 8000 / 3,
-        "perf/input_wait_ms": 750 / 3,
-        "perf/transfer_ms": 0.0,
-        "perf/device_ms": 0.0,
-        "perf/host_ms": 7250 / 3,
-        "data/epoch": 0,
-        "data/skipped_rows": 7,
-        "perf/input_wait_fraction": 0.75 / 8,
-    },
-    {
-        "step": 5,
-        "train/loss": 74 / 29,
-        "train/accuracy": 9 / 29,
-        "train/learning_rate": 5 / 8,
-        "train/grad_norm": 5.0,
-        "train/skipped_updates": 0,
-        "data/tokens": 15,
-        "perf/hours": 10 / 3600,
-        "perf/tokens_per_second": 6 / 2,
-        "perf/step_ms": 2000 / 2,
-        "perf/input_wait_ms": 500 / 2,
-        "perf/transfer_ms": 0.0,
-        "perf/device_ms": 0.0,
-        "perf/host_ms": 1500 / 2,
-        "data/epoch": 0,
-        "data/skipped_rows": 7,
-        "perf/input_wait_fraction": 0.5 / 2,
-    },
-]
-
-
-WAITING = ("perf/input_wait_fraction", "perf/input_wait_ms", "perf/host_ms")
-
-
-def without_waits(lines):
-    """Lines but for the wait for batches, which begins anew with a process; hours to the last bits of a sum."""
-    return [{name: round(value, 12) for name, value in line.items() if name not in WAITING} for line in lines]
-
-
-def test_lines_hold_means_over_their_interval(make_reporter, clock, path):
-    with make_reporter() as reporter:
-        run(reporter, clock, range(1, 6), log=(3, 5))
-        np.testing.assert_array_equal(reporter.counts_V, [0, 2, 2, 2, 2, 2, 0, 0, 0, 5])
-    # Exact: few and small numbers.
-    assert read_metrics(path) == EXPECTED
-
-
-def test_rows_left_out_are_told_of_when_they_have_doubled(make_reporter, clock, caplog):
-    reporter = make_reporter()
-    with caplog.at_level("INFO"):
-        for counted in (0, 7, 7, 12, 14, 15, 29, 31):
-            metrics, batch = fake(1)
-            reporter.update(1, metrics, dataclasses.replace(batch, counters={"skipped_rows": counted}), wait_seconds=0)
-            clock.now += 1.0
-            reporter.settle()
-            reporter.log_updates(1)
-    told = [record.getMessage() for record in caplog.records if "left out" in record.getMessage()]
-    assert [line.split()[0] for line in told] == ["7", "15", "31"]
-
-
-@pytest.mark.parametrize("stop", [1, 2, 3, 4])
-def test_lines_are_the_same_after_going_on(make_reporter, clock, path, stop):
-    with make_reporter() as reporter:
-        run(reporter, clock, range(1, stop + 1), log=(3, 5))
-        reporter.settle()
-        saved = json.loads(json.dumps(reporter.to_json()))
-        assert read_metrics(path) == [line for line in EXPECTED if line["step"] <= stop]
-        run(reporter, clock, range(stop + 1, 6), log=(3, 5))  # Lost by a crash.
-    clock.now += 1000
-    with make_reporter(restored={"step": stop, **saved}, step=stop) as reporter:
-        run(reporter, clock, range(stop + 1, 6), since=stop + 1, log=(3, 5))
-        np.testing.assert_array_equal(reporter.counts_V, [0, 2, 2, 2, 2, 2, 0, 0, 0, 5])
-    assert without_waits(read_metrics(path)) == without_waits(EXPECTED)
-
-
-@pytest.mark.parametrize("stop", [1, 2, 3, 4])
-def test_the_share_of_padding_is_that_of_the_intervals_rows(make_reporter, clock, path, stop):
-    """The rows of update n are n, n, 9: with id 3 as padding, one interval has 2 of 9, the other none."""
-    with make_reporter(pad_id=3) as reporter:
-        run(reporter, clock, range(1, stop + 1), log=(3, 5))
-        reporter.settle()
-        saved = json.loads(json.dumps(reporter.to_json()))
-    with make_reporter(restored={"step": stop, **saved}, step=stop, pad_id=3) as reporter:
-        run(reporter, clock, range(stop + 1, 6), since=stop + 1, log=(3, 5))
-    shares = [2 / 9, 0.0]
-    wanted = [{**line, "data/padding_fraction": share} for line, share in zip(EXPECTED, shares, strict=True)]
-    assert without_waits(read_metrics(path)) == without_waits(wanted)
-
-
-def test_evaluations_join_the_line_and_their_time_is_not_the_updates(make_reporter, clock, path):
-    evaluation = {"eval/loss": 3.0, "eval/unigram_loss": 6.0, "eval/accuracy": 0.25, "eval/perplexity": 20.0}
-    with make_reporter() as reporter:
-        run(reporter, clock, range(1, 3))
-        reporter.settle()
-        clock.now += 1  # Still the loop's own.
-        with reporter.apart("evaluation"):
-            clock.now += 500
-            reporter.log_evaluation(2, evaluation)
-        assert read_metrics(path) == [{"step": 2, **evaluation}]  # On disk, for the curves.
-        run(reporter, clock, range(3, 4), since=1, log=(3,))
-        with reporter.apart("evaluation"):
-            reporter.log_evaluation(3, evaluation)
-    timings = {
-        "perf/tokens_per_second": 1.0,
-        "perf/step_ms": 3000.0,
-        "perf/host_ms": 8250 / 3,
-        "perf/input_wait_fraction": 0.75 / 9,
-        "perf/evaluation_ms": 500e3,
-        "perf/hours": 509 / 3600,
+def test_curves_are_the_metrics_with_tokens_and_hours(tmp_path):
+    run = report.read_run(WorkDir(write_run(tmp_path / "a")), "a")
+    assert run["curves"]["train/loss"] == {
+        "steps": [10, 20, 30, 40],
+        "tokens": [10_000, 20_000, 30_000, 40_000],
+        "hours": [0.5, 1.0, 1.5, 2.0],
+        "values": [4.9, 4.8, 4.7, 4.6],
     }
-    assert read_metrics(path) == [{"step": 2, **evaluation}, {**EXPECTED[0], **timings, **evaluation}]
+    # Between two lines that tell, on the straight line.
+    assert run["curves"]["eval/loss"] == {
+        "steps": [20, 25, 40],
+        "tokens": [20_000, 25_000, 40_000],
+        "hours": [1.0, 1.25, 2.0],
+        "values": [4.6, 5.0, 4.2],
+    }
 
 
-def test_skipped_updates_are_counted_and_left_out_of_the_means(make_reporter, path):
-    def update(step, **faults):
-        reporter.update(step, *fake(step, **faults), wait_seconds=0.0)
-
-    with make_reporter() as reporter:
-        update(1)
-        update(2, loss=np.nan, grad_norm=np.nan, skipped=True)
-        update(3, loss=np.inf, skipped=True)
-        update(4)
-        update(5, grad_norm=np.inf, skipped=True)
-        reporter.settle()
-        reporter.log_updates(5)
-    (line,) = read_metrics(path)
-    assert (line["train/loss"], line["train/accuracy"]) == (80 / 35, 5 / 35)
-    assert line["train/skipped_updates"] == 3
-    assert "train/grad_norm" not in line  # JSON has no infinity.
+def test_a_line_of_a_run_that_goes_on_past_the_last_one_that_tells_keeps_the_pace(tmp_path):
+    lines = [{"step": 10, "data/tokens": 100, "perf/hours": 1.0}, {"step": 15, "eval/loss": 1.0}]
+    clock = report._Clock(lines)
+    assert clock.at([5, 10, 15]) == {"steps": [5, 10, 15], "tokens": [50, 100, 150], "hours": [0.5, 1.0, 1.5]}
 
 
-def test_too_many_skipped_in_a_row_end_the_run_by_their_names_also_after_going_on(make_reporter):
-    faults = {"loss": np.nan, "skipped": True}
-    with make_reporter() as reporter:
-        reporter.update(1, *fake(1, **faults), wait_seconds=0.0)
-        reporter.settle()
-        saved = json.loads(json.dumps(reporter.to_json()))
-    with make_reporter(restored=saved, step=1) as reporter:
-        for step in (2, 3):
-            reporter.update(step, *fake(step, **faults), wait_seconds=0.0)
-        # Found one update later, as those of the updates before.
-        with pytest.raises(UserError, match=r"^updates 1 to 3 went wrong .* --mode=show_data --step=3") as raised:
-            reporter.update(4, *fake(4), wait_seconds=0.0)
-        assert "\n" not in str(raised.value)
-
-
-def test_a_full_disk_costs_no_line(make_reporter, clock, path, monkeypatch):
-    with make_reporter() as reporter:
-        with monkeypatch.context() as patch:
-            patch.setattr(metric_files.os, "fsync", lambda descriptor: (_ for _ in ()).throw(OSError("disk full")))
-            run(reporter, clock, range(1, 4), log=(3,))
-            reporter.flush()
-        run(reporter, clock, range(4, 6), log=(5,))
-    assert [line["step"] for line in read_metrics(path)] == [3, 5]
-
-
-@pytest.mark.parametrize(
-    ("seconds", "said"),
-    [
-        (0.2, "0 s"),
-        (12, "12 s"),
-        (59.6, "1 min 0 s"),
-        (200, "3 min 20 s"),
-        (3599.7, "1 h 0 min"),
-        (4 * 3600 + 12 * 60 + 59, "4 h 12 min"),
-        (2 * 86400 + 3 * 3600 + 1800, "2 d 3 h"),
-    ],
-)
-def test_duration(seconds, said):
-    assert duration(seconds) == said
-
-
-@pytest.mark.parametrize(
-    ("kind", "peak"),
-    [
-        ("TPU v3", 61.5e12),
-        ("TPU v5 lite", 197e12),
-        ("TPU v5", 459e12),
-        ("NVIDIA H200", 989e12),
-        ("cpu", None),
-    ],
-)
-def test_the_peak_is_that_of_the_device(monkeypatch, kind, peak):
-    monkeypatch.setattr(jax, "devices", lambda: [types.SimpleNamespace(device_kind=kind)])
-    assert report.peak_flops() == peak
-
-
-@pytest.mark.parametrize(
-    "lines", [[], EXPECTED, [line | {"eval/loss": 1.0, "eval/unigram_loss": 2.0} for line in EXPECTED]]
-)
-def test_curves_are_a_picture_with_named_axes(path, tmp_path, monkeypatch, lines):
-    with open(path, "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(line) + "\n" for line in lines)
-    figures = []
-    save = matplotlib.figure.Figure.savefig
-    monkeypatch.setattr(
-        matplotlib.figure.Figure,
-        "savefig",
-        lambda figure, *a, **k: figures.append(figure) or save(figure, *a, **k),
-    )
-    draw_curves(path, str(tmp_path / "curves.png"), title="a run, 5 updates")
-    content = (tmp_path / "curves.png").read_bytes()
-    assert content[:8] == b"\x89PNG\r\n\x1a\n"
-    assert struct.unpack(">II", content[16:24]) == (1100, 770)
-    (figure,) = figures
-    assert [(axis.get_title(), axis.get_ylabel()) for axis in figure.axes] == [
-        ("Loss", "nats per predicted token"),
-        ("Accuracy", "% of predicted tokens"),
-        ("Learning rate", "per update"),
-        ("Throughput", "tokens per second"),
+def test_restarts_and_skipped_updates_are_events(tmp_path):
+    changed = {"optimizer.learning_rate": [1e-3, 1e-4]}
+    run = report.read_run(WorkDir(write_run(tmp_path / "a", skipped={20: 2, 40: 1}, restarts=[(15, changed)])), "a")
+    assert run["events"] == [
+        {
+            "kind": "restart",
+            "text": "restart after update 15, 2026-11-22 10:00; optimizer.learning_rate: 0.001 to 0.0001",
+            "steps": 15,
+            "tokens": 15_000,
+            "hours": 0.75,
+        },
+        {"kind": "skip", "text": "2 skipped in updates 11 to 20", "steps": 20, "tokens": 20_000, "hours": 1.0},
+        {"kind": "skip", "text": "1 skipped in updates 31 to 40", "steps": 40, "tokens": 40_000, "hours": 2.0},
     ]
-    assert [axis.get_xlabel() for axis in figure.axes[2:]] == ["updates", "updates"]
-    names = [[line.get_label() for line in axis.get_lines()] for axis in figure.axes]
-    evaluated = any("eval/loss" in line for line in lines)
-    assert names[0] == (["train"] if lines else []) + (["evaluation", "unigram model"] if evaluated else [])
-    if lines:
-        x, y = figure.axes[1].get_lines()[0].get_data()
-        np.testing.assert_array_equal(x, [3, 5])
-        np.testing.assert_allclose(y, [100 * 6 / 28, 100 * 9 / 29])  # In percent.
+
+
+def test_the_figures(tmp_path):
+    folder = write_run(tmp_path / "a", skipped={30: 2}, restarts=[(5, {})])
+    figures = dict(report.read_run(WorkDir(folder), "a")["figures"])
+    assert figures["Updates"] == "40 of 40"
+    assert figures["Evaluation loss"] == "4.200"
+    assert figures["Best evaluation loss"] == "4.200 at update 40"
+    assert figures["Tokens seen"] == "40,000"
+    assert figures["Hours"] == "2.00"
+    assert figures["Tokens a second, median"] == "2,500"
+    assert figures["Input wait, median"] == "2.0 %"
+    assert (figures["Skipped updates"], figures["Restarts"]) == ("2", "1")
+    assert figures["Utilization, median"].startswith("-")
+
+
+def test_the_config_table_has_what_differs_and_what_differs_between_runs_first(tmp_path):
+    a = write_run(tmp_path / "a", values={"seed": 1, "model.dtype": "bfloat16"})
+    b = write_run(tmp_path / "b", values={"seed": 2, "model.dtype": "bfloat16"})
+    keys = data_of(write_page(tmp_path / "page.html", a, b))["keys"]
+    assert keys == [
+        {"key": "seed", "default": "42", "values": ["1", "2"], "differs": True},
+        {"key": "model.dtype", "default": '"float32"', "values": ['"bfloat16"', '"bfloat16"'], "differs": False},
+        {"key": "num_train_steps", "default": "50000", "values": ["40", "40"], "differs": False},
+    ]
+
+
+def test_long_curves_are_thinned_evenly_and_keep_their_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "MAX_POINTS", 2)
+    run = report.read_run(WorkDir(write_run(tmp_path / "a", steps=50)), "a")
+    assert run["curves"]["train/loss"]["steps"] == [20, 50]
+
+
+def test_runs_have_the_shortest_names_that_tell_them_apart(tmp_path):
+    first, second = write_run(tmp_path / "x" / "run"), write_run(tmp_path / "y" / "run")
+    page = data_of(write_page(tmp_path / "page.html", first, second))
+    assert [run["name"] for run in page["runs"]] == ["x/run", "y/run"]
+
+
+def test_a_page_asks_for_nothing_and_shows_names_as_they_are(tmp_path):
+    name = "<img src=x>&</script><script>"
+    folder = tmp_path / name.replace("/", "_")
+    html = write_page(tmp_path / "page.html", write_run(folder))
+    assert "default-src 'none'" in html
+    assert "<img" not in html[html.index("const page") :]
+    assert data_of(html)["runs"][0]["name"] == folder.name
+
+
+def test_mistakes(tmp_path):
+    run = write_run(tmp_path / "a")
+    page = str(tmp_path / "page.html")
+    with pytest.raises(UserError, match="there is no run"):
+        report.write_report([str(tmp_path / "b")], page, defaults=DEFAULTS)
+    with pytest.raises(UserError, match="two of the runs are the same"):
+        report.write_report([run, run + "/"], page, defaults=DEFAULTS)
+    with pytest.raises(UserError, match="cannot be written"):
+        report.write_report([run], str(tmp_path / "no" / "page.html"), defaults=DEFAULTS)
+    (tmp_path / "a" / "metrics.jsonl").write_text("")
+    with pytest.raises(UserError, match="no metrics yet"):
+        report.write_report([run], page, defaults=DEFAULTS)
+
+
+def test_the_command_line(tmp_path):
+    runs = [f"--workdir={write_run(tmp_path / name)}" for name in "ab"]
+
+    def main(*words):
+        command = [sys.executable, ROOT / "main.py", *words]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+
+    done = main("--mode=report", *runs)
+    assert (done.returncode, (tmp_path / "report.html").exists()) == (0, True), done.stderr
+    assert "the report of a, b is in report.html" in done.stderr
+    done = main("--config=" + str(ROOT / "configs" / "quickstart.py"), *runs)
+    assert done.returncode == 2
+    assert done.stderr == "error: --workdir is there 2 times; only --mode=report takes several runs\n"
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Chromium without a window."""
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = shutil.which("chromium")
+    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    service = webdriver.ChromeService(shutil.which("chromedriver"))
+    driver = webdriver.Chrome(options=options, service=service)
+    driver.set_script_timeout(30)
+    yield driver
+    driver.quit()
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    """Of two runs."""
+    folder = tmp_path_factory.mktemp("runs")
+    first = write_run(folder / "first", skipped={20: 1}, restarts=[(15, {"seed": [1, 2]})])
+    second = write_run(folder / "second", loss=6.0, values={"seed": 7})
+    write_page(folder / "page.html", first, second)
+    return folder / "page.html"
+
+
+@pytest.fixture
+def opened(browser, page):
+    """The page in a wide window, light."""
+    look(browser, page)
+    return browser
+
+
+def look(browser, page, *, width=1200, scheme="light"):
+    size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    scheme = [{"name": "prefers-color-scheme", "value": scheme}]
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": scheme})
+    browser.get(page.as_uri())
+
+
+def plots(browser, what):
+    """An expression of each plot `p`, once it is drawn, by the plot's title."""
+    browser.execute_async_script("drawn.then(() => requestAnimationFrame(() => setTimeout(arguments[0])))")
+    return browser.execute_script(
+        "return Object.fromEntries([...document.querySelectorAll('.panel')].map((box) =>"
+        f" [box.querySelector('h2').firstChild.data, ((p) => {what})(box.querySelector('.plot'))]))"
+    )
+
+
+def luminance(browser, css, element="body"):
+    color = browser.execute_script(f"return getComputedStyle(document.querySelector('{element}')).{css}")
+    red, green, blue = (int(part) for part in re.findall(r"\d+", color)[:3])
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+@pytest.mark.browser
+def test_every_panel_has_its_curves_drawn_and_nothing_is_complained_of(opened):
+    titles = ["Loss", "Accuracy", "Learning rate", "Throughput", "Input wait", "Skipped updates"]
+    assert plots(opened, "0").keys() == set(titles)
+    drawn = plots(opened, "[...p.querySelectorAll('.scatterlayer .trace')].length")
+    # Of two runs: train, evaluation and unigram model each, and one run's skipped updates.
+    assert drawn == {"Loss": 7, "Accuracy": 4} | dict.fromkeys(titles[2:], 2)
+    assert all(plots(opened, "p.querySelector('.lines path').getTotalLength() > 50").values())
+    assert opened.get_log("browser") == []
+
+
+@pytest.mark.browser
+def test_the_page_asks_the_network_for_nothing(browser, page):
+    asked = []
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *args):
+            super().__init__(*args, directory=page.parent)
+
+        def log_request(self, *args):
+            asked.append(self.path)
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        browser.get(f"http://127.0.0.1:{server.server_port}/page.html")
+        loaded = browser.execute_script("return performance.getEntriesByType('resource').map((entry) => entry.name)")
+        server.shutdown()
+    assert plots(browser, "p.data.length")["Loss"] == 7
+    # What the browser itself asks every site for is not the page's doing.
+    assert [path for path in asked if path != "/favicon.ico"] == ["/page.html"]
+    assert [name for name in loaded if not name.endswith("/favicon.ico")] == []
+
+
+@pytest.mark.browser
+def test_the_horizontal_axis_switches(opened):
+    shown = {}
+    for axis in ("steps", "tokens", "hours"):
+        opened.execute_script(f"document.querySelector('[data-axis={axis}]').click()")
+        loss = plots(opened, "[p.data[0].x, p.layout.xaxis.title.text, p.layout.shapes[0].x0]")["Loss"]
+        shown[axis] = loss
+    assert shown == {
+        "steps": [[10, 20, 30, 40], "updates", 15],
+        "tokens": [[10_000, 20_000, 30_000, 40_000], "tokens", 15_000],
+        "hours": [[0.5, 1, 1.5, 2], "hours", 0.75],
+    }
+
+
+@pytest.mark.browser
+def test_smoothing_is_an_unbiased_running_mean_beside_the_points(opened):
+    opened.execute_script(
+        "const s = document.querySelector('#smoothing'); s.value = 0.5; s.dispatchEvent(new Event('input'))"
+    )
+    raw, smooth = plots(opened, "p.data.slice(0, 2).map((trace) => trace.y)")["Loss"]
+    weights = [0.5**age for age in range(4)]
+    expected = [
+        sum(w * value for w, value in zip(weights, raw[i::-1], strict=False)) / sum(weights[: i + 1]) for i in range(4)
+    ]
+    assert raw == pytest.approx([4.9, 4.8, 4.7, 4.6])
+    assert smooth == pytest.approx(expected)
+    # An evaluation is not smoothed.
+    evaluations = plots(opened, "p.data.filter((t) => t.name === 'first evaluation').map((t) => t.y)")
+    assert evaluations["Loss"] == [[4.6, 5.0, 4.2]]
+
+
+@pytest.mark.browser
+def test_values_show_on_hover(opened):
+    opened.execute_script(
+        "const p = document.querySelector('.plot'); window.scrollTo(0, 0);"
+        "Plotly.Fx.hover(p, [{curveNumber: 0, pointNumber: 1}])"
+    )
+    hover = opened.execute_script("return document.querySelector('.plot .hoverlayer').textContent")
+    assert "first train" in hover
+    assert "4.8" in hover
+
+
+@pytest.mark.browser
+def test_skipped_updates_and_restarts_are_marked(opened):
+    crosses = plots(opened, "p.data.filter((t) => t.name === 'skipped').map((t) => [t.x, t.y, t.text])")["Loss"]
+    assert crosses == [[[20], [4.8], ["1 skipped in updates 11 to 20"]]]
+    assert all(value == 1 for value in plots(opened, "p.querySelectorAll('.shapelayer path').length").values())
+    events = opened.execute_script("return document.querySelector('#events').innerText")
+    assert "restart after update 15" in events
+    assert "seed: 1 to 2" in events
+
+
+@pytest.mark.browser
+def test_a_run_can_be_hidden(opened):
+    opened.execute_script("document.querySelector('#runs button').click()")
+    names = plots(opened, "p.data.map((t) => t.name)")["Loss"]
+    assert names == ["second train", "second evaluation", "second unigram model"]
+
+
+@pytest.mark.browser
+def test_the_tables(opened):
+    figures = opened.execute_script("return document.querySelector('#figures').innerText")
+    assert re.search(r"Evaluation loss\s+4\.200\s+5\.200", figures)
+    assert "Utilization" not in figures
+    rows = opened.execute_script("return [...document.querySelectorAll('#config tr.differs')].map((r) => r.innerText)")
+    assert [row.split() for row in rows] == [["seed", "42", "7", "42"]]
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_it_follows_the_readers_light_or_dark_and_can_be_switched(browser, page, scheme):
+    look(browser, page, scheme=scheme)
+    contrasts = []
+    for _ in range(2):
+        contrasts.append(luminance(browser, "color") - luminance(browser, "backgroundColor"))
+        axis = plots(browser, "getComputedStyle(p.querySelector('.xtick text')).fill")["Loss"]
+        assert axis == browser.execute_script("return getComputedStyle(document.body).color")
+        browser.execute_script("document.querySelector('#theme').click()")
+    light, dark = contrasts if scheme == "light" else contrasts[::-1]
+    assert light < -150
+    assert dark > 150
+
+
+@pytest.mark.browser
+def test_a_phone_shows_it_without_scrolling_sideways(browser, page):
+    look(browser, page, width=390)
+    assert browser.execute_script("return document.documentElement.scrollWidth") == 390
+    widths = plots(browser, "p.querySelector('svg').getBoundingClientRect().width")
+    assert all(300 < width <= 390 for width in widths.values())
+    size = browser.execute_script("return parseFloat(getComputedStyle(document.querySelector('#figures td')).fontSize)")
+    assert size >= 14
+
+
+def test_the_pauses_are_called_as_the_loop_calls_them():
+    loop = Path(train.__file__).read_text()
+    called = {f"perf/{name}_ms" for name in re.findall(r'reporter\.timed\("(\w+)"\)', loop)}
+    panels = {title: {metric for metric, _ in curves} for title, _, curves, _ in report.PANELS}
+    assert panels["Pauses"] <= called
+    charts = {name for tags in writers._CHARTS.values() for name in tags if "evaluation" in name or "save" in name}
+    assert charts <= called

@@ -10,9 +10,11 @@ import jax
 import numpy as np
 import pytest
 
-from mlm import report, show_data, steps
+from mlm import steps
 from mlm.errors import UserError
 from mlm.masking import mask_tokens
+from mlm.modes import show_data
+from mlm.reporting import reporter
 from mlm.train import train_and_evaluate
 from tests.tiny import tiny_config, write_corpus
 
@@ -47,9 +49,9 @@ def run(tmp_path_factory):
         jax.debug.callback(record, *data)
         return batch
 
-    real_update = report.Reporter.update
+    real_update = reporter.Reporter.update
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report.Reporter, "update", update)
+        patch.setattr(reporter.Reporter, "update", update)
         patch.setattr(steps, "mask_tokens", masked)
         train_and_evaluate(config, workdir)
     return config, workdir, rows, inputs
@@ -97,11 +99,11 @@ def test_a_run_on_two_processes_that_went_on_as_three(run, tmp_path, monkeypatch
     config = config.copy_and_resolve_references()
     config.data.skip_steps = ()
     workdir = str(tmp_path)
-    from mlm import setup
-    from mlm import workdir as workdirs
+    from mlm import build
+    from mlm.run import workdir as workdirs
 
     place = workdirs.WorkDir(workdir)
-    built = setup.build(config, place)
+    built = build.build(config, place)
     text = built.text
     place.create(config.to_dict(), save_tokenizer=built.tokenizer.save, processes=3, rows_per_process=8, step=0)
     used = {}
@@ -148,7 +150,7 @@ def test_what_is_printed(run, capsys):
     text = show_data.decode_masked(tokenizer, update.masked, 1)
     assert "[<mask>=" in "".join(show_data.decode_masked(tokenizer, update.masked, n) for n in range(8))
     masked = update.masked
-    places = sorted(masked.positions_BxK[1][masked.weights_BxK[1] > 0].tolist())
+    places = sorted(masked.masked_positions_BxK[1][masked.label_weights_BxK[1] > 0].tolist())
     for place in places:
         word, was = (tokenizer.hf.decode([ids[1, place]]) for ids in (masked.inputs_BxL, update.tokens_RxL))
         text = text.replace(f"[{word}={was}]", was, 1)

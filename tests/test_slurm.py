@@ -76,9 +76,9 @@ def cluster(tmp_path):
     yield cluster
     # What a test that failed has left running: its own process groups, so nobody else's processes.
     if (tmp_path / "tasks").exists():
-        for task in cluster.tasks():
+        for step_config in cluster.tasks():
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(task, signal.SIGKILL)
+                os.killpg(step_config, signal.SIGKILL)
 
 
 def program(path, text):

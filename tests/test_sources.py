@@ -18,7 +18,8 @@ import zstandard
 from gcsfs.retry import HttpError
 from google.auth.exceptions import DefaultCredentialsError
 
-from mlm.data import files, network, sources
+from mlm.data.sources import files, retry
+from mlm.data.sources import source as sources
 from mlm.errors import UserError
 
 TEXTS = ["first", 'a "quoted" line', "é 🙂", "", "NA", "12", "last, with a comma"]
@@ -355,7 +356,7 @@ def bucket(monkeypatch):
             sources.open_source,
             dataset_name=None,
             data_files="gs://bucket/a.jsonl",
-            patience=network.Patience(deadline_seconds=0.2, first_wait_seconds=0.05),
+            retry_policy=retry.RetryPolicy(deadline_seconds=0.2, first_wait_seconds=0.05),
         )
 
     return set_answer

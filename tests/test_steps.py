@@ -102,8 +102,8 @@ def test_masks_change_with_the_step_alone(bag_step, bag_state, uneven_rows):
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_dropout_differs_by_device_pass_and_step_and_by_nothing_else(make_task, init, train_step, dropout):
     # Every token is masked: masks have nothing random. All rows but one are padding and count for nothing.
-    task = make_task(dropout=dropout, masking={"mlm_probability": 1.0, "mask_token_share": 1.0})
-    step, state = train_step(task), init(task)
+    step_config = make_task(dropout=dropout, masking={"mlm_probability": 1.0, "mask_replace_prob": 1.0})
+    step, state = train_step(step_config), init(step_config)
 
     def loss(place, updates=0):
         rows = np.ones((8, 16), np.int32)
@@ -128,9 +128,9 @@ def test_clipping_comes_after_the_division(make_task, bag_step, bag_state, train
     assert metrics.sums.count > 10
 
     def update(max_grad_norm):
-        task = make_task(optimizer=GRADIENT_DESCENT | {"max_grad_norm": max_grad_norm})
-        state = steps.init_state(task, bag_state.params)
-        new, after = train_step(task)(parallel.replicate(state), tokens)
+        step_config = make_task(optimizer=GRADIENT_DESCENT | {"max_grad_norm": max_grad_norm})
+        state = steps.init_state(step_config, bag_state.params)
+        new, after = train_step(step_config)(parallel.replicate(state), tokens)
         assert parallel.first_replica(after.grad_norm) == metrics.grad_norm  # Of before clipping.
         return norm(jax.tree.map(np.subtract, parallel.first_replica(new.params), state.params))
 
@@ -208,7 +208,7 @@ def test_spikes_are_skipped_where_that_is_asked_for(bag_task, bag_step, bag_stat
     spiky = train_step(dataclasses.replace(bag_task, spike_factor=3.0))
 
     def after(step, *, count, mean_norm):
-        applied = steps.Applied(count=jnp.int32(count), mean_norm=jnp.float32(mean_norm))
+        applied = steps.UpdateStats(count=jnp.int32(count), mean_norm=jnp.float32(mean_norm))
         state = dataclasses.replace(bag_state, applied=applied)
         return state, *one_step(step, state, uneven_rows)
 

@@ -8,7 +8,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mlm.data import dealing, docstrings, packing, reader, sources, stream
+from mlm.data import packing, reader, shard_assignment, stream
+from mlm.data.sources import docstrings
+from mlm.data.sources import source as sources
 from mlm.errors import UserError
 from tests.letters import Letters
 
@@ -307,10 +309,10 @@ def test_windows_of_large_documents_end_early(how, monkeypatch):
     corpus = [word * (30 if n % 4 == 0 else 1) for n, word in enumerate(words(40))]
     for array_rows in (1, 100):
         source = memory_source(split(corpus, 3), array_rows)
-        assert_resumes_everywhere(source, 130 if how in packing.RUN_ON else 30, packing=how, batch_rows=3)
+        assert_resumes_everywhere(source, 130 if how in packing.CONCATENATING else 30, packing=how, batch_rows=3)
         found = epoch_documents(source, max_seq_length=400)
         assert sorted(found) == sorted(corpus)
-    texts = reader.Reader(source, [dealing.Piece(shard) for shard in range(3)]).take(1000)
+    texts = reader.Reader(source, [shard_assignment.ShardSlice(shard) for shard in range(3)]).take(1000)
     assert sum(map(len, texts.to_pylist()[:-1])) < 40
 
 

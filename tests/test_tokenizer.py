@@ -8,8 +8,8 @@ import pytest
 import tokenizers
 import transformers
 
-from mlm.data import sources
 from mlm.data import tokenizer as tokenizer_lib
+from mlm.data.sources import source as sources
 from mlm.data.train_tokenizer import train_tokenizer
 from mlm.errors import UserError
 

@@ -20,8 +20,8 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
 from mlm.errors import UserError
+from mlm.run.workdir import WorkDir
 from mlm.train import train_and_evaluate
-from mlm.workdir import WorkDir
 from tests import user_errors
 from tests.tiny import tiny_config, write_corpus
 

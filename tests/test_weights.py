@@ -10,9 +10,9 @@ import pytest
 import safetensors.numpy
 
 from mlm.errors import UserError
-from mlm.models import weights
 from mlm.models.config import EncoderConfig
 from mlm.models.encoder import MaskedLM
+from mlm.models.hf import weights
 
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "roberta.npz"
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from mlm.errors import UserError
+from mlm.run.workdir import WorkDir
 from mlm.train import train_and_evaluate
-from mlm.workdir import WorkDir
 from tests.tiny import tiny_config, write_corpus
 
 REPO = Path(__file__).parent.parent
@@ -54,7 +54,7 @@ def test_the_history_tells_of_every_start_and_of_what_changed(place):
     times = [datetime.datetime.fromisoformat(entry["time"]) for entry in history]
     assert times == sorted(times)
     assert all(time.tzinfo is not None for time in times)
-    assert place.read_layout() == (1, 8)
+    assert place.last_topology() == (1, 8)
     assert sorted(os.listdir(place.path)) == ["checkpoints", "config.json", "tokenizer"]
 
 
@@ -96,9 +96,7 @@ def test_moving_aside_keeps_everything_and_never_takes_a_name(place):
 
 def test_a_run_under_way_is_not_moved(place):
     create(place, CONFIG, step=0)
-    hold = (
-        "import sys; from mlm.workdir import WorkDir; w = WorkDir(sys.argv[1]); w.lock(); print(1, flush=True); input()"
-    )
+    hold = "import sys; from mlm.run.workdir import WorkDir; w = WorkDir(sys.argv[1]); w.lock(); print(1, flush=True); input()"
     holder = subprocess.Popen(
         [sys.executable, "-c", hold, place.path], cwd=REPO, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )

@@ -138,7 +138,7 @@ def neighbours(masks: np.ndarray) -> float:
 @pytest.mark.slow
 def test_the_masking(copy):
     spec = MaskingSpec(
-        mlm_probability=0.15, mask_token_share=1.0, random_token_share=0.0, mask_id=4, special_ids=(4,), num_ids=50
+        mlm_probability=0.15, mask_replace_prob=1.0, random_replace_prob=0.0, mask_id=4, special_ids=(4,), num_ids=50
     )
     tokens = np.full((2000, 128), 7, np.int32)
     batch = mask_tokens(tokens, rows_B=np.arange(2000), key=jax.random.key(0), spec=spec)
@@ -153,7 +153,7 @@ def test_the_masking(copy):
 
         def hidden(**change):
             spec = MaskingSpec(
-                mlm_probability=0.15, mask_token_share=1.0, random_token_share=0.0, mask_id=4, special_ids=(4,),
+                mlm_probability=0.15, mask_replace_prob=1.0, random_replace_prob=0.0, mask_id=4, special_ids=(4,),
                 num_ids=50, **change,
             )
             tokens = jnp.full((2000, 128), 7, jnp.int32)

@@ -18,13 +18,17 @@ import jax.numpy as jnp
 import transformers
 from ml_collections import ConfigDict
 
-from mlm import bucket, checkpoint, fit, hosts, preflight, saved, setup, show_data, topology, train, warm_start, workdir
-from mlm.data import sources, tokenizer
-from mlm.machine import machine_of
+from mlm import build, load, memory, topology, train
+from mlm.data import tokenizer
+from mlm.data.sources import source as sources
+from mlm.hardware import parse_topology
 from mlm.models.config import EncoderConfig
 from mlm.models.encoder import MaskedLM
+from mlm.models.hf import pretrained
+from mlm.modes import check, show_data
+from mlm.run import checkpoint, gcs, multihost, workdir
+from mlm.run.workdir import WorkDir
 from mlm.train import train_and_evaluate
-from mlm.workdir import WorkDir
 
 QUICKSTART = "--config=configs/quickstart.py"
 COMMAND_LINE = [
@@ -384,16 +388,16 @@ VALUES = [
     ({"masking.mlm_probability": 0.0}, "masking.mlm_probability=0.0 must lie in (0, 1]"),
     ({"masking.mlm_probability": 1.5}, "masking.mlm_probability=1.5 must lie in (0, 1]"),
     (
-        {"masking.mask_token_share": 0.95},
-        "masking.mask_token_share=0.95 and masking.random_token_share=0.1 add up to more than 1",
+        {"masking.mask_replace_prob": 0.95},
+        "masking.mask_replace_prob=0.95 and masking.random_replace_prob=0.1 add up to more than 1",
     ),
     (
-        {"masking.random_token_share": -0.1},
-        "masking.mask_token_share=0.8 and masking.random_token_share=-0.1 must not be negative",
+        {"masking.random_replace_prob": -0.1},
+        "masking.mask_replace_prob=0.8 and masking.random_replace_prob=-0.1 must not be negative",
     ),
     (
-        {"masking.mask_token_share": float("nan")},
-        "masking.mask_token_share=nan and masking.random_token_share=0.1 must not be negative",
+        {"masking.mask_replace_prob": float("nan")},
+        "masking.mask_replace_prob=nan and masking.random_replace_prob=0.1 must not be negative",
     ),
     ({"optimizer.warmup_steps": 9}, "optimizer.warmup_steps=9 must lie between 0 and num_train_steps=8"),
     ({"optimizer.learning_rate": 0.0}, "optimizer.learning_rate=0.0 must be positive and finite"),
@@ -404,7 +408,7 @@ VALUES = [
     ({"optimizer.max_grad_norm": -1.0}, "optimizer.max_grad_norm=-1.0 must be finite and not negative"),
     ({"optimizer.weight_decay": -0.1}, "optimizer.weight_decay=-0.1 must be finite and not negative"),
     ({"optimizer.spike_factor": 0.5}, "optimizer.spike_factor=0.5 must be 0, or more than 1"),
-    ({"optimizer.max_skipped_updates": -1}, "optimizer.max_skipped_updates=-1 must not be negative"),
+    ({"optimizer.max_skipped_steps": -1}, "optimizer.max_skipped_steps=-1 must not be negative"),
     ({"checkpoint.keep_checkpoints": 0}, "checkpoint.keep_checkpoints=0 must be at least 1"),
     ({"checkpoint.keep_every_steps": -1}, "checkpoint.keep_every_steps=-1 must not be negative"),
     (
@@ -427,31 +431,31 @@ VALUES = [
 
 
 def export_as_another_type(config: ConfigDict, world: Path) -> None:
-    saved.export_checkpoint(config, str(world / "started"), dtype="float64")
+    load.export_checkpoint(config, str(world / "started"), dtype="float64")
 
 
 def export_to_a_file(config: ConfigDict, world: Path) -> None:
-    saved.export_checkpoint(config, str(world / "started"), output=str(world / "file"))
+    load.export_checkpoint(config, str(world / "started"), output=str(world / "file"))
 
 
 def export_to_a_folder_of_something_else(config: ConfigDict, world: Path) -> None:
-    saved.export_checkpoint(config, str(world / "started"), output=str(world / "data"))
+    load.export_checkpoint(config, str(world / "started"), output=str(world / "data"))
 
 
 def export_to_a_url(config: ConfigDict, world: Path) -> None:
-    saved.export_checkpoint(config, str(world / "started"), output="gs://bucket/model")
+    load.export_checkpoint(config, str(world / "started"), output="gs://bucket/model")
 
 
 def export_without_checkpoints(config: ConfigDict, world: Path) -> None:
-    saved.export_checkpoint(config, str(world / "started"), output=str(world / "out"))
+    load.export_checkpoint(config, str(world / "started"), output=str(world / "out"))
 
 
 def export_the_mean_of_none(config: ConfigDict, world: Path) -> None:
-    saved.export_checkpoint(config, str(world / "started"), average=0, output=str(world / "out"))
+    load.export_checkpoint(config, str(world / "started"), average=0, output=str(world / "out"))
 
 
 def fill_sentences_without_a_model(config: ConfigDict, world: Path) -> None:
-    saved.fill_sentences(config, str(world / "started"), ["A <mask>."])
+    load.fill_sentences(config, str(world / "started"), ["A <mask>."])
 
 
 def show_update_0(config: ConfigDict, world: Path) -> None:
@@ -463,24 +467,24 @@ def show_a_run_that_is_not_there(config: ConfigDict, world: Path) -> None:
 
 
 def train_a_tokenizer_over_something(config: ConfigDict, world: Path) -> None:
-    setup.train_tokenizer(config, str(world / "data"))
+    build.train_tokenizer(config, str(world / "data"))
 
 
 def train_a_tokenizer_on_nothing(config: ConfigDict, world: Path) -> None:
     config.tokenizer.train_documents = 0
-    setup.train_tokenizer(config, str(world / "out"))
+    build.train_tokenizer(config, str(world / "out"))
 
 
 def a_machine_without_a_number(config: ConfigDict, world: Path) -> None:
-    machine_of("v3")
+    parse_topology("v3")
 
 
 def a_machine_of_half_a_device(config: ConfigDict, world: Path) -> None:
-    machine_of("v4-7")
+    parse_topology("v4-7")
 
 
 def a_machine_of_parts_of_hosts(config: ConfigDict, world: Path) -> None:
-    machine_of("v5e-14")
+    parse_topology("v5e-14")
 
 
 def a_work_directory_that_is_a_file(config: ConfigDict, world: Path) -> None:
@@ -538,17 +542,17 @@ def a_run_beside_another(config: ConfigDict, world: Path) -> None:
 
 
 def a_disk_without_room_at_the_last_save(config: ConfigDict, world: Path) -> None:
-    with train._tolerant(final=True):
+    with train._log_and_retry_later(final=True):
         raise OSError("checkpoint 8 could not be written: no space left on device")
 
 
 def a_disk_without_room_for_an_export(config: ConfigDict, world: Path) -> None:
-    with mock.patch.object(saved, "load_checkpoint", side_effect=OSError("no space left on device")):
-        saved.export_checkpoint(config, str(world / "started"), output=str(world / "out"))
+    with mock.patch.object(load, "load_checkpoint", side_effect=OSError("no space left on device")):
+        load.export_checkpoint(config, str(world / "started"), output=str(world / "out"))
 
 
 def a_model_that_is_damaged(config: ConfigDict, world: Path) -> None:
-    saved.load_model(str(world / "models" / "damaged"))
+    load.load_model(str(world / "models" / "damaged"))
 
 
 def a_work_directory_that_cannot_be_moved(config: ConfigDict, world: Path) -> None:
@@ -557,16 +561,18 @@ def a_work_directory_that_cannot_be_moved(config: ConfigDict, world: Path) -> No
 
 
 def processes_that_do_not_meet(config: ConfigDict, world: Path) -> None:
-    with mock.patch.object(hosts.jax.distributed, "initialize", side_effect=ValueError("coordinator_address is None")):
-        hosts.start()
+    with mock.patch.object(
+        multihost.jax.distributed, "initialize", side_effect=ValueError("coordinator_address is None")
+    ):
+        multihost.start()
 
 
 def a_batch_that_never_fits(config: ConfigDict, world: Path) -> None:
     with (
-        mock.patch.object(fit, "_memory", return_value=2**30),
-        mock.patch.object(fit, "step_bytes", return_value=2**40),
+        mock.patch.object(memory, "_memory", return_value=2**30),
+        mock.patch.object(memory, "step_bytes", return_value=2**40),
     ):
-        fit.find_batch_size(None, length=512, passes=1)
+        memory.find_batch_size(None, length=512, microbatches=1)
 
 
 def a_batch_that_never_fits_a_machine(config: ConfigDict, world: Path) -> None:
@@ -574,9 +580,9 @@ def a_batch_that_never_fits_a_machine(config: ConfigDict, world: Path) -> None:
         mock.patch.object(topology, "can_compile", return_value=True),
         mock.patch.object(topology, "devices_of", return_value=[]),
         mock.patch.object(topology, "largest_batch", return_value=0),
-        mock.patch.object(preflight, "_for_tpu", return_value=None),
+        mock.patch.object(check, "_for_tpu", return_value=None),
     ):
-        preflight.find_batch(config, None, machine_of("v3-8"))
+        check.find_batch(config, None, parse_topology("v3-8"))
 
 
 def rows_past_the_positions(config: ConfigDict, world: Path) -> None:
@@ -587,7 +593,7 @@ def rows_past_the_positions(config: ConfigDict, world: Path) -> None:
 def a_pytorch_file_that_could_run_anything(config: ConfigDict, world: Path) -> None:
     torch = types.SimpleNamespace(load=mock.Mock(side_effect=pickle.UnpicklingError))
     with mock.patch.dict(sys.modules, torch=torch):
-        warm_start.open_checkpoint(str(world / "models" / "pytorch"), cache_dir=None)
+        pretrained.open_checkpoint(str(world / "models" / "pytorch"), cache_dir=None)
 
 
 def a_slow_tokenizer(config: ConfigDict, world: Path) -> None:
@@ -626,10 +632,10 @@ def a_bucket_that_does_not_take_the_start_of_a_run(config: ConfigDict, world: Pa
 def a_disk_without_room_for_a_double(config: ConfigDict, world: Path) -> None:
     folder = types.SimpleNamespace(url="gs://bucket/run")
     with (
-        mock.patch.object(bucket, "Folder", return_value=folder),
-        mock.patch.object(bucket, "_make_home", side_effect=OSError("no space left on device")),
+        mock.patch.object(gcs, "Folder", return_value=folder),
+        mock.patch.object(gcs, "_make_home", side_effect=OSError("no space left on device")),
     ):
-        bucket.Double("gs://bucket/run")
+        gcs.LocalMirror("gs://bucket/run")
 
 
 def checkpoints_that_are_out_of_reach(config: ConfigDict, world: Path) -> None:
@@ -772,22 +778,22 @@ ELSEWHERE = {
         # The words of the flags' parser and of a config file, as they come; and all problems of --mode=check.
         "{}": "tests/test_user_errors.py::test_command_line",
     },
-    "mlm/bucket.py": {
-        "{} is another run's by now: it was started again elsewhere, or removed; this one ends. Run one at a time, or choose another --workdir": "tests/test_bucket_runs.py::test_of_two_runs_in_one_place_the_older_one_ends",
+    "mlm/run/gcs.py": {
+        "{} is another run's by now: it was started again elsewhere, or removed; this one ends. Run one at a time, or choose another --workdir": "tests/test_gcs_runs.py::test_of_two_runs_in_one_place_the_older_one_ends",
     },
-    "mlm/checkpoint.py": {
+    "mlm/run/checkpoint.py": {
         "checkpoint {} in {} holds a state of other parts than this run's: it is of another version of the code, or of another model; choose another --workdir": "tests/test_checkpoint.py::test_another_state_is_no_damage",
-        "checkpoint {} in {} cannot be read now ({}); mend the network or the rights: the same command goes on": "tests/test_bucket.py::test_a_checkpoint_that_is_damaged_is_set_aside_and_one_that_is_out_of_reach_is_not",
+        "checkpoint {} in {} cannot be read now ({}); mend the network or the rights: the same command goes on": "tests/test_gcs.py::test_a_checkpoint_that_is_damaged_is_set_aside_and_one_that_is_out_of_reach_is_not",
     },
-    "mlm/data/batches.py": {
-        "cannot resume the data stream: it was saved with the sources {}, and now there are {}; restore them, or start in a new work directory": "tests/test_batches.py::test_a_mixture_of_other_sources_is_refused",
-        "data.skip_steps leaves out {} of the first {} batches, but the checkpoint's run left out {}: change it only past {}, or remove the checkpoints that are too new": "tests/test_batches.py::test_steps_left_out_may_change_past_the_checkpoint_only",
+    "mlm/data/mixture.py": {
+        "cannot resume the data stream: it was saved with the sources {}, and now there are {}; restore them, or start in a new work directory": "tests/test_mixture.py::test_a_mixture_of_other_sources_is_refused",
+        "data.skip_steps leaves out {} of the first {} batches, but the checkpoint's run left out {}: change it only past {}, or remove the checkpoints that are too new": "tests/test_mixture.py::test_steps_left_out_may_change_past_the_checkpoint_only",
     },
     "mlm/data/reader.py": {
-        "cannot resume the data stream: {}; start again when it can be read": "tests/test_set_aside.py::test_a_window_that_was_begun_must_come_whole",
-        "{}; it is number {} of the shards to fail and data.max_failed_shards={}: start again when it can be read": "tests/test_set_aside.py::test_a_server_that_is_gone_ends_the_stream",
+        "cannot resume the data stream: {}; start again when it can be read": "tests/test_quarantine.py::test_a_window_that_was_begun_must_come_whole",
+        "{}; it is number {} of the shards to fail and data.max_failed_shards={}: start again when it can be read": "tests/test_quarantine.py::test_a_server_that_is_gone_ends_the_stream",
     },
-    "mlm/data/sources.py": {
+    "mlm/data/sources/source.py": {
         "{} is not here and needs the network, but {} cannot be reached ({}): check the network, or name local files": "tests/test_sources.py::test_a_hub_that_cannot_be_reached_is_told_at_once",
     },
     "mlm/data/stream.py": {
@@ -800,7 +806,7 @@ ELSEWHERE = {
         "seed={} is negative: set 0 or more": "tests/test_stream.py::test_bad_arguments",
         "a batch must have at least one row, not {}": "tests/test_stream.py::test_bad_arguments",
     },
-    "mlm/hub.py": {
+    "mlm/export/hub.py": {
         "hub.push_to_hub=True: the token of {} may only read, not write to {}; make one with write access at https://huggingface.co/settings/tokens and run `hf auth login`, or set --config.hub.push_to_hub=False": "tests/test_hub.py::test_a_token_that_may_not_write_is_found_out",
         "hub.push_to_hub=True: the hub does not say whose token this is ({}); check it with `hf auth whoami`, and the network, or set --config.hub.push_to_hub=False": "tests/test_hub.py::test_tokens_and_hubs_that_are_not_there",
         "hub.hub_model_id={}: the repository cannot be made ({}); check the name, the token's rights (`hf auth whoami`) and the network, or set --config.hub.push_to_hub=False": "tests/test_hub.py::test_tokens_and_hubs_that_are_not_there",
@@ -809,16 +815,16 @@ ELSEWHERE = {
     "mlm/models/config.py": {
         "model config: there is no field {}; {}": "tests/test_models.py::test_replace_names_the_nearest_field",
     },
-    "mlm/report.py": {
+    "mlm/reporting/reporter.py": {
         "updates {} to {} went wrong and were skipped; of the last one {}. See its rows with --mode=show_data --step={}. Checkpoints before it are kept: go on from them with a lower optimizer.learning_rate, more warmup_steps, max_grad_norm=1.0, or data.skip_steps": "tests/test_report.py::test_too_many_skipped_in_a_row_end_the_run_by_their_names_also_after_going_on",
     },
-    "mlm/saved.py": {
-        "no sentence; write some after the flags, or send lines to standard input": "tests/test_saved.py::test_sentences_that_cannot_be_filled_in",
-        "--step={}: there is no such checkpoint; there are {}": "tests/test_saved.py::test_what_cannot_be_exported",
-        "--average={}: up to update {} there are only the checkpoints {}; checkpoint.keep_checkpoints and checkpoint.keep_every_steps keep more": "tests/test_saved.py::test_what_cannot_be_exported",
-        "checkpoint {} in {} cannot be read ({}); choose another --step": "tests/test_saved.py::test_what_cannot_be_exported",
+    "mlm/load.py": {
+        "no sentence; write some after the flags, or send lines to standard input": "tests/test_load.py::test_sentences_that_cannot_be_filled_in",
+        "--step={}: there is no such checkpoint; there are {}": "tests/test_load.py::test_what_cannot_be_exported",
+        "--average={}: up to update {} there are only the checkpoints {}; checkpoint.keep_checkpoints and checkpoint.keep_every_steps keep more": "tests/test_load.py::test_what_cannot_be_exported",
+        "checkpoint {} in {} cannot be read ({}); choose another --step": "tests/test_load.py::test_what_cannot_be_exported",
     },
-    "mlm/show_data.py": {
+    "mlm/modes/show_data.py": {
         "--process={}: update {} had processes 0 to {}": "tests/test_show_data.py::test_what_cannot_be_shown_is_told",
     },
     "mlm/topology.py": {

@@ -14,11 +14,11 @@ from mlm.data import tokenizer as tokenizer_lib
 
 PACKINGS = ("concatenate", "pad", "pad_lines", "isolate")
 # Those whose documents run on over row borders: their rows hold no padding.
-RUN_ON = ("concatenate", "isolate")
+CONCATENATING = ("concatenate", "isolate")
 
 
 @dataclasses.dataclass(frozen=True)
-class Units:
+class PackedChunk:
     """What some documents come to, in order.
 
     Attributes:
@@ -32,17 +32,17 @@ class Units:
 
 def units_per_row(packing: str, *, max_seq_length: int) -> int:
     """How many units make one row of `max_seq_length` tokens."""
-    return max_seq_length if packing in RUN_ON else 1
+    return max_seq_length if packing in CONCATENATING else 1
 
 
-def pack(texts: pa.Array, tokenizer: "tokenizer_lib.Tokenizer", *, packing: str, max_seq_length: int) -> Units:
+def pack(texts: pa.Array, tokenizer: "tokenizer_lib.Tokenizer", *, packing: str, max_seq_length: int) -> PackedChunk:
     """Tokenizes N documents (strings without nulls) and lays begin and end tokens around them.
 
     "concatenate" gives `<s> document </s>` runs, and so does "isolate": the model finds the documents again by
     their begin tokens (mlm/models/encoder.py). "pad" gives a row a document and "pad_lines" a row for every line
     that is not blank, each cut to `max_seq_length` with `</s>` kept last, or filled up with the pad id.
     """
-    if packing in RUN_ON:
+    if packing in CONCATENATING:
         return concatenate(*tokenizer.encode(texts), bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id)
     if packing == "pad_lines":
         texts, offsets = _lines(texts)
@@ -55,10 +55,10 @@ def pack(texts: pa.Array, tokenizer: "tokenizer_lib.Tokenizer", *, packing: str,
         eos_id=tokenizer.eos_id,
         pad_id=tokenizer.pad_id,
     )
-    return Units(rows, offsets)
+    return PackedChunk(rows, offsets)
 
 
-def concatenate(ids: np.ndarray, offsets: np.ndarray, *, bos_id: int, eos_id: int) -> Units:
+def concatenate(ids: np.ndarray, offsets: np.ndarray, *, bos_id: int, eos_id: int) -> PackedChunk:
     """Ragged ids [T] with offsets [N + 1] -> Units of T + 2N tokens, begin and end tokens in place."""
     num_documents = len(offsets) - 1
     unit_offsets = offsets + 2 * np.arange(num_documents + 1, dtype=np.int64)
@@ -69,7 +69,7 @@ def concatenate(ids: np.ndarray, offsets: np.ndarray, *, bos_id: int, eos_id: in
     tokens[unit_offsets[:-1]] = bos_id
     tokens[unit_offsets[1:] - 1] = eos_id
     tokens[is_text] = ids
-    return Units(tokens, unit_offsets)
+    return PackedChunk(tokens, unit_offsets)
 
 
 def pad(

@@ -21,8 +21,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from absl import logging
 
-from mlm.data import sources
-from mlm.data.dealing import Piece
+from mlm.data.shard_assignment import ShardSlice
+from mlm.data.sources import source as sources
 from mlm.errors import UserError
 
 # Documents taken at once end at this many bytes even if they are fewer than asked for: memory stays bounded
@@ -31,7 +31,7 @@ _MAX_BYTES = 64 << 20
 
 
 @dataclasses.dataclass
-class Losses:
+class ShardFailureBudget:
     """What a process may do without, over all its epochs, and what it just did."""
 
     max_failed_shards: int = 0
@@ -52,11 +52,11 @@ class Reader:
     def __init__(
         self,
         source: sources.Source,
-        pieces: Sequence[Piece],
+        pieces: Sequence[ShardSlice],
         *,
         shard: int = 0,
         row: int = 0,
-        losses: Losses | None = None,
+        losses: ShardFailureBudget | None = None,
     ):
         self.shard = shard
         self.row = row
@@ -65,7 +65,7 @@ class Reader:
         self.pieces = tuple(pieces)
         self.failed_shards = 0
         self.exact = False
-        self._losses = losses or Losses()
+        self._losses = losses or ShardFailureBudget()
         self._arrays: Iterator[pa.LargeStringArray] | None = None
         self._texts = pa.array([], pa.large_string())  # read and not yet taken
 
@@ -115,7 +115,7 @@ class Reader:
                 try:
                     texts = next(self._arrays, None)
                 except sources.ShardLostError as lost:
-                    self._set_aside(lost)
+                    self._skip_shard(lost)
             if texts is None:
                 self.shard, self.row, self._arrays = self.shard + 1, 0, None
             else:
@@ -123,7 +123,7 @@ class Reader:
                 self._losses.in_a_row = 0
         return True
 
-    def _set_aside(self, lost: sources.ShardLostError) -> None:
+    def _skip_shard(self, lost: sources.ShardLostError) -> None:
         """Ends the piece under way here, or raises UserError."""
         if self.exact:
             raise UserError(f"cannot resume the data stream: {lost}; start again when it can be read") from None

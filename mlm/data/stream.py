@@ -20,11 +20,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from mlm.data import ledger, sources
 from mlm.data import packing as packing_lib
+from mlm.data import provenance
 from mlm.data import reader as reader_lib
 from mlm.data import tokenizer as tokenizer_lib
-from mlm.data.dealing import Piece, Position, deal_anew, deal_shards
+from mlm.data.shard_assignment import Position, ShardSlice, assign_shards, reassign
+from mlm.data.sources import source as sources
 from mlm.errors import UserError
 
 # Texts are tokenized this many bytes at a time: enough to keep the cores busy, little enough for a quick
@@ -33,7 +34,7 @@ _CHUNK_BYTES = 2 << 20
 # With no shuffling a window is only a unit of reading.
 _UNSHUFFLED_WINDOW = 1024
 # Epochs in a row in which a share that is another in each may be too small for one batch.
-_PATIENCE = 16
+_MAX_SHORT_EPOCHS = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +102,7 @@ class RowStream:
         self.units_per_row = packing_lib.units_per_row(packing, max_seq_length=max_seq_length)
         self._units_per_batch = batch_rows * self.units_per_row
         self._short_epochs = 0
-        self._losses = reader_lib.Losses(max_failed_shards)
+        self._losses = reader_lib.ShardFailureBudget(max_failed_shards)
         self._go_on(Position())
 
     def __iter__(self) -> Iterator[np.ndarray]:
@@ -122,24 +123,24 @@ class RowStream:
             part = self._chunk.data[self._used : self._used + needed - have]
             places = self._window.places[self._chunk_document :]
             used = self._used, self._used + len(part)
-            self._parts.append(ledger.Part(self._start.epoch, places, self._chunk.offsets, *used))
+            self._parts.append(provenance.ChunkSlice(self._start.epoch, places, self._chunk.offsets, *used))
             parts.append(part)
             have += len(part)
             self._used += len(part)
             self._epoch_units += len(part)
         return np.concatenate(parts).reshape(rows, self._max_seq_length)
 
-    def documents(self) -> list[ledger.Used]:
+    def documents(self) -> list[provenance.DocumentSpan]:
         """The documents of the last batch, in order."""
-        return ledger.documents(self._parts)
+        return provenance.documents(self._parts)
 
-    def share(self) -> tuple[Piece, ...]:
+    def share(self) -> tuple[ShardSlice, ...]:
         """What this process reads of the epoch it is in (of the lane, after a deal anew), whole."""
         if self._start.pieces is not None:
             return self._start.pieces
         return self._fresh(self._start.epoch, self._process_index, self._process_count)
 
-    def ahead(self) -> tuple[Piece, ...]:
+    def ahead(self) -> tuple[ShardSlice, ...]:
         """`share`, and after a deal anew all that is to come before the next epoch."""
         return sum((lane.pieces for lane in self._start.lanes), self.share())
 
@@ -188,7 +189,7 @@ class RowStream:
             return
         for old, state in enumerate(states):
             self._check_identity(state, self._identity() | {"process_index": old, "process_count": len(states)})
-        position = deal_anew(
+        position = reassign(
             [Position.from_json(state) for state in states],
             process_index=self._process_index,
             process_count=self._process_count,
@@ -210,10 +211,10 @@ class RowStream:
         self._epoch_units = position.epoch_units
         self._window: _Window | None = None
         self._reader: reader_lib.Reader | None = None
-        self._chunk = packing_lib.Units(np.empty(0, np.int32), np.zeros(1, np.int64))
+        self._chunk = packing_lib.PackedChunk(np.empty(0, np.int32), np.zeros(1, np.int64))
         self._chunk_document = position.document
         self._used = 0
-        self._parts: list[ledger.Part] = []
+        self._parts: list[provenance.ChunkSlice] = []
 
     def _position(self) -> Position:
         document, unit = self._place()
@@ -279,7 +280,7 @@ class RowStream:
                 documents=self._start.documents + len(window.order),
             )
             self._window = self._read_window() if self._start.part is None else None
-        self._chunk = packing_lib.Units(self._chunk.data[:0], np.zeros(1, np.int64))
+        self._chunk = packing_lib.PackedChunk(self._chunk.data[:0], np.zeros(1, np.int64))
         self._chunk_document = 0
         self._used = 0
         if self._window is None:
@@ -305,7 +306,7 @@ class RowStream:
             return
         self._short_epochs += 1
         others = self._shuffled and self._source.num_shards >= self._process_count > 1
-        if others and self._short_epochs < _PATIENCE:
+        if others and self._short_epochs < _MAX_SHORT_EPOCHS:
             return
         counters = self.counters
         lost = f"{counters['skipped_rows']} {'rows that are not UTF-8' if self._source.has_gaps else 'blank rows'}"
@@ -320,8 +321,8 @@ class RowStream:
             "lower per_device_train_batch_size or data.max_seq_length, or add data"
         )
 
-    def _fresh(self, epoch: int, process_index: int, process_count: int) -> tuple[Piece, ...]:
-        return deal_shards(
+    def _fresh(self, epoch: int, process_index: int, process_count: int) -> tuple[ShardSlice, ...]:
+        return assign_shards(
             self._source.num_shards,
             seed=self._seed,
             epoch=epoch,

@@ -8,7 +8,7 @@ import pyarrow as pa
 import tokenizers
 import transformers
 
-from mlm.data import sources
+from mlm.data.sources import source as sources
 from mlm.data.tokenizer import Tokenizer
 
 NAME = "synthetic"

@@ -11,7 +11,7 @@ import tokenizers
 import transformers
 from absl import logging
 
-from mlm.data import sources
+from mlm.data.sources import source as sources
 from mlm.errors import UserError
 
 BACKENDS = ("auto", "gigatoken", "tokenizers")

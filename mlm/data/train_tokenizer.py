@@ -14,7 +14,7 @@ import tokenizers
 import transformers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from mlm.data import sources
+from mlm.data.sources import source as sources
 from mlm.data.tokenizer import Tokenizer
 from mlm.errors import UserError
 

@@ -14,15 +14,15 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from mlm.models.activation import activation
-from mlm.models.attention import attend
-from mlm.models.choose import tokens_at
 from mlm.models.config import EncoderConfig, Layer
-from mlm.models.dense import Dense, add_bias, project
-from mlm.models.dropout import Dropout
-from mlm.models.execution import KEPT, Execution
-from mlm.models.families import Positions
-from mlm.models.rotary import Rotation, rotate, rotation_at
+from mlm.models.execution import REMAT_SAVED, Execution
+from mlm.models.families import PositionEmbedding
+from mlm.models.ops.activation import activation
+from mlm.models.ops.attention import attend
+from mlm.models.ops.dense import Dense, add_bias, project
+from mlm.models.ops.dropout import Dropout
+from mlm.models.ops.gather import gather_tokens
+from mlm.models.ops.rotary import Rotation, rotate, rotation_at
 
 
 def initializer(config: EncoderConfig, *, last: bool = False) -> nn.initializers.Initializer:
@@ -69,11 +69,11 @@ def _drop(module: nn.Module, values: jax.Array, *, place: str, deterministic: bo
 # The barrier keeps the compiler from writing the activation beside what it is of. JAX would put one before the gradient
 # as well, which then is read once more for its sum, the bias's.
 @jax.custom_vjp
-def _written(values: jax.Array) -> jax.Array:
+def _materialize(values: jax.Array) -> jax.Array:
     return jax.lax.optimization_barrier(values)
 
 
-_written.defvjp(lambda values: (_written(values), None), lambda _, gradient: (gradient,))
+_materialize.defvjp(lambda values: (_materialize(values), None), lambda _, gradient: (gradient,))
 
 
 class QueryKeyValue(nn.Module):
@@ -96,12 +96,12 @@ class QueryKeyValue(nn.Module):
         if positions_BxL is None:
             parts = project(hidden_BxMxD, weight_3xHxExD)
         else:
-            asking_BxLxD = tokens_at(hidden_BxMxD, positions_BxL)
+            asking_BxLxD = gather_tokens(hidden_BxMxD, positions_BxL)
             parts = project(asking_BxLxD, weight_3xHxExD[:1]) + project(hidden_BxMxD, weight_3xHxExD[1:])
         if cfg.attention_bias:
             bias = self.param("bias", nn.initializers.zeros, (3 * size,), jnp.float32)
             parts = [add_bias(part, bias_HxE) for part, bias_HxE in zip(parts, bias.reshape(shape), strict=True)]
-        return [checkpoint_name(part, KEPT) for part in parts]
+        return [checkpoint_name(part, REMAT_SAVED) for part in parts]
 
 
 class SelfAttention(nn.Module):
@@ -133,7 +133,7 @@ class SelfAttention(nn.Module):
             hidden_BxMxD, positions_BxL
         )
         if rotation is not None:
-            turn = functools.partial(rotate, pairs=cfg.family.positions is Positions.ROTARY_PAIRS)
+            turn = functools.partial(rotate, pairs=cfg.family.positions is PositionEmbedding.ROTARY_INTERLEAVED)
             asking = rotation if positions_BxL is None else rotation_at(rotation, positions_BxL)
             query_BxLxHxE, key_BxMxHxE = turn(query_BxLxHxE, asking), turn(key_BxMxHxE, rotation)
             value_BxMxHxE = turn(value_BxMxHxE, rotation) if cfg.rotary_value else value_BxMxHxE
@@ -179,9 +179,9 @@ class FeedForward(nn.Module):
             return dense(cfg.hidden_size, name="output", last=True)(inner_BxLxF)
 
         inner_BxLxF = dense((1 + cfg.family.gated) * cfg.intermediate_size, name="inner")(hidden_BxLxD)
-        inner_BxLxF = checkpoint_name(inner_BxLxF, KEPT)
+        inner_BxLxF = checkpoint_name(inner_BxLxF, REMAT_SAVED)
         if self.recompute:
-            return nn.remat(finish)(self, _written(inner_BxLxF))
+            return nn.remat(finish)(self, _materialize(inner_BxLxF))
         return finish(self, inner_BxLxF)
 
 
@@ -225,9 +225,9 @@ class Block(nn.Module):
             return drop(feed_forward(values_BxLxD, deterministic=deterministic), place="feed_forward_output")
 
         # Of the positions that are asked for alone, [B, K, D], from here on.
-        asking = hidden_BxLxD if positions_BxK is None else tokens_at(hidden_BxLxD, positions_BxK)
+        asking = hidden_BxLxD if positions_BxK is None else gather_tokens(hidden_BxLxD, positions_BxK)
         if cfg.family.norm_first:
-            hidden = checkpoint_name(asking + attended(attention_norm(hidden_BxLxD)), KEPT)
+            hidden = checkpoint_name(asking + attended(attention_norm(hidden_BxLxD)), REMAT_SAVED)
             return hidden + fed_forward(feed_forward_norm(hidden))
-        hidden = attention_norm(checkpoint_name(asking + attended(hidden_BxLxD), KEPT))
-        return feed_forward_norm(checkpoint_name(hidden + fed_forward(hidden), KEPT))
+        hidden = attention_norm(checkpoint_name(asking + attended(hidden_BxLxD), REMAT_SAVED))
+        return feed_forward_norm(checkpoint_name(hidden + fed_forward(hidden), REMAT_SAVED))

@@ -19,7 +19,7 @@ from typing import Any
 
 from mlm.errors import UserError
 from mlm.models import modernbert_fields
-from mlm.models.families import FAMILIES, Family, Positions
+from mlm.models.families import FAMILIES, Family, PositionEmbedding
 
 # Fields that change the model, with the only value the encoder has.
 _REQUIRED = {
@@ -36,7 +36,7 @@ _REQUIRED = {
 }
 
 # Labels of heads we do not have, what to return, how to store or generate: none of them moves a logit.
-_HARMLESS = frozenset({
+_IGNORED_FIELDS = frozenset({
     "_attn_implementation", "_attn_implementation_internal", "_commit_hash", "_name_or_path", "_num_labels",
     "architectures", "attn_implementation", "bad_words_ids", "begin_suppress_tokens",
     "chunk_size_feed_forward", "classifier_dropout", "cls_token_id", "decoder_start_token_id",
@@ -151,7 +151,7 @@ class EncoderConfig:
         for name in ("hidden_act", "classifier_activation"):
             if name in has and getattr(self, name) not in ACTIVATIONS:
                 raise _refusal(name, getattr(self, name), f"known: {', '.join(ACTIVATIONS)} (gelu is the exact one)")
-        if not self.tie_word_embeddings and not self.family.may_untie:
+        if not self.tie_word_embeddings and not self.family.supports_untied_embeddings:
             raise _refusal("tie_word_embeddings", False, "only true is supported")
         for name in (
             "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
@@ -222,7 +222,7 @@ class EncoderConfig:
     @property
     def max_seq_length(self) -> int:
         """Tokens in the longest row the positions allow: RoBERTa counts them from pad_token_id + 1."""
-        if self.family.positions is Positions.AFTER_PAD:
+        if self.family.positions is PositionEmbedding.LEARNED_PAD_OFFSET:
             return self.max_position_embeddings - self.pad_token_id - 1
         return self.max_position_embeddings
 
@@ -243,7 +243,7 @@ class EncoderConfig:
             block=block,
             window=self.local_attention // 2 if local else None,
             rope_theta=self.local_rope_theta if local else self.global_rope_theta,
-            attention_norm=self.family.first_norm or number > 0,
+            attention_norm=self.family.norm_before_first_attention or number > 0,
         )
 
     def dropout(self, place: str) -> float:
@@ -281,7 +281,7 @@ class EncoderConfig:
             elif name in _REQUIRED:
                 if value is not None and value != _REQUIRED[name]:
                     raise _refusal(name, value, f"only {_REQUIRED[name]!r} is supported")
-            elif name in _HARMLESS or name in default.family.harmless:
+            elif name in _IGNORED_FIELDS or name in default.family.ignored_fields:
                 continue
             elif not (value is None or value is False or value in ("", [], {})):
                 raise _refusal(name, value, "the field is unknown, and ignoring it might change the model")

@@ -13,16 +13,16 @@ import jax
 import jax.numpy as jnp
 
 from mlm.errors import UserError
-from mlm.models.activation import activation
 from mlm.models.block import Block, initializer, make_dense, make_norm
-from mlm.models.choose import entries_at
 from mlm.models.config import EncoderConfig, Layer
-from mlm.models.dense import decode
-from mlm.models.dropout import Dropout
 from mlm.models.execution import Execution, run_layers
-from mlm.models.families import Positions
-from mlm.models.rotary import Rotation, rotation
-from mlm.models.segments import places, segments
+from mlm.models.families import PositionEmbedding
+from mlm.models.ops.activation import activation
+from mlm.models.ops.dense import decode
+from mlm.models.ops.dropout import Dropout
+from mlm.models.ops.gather import embedding_lookup
+from mlm.models.ops.position_ids import places, segments
+from mlm.models.ops.rotary import Rotation, rotation
 
 
 def _embed(rows: int, *, config: EncoderConfig, zero_row: int | None = None) -> nn.Embed:
@@ -51,7 +51,7 @@ class Embeddings(nn.Module):
         cfg = self.config
         self.word = _embed(cfg.vocab_size, config=cfg, zero_row=cfg.pad_token_id if cfg.family.zero_pad_row else None)
         if not cfg.family.positions.rotary:
-            after_pad = cfg.family.positions is Positions.AFTER_PAD
+            after_pad = cfg.family.positions is PositionEmbedding.LEARNED_PAD_OFFSET
             self.position = _embed(
                 cfg.max_position_embeddings, config=cfg, zero_row=cfg.pad_token_id if after_pad else None
             )
@@ -75,9 +75,9 @@ class Embeddings(nn.Module):
         sum_BxLxC = self.word(inputs_BxL).astype(self.dtype)
         if cfg.type_vocab_size:
             token_types_BxL = jnp.zeros((1, 1), jnp.int32) if token_types_BxL is None else token_types_BxL
-            sum_BxLxC += entries_at(self.token_type.embedding, token_types_BxL, self.dtype)
+            sum_BxLxC += embedding_lookup(self.token_type.embedding, token_types_BxL, self.dtype)
         if not cfg.family.positions.rotary:
-            sum_BxLxC += entries_at(self.position.embedding, places_BxL, self.dtype)
+            sum_BxLxC += embedding_lookup(self.position.embedding, places_BxL, self.dtype)
         hidden_BxLxC = self.dropout(self.norm(sum_BxLxC), deterministic=deterministic)
         return self.project(hidden_BxLxC) if cfg.has_projection else hidden_BxLxC
 
@@ -161,7 +161,7 @@ class MaskedLM(nn.Module):
                 f"{cfg.max_position_embeddings}, which takes at most {cfg.max_seq_length}"
             )
         segments_BxL, counts_BxL = segments(inputs_BxL, pad_id=cfg.pad_token_id, begin_id=self.begin_id)
-        if cfg.family.positions is Positions.AFTER_PAD:
+        if cfg.family.positions is PositionEmbedding.LEARNED_PAD_OFFSET:
             places_BxL = counts_BxL + cfg.pad_token_id
         else:
             places_BxL = places(inputs_BxL, begin_id=self.begin_id)
@@ -216,7 +216,7 @@ class MaskedLM(nn.Module):
     def _rotations(self, places_BxL: jax.Array) -> dict[float | None, Rotation | None]:
         """What turns queries and keys, for each base that a layer has; layers with the same base share it."""
         cfg = self.config
-        exact = cfg.family.positions is Positions.ROTARY_PAIRS
+        exact = cfg.family.positions is PositionEmbedding.ROTARY_INTERLEAVED
         thetas = {layer.rope_theta for layer in cfg.layers} - {None}
         return {None: None} | {
             theta: rotation(places_BxL, head_size=cfg.head_size, theta=theta, exact=exact) for theta in thetas

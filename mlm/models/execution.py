@@ -16,7 +16,7 @@ from mlm.models.config import Layer
 # What the backward pass computes anew, to save memory.
 REMATS = ("none", "dots", "full")
 # What `checkpoint_name` calls the arrays of a layer that "dots" keeps: results of products, and sums before a norm.
-KEPT = "kept"
+REMAT_SAVED = "kept"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +68,7 @@ def run_layers(
             how = jax.checkpoint(how)
         elif execution.remat == "dots" and execution.scan_layers:
             # Of unrolled layers the compiler finds out what is cheap to compute anew; a scan keeps all it is given.
-            how = jax.checkpoint(how, policy=jax.checkpoint_policies.save_only_these_names(KEPT))
+            how = jax.checkpoint(how, policy=jax.checkpoint_policies.save_only_these_names(REMAT_SAVED))
         return how(layer_params, hidden_BxLxD, layer_key)
 
     *layers, last = layers

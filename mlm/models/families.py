@@ -10,18 +10,22 @@ from collections.abc import Mapping
 from typing import Any
 
 
-class Positions(enum.Enum):
+class PositionEmbedding(enum.Enum):
     """How a token's place in its document reaches the model."""
 
-    FROM_ZERO = enum.auto()  # A learned row each, the first token's is row 0; padding counts too.
-    AFTER_PAD = enum.auto()  # A learned row each, the first token's is row pad_token_id + 1; padding has its own.
-    ROTARY_PAIRS = enum.auto()  # Queries and keys turned, neighbouring numbers (0, 1), (2, 3)... as points of a plane.
-    ROTARY_HALVES = enum.auto()  # The same of the numbers (0, E/2), (1, E/2 + 1)...
+    LEARNED = enum.auto()  # A learned row each, the first token's is row 0; padding counts too.
+    LEARNED_PAD_OFFSET = (
+        enum.auto()
+    )  # A learned row each, the first token's is row pad_token_id + 1; padding has its own.
+    ROTARY_INTERLEAVED = (
+        enum.auto()
+    )  # Queries and keys turned, neighbouring numbers (0, 1), (2, 3)... as points of a plane.
+    ROTARY_HALF = enum.auto()  # The same of the numbers (0, E/2), (1, E/2 + 1)...
 
     @property
     def rotary(self) -> bool:
         """Whether places turn queries and keys; else they add a learned row to the embeddings."""
-        return self in (Positions.ROTARY_PAIRS, Positions.ROTARY_HALVES)
+        return self in (PositionEmbedding.ROTARY_INTERLEAVED, PositionEmbedding.ROTARY_HALF)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,16 +51,16 @@ class Family:
     architecture: str
     fields: Mapping[str, str]
     defaults: Mapping[str, Any]
-    harmless: frozenset[str] = frozenset()
-    positions: Positions = Positions.FROM_ZERO
+    ignored_fields: frozenset[str] = frozenset()
+    positions: PositionEmbedding = PositionEmbedding.LEARNED
     norm_first: bool = False
-    first_norm: bool = True
+    norm_before_first_attention: bool = True
     gated: bool = False
     always_projects: bool = False
     head_act: str | None = None
     dropout: Mapping[str, str]
     zero_pad_row: bool = True
-    may_untie: bool = False
+    supports_untied_embeddings: bool = False
 
 
 _EVERYWHERE = (
@@ -82,7 +86,7 @@ def _roberta(architecture: str, *, vocab_size: int = 50265, norm_first: bool = F
         architecture=architecture,
         fields=_same(*_BERT_LIKE),
         defaults={"vocab_size": vocab_size},
-        positions=Positions.AFTER_PAD,
+        positions=PositionEmbedding.LEARNED_PAD_OFFSET,
         norm_first=norm_first,
         head_act="gelu",
         dropout=_EVERY_DROPOUT,
@@ -98,7 +102,7 @@ FAMILIES: dict[str, Family] = {
         architecture="BertForMaskedLM",
         fields=_same(*_BERT_LIKE),
         defaults={"vocab_size": 30522, **_NO_BEGIN},
-        harmless=frozenset(
+        ignored_fields=frozenset(
             {
                 "directionality",
                 "pooler_fc_size",
@@ -123,7 +127,7 @@ FAMILIES: dict[str, Family] = {
             "attention_probs_dropout_prob": "attention_dropout",
         },
         defaults={"vocab_size": 30522, "num_hidden_layers": 6, **_NO_BEGIN},
-        harmless=frozenset({"qa_dropout", "seq_classif_dropout", "tie_weights_"}),
+        ignored_fields=frozenset({"qa_dropout", "seq_classif_dropout", "tie_weights_"}),
         dropout={"embedding": "hidden_dropout_prob", "feed_forward_output": "hidden_dropout_prob"},
     ),
     "electra": Family(
@@ -137,7 +141,7 @@ FAMILIES: dict[str, Family] = {
             "intermediate_size": 1024,
             **_NO_BEGIN,
         },
-        harmless=frozenset({"summary_activation", "summary_last_dropout", "summary_type", "summary_use_proj"}),
+        ignored_fields=frozenset({"summary_activation", "summary_last_dropout", "summary_type", "summary_use_proj"}),
         head_act="gelu",
         dropout=_EVERY_DROPOUT,
     ),
@@ -159,7 +163,7 @@ FAMILIES: dict[str, Family] = {
             "bos_token_id": 2,
             "eos_token_id": 3,
         },
-        harmless=frozenset(
+        ignored_fields=frozenset(
             {
                 "classifier_dropout_prob",
                 "down_scale_factor",
@@ -175,7 +179,7 @@ FAMILIES: dict[str, Family] = {
         architecture="RoFormerForMaskedLM",
         fields=_same(*_BERT_LIKE, "embedding_size", "rotary_value"),
         defaults={"vocab_size": 50000, "max_position_embeddings": 1536, "global_rope_theta": 10_000.0, **_NO_BEGIN},
-        positions=Positions.ROTARY_PAIRS,
+        positions=PositionEmbedding.ROTARY_INTERLEAVED,
         dropout=_EVERY_DROPOUT,
     ),
     "modernbert": Family(
@@ -224,7 +228,7 @@ FAMILIES: dict[str, Family] = {
         },
         # Hub configs of the family have layer_norm_eps beside norm_eps; the class reads the latter only. With
         # sparse_prediction it leaves logits out where there is no label; those it gives are the same.
-        harmless=frozenset(
+        ignored_fields=frozenset(
             {
                 "classifier_pooling",
                 "deterministic_flash_attn",
@@ -235,9 +239,9 @@ FAMILIES: dict[str, Family] = {
                 "sparse_prediction",
             }
         ),
-        positions=Positions.ROTARY_HALVES,
+        positions=PositionEmbedding.ROTARY_HALF,
         norm_first=True,
-        first_norm=False,
+        norm_before_first_attention=False,
         gated=True,
         dropout={
             "embedding": "embedding_dropout",
@@ -245,6 +249,6 @@ FAMILIES: dict[str, Family] = {
             "feed_forward_inner": "mlp_dropout",
         },
         zero_pad_row=False,
-        may_untie=True,
+        supports_untied_embeddings=True,
     ),
 }

@@ -3,7 +3,7 @@
 from mlm.models.config import EncoderConfig
 
 
-def flops_per_token(config: EncoderConfig, *, length: int, slots: int) -> float:
+def flops_per_token(config: EncoderConfig, *, length: int, max_predictions_per_seq: int) -> float:
     """Floating-point operations of forward and backward pass that the objective needs, per token of a row.
 
     Matrix products only, a multiply-add as two, the backward pass as twice the forward pass; the head, and all of the
@@ -15,11 +15,11 @@ def flops_per_token(config: EncoderConfig, *, length: int, slots: int) -> float:
     feed_forward = (3 if config.family.gated else 2) * hidden * inner
     keys_and_values = 2 * hidden**2
     asking = [2 * hidden**2 + 2 * hidden * _seen(layer.window, length) + feed_forward for layer in config.layers]
-    asking[-1] *= slots / length
+    asking[-1] *= max_predictions_per_seq / length
     layers = len(asking) * keys_and_values + sum(asking)
     project = embedding * hidden if config.has_projection else 0
     head = hidden * embedding + embedding * config.vocab_size
-    return 6.0 * (project + layers + head * slots / length)
+    return 6.0 * (project + layers + head * max_predictions_per_seq / length)
 
 
 def _seen(window: int | None, length: int) -> int:

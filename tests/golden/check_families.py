@@ -32,10 +32,10 @@ def train(folder: pathlib.Path) -> None:
     import jax
     from tiny import tiny_config, write_corpus
 
-    from mlm import setup, steps, train
+    from mlm import build, steps, train
     from mlm.masking import mask_tokens
     from mlm.models.families import FAMILIES
-    from mlm.workdir import WorkDir
+    from mlm.run.workdir import WorkDir
 
     folder.mkdir(parents=True, exist_ok=True)
     corpus = write_corpus(folder)
@@ -51,11 +51,11 @@ def train(folder: pathlib.Path) -> None:
         workdir = folder / family
         train.train_and_evaluate(config, str(workdir))
 
-        run = setup.build(config, WorkDir(str(workdir)))
+        run = build.build(config, WorkDir(str(workdir)))
         rows_RxL = run.text.eval_rows_RxL
         numbers_R = np.arange(len(rows_RxL), dtype=np.int32)
-        key = run.task.key(steps.EVAL_MASKS)
-        batch = mask_tokens(rows_RxL, rows_B=numbers_R, key=key, spec=run.task.masking)
+        key = run.step_config.key(steps.EVAL_MASKS)
+        batch = mask_tokens(rows_RxL, rows_B=numbers_R, key=key, spec=run.step_config.masking)
         lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
         np.savez(
             workdir / "masked.npz",

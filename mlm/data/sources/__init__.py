@@ -1,0 +1,1 @@
+"""Sources of text: named datasets, files, docstrings, and the network code they share."""

@@ -1,0 +1,267 @@
+"""The way to the Hugging Face hub: what a run exports is uploaded in the background.
+
+An upload that fails is tried again, with growing waits, for as long as the run goes on; a newer model takes the place
+of one that still waits. What was pushed last stands in `pushed.json`, so that a run that was killed between its last
+export and the push of it pushes when it is started again.
+"""
+
+import dataclasses
+import glob
+import json
+import os
+import shlex
+import shutil
+import tempfile
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+import huggingface_hub
+from absl import logging
+
+from mlm.data.sources import retry
+from mlm.data.sources.retry import RetryPolicy
+from mlm.errors import UserError
+
+# What a push may fail with. huggingface_hub makes RuntimeErrors and ValueErrors of some answers.
+_FAILURES = (*retry.ERRORS, OSError, RuntimeError, ValueError)
+# Tries of the last push, once the run is over: more than two minutes with waits of 5, 10, 20, 40 and 80 seconds.
+_LAST_TRIES = 6
+
+
+@dataclasses.dataclass(frozen=True)
+class _Snapshot:
+    """Files as they were at a step: path in the repository -> path here, in a directory of their own."""
+
+    step: int
+    directory: str
+    files: Mapping[str, str]
+
+    def remove(self) -> None:
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+
+class Hub:
+    """Uploads the work directory's model and traces to a repository, in the background, one upload at a time.
+
+    The thread is a daemon: a run that fails or is killed does not wait for an upload.
+
+    Attributes:
+      repo_id: "owner/name" of the repository.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        private: bool,
+        workdir: str,
+        retry_policy: RetryPolicy,
+        first_wait_seconds: float = 5.0,
+        url: str | None = None,
+    ):
+        """Makes the repository if it is not there, and removes what an interrupted push left in `workdir`.
+
+        Args:
+          name: "name", of the token's owner, or "owner/name".
+          private: whether a repository that is made here is.
+          workdir: the run's.
+          patience: with the network; also the silence after which an upload is broken off.
+          first_wait_seconds: before a push is tried again; the waits double up to five minutes.
+          url: of the work directory, where `workdir` is the double of one in a bucket.
+
+        Raises:
+          UserError: the repository cannot be made, or not be written to.
+        """
+        for left in glob.glob(os.path.join(glob.escape(workdir), "push.*")):
+            shutil.rmtree(left, ignore_errors=True)
+        self._name = name
+        self._workdir, self._url = workdir, url
+        self._first_wait = first_wait_seconds
+        self._api = huggingface_hub.HfApi()
+        self.repo_id = self._create(
+            check_token(name, retry_policy=retry_policy), private=private, retry_policy=retry_policy
+        )
+        self._changed = threading.Condition()
+        self._waiting: _Snapshot | None = None
+        self._closing = False
+        self._failure: str | None = None
+        self._thread = threading.Thread(target=self._work, name="hub", daemon=True)
+        self._thread.start()
+
+    def _create(self, repo_id: str, *, private: bool, retry_policy: RetryPolicy) -> str:
+        retries = retry.Retries(retry_policy, f"making {repo_id} on the hub")
+        while True:
+            try:
+                try:
+                    return self._api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+                except _FAILURES as error:
+                    retries.failed(error)
+            except _FAILURES as error:
+                raise UserError(
+                    f"hub.hub_model_id={self._name!r}: the repository cannot be made ({_line(error)}); check the name, "
+                    "the token's rights (`hf auth whoami`) and the network, or set --config.hub.push_to_hub=False"
+                ) from None
+
+    def push(self, *, step: int) -> None:
+        """Has the model that is now in `workdir` uploaded, after the upload under way; does not wait for it."""
+        try:
+            snapshot = self._take_snapshot(step)
+        except OSError as error:
+            logging.warning("step %d: not pushed, for there is no copy of it to be made: %s", step, _line(error))
+            return
+        with self._changed:
+            older, self._waiting = self._waiting, snapshot
+            self._changed.notify_all()
+        if older is not None:
+            logging.warning("step %d: not pushed before there is a newer model", older.step)
+            older.remove()
+
+    def _take_snapshot(self, step: int) -> _Snapshot:
+        directory = tempfile.mkdtemp(prefix="push.", dir=self._workdir)
+        # Hard links: what is being uploaded stays as it is when the next export replaces it.
+        model = shutil.copytree(
+            os.path.join(self._workdir, "model"), os.path.join(directory, "model"), copy_function=_link_or_copy
+        )
+        files = {name: os.path.join(model, name) for name in os.listdir(model)}
+        for name in os.listdir(self._workdir):
+            if name.startswith("events.out.tfevents"):
+                # A copy, for this one grows on.
+                files[f"runs/{name}"] = shutil.copy(os.path.join(self._workdir, name), directory)
+        return _Snapshot(step, directory, files)
+
+    def _work(self) -> None:
+        """The thread's life: the newest snapshot, again and again until it is pushed or there is no hope."""
+        tries_left, wait = _LAST_TRIES, self._first_wait
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._waiting is not None or self._closing)
+                snapshot, self._waiting = self._waiting, None
+                closing = self._closing
+            if snapshot is None:
+                return
+            try:
+                self._commit(snapshot)
+            except _FAILURES as error:
+                self._failure = _line(error)
+                logging.warning("step %d: pushing to %s failed: %s", snapshot.step, self.repo_id, self._failure)
+                hopeless = retry.classify_error(error) is retry.Failure.PERMANENT
+                tries_left -= closing
+                with self._changed:
+                    if self._waiting is None and not hopeless and tries_left > 0:
+                        self._waiting, snapshot = snapshot, None
+                    # The run's end is reason to try at once; a newer model is not.
+                    self._changed.wait_for(lambda closing=closing: self._closing and not closing, timeout=wait)
+                wait = min(2 * wait, 300.0)
+            else:
+                self._failure = None
+                tries_left, wait = _LAST_TRIES, self._first_wait
+            if snapshot is not None:
+                snapshot.remove()
+
+    def _commit(self, snapshot: _Snapshot) -> None:
+        operations = [
+            huggingface_hub.CommitOperationAdd(path_in_repo=name, path_or_fileobj=path)
+            for name, path in sorted(snapshot.files.items())
+        ]
+        self._api.create_commit(self.repo_id, operations, commit_message=f"Update {snapshot.step}")
+        path = _marker(self._workdir)
+        with open(path + ".tmp", "w", encoding="utf-8") as file:
+            json.dump({"hub_model_id": self._name, "step": snapshot.step}, file)
+        os.replace(path + ".tmp", path)
+        logging.info("step %d: pushed to %s", snapshot.step, self.repo_id)
+
+    def finish(self, *, step: int) -> None:
+        """Pushes the final model, after the upload under way, and waits for it.
+
+        Raises:
+          UserError: it failed; says how to push by hand.
+        """
+        self.push(step=step)
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+        self._thread.join()
+        if not is_pushed(self._workdir, name=self._name, step=step):
+            upload = f"hf upload {self.repo_id} {shlex.quote(os.path.join(self._workdir, 'model'))}"
+            if self._url is not None:
+                model = shlex.quote(os.path.join(self._url, "model"))
+                upload = f"gcloud storage cp --recursive {model} . && hf upload {self.repo_id} model"
+            raise UserError(
+                f"the run is finished, but pushing it to {self.repo_id} failed ({self._failure or 'see above'}); run "
+                f"the same command again, or push by hand: {upload}"
+            )
+
+
+def is_pushed(workdir: str, *, name: str, step: int) -> bool:
+    """Whether the model of this step was pushed to the repository that `name` asks for."""
+    try:
+        with open(_marker(workdir), encoding="utf-8") as file:
+            return json.load(file) == {"hub_model_id": name, "step": step}
+    except (FileNotFoundError, ValueError):
+        return False
+
+
+def _marker(workdir: str) -> str:
+    return os.path.join(workdir, "pushed.json")
+
+
+def check_token(name: str, *, retry_policy: RetryPolicy) -> str:
+    """Asks the hub whose token this is; returns "owner/name" of the repository.
+
+    Raises:
+      UserError: there is no token, the hub does not know it, or it may not write there.
+    """
+    if huggingface_hub.get_token() is None:
+        raise UserError(
+            "hub.push_to_hub=True needs a token: run `hf auth login`, set HF_TOKEN, or set "
+            "--config.hub.push_to_hub=False"
+        )
+    retry.configure_hub_retries(retry_policy)
+    try:
+        account = huggingface_hub.HfApi().whoami()
+    except _FAILURES as error:
+        raise UserError(
+            f"hub.push_to_hub=True: the hub does not say whose token this is ({_line(error)}); check it with "
+            "`hf auth whoami`, and the network, or set --config.hub.push_to_hub=False"
+        ) from None
+    repo_id = name if "/" in name else f"{account['name']}/{name}"
+    if not _may_write(account, repo_id=repo_id):
+        raise UserError(
+            f"hub.push_to_hub=True: the token of {account['name']} may only read, not write to {repo_id}; make one "
+            "with write access at https://huggingface.co/settings/tokens and run `hf auth login`, or set "
+            "--config.hub.push_to_hub=False"
+        )
+    return repo_id
+
+
+def _may_write(account: Mapping[str, Any], *, repo_id: str) -> bool:
+    """False where the answer of whoami-v2 says that the token cannot write; the hub has the last word."""
+    token = account.get("auth", {}).get("accessToken", {})
+    if token.get("role") == "read":
+        return False
+    if token.get("role") != "fineGrained" or "fineGrained" not in token:
+        return True
+    scopes = token["fineGrained"]
+    if any("write" in permission for permission in scopes.get("global", ()) if permission.startswith("repo.")):
+        return True
+    return any(
+        scope["entity"].get("name") in (repo_id, repo_id.split("/")[0]) and "repo.write" in scope["permissions"]
+        for scope in scopes.get("scoped", ())
+    )
+
+
+def _line(error: BaseException) -> str:
+    """An error with what it came from, in one line."""
+    cause = error.__cause__
+    more = f" ({_line(cause)})" if cause is not None and str(cause) not in str(error) else ""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {' '.join(lines)[:300]}{more}"
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    """A hard link where the file system has them."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)

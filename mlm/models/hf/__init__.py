@@ -1,0 +1,1 @@
+"""The Hugging Face side of the models: tensor names, weights, pretrained weights."""

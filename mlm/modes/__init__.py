@@ -1,0 +1,1 @@
+"""One file per `--mode` of main.py."""

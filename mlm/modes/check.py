@@ -1,0 +1,400 @@
+"""--mode=check: looks through a run before it begins, on any machine, and trains nothing and writes nothing.
+
+What it prints is what the run would be made of: the same functions open the text, the tokenizer and the model.
+"""
+
+import contextlib
+import copy
+import dataclasses
+import functools
+import math
+import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import pyarrow as pa
+from ml_collections import ConfigDict
+
+from mlm import build, memory, steps, topology
+from mlm.data import pipeline as text_lib
+from mlm.data import synthetic
+from mlm.data.sources.source import Source
+from mlm.data.tokenizer import Tokenizer
+from mlm.errors import UserError
+from mlm.hardware import Machine
+from mlm.masking import mask_tokens
+from mlm.models.flops import flops_per_token
+from mlm.modes.show_data import decode_masked
+from mlm.reporting.progress import duration
+from mlm.reporting.reporter import PEAK_FLOPS
+from mlm.run.workdir import WorkDir, flatten
+
+# Of text read to estimate what an epoch holds.
+_SAMPLE_SECONDS = 5.0
+# Documents tokenized at once then.
+_SAMPLE_DOCUMENTS = 500
+# Muennighoff et al. 2023, "Scaling Data-Constrained Language Models": past about 40 epochs more gain nothing.
+_MANY_EPOCHS = 40
+# Characters shown of a document or a row.
+_SHOWN = 400
+
+
+@dataclasses.dataclass
+class Findings:
+    """What is wrong, a line each."""
+
+    problems: list[str] = dataclasses.field(default_factory=list)
+
+    @contextlib.contextmanager
+    def collect(self) -> Iterator[None]:
+        """Takes a UserError of its block as one of them."""
+        try:
+            yield
+        except UserError as error:
+            self.problems.append(str(error))
+
+
+def check(
+    config: ConfigDict, workdir: str, *, defaults: Mapping[str, Any], machine: Machine | None, utilization: float
+) -> list[str]:
+    """Prints what the run would be; returns what is wrong with it, a line each.
+
+    Args:
+      config: of the run.
+      workdir: its directory; it need not be there.
+      defaults: key -> value of `configs/default.py`, flat.
+      machine: that the run is meant for; None for the devices here.
+      utilization: the share of the devices' peak rate to count on.
+    """
+    findings = Findings()
+    here = machine or Machine("this machine", jax.devices()[0].device_kind, jax.device_count(), 1)
+    _heading("Config")
+    show_config(config, defaults)
+    place = None
+    with findings.collect():
+        place = WorkDir(workdir)
+        place.check_same_run(config.to_dict())
+        if place.is_remote:
+            place.lock()  # Whether it can be written to; of a directory that is known.
+    with findings.collect():
+        build.check_numbers(config)
+    if place is None or findings.problems:
+        return findings.problems
+    # Apart from the rest: what the hub says does not depend on it.
+    with findings.collect():
+        build.check_hub(config, place)
+    local = copy.deepcopy(config)
+    local.hub.push_to_hub = False
+    with findings.collect():
+        run = build.build(local, place)
+        if local.per_device_train_batch_size == 0:
+            local.per_device_train_batch_size = find_batch(local, run, machine)
+        _heading("Text")
+        show_documents(run.text)
+        with findings.collect():
+            show_rows(local, run, here)
+        _heading("Tokenizer and model")
+        show_fit(run)
+        _heading("The run")
+        show_size(local, run, place, here, findings, utilization=utilization)
+        if has_english_sentences(config, defaults):
+            print("note          report.sentences are the English defaults; give sentences in your text's language")
+        if machine is not None:
+            show_compiled(local, run, machine, findings)
+    return findings.problems
+
+
+def _heading(title: str) -> None:
+    print(f"\n{title}\n{'-' * len(title)}")
+
+
+def show_config(config: ConfigDict, defaults: Mapping[str, Any]) -> None:
+    """Prints every key with its value, and the default where the value is another."""
+    values = flatten(config.to_dict())
+    width = max(map(len, values))
+    for key, value in values.items():
+        if value == defaults[key]:
+            print(f"  {key:{width}}  {value!r}")
+        else:
+            print(f"* {key:{width}}  {value!r}   (default {defaults[key]!r})")
+
+
+def show_documents(text: text_lib.Text, *, count: int = 3) -> None:
+    """Prints the first documents, of several sources in turn, and what there is to read."""
+    for source in text.sources:
+        shards = source.train.num_shards
+        print(f"{source.train.name}: {shards:,} shard{'s' * (shards > 1)}, column {source.train.text_column!r}")
+    heads = [text_lib.head(source.train, count) for source in text.sources]
+    for number in range(1, count + 1):
+        # Of a mixture, a document of each of the first sources.
+        source = text.sources[(number - 1) % len(text.sources)].train
+        document = next(heads[(number - 1) % len(heads)], None)
+        if document is not None:
+            print(f"\ndocument {number}, of {source.name}\n  {_shortened(document)}")
+
+
+def show_rows(config: ConfigDict, run: build.Run, machine: Machine) -> None:
+    """Prints two rows of the first batch of the first host, and one of them masked.
+
+    Raises:
+      UserError: there is not enough text for a batch.
+    """
+    tokens_BxL = next(
+        run.text.batches(
+            process_index=0,
+            process_count=machine.hosts,
+            batch_rows=_rows_a_device(config) * machine.devices // machine.hosts,
+        )
+    )
+    decode = functools.partial(run.tokenizer.hf.decode, clean_up_tokenization_spaces=False)
+    for number, tokens_L in enumerate(tokens_BxL[:2]):
+        print(f"\nrow {number} of update 1 (data.packing={config.data.packing!r})\n  {_shortened(decode(tokens_L))}")
+    key = jax.random.fold_in(steps.random_key(config.seed, steps.TRAIN_MASKS), 0)
+    rows_B = np.arange(1, dtype=np.int32)
+    masked = jax.jit(functools.partial(mask_tokens, spec=run.step_config.masking))(
+        tokens_BxL[:1], rows_B=rows_B, key=key
+    )
+    masked = jax.device_get(masked)
+    print(
+        f"\nrow 0 as the model sees it; [shown=target] is a token to predict, {masked.label_weights_BxK.sum():.0f} of them"
+    )
+    print(f"  {_shortened(decode_masked(run.tokenizer, masked, 0), shown=2 * _SHOWN)}")
+
+
+def show_fit(run: build.Run) -> None:
+    """Prints what tokenizer and model must agree in; `setup.build` has seen to it that they do."""
+    tokenizer, encoder = run.tokenizer, run.encoder
+    print(f"tokenizer {tokenizer.name}, by {tokenizer.backend}; model {encoder.model_type}")
+    unused = encoder.vocab_size - tokenizer.num_ids
+    print(
+        f"  ids         {tokenizer.num_ids:,} of the tokenizer, {encoder.vocab_size:,} of the model ({unused:,} unused)"
+    )
+    roles = ("bos", tokenizer.bos_id), ("eos", tokenizer.eos_id), ("pad", tokenizer.pad_id), ("mask", tokenizer.mask_id)
+    named = ", ".join(f"{role} {tokenizer.hf.convert_ids_to_tokens(id)} {id}" for role, id in roles)
+    print(f"  special     {named}")
+    print(f"  positions   rows of {run.text.eval_rows_RxL.shape[1]}, the model takes {encoder.max_seq_length}")
+
+
+def show_size(
+    config: ConfigDict, run: build.Run, place: WorkDir, machine: Machine, findings: Findings, *, utilization: float
+) -> None:
+    """Prints batch, shards, tokens, epochs, parameters, memory, disk and time; adds what does not fit."""
+    length = config.data.max_seq_length
+    rows = _rows_a_device(config) * machine.devices
+    tokens = config.num_train_steps * rows * length
+    state = jax.eval_shape(lambda: steps.init_state(run.step_config, steps.init_params(run.step_config, length=length)))
+    parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state.params))
+    state_bytes = _bytes(state)
+
+    print(f"machine       {machine.name}: {machine.devices} x {machine.kind}, on {_hosts(machine.hosts)}")
+    print(
+        f"an update     {rows:,} rows of {length} tokens: {config.per_device_train_batch_size} a device x "
+        f"{config.gradient_accumulation_steps} passes x {machine.devices} devices"
+    )
+    for source in run.text.sources:
+        print(f"shards        {_describe_shards(source.train, machine.hosts)}")
+    print(f"parameters    {parameters:,}")
+    print(f"tokens        {tokens:,} in {config.num_train_steps:,} updates")
+    total = sum(source.weight for source in run.text.sources)
+    for source in run.text.sources:
+        epoch, is_bound = tokens_of_epoch(source.train, run.tokenizer, seconds=_SAMPLE_SECONDS / len(run.text.sources))
+        epochs = tokens * source.weight / total / epoch
+        about = "at most" if is_bound else "about"
+        print(
+            f"epochs        {about} {epochs:,.2f} of {source.train.name}, {_count(epoch)} tokens{' or more' * is_bound}"
+        )
+        if epochs > _MANY_EPOCHS and not is_bound:
+            print(
+                f"note          text seen more than {_MANY_EPOCHS} times teaches little more: lower num_train_steps, "
+                "or add text"
+            )
+    _show_memory(state_bytes + _bytes(state.params), machine, findings)
+    _show_disk(config, place, state_bytes, _bytes(state.params), findings)
+    _show_time(config, run, tokens, machine, utilization)
+
+
+def _show_memory(needed: int, machine: Machine, findings: Findings) -> None:
+    print(
+        f"memory        {_gigabytes(needed)} a device for parameters, gradients and optimizer, without activations",
+        end="",
+    )
+    if machine.memory_bytes is None:
+        print()
+        return
+    print(f", of {_gigabytes(machine.memory_bytes)}")
+    if needed > machine.memory_bytes:
+        findings.problems.append(
+            f"parameters, gradients and optimizer take {_gigabytes(needed)}, a {machine.kind} has "
+            f"{_gigabytes(machine.memory_bytes)}: choose a smaller model"
+        )
+
+
+def _show_disk(config: ConfigDict, place: WorkDir, state_bytes: int, model_bytes: int, findings: Findings) -> None:
+    every = config.checkpoint.keep_every_steps
+    # One more while the oldest is still there; the model twice, while the new one takes the old one's place.
+    kept = config.checkpoint.keep_checkpoints + 1 + (config.num_train_steps // every if every else 0)
+    needed = kept * state_bytes + 2 * model_bytes
+    if place.is_remote:
+        print(f"storage       {_gigabytes(needed)} for {kept} checkpoints of {_gigabytes(state_bytes)} and the model")
+        return
+    existing = place.path
+    while not os.path.exists(existing):
+        existing = os.path.dirname(existing)
+    free = shutil.disk_usage(existing).free
+    print(
+        f"disk          {_gigabytes(needed)} for {kept} checkpoints of {_gigabytes(state_bytes)} and the model; "
+        f"{_gigabytes(free)} are free at {existing}"
+    )
+    if needed > free:
+        findings.problems.append(
+            f"{place.path} needs {_gigabytes(needed)} and {existing} has {_gigabytes(free)} free: choose another "
+            "--workdir, or lower checkpoint.keep_checkpoints"
+        )
+
+
+def _show_time(config: ConfigDict, run: build.Run, tokens: int, machine: Machine, utilization: float) -> None:
+    length = config.data.max_seq_length
+    flops = flops_per_token(
+        run.encoder, length=length, max_predictions_per_seq=run.step_config.masking.max_predictions_per_seq(length)
+    )
+    peak = next((peak for name, peak in PEAK_FLOPS.items() if name in machine.kind), None)
+    if peak is None:
+        print(
+            f"time          unknown: no peak rate of a {machine.kind} is known; name a machine, such as --topology=v3-8"
+        )
+        return
+    rate = peak * machine.devices * utilization / flops
+    print(
+        f"time          {duration(tokens / rate)} at {utilization:.0%} of the peak rate, {rate:,.0f} tokens/s "
+        f"({flops / 1e6:,.0f} MFLOP a token), without evaluations"
+    )
+
+
+def has_english_sentences(config: ConfigDict, defaults: Mapping[str, Any]) -> bool:
+    """Whether the finished model is to fill in the default sentences, though the text is the user's own."""
+    data = config.data
+    is_own = data.mixture or data.data_files is not None or data.dataset_name not in ("docstrings", synthetic.NAME)
+    return bool(is_own) and tuple(config.report.sentences) == tuple(defaults["report.sentences"])
+
+
+def find_batch(config: ConfigDict, run: build.Run, machine: Machine | None) -> int:
+    """What per_device_train_batch_size=0 will be on a machine, or a small one to go on with.
+
+    Raises:
+      UserError: nothing fits.
+    """
+    if machine is None or not topology.can_compile(machine):
+        print(f"\nper_device_train_batch_size=0 is found when the run starts; counted as {memory.MULTIPLE} here")
+        return memory.MULTIPLE
+    print(f"\nper_device_train_batch_size=0: compiling the step for {machine.kind}, minutes at real size", flush=True)
+    found = topology.largest_batch(
+        _for_tpu(config, run),
+        topology.devices_of(machine),
+        microbatches=config.gradient_accumulation_steps,
+        length=config.data.max_seq_length,
+        memory_bytes=machine.memory_bytes,
+    )
+    if found == 0:
+        raise UserError(f"per_device_train_batch_size=0: nothing fits a {machine.kind} device; choose a smaller model")
+    print(f"per_device_train_batch_size=0 will be {found}: the largest that fits a {machine.kind} device")
+    return found
+
+
+def _for_tpu(config: ConfigDict, run: build.Run) -> steps.StepConfig:
+    execution = build.open_execution(config, backend="tpu")
+    return dataclasses.replace(run.step_config, model=run.step_config.model.clone(execution=execution))
+
+
+def show_compiled(config: ConfigDict, run: build.Run, machine: Machine, findings: Findings) -> None:
+    """Prints what the compiled step takes of a TPU core, and the largest batch that fits."""
+    if not topology.can_compile(machine):
+        what = "pip install libtpu" if machine.kind.startswith("TPU") else "TPUs only"
+        print(f"compiled      not: that takes libtpu ({what})")
+        return
+    # Also for who reads a pipe: what is above has been waiting for more to come with it.
+    print(f"compiling     the step for {machine.kind}, minutes at real size; all else is said above", flush=True)
+    found = topology.try_batch(
+        _for_tpu(config, run),
+        topology.devices_of(machine),
+        rows=config.per_device_train_batch_size,
+        microbatches=config.gradient_accumulation_steps,
+        length=config.data.max_seq_length,
+        memory_bytes=machine.memory_bytes,
+    )
+    place = f"the {_gigabytes(machine.memory_bytes)} of a {machine.kind} device"
+    if found.compiled_rows == found.rows:
+        needed = _gigabytes(found.needed_bytes)
+        print(f"compiled      the step takes {needed} of {place}; about {found.largest_rows:,} rows a pass fit")
+        return
+    print(f"compiled      the step does not fit into {place}")
+    fits = f"about {found.largest_rows} do" if found.largest_rows else "choose a smaller model"
+    findings.problems.append(
+        f"per_device_train_batch_size={found.rows} does not fit into a {machine.kind} device; {fits}, and "
+        "gradient_accumulation_steps makes up for it"
+    )
+
+
+def tokens_of_epoch(source: Source, tokenizer: Tokenizer, *, seconds: float) -> tuple[float, bool]:
+    """Tokens of all documents, each with its end token, from shards picked at random and read whole within `seconds`.
+
+    Returns:
+      The number, and whether it is only a lower bound: not a single shard was read to its end.
+    """
+    deadline = time.monotonic() + seconds
+    whole: list[int] = []
+    for shard in np.random.default_rng(0).permutation(source.num_shards).tolist():
+        count = 0
+        for texts in _parts(source, shard):
+            count += len(tokenizer.encode(texts)[0]) + len(texts)
+            if time.monotonic() > deadline:
+                # As if the shards were alike.
+                return (float(np.mean(whole or [count])) * source.num_shards, not whole)
+        whole.append(count)
+    return float(sum(whole)), False
+
+
+def _parts(source: Source, shard: int) -> Iterator[pa.LargeStringArray]:
+    for column in source.read(shard):
+        texts = column.drop_null()
+        for start in range(0, len(texts), _SAMPLE_DOCUMENTS):
+            yield texts.slice(start, _SAMPLE_DOCUMENTS)
+
+
+def _describe_shards(source: Source, hosts: int) -> str:
+    count = f"{source.num_shards:,} of {source.name}, for {_hosts(hosts)}"
+    if source.num_shards < hosts:
+        return f"{count}: they share, each reading all of a shard for some of its rows; more shards are faster"
+    return count
+
+
+def _hosts(count: int) -> str:
+    return f"{count} host{'s' * (count > 1)}"
+
+
+def _rows_a_device(config: ConfigDict) -> int:
+    return config.per_device_train_batch_size * config.gradient_accumulation_steps
+
+
+def _bytes(tree: Any) -> int:
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def _gigabytes(count: int) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
+
+
+def _count(number: float) -> str:
+    """ "12.3 million", as exact as an estimate deserves."""
+    for size, word in ((1e9, " billion"), (1e6, " million"), (1e3, " thousand")):
+        if number >= size:
+            return f"{number / size:.3g}{word}"
+    return f"{number:.0f}"
+
+
+def _shortened(text: str, *, shown: int = _SHOWN) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= shown else text[:shown] + " ..."

@@ -1,0 +1,1 @@
+"""Metrics and progress of a run."""

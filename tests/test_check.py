@@ -1,0 +1,243 @@
+"""--mode=check: what it prints is true, and what is wrong is told, all at once."""
+
+import itertools
+import math
+import re
+import subprocess
+import sys
+import time
+from collections import namedtuple
+from pathlib import Path
+
+import jax
+import pyarrow as pa
+import pytest
+
+from configs import default
+from mlm import build, topology
+from mlm.data.sources.source import Source
+from mlm.errors import UserError
+from mlm.hardware import Machine, parse_topology
+from mlm.modes import check as check_mode
+from mlm.reporting.progress import duration
+from mlm.run.workdir import WorkDir, flatten
+from tests.tiny import tiny_config, write_corpus
+
+ROOT = Path(__file__).parent.parent
+DEFAULTS = flatten(default.get_config().to_dict())
+
+
+@pytest.fixture
+def config(tmp_path):
+    (tmp_path / "corpus").mkdir()
+    return tiny_config(write_corpus(tmp_path / "corpus"))
+
+
+def check(config, workdir, machine=None):
+    return check_mode.check(config, str(workdir), defaults=DEFAULTS, machine=machine, utilization=0.4)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "devices", "hosts", "gib"),
+    [
+        ("v2-8", "TPU v2", 8, 1, 8),
+        ("v3-8", "TPU v3", 8, 1, 16),
+        ("v3-32", "TPU v3", 32, 4, 16),
+        ("v4-8", "TPU v4", 4, 1, 32),
+        ("v4-16", "TPU v4", 8, 2, 32),
+        ("v5e-8", "TPU v5 lite", 8, 1, 16),
+        ("v5litepod-16", "TPU v5 lite", 16, 4, 16),
+        ("v5p-16", "TPU v5", 8, 2, 95),
+        ("V6E-8", "TPU v6 lite", 8, 1, 32),
+    ],
+)
+def test_machines(name, kind, devices, hosts, gib):
+    assert parse_topology(name) == Machine(name.lower(), kind, devices, hosts, gib << 30)
+
+
+def test_gpu_machines():
+    assert parse_topology("h100-16") == Machine("h100-16", "NVIDIA H100", 16, 2, 80 * 10**9)
+
+
+@pytest.mark.parametrize("name", ["v3", "v9-8", "8", "v3-x", "v4-7", "v3-12", "v5p-1"])
+def test_names_that_no_machine_has(name):
+    with pytest.raises(UserError, match=f"--topology={name}: "):
+        parse_topology(name)
+
+
+def test_a_run_that_is_ready_is_shown_as_it_will_be(config, tmp_path, capsys):
+    assert check(config, tmp_path / "run", parse_topology("v3-8")) == []
+    output = capsys.readouterr().out
+    assert not (tmp_path / "run").exists()
+
+    assert re.search(r"^\* num_train_steps +8   \(default 50000\)$", output, re.MULTILINE)
+    assert re.search(r"^  seed +42$", output, re.MULTILINE)
+    assert len(re.findall(r"^[* ] \w[\w.]+ {2,}\S", output.split("Text\n")[0], re.MULTILINE)) == len(DEFAULTS)
+
+    documents = re.findall(r"^document \d, of .*\n  (Number \d+: .*)$", output, re.MULTILINE)
+    first = (tmp_path / "corpus" / "part-0.jsonl").read_text().splitlines()[:3]
+    assert len(documents) == 3
+    assert all(document in line for document, line in zip(documents, first, strict=True))
+
+    # The rows and the masks are those of update 1: what the stream gives, and what show_data would print.
+    run = build.build(config, WorkDir(str(tmp_path / "run")))
+    rows_BxL = next(run.text.batches(process_index=0, process_count=1, batch_rows=32))
+    shown = re.findall(r"^row (\d) of update 1 .*\n  (.*)$", output, re.MULTILINE)
+    assert shown == [(str(row), " ".join(run.tokenizer.hf.decode(rows_BxL[row]).split())) for row in (0, 1)]
+    masked = re.search(r"to predict, (\d+) of them\n  (.*)$", output, re.MULTILINE)
+    assert masked[2].count("=") == int(masked[1])
+    restored = re.sub(r"\[[^\]=]*=([^\]]*)\]", r"\1", masked[2])
+    assert restored == shown[0][1]
+
+    assert "an update     32 rows of 16 tokens: 4 a device x 1 passes x 8 devices" in output
+    assert "tokens        4,096 in 8 updates" in output
+    parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(run.initial_params()))
+    assert f"parameters    {parameters:,}\n" in output
+    assert "machine       v3-8: 8 x TPU v3, on 1 host\n" in output
+    assert "shards        3 of" in output
+
+
+def test_epochs_count_the_corpus(config, tmp_path, capsys):
+    check(config, tmp_path / "run", parse_topology("v3-8"))
+    output = capsys.readouterr().out
+    run = build.build(config, WorkDir(str(tmp_path / "run")))
+    source = run.text.sources[0].train
+    texts = [text for shard in range(3) for column in source.read(shard) for text in column.to_pylist()]
+    tokens = len(run.tokenizer.encode(pa.array(texts, pa.large_string()))[0]) + len(texts)
+    assert check_mode.tokens_of_epoch(source, run.tokenizer, seconds=60) == (tokens, False)
+    assert f"epochs        about {4096 / tokens:,.2f} of " in output
+
+
+def test_a_corpus_too_large_to_read_is_estimated(config, tmp_path, monkeypatch):
+    run = build.build(config, WorkDir(str(tmp_path / "run")))
+    clock = itertools.count()
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    texts = pa.array(["the cat sees the dog."] * 500, pa.large_string())
+    one_part = len(run.tokenizer.encode(texts)[0]) + 500
+
+    def source(parts):
+        return Source("s", "text", 10, lambda shard, row: itertools.repeat(texts, parts), str)
+
+    # A look at the clock a part: five parts before the time is up.
+    assert check_mode.tokens_of_epoch(source(2), run.tokenizer, seconds=5) == (10 * 2 * one_part, False)
+    assert check_mode.tokens_of_epoch(source(99), run.tokenizer, seconds=5) == (10 * 6 * one_part, True)
+
+
+def test_time_to_finish_follows_from_peak_and_utilization(config, tmp_path, capsys):
+    config.num_train_steps = 10**9
+    check(config, tmp_path / "run", parse_topology("v3-8"))
+    line = re.search(r"time +(.*) at 40% of the peak rate, ([\d,]+) tokens/s", capsys.readouterr().out)
+    assert line[1] == duration(10**9 * 32 * 16 / float(line[2].replace(",", "")))
+    check(config, tmp_path / "run")
+    assert "time          unknown: no peak rate of a cpu is known" in capsys.readouterr().out
+
+
+def test_what_may_not_be_meant_is_a_note(config, tmp_path, capsys):
+    sentences = "note          report.sentences are the English defaults"
+    config.num_train_steps = 10_000
+    assert check(config, tmp_path / "run") == []
+    output = capsys.readouterr().out
+    assert "note          text seen more than 40 times" in output
+    assert sentences not in output
+    config.num_train_steps = 8
+    config.model.overrides.max_position_embeddings = 100
+    config.report.sentences = default.get_config().report.sentences
+    assert check(config, tmp_path / "run") == []
+    output = capsys.readouterr().out
+    assert sentences in output
+    assert "text seen" not in output
+    # The documentation of Python packages is English.
+    assert not check_mode.has_english_sentences(default.get_config(), DEFAULTS)
+
+
+@pytest.mark.parametrize(("model_type", "needed"), [("roberta", 514), ("bert", 512)])
+def test_rows_past_the_positions_are_told_with_what_to_set_before_a_tokenizer_is_trained(
+    config, tmp_path, monkeypatch, model_type, needed
+):
+    config.model.model_type = model_type
+    config.data.max_seq_length = 512
+    config.model.overrides.max_position_embeddings = 500
+    monkeypatch.setattr(build.text_lib, "open_tokenizer", lambda *args, **options: pytest.fail("too late"))
+    with pytest.raises(UserError, match=rf"max_position_embeddings={needed}$"):
+        build.build(config, WorkDir(str(tmp_path / "run")))
+
+
+def test_everything_wrong_is_told_at_once(config, tmp_path, monkeypatch):
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    config.hub.push_to_hub = True
+    config.model.overrides.max_position_embeddings = 10
+    problems = check(config, tmp_path / "run")
+    assert [problem.split(" ")[0] for problem in problems] == ["hub.push_to_hub=True", "data.max_seq_length=16"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"num_train_steps": 0}, "num_train_steps=0 must be at least 1"),
+        ({"data.data_files": "/nowhere/*.txt"}, "no file matches data.data_files="),
+        ({"per_device_train_batch_size": 4000}, "batch"),
+        ({"tokenizer.tokenizer_name": "/nowhere/tokenizer"}, "/nowhere/tokenizer"),
+        ({"model.overrides.vocab_size": 100}, "has ids up to"),
+        ({"model.model_type": "gpt"}, "model_type='gpt'"),
+    ],
+)
+def test_problems(config, tmp_path, changes, problem):
+    config.update_from_flattened_dict(changes)
+    found = check(config, tmp_path / "run")
+    assert len(found) == 1
+    assert problem in found[0]
+
+
+def test_a_batch_that_the_run_will_find(config, tmp_path, monkeypatch, capsys):
+    config.per_device_train_batch_size = 0
+    assert check(config, tmp_path / "run", parse_topology("h100-8")) == []
+    output = capsys.readouterr().out
+    assert "per_device_train_batch_size=0 is found when the run starts; counted as 8 here" in output
+    assert "an update     64 rows of 16 tokens: 8 a device" in output
+    monkeypatch.setattr(topology, "can_compile", lambda machine: True)
+    monkeypatch.setattr(topology, "devices_of", lambda machine: jax.devices())
+    monkeypatch.setattr(topology, "largest_batch", lambda *args, **options: 24)
+    monkeypatch.setattr(topology, "try_batch", lambda *args, **options: topology.MemoryEstimate(24, 10**6, 24, 24))
+    assert check(config, tmp_path / "run", parse_topology("v3-8")) == []
+    assert "an update     192 rows of 16 tokens: 24 a device" in capsys.readouterr().out
+
+
+def test_a_disk_and_a_device_that_are_too_small(config, tmp_path, monkeypatch, capsys):
+    Usage = namedtuple("Usage", "total used free")
+    monkeypatch.setattr("shutil.disk_usage", lambda path: Usage(0, 0, 1000))
+    config.checkpoint.keep_every_steps = 4
+    found = check(config, tmp_path / "run", Machine("toy", "TPU v3", 1, 1, memory_bytes=1000))
+    assert found[0].startswith("parameters, gradients and optimizer take 0.2 MB, a TPU v3 has 0.0 MB")
+    assert "lower checkpoint.keep_checkpoints" in found[1]
+    # Two kept ones, one under way, and those of updates 4 and 8.
+    assert "for 5 checkpoints of" in capsys.readouterr().out
+
+
+def test_another_run_in_the_directory_is_told(config, tmp_path):
+    place = WorkDir(str(tmp_path / "run"))
+    place.create(
+        config.to_dict(), save_tokenizer=lambda path: Path(path).mkdir(), processes=1, rows_per_process=1, step=0
+    )
+    config.seed = 7
+    assert "holds a run with another config: seed" in check(config, tmp_path / "run")[0]
+
+
+@pytest.mark.slow
+def test_the_command_line_ends_in_one_line(config, tmp_path):
+    file = tmp_path / "config.py"
+    file.write_text(
+        f"from tests import tiny\n\n\ndef get_config():\n    return tiny.tiny_config({config.data.data_files!r})\n"
+    )
+
+    def run(*words):
+        command = [sys.executable, "main.py", "--mode=check", f"--config={file}", f"--workdir={tmp_path}/run", *words]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+    done = run("--topology=v5e-8")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("\nready\n")
+    done = run("--config.seed=-1")
+    assert done.returncode == 2
+    assert done.stderr == "error: not ready; seed=-1 must lie between 0 and 2**32 - 1\n"

@@ -1,0 +1,132 @@
+"""From a config to text: one source, and mixtures."""
+
+import json
+
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from configs import default
+from mlm.data import pipeline as text_lib
+from mlm.data.train_tokenizer import train_tokenizer
+from mlm.errors import UserError
+from mlm.reporting.curves import read_metrics
+from mlm.run.workdir import WorkDir, flatten
+from mlm.train import train_and_evaluate
+from tests.tiny import sentences, tiny_config, write_corpus
+
+
+@pytest.fixture
+def mixed(tmp_path) -> ConfigDict:
+    """Sentences and, in another column of one file, numbers."""
+    config = tiny_config(write_corpus(tmp_path, documents=200))
+    (tmp_path / "numbers.jsonl").write_text("".join(json.dumps({"body": f"{n} {n * n}."}) + "\n" for n in range(300)))
+    config.data.mixture = (
+        ("sentences", 3, {"data_files": config.data.data_files}),
+        ("numbers", 1, {"data_files": (str(tmp_path / "numbers.jsonl"),), "text_column_name": "body"}),
+    )
+    config.data.data_files = None
+    return config
+
+
+def open_text(config):
+    tokenizer = train_tokenizer(iter(sentences(50)), vocab_size=300, max_seq_length=16)
+    return text_lib.open_text(config, text_lib.open_sources(config), tokenizer)
+
+
+def test_a_mixture_holds_out_rows_of_each_source(mixed):
+    text = open_text(mixed)
+    assert text.name == "sentences (75.0%), numbers (25.0%)"
+    assert dict(text.eval_counts) == {"sentences": 22, "numbers": 8}
+    assert text.eval_rows_RxL.shape == (30, 16)
+    decoded = ["".join(text.tokenizer.hf.batch_decode(part)) for part in np.split(text.eval_rows_RxL, [22])]
+    assert decoded[0].startswith("<s>Number 0: the ")
+    assert decoded[1].startswith("<s>0 0.</s><s>1 1.</s>")
+    held_out = text.held_out.to_pylist()
+    assert "0 0." in held_out
+    assert sentences(1)[0] in held_out
+    stream = text.batches()
+    seen = {(d.source, d.shard, d.row) for _ in range(20) for d in [next(stream), *stream.documents()][1:]}
+    numbers = [row for source, _, row in seen if source == "numbers"]
+    assert min(numbers) == sum(text.endswith(".") and text[0].isdigit() for text in held_out)
+    assert {source for source, *_ in seen} == {"sentences", "numbers"}
+
+
+def test_what_is_read_is_described(mixed):
+    text = open_text(mixed)
+    lines = list(text.describe_shares(text.batches(process_index=1, process_count=2)))
+    assert lines[0].startswith("1 of 3 shards of ")
+    assert lines[1].startswith("1 of 1 shards of ")
+    assert ", some rows of them: '" in lines[1]
+    assert lines[1].endswith("numbers.jsonl'")
+
+
+@pytest.mark.slow
+def test_a_mixture_trains_evaluates_each_source_and_goes_on_exactly(mixed, tmp_path):
+    config = mixed
+    config.num_train_steps = 4
+    config.save_steps = config.eval_steps = 2
+    train_and_evaluate(config, str(tmp_path / "straight"))
+    with config.unlocked():
+        shorter = config.copy_and_resolve_references()
+    shorter.num_train_steps = 2
+    train_and_evaluate(shorter, str(tmp_path / "twice"))
+    train_and_evaluate(config, str(tmp_path / "twice"))
+    straight, twice = (
+        [
+            {name: value for name, value in line.items() if name.startswith("eval/")}
+            for line in read_metrics(str(tmp_path / run / "metrics.jsonl"))
+        ]
+        for run in ("straight", "twice")
+    )
+    assert [line for line in straight if line] == [line for line in twice if line]
+    last = straight[-1]
+    parts = last["eval/sentences/loss"], last["eval/numbers/loss"]
+    assert min(parts) < last["eval/loss"] < max(parts)
+
+
+@pytest.mark.parametrize(
+    ("mixture", "message"),
+    [
+        ((("a",),), "is not \\(name, weight\\) or"),
+        ((("a", "b"),), "is not \\(name, weight\\) or"),
+        ("ab", "is not \\(name, weight\\) or"),
+        ((("a", 0),), "the weight 0 of 'a' must be positive"),
+        ((("a", 1, {"colum": "x"}),), "'a' sets 'colum', which is not one of dataset_name, "),
+        ((("a", 1), ("a", 2)), "two sources named 'a'"),
+    ],
+)
+def test_a_bad_mixture_is_told(mixture, message):
+    with pytest.raises(UserError, match=message):
+        text_lib.check_mixture(mixture)
+
+
+def test_a_mixture_and_files_exclude_each_other(mixed):
+    mixed.data.data_files = "x.txt"
+    with pytest.raises(UserError, match=r"leave data.data_files and data.eval_data_files at None"):
+        text_lib.open_sources(mixed)
+
+
+def test_a_run_knows_its_mixture_and_may_leave_out_other_steps(mixed, tmp_path):
+    place = WorkDir(str(tmp_path / "run"))
+    place.create(
+        mixed.to_dict(),
+        save_tokenizer=lambda path: (tmp_path / path).mkdir(),
+        processes=2,
+        rows_per_process=8,
+        step=0,
+    )
+    place.check_same_run(mixed.to_dict())
+    assert place.last_topology() == (2, 8)
+    mixed.data.skip_steps = ((2, 3),)
+    place.check_same_run(mixed.to_dict())
+    mixed.data.mixture = (("sentences", 2), ("numbers", 1))
+    with pytest.raises(UserError, match=r"data\.mixture"):
+        place.check_same_run(mixed.to_dict())
+    assert flatten({"a": {"b": ((1, 2),)}}) == {"a.b": [[1, 2]]}
+
+
+def test_shares_of_rows():
+    shares = [text_lib.TextSource(name, weight, None, None) for name, weight in (("a", 2), ("b", 1), ("c", 1e-9))]
+    assert text_lib._shares(31, tuple(shares)) == {"a": 21, "b": 10, "c": 1}
+    assert default.get_config().data.mixture == ()

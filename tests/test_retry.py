@@ -1,0 +1,281 @@
+"""A bad network, over real sockets: the rows are those of a healthy server, once each, or the user is told."""
+
+import dataclasses
+import itertools
+import threading
+import time
+
+import aiohttp
+import datasets
+import fsspec.exceptions
+import httpx2
+import huggingface_hub
+import numpy as np
+import pyarrow as pa
+import pytest
+import requests
+
+from mlm.data.sources import files, retry
+from mlm.data.sources import source as sources
+from mlm.data.sources.retry import Failure, RetryPolicy
+from mlm.errors import UserError
+from tests.bad_server import CALM, IMPATIENCE, PATIENCE, TEXTS, TRANSIENT, Server, encode, http_date, open_url, rows_of
+
+KINDS = ["a.jsonl", "a.txt", "a.csv", "a.parquet", "a.jsonl.gz", "a.txt.zst", "a.csv.xz", "a.txt.bz2"]
+# What no length tells, but a decoder.
+DECODED = ["a.jsonl.gz", "a.txt.zst", "a.csv.xz", "a.txt.bz2", "a.parquet"]
+
+
+@pytest.fixture
+def server():
+    """Behaves well until told otherwise."""
+    server = Server()
+    yield server
+    server.close()
+
+
+@pytest.fixture(autouse=True)
+def small_reads(monkeypatch):
+    """Files of this size take many."""
+    monkeypatch.setattr(files, "_NETWORK_BYTES", 3000)
+    monkeypatch.setattr(files, "_BLOCK_BYTES", 7000)
+
+
+def serve(server, name, texts=TEXTS, retry_policy=PATIENCE):
+    """The source of one file."""
+    server.files[f"/{name}"] = encode(name, texts)
+    source = open_url(server, name, retry_policy=retry_policy)
+    server.requests.clear()
+    return source
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+@pytest.mark.parametrize("name", KINDS)
+def test_rows_are_those_of_a_healthy_server(server, name, ranges):
+    source = serve(server, name)
+    server.ranges = ranges or name.endswith(".parquet")
+    server.faults[f"/{name}"].extend(TRANSIENT)
+    start = 123 if ranges else 0
+    assert rows_of(source, start_row=start) == TEXTS[start:]
+    assert not server.faults[f"/{name}"]  # all of them were met
+
+
+@pytest.mark.parametrize("fault", TRANSIENT, ids=str)
+def test_a_start_goes_through_every_failure(server, fault):
+    server.files["/a.txt"] = encode("a.txt", TEXTS)
+    server.faults["/a.txt"].extend([fault, None, fault])
+    assert rows_of(open_url(server, "a.txt")) == TEXTS
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_body_that_always_breaks_off_is_read_on_from_there(server, name):
+    source = serve(server, name, retry_policy=CALM)
+    server.always[f"/{name}"] = "cut"
+    assert rows_of(source) == TEXTS
+    if not name.endswith(".parquet"):
+        # Halves of what was left: no byte is asked for twice.
+        size = len(server.files[f"/{name}"])
+        starts = [int(wanted.removeprefix("bytes=").removesuffix("-")) for _, _, wanted in server.requests if wanted]
+        left = [size - start for start in starts]
+        assert left[0] == size // 2
+        assert all(after == before // 2 for before, after in itertools.pairwise(left))
+
+
+@pytest.mark.parametrize("fault", ["cut unsaid", "garbled"])
+@pytest.mark.parametrize("name", DECODED)
+def test_what_does_not_decode_is_fetched_again(server, name, fault):
+    source = serve(server, name)
+    server.faults[f"/{name}"].extend([fault] * (retry._UNREADABLE_TRIES - 1))
+    assert rows_of(source) == TEXTS
+
+
+@pytest.mark.parametrize("name", DECODED)
+def test_what_never_decodes_is_given_up_before_the_deadline(server, name):
+    source = serve(server, name, retry_policy=CALM)
+    server.always[f"/{name}"] = "garbled"
+    with pytest.raises(sources.ShardLostError, match=f"cannot read '.*/{name}' from row 0 on: .*tried 5 times"):
+        rows_of(source)
+
+
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("fault", [500, "reset", "hang"])
+def test_past_the_deadline_the_shard_is_lost_with_its_row(server, name, fault):
+    timeout = PATIENCE.timeout_seconds if fault == "hang" else IMPATIENCE.timeout_seconds
+    source = serve(server, name, retry_policy=dataclasses.replace(IMPATIENCE, timeout_seconds=timeout))
+    # The first answer ends halfway, then nothing comes any more.
+    server.always[f"/{name}"] = fault
+    server.faults[f"/{name}"].extend([None] * 3 if name.endswith(".parquet") else ["cut"])
+    found = []
+
+    def read():
+        for texts in source.read(0):
+            found.extend(texts.to_pylist())
+
+    with pytest.raises(sources.ShardLostError, match=f"cannot read '.*/{name}' from row ") as error:
+        read()
+    assert f" from row {len(found)} on: " in str(error.value)
+    assert "\n" not in str(error.value)
+    assert found == TEXTS[: len(found)]
+    server.heal()
+    assert rows_of(source, start_row=len(found)) == TEXTS[len(found) :]
+
+
+@pytest.mark.parametrize(
+    ("status", "message"), [(404, "not found: "), (410, "not found: "), (403, "403"), (401, "401")]
+)
+@pytest.mark.parametrize("name", ["a.txt", "a.parquet", "a.jsonl.gz"])
+def test_refusals_are_told_at_once(server, name, status, message):
+    source = serve(server, name, retry_policy=CALM)
+    server.always[f"/{name}"] = status
+    for read in (lambda: rows_of(source), lambda: open_url(server, name, retry_policy=CALM)):
+        server.requests.clear()
+        with pytest.raises(UserError, match=f"cannot read '.*/{name}': .*{message}") as error:
+            read()
+        assert not isinstance(error.value, sources.ShardLostError)
+        assert server.count(f"/{name}") == 1
+
+
+def test_a_refusal_halfway(server):
+    source = serve(server, "a.txt", retry_policy=CALM)
+    server.faults["/a.txt"].extend(["cut", 403])
+    with pytest.raises(UserError, match="answers 403"):
+        rows_of(source)
+    assert server.count("/a.txt") == 2
+
+
+def test_a_file_that_changes_while_it_is_read(server):
+    source = serve(server, "a.txt")
+    server.faults["/a.txt"].extend(["cut", "changed"])
+    with pytest.raises(UserError, match="changed while it was read"):
+        rows_of(source)
+
+
+def test_parquet_from_a_server_without_ranges_is_told(server):
+    server.ranges = False
+    with pytest.raises(UserError, match="gives no parts of files, which parquet needs"):
+        serve(server, "a.parquet")
+
+
+def test_a_host_that_does_not_exist_is_told_at_once(server):
+    start = time.monotonic()
+    for address in ("http://127.0.0.1:9", "http://host.invalid"):
+        with pytest.raises(UserError, match="cannot be reached") as error:
+            sources.open_source(dataset_name=None, data_files=f"{address}/a.txt", retry_policy=PATIENCE)
+        assert not isinstance(error.value, sources.ShardLostError)
+    assert time.monotonic() - start < PATIENCE.deadline_seconds
+
+
+def test_a_host_that_goes_away_and_comes_back(server):
+    source = serve(server, "a.txt")
+    server.close()
+    again = []
+
+    def come_back():
+        time.sleep(0.3)
+        again.append(Server(port=server.port, files=server.files))
+
+    thread = threading.Thread(target=come_back)
+    thread.start()
+    try:
+        assert rows_of(source) == TEXTS
+    finally:
+        thread.join()
+        again[0].close()
+
+
+def test_retry_after_is_waited_for(server):
+    source = serve(server, "a.txt")
+    for value in (lambda: "1", lambda: http_date(2.5)):
+        server.faults["/a.txt"].append((429, {"Retry-After": value()}))
+        start = time.monotonic()
+        assert rows_of(source) == TEXTS
+        # A date is in whole seconds.
+        assert 0.9 < time.monotonic() - start < PATIENCE.deadline_seconds
+
+
+def test_retry_after_past_the_deadline_is_tried_at_the_deadline(server):
+    source = serve(server, "a.txt", retry_policy=dataclasses.replace(CALM, deadline_seconds=0.3))
+    server.faults["/a.txt"].append((503, {"Retry-After": "3600"}))
+    assert rows_of(source) == TEXTS
+    server.always["/a.txt"] = (503, {"Retry-After": "3600"})
+    with pytest.raises(sources.ShardLostError, match=r"answers 503 .*\(tried 2 times in 0 s\)"):
+        rows_of(source)
+
+
+def test_waits_grow_up_to_the_deadline(monkeypatch):
+    now, waits = [1000.0], []
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(time, "sleep", lambda wait: (waits.append(wait), now.__setitem__(0, now[0] + wait)))
+    np.random.seed(0)
+    before = np.random.get_state()[1].tolist()
+    retries = retry.Retries(RetryPolicy(), "it")
+
+    def fail():
+        while True:
+            retries.failed("no")
+
+    with pytest.raises(retry.RetriesExhaustedError, match=r"^no \(tried \d+ times in 300 s\)$"):
+        fail()
+    assert sum(waits) == pytest.approx(300)
+    for wait, full in zip(waits[:-1], [1, 2, 4, 8, 16] + [30] * len(waits), strict=False):
+        assert full / 2 <= wait <= full
+    retries.succeeded()
+    waits.clear()
+    retries.failed("no", retry_after=70)
+    retries.failed("no")
+    assert waits[0] == 70
+    assert 1 <= waits[1] <= 2
+    assert np.random.get_state()[1].tolist() == before
+    with pytest.raises(retry.RetriesExhaustedError, match=r"^elsewhere$"):
+        retries.failed(retry.RetriesExhaustedError("elsewhere"))
+    assert len(waits) == 2
+
+
+def raised_from(error, cause):
+    error.__cause__ = cause
+    return error
+
+
+def answered(status):
+    request = httpx2.Request("GET", "http://127.0.0.1/")
+    return httpx2.Response(status, request=request)
+
+
+@pytest.mark.parametrize(
+    ("error", "failure"),
+    [
+        (ConnectionResetError("reset"), Failure.TRANSIENT),
+        (TimeoutError("late"), Failure.TRANSIENT),
+        (httpx2.ReadTimeout("late"), Failure.TRANSIENT),
+        (httpx2.RemoteProtocolError("cut"), Failure.TRANSIENT),
+        (httpx2.StreamClosed(), Failure.TRANSIENT),
+        (aiohttp.ClientPayloadError("cut"), Failure.TRANSIENT),
+        (aiohttp.ServerDisconnectedError(), Failure.TRANSIENT),
+        (aiohttp.ClientResponseError(None, (), status=503), Failure.TRANSIENT),
+        (aiohttp.ClientResponseError(None, (), status=403), Failure.PERMANENT),
+        (aiohttp.InvalidURL("nonsense"), Failure.PERMANENT),
+        (requests.ConnectionError("reset"), Failure.TRANSIENT),
+        (requests.exceptions.ChunkedEncodingError("cut"), Failure.TRANSIENT),
+        (fsspec.exceptions.FSTimeoutError(), Failure.TRANSIENT),
+        (raised_from(ConnectionError("Server Disconnected"), httpx2.ReadError("reset")), Failure.TRANSIENT),
+        (huggingface_hub.errors.HfHubHTTPError("busy", response=answered(503)), Failure.TRANSIENT),
+        (huggingface_hub.errors.GatedRepoError("ask", response=answered(403)), Failure.PERMANENT),
+        (huggingface_hub.errors.LocalEntryNotFoundError("offline"), Failure.PERMANENT),
+        (
+            raised_from(huggingface_hub.errors.LocalEntryNotFoundError("no net"), httpx2.ConnectError("reset")),
+            Failure.TRANSIENT,
+        ),
+        (raised_from(FileNotFoundError("a"), aiohttp.ClientResponseError(None, (), status=404)), Failure.PERMANENT),
+        (FileNotFoundError("a"), Failure.PERMANENT),
+        (ImportError("s3fs"), Failure.PERMANENT),
+        (httpx2.InvalidURL("nonsense"), Failure.PERMANENT),
+        (datasets.exceptions.DatasetGenerationError("?"), Failure.DECODE),
+        (pa.ArrowInvalid("no magic bytes"), Failure.DECODE),
+        (EOFError("ended"), Failure.DECODE),
+        (raised_from(OSError("?"), retry.RetriesExhaustedError("busy")), Failure.GAVE_UP),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",
+)
+def test_exceptions_of_every_client_are_told_apart(error, failure):
+    assert retry.classify_error(error) is failure
+    assert isinstance(error, sources._READ_ERRORS)  # so that none becomes a traceback

@@ -1,0 +1,171 @@
+"""The hub on a bad network: the rows are those of a healthy one, once each, or the user is told."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.bad_server import CALM, COMMIT, IMPATIENCE, PATIENCE, TEXTS, TRANSIENT, Server, encode
+
+# Each starts processes of its own.
+pytestmark = pytest.mark.slow
+
+HUB_WORKER = """
+import json, sys
+from mlm.data.sources import retry
+from mlm.data.sources import source as sources
+from mlm.errors import UserError
+source = None
+for line in sys.stdin:
+    task = json.loads(line)
+    try:
+        if "open" in task:
+            retry_policy = retry.RetryPolicy(*task["retry_policy"])
+            source = sources.open_source(dataset_name=task["open"], cache_dir=task["cache"], retry_policy=retry_policy)
+        shards = range(source.num_shards)
+        rows = [[t for texts in source.read(n, start_row=task["row"]) for t in texts.to_pylist()] for n in shards]
+        answer = {"rows": rows}
+    except UserError as error:
+        answer = {"error": str(error), "kind": type(error).__name__}
+    print(json.dumps(answer), flush=True)
+"""
+
+
+class Hub:
+    """A server that is a hub, and a process that reads from it: HF_ENDPOINT is read when libraries are imported."""
+
+    def __init__(self, folder):
+        self.server = Server()
+        self._folder = folder
+        self._opened = 0
+        env = os.environ | {"HF_ENDPOINT": self.server.url, "HF_HOME": str(folder), "HF_HUB_OFFLINE": "0"}
+        env |= {"HF_DATASETS_OFFLINE": "0", "HF_UPDATE_DOWNLOAD_COUNTS": "0"}
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", HUB_WORKER], env=env, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+
+    def add(self, repository, contents):
+        """A data set of files."""
+        for name, data in contents.items():
+            self.server.files[f"/{repository}/{name}"] = data
+        self.server.hub[repository] = list(contents)
+
+    def ask(self, repository="", *, row=0, retry_policy=PATIENCE):
+        """All rows from `row` on, by shard, of what is opened now or was before; or the error."""
+        task = {"row": row}
+        if repository:
+            self._opened += 1
+            cache = str(self._folder / f"cache{self._opened}")
+            task |= {"open": repository, "cache": cache, "retry_policy": dataclasses.astuple(retry_policy)}
+        self._process.stdin.write(json.dumps(task) + "\n")
+        self._process.stdin.flush()
+        return json.loads(self._process.stdout.readline())
+
+    def close(self):
+        self._process.stdin.close()
+        self._process.wait()
+        self._process.stdout.close()
+        self.server.close()
+
+
+HUB_TEXTS = TEXTS[:50]
+
+
+@pytest.fixture(scope="module")
+def shared_hub(tmp_path_factory):
+    hub = Hub(tmp_path_factory.mktemp("hub"))
+    for kind in (".parquet", ".jsonl", ".jsonl.gz", ".csv", ".txt"):
+        contents = {f"{n}{kind}": encode(f"{n}{kind}", [f"{n} {text}" for text in HUB_TEXTS]) for n in range(2)}
+        hub.add(f"owner/set{kind}", contents)
+    yield hub
+    hub.close()
+
+
+@pytest.fixture
+def hub(shared_hub):
+    """In good health."""
+    shared_hub.server.heal()
+    return shared_hub
+
+
+def hub_rows(row=0):
+    return {"rows": [[f"{n} {text}" for text in HUB_TEXTS[row:]] for n in range(2)]}
+
+
+def resolved(repository, name):
+    return f"/datasets/{repository}/resolve/{COMMIT}/{name}"
+
+
+@pytest.mark.parametrize("kind", [".parquet", ".jsonl", ".jsonl.gz", ".csv", ".txt"])
+def test_rows_of_a_hub_data_set_are_those_of_a_healthy_server(hub, kind):
+    repository = f"owner/set{kind}"
+    assert hub.ask(repository) == hub_rows()
+    for n in range(2):
+        hub.server.faults[resolved(repository, f"{n}{kind}")].extend(TRANSIENT)
+    assert hub.ask(row=21) == hub_rows(21)
+    assert not any(hub.server.faults.values())
+
+
+def test_a_hub_data_set_opens_through_every_failure(hub):
+    """Also where `datasets` would take what fails for what is not there."""
+    repository = "owner/configured"
+    contents = {f"{n}.jsonl": encode("a.jsonl", [f"{n} {text}" for text in HUB_TEXTS]) for n in range(3)}
+    # Without it there are three shards.
+    readme = "---\nconfigs:\n- config_name: default\n  data_files: [0.jsonl, 1.jsonl]\n---\n"
+    hub.add(repository, contents | {"README.md": readme.encode()})
+    assert hub.ask(repository) == hub_rows()
+    asked = {path for _, path, _ in hub.server.requests if path.startswith(("/api/datasets", "/datasets/"))}
+    assert len(asked) > 5
+    for path in sorted(asked):
+        hub.server.faults[path].extend([500, "reset", (429, {"Retry-After": "0"}), "cut"])
+    assert hub.ask(repository) == hub_rows()
+    assert not any(hub.server.faults[path] for path in asked if "/resolve/" in path and ".jsonl" in path)
+
+
+def test_past_the_deadline_a_shard_of_a_hub_data_set_is_lost(hub):
+    for kind in (".parquet", ".jsonl"):
+        repository = f"owner/set{kind}"
+        assert hub.ask(repository, retry_policy=IMPATIENCE) == hub_rows()
+        for fault in (500, "reset", "cut", (429, {"Retry-After": "3600"})):
+            hub.server.heal()
+            hub.server.always[resolved(repository, f"1{kind}")] = fault
+            answer = hub.ask()
+            assert answer["kind"] == "ShardLostError"
+            assert answer["error"].startswith(f"cannot read '{repository}' (shard 1 of 2) from row 0 on: ")
+            assert "\n" not in answer["error"]
+
+
+def test_refusals_of_the_hub_are_told_at_once(hub):
+    repository = "owner/set.parquet"
+    assert hub.ask(repository, retry_policy=CALM) == hub_rows()
+    for status in (403, 404):
+        hub.server.heal()
+        path = resolved(repository, "0.parquet")
+        hub.server.always[path] = status
+        answer = hub.ask()
+        assert answer["kind"] == "UserError"
+        assert answer["error"].startswith(f"cannot read '{repository}' (shard 0 of 2): ")
+        assert hub.server.count(path) == 1
+    answer = hub.ask("owner/none")
+    assert answer["kind"] == "UserError"
+    assert answer["error"].startswith("cannot open the data set 'owner/none': ")
+
+
+def test_a_hub_that_resets_the_first_question_is_asked_again(hub):
+    hub.server.faults["/"].append("reset")
+    assert hub.ask("owner/set.parquet") == hub_rows()
+    hub.server.always["/"] = "reset"
+    answer = hub.ask("owner/set.parquet")
+    assert answer["error"].startswith("the data set 'owner/set.parquet' is not here and needs the network")
+
+
+def test_a_hub_that_stays_ill_is_told_at_the_start(hub):
+    hub.server.always["/api/datasets/owner/set.parquet"] = 503
+    answer = hub.ask("owner/set.parquet", retry_policy=IMPATIENCE)
+    assert answer["kind"] == "UserError"
+    assert answer["error"].startswith("cannot open the data set 'owner/set.parquet': ")
+    assert "503" in answer["error"]
+    assert "\n" not in answer["error"]

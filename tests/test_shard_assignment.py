@@ -1,0 +1,211 @@
+"""Going on with another number of processes: what comes once, and what is given up."""
+
+import collections
+import json
+
+import hypothesis
+import hypothesis.strategies as st
+import pyarrow as pa
+import pytest
+
+from mlm.data import shard_assignment
+from mlm.errors import UserError
+from tests.test_stream import memory_source, rows_of, split, words
+
+
+def processes(source, count, **kwargs):
+    """The streams of a run."""
+    return [rows_of(source, process_index=n, process_count=count, **kwargs) for n in range(count)]
+
+
+def step(streams, used, batches):
+    """Makes updates, and counts the units of every (epoch, shard, row) in `used`."""
+    for stream in streams:
+        for _ in range(batches):
+            next(stream)
+            for document in stream.documents():
+                used[document[:3]] += document.end - document.begin
+
+
+def dealt_anew(source, streams, count, **kwargs):
+    """The streams of the run that goes on, by way of a checkpoint."""
+    states = json.loads(json.dumps([stream.state_dict() for stream in streams]))
+    anew = processes(source, count, **kwargs)
+    for stream in anew:
+        stream.restore(states)
+    return anew
+
+
+def counters(streams):
+    return sum((collections.Counter(stream.counters) for stream in streams), collections.Counter())
+
+
+def finish_epoch(streams, used, epoch):
+    """Goes on until every process is past it."""
+    for stream in streams:
+        while stream.state_dict()["next_epoch"] <= epoch + 1:
+            step([stream], used, 1)
+
+
+def units(shards, held_out=()):
+    """(shard, row) -> the tokens of a document."""
+    texts = {(s, r): text for s, shard in enumerate(shards) for r, text in enumerate(shard)}
+    return {place: len(text) + 2 for place, text in texts.items() if text and text.strip() and text not in held_out}
+
+
+def of_epoch(used, epoch):
+    return {place[1:]: number for place, number in used.items() if place[0] == epoch}
+
+
+def next_epochs(streams):
+    return [stream.state_dict()["next_epoch"] for stream in streams]
+
+
+def given_up(streams):
+    """The epochs that a deal anew leaves out for some process."""
+    return {epoch for own in next_epochs(streams) for epoch in range(own, max(next_epochs(streams)) - 1)}
+
+
+@pytest.mark.parametrize("counts", [(2, 1), (2, 4), (8, 3), (1, 8), (2, 4, 3), (8, 3, 8, 1)])
+@pytest.mark.parametrize("num_shards", [1, 4, 7, 16])
+@pytest.mark.parametrize("shuffle_buffer_size", [0, 7])
+def test_every_document_of_the_epoch_comes_once(counts, num_shards, shuffle_buffer_size):
+    corpus = [*words(160), None, " "]
+    shards = split(corpus, num_shards)
+    source = memory_source(shards)
+    options = {"shuffle_buffer_size": shuffle_buffer_size, "batch_rows": 1, "held_out": pa.array(corpus[:5])}
+    expected = units(shards, corpus[:5])
+    for first in (1, 6):
+        used = collections.Counter()
+        streams = processes(source, counts[0], **options)
+        step(streams, used, first)
+        for count in counts[1:]:
+            before = counters(streams)
+            assert given_up(streams) == set()
+            streams = dealt_anew(source, streams, count, **options)
+            assert counters(streams) == before
+            step(streams, used, 2)
+        # Past the end of the lanes the next epoch is dealt fresh.
+        newest = max(next_epochs(streams))
+        finish_epoch(streams, used, newest)
+        for epoch in range(newest + 1):
+            assert of_epoch(used, epoch) == expected
+
+
+TEXTS = st.one_of(st.none(), st.text(st.sampled_from("ab "), max_size=9))
+
+
+@hypothesis.settings(max_examples=100, deadline=None, derandomize=True)
+@hypothesis.given(
+    shards=st.lists(st.lists(TEXTS, max_size=14), min_size=1, max_size=6),
+    array_rows=st.integers(1, 5),
+    shuffle_buffer_size=st.integers(0, 9),
+    batch_rows=st.integers(1, 2),
+    runs=st.lists(st.tuples(st.integers(1, 5), st.integers(0, 5)), min_size=2, max_size=5),
+)
+def test_restarts_of_restarts_anywhere(shards, array_rows, shuffle_buffer_size, batch_rows, runs):
+    """`runs` are (processes, updates). Nothing twice; each epoch whole, but those that are given up."""
+    source = memory_source(shards, array_rows)
+    options = {"shuffle_buffer_size": shuffle_buffer_size, "batch_rows": batch_rows, "max_seq_length": 4}
+    expected = units(shards)
+    used, gone, streams = collections.Counter(), set(), processes(source, runs[0][0], **options)
+    try:
+        for count, batches in runs:
+            if count != len(streams):
+                gone |= given_up(streams)
+            streams = dealt_anew(source, streams, count, **options)
+            step(streams, used, batches)
+        newest = max(next_epochs(streams))
+        finish_epoch(streams, used, newest)
+    except UserError:
+        hypothesis.reject()  # too small for so many processes
+    for epoch in range(newest + 1):
+        if epoch in gone:
+            assert all(number <= expected[place] for place, number in of_epoch(used, epoch).items())
+        else:
+            assert of_epoch(used, epoch) == expected
+
+
+def test_what_a_process_far_behind_gives_up():
+    # Process 0 has 60 documents an epoch, process 1 has 2: it is 4 epochs ahead when 0 is in its first.
+    shards = [words(60), ["ab", "cd"]]
+    source = memory_source(shards)
+    options = {"shuffle_buffer_size": 0, "batch_rows": 1, "max_seq_length": 4}
+    used = collections.Counter()
+    streams = processes(source, 2, **options)
+    step(streams, used, 9)
+    assert [stream.epoch for stream in streams] == [0, 4]
+    streams = dealt_anew(source, streams, 1, **options)
+    finish_epoch(streams, used, 4)
+    large, small = ({place: n for place, n in units(shards).items() if place[0] == s} for s in (0, 1))
+    assert of_epoch(used, 0) == of_epoch(used, 4) == large | small
+    for epoch in (1, 2, 3):
+        assert of_epoch(used, epoch) == small
+
+
+def test_states_stay_small_and_resume_exactly():
+    shards = split(words(200), 16)
+    source = memory_source(shards)
+    streams = processes(source, 8, batch_rows=1)
+    step(streams, collections.Counter(), 5)
+    streams = dealt_anew(source, streams, 3, batch_rows=1)
+    for _ in range(60):  # past the end of the lanes
+        state = json.loads(json.dumps(streams[1].state_dict()))
+        assert len(json.dumps(state)) < 1200
+        again = rows_of(source, batch_rows=1, process_index=1, process_count=3)
+        again.restore([{}, state, {}])
+        batches = [next(streams[1]).tolist() for _ in range(2)]
+        assert [next(again).tolist() for _ in range(2)] == batches
+        assert again.state_dict() == streams[1].state_dict()
+    assert streams[1].state_dict()["pieces"] is None
+    assert len(json.dumps(streams[1].state_dict())) < 500
+
+
+def test_a_state_of_another_order_is_refused_anew():
+    source = memory_source([words(50)])
+    streams = processes(source, 2)
+    step(streams, collections.Counter(), 1)
+    states = [stream.state_dict() for stream in streams]
+    with pytest.raises(UserError, match="seed=1 and is now 2"):
+        rows_of(source, seed=2).restore(states)
+    with pytest.raises(UserError, match="process_index=1 and is now 0"):
+        rows_of(source).restore(states[::-1])
+
+
+def test_no_step_lacks_a_batch_on_one_process_only():
+    """A share of 2 documents beside one of 400: each process has a batch for every step."""
+    source = memory_source([words(400), ["ab", "cd"]])
+    streams = processes(source, 2, shuffle_buffer_size=0, batch_rows=2, max_seq_length=4)
+    for _ in range(50):
+        assert [next(stream).shape for stream in streams] == [(2, 4), (2, 4)]
+    assert [stream.epoch for stream in streams] == [0, 49]
+
+
+def test_a_small_share_is_followed_by_others():
+    """With another share in each epoch, one that is too small for a batch, or empty, stops no process."""
+    shards = [words(30), [], ["a"], words(30, start=30), [], []]
+    source = memory_source(shards)
+    streams = processes(source, 3, batch_rows=4, seed=4)
+    used = collections.Counter()
+    step(streams, used, 30)
+    finish_epoch(streams, used, 2)
+    for epoch in range(3):
+        assert of_epoch(used, epoch) == units(shards)
+    # Without shuffling it is the same in every epoch, and told at once.
+    with pytest.raises(UserError, match="no documents to train on for process 1 of 3"):
+        next(rows_of(source, shuffle_buffer_size=0, process_index=1, process_count=3))
+
+
+def test_deal():
+    pieces = [shard_assignment.ShardSlice(shard, start=2) for shard in range(5)]
+    for count in (1, 2, 3, 5, 8, 13):
+        parts = [shard_assignment.assign(pieces, process_index=n, process_count=count) for n in range(count)]
+        rows = [
+            (piece.shard, row)
+            for part in parts
+            for piece in part
+            for row in range(piece.start, 40)
+            if row % piece.step == piece.first
+        ]
+        assert sorted(rows) == [(shard, row) for shard in range(5) for row in range(2, 40)]
+    assert shard_assignment.assign([], process_index=1, process_count=2) == ()
