@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Self
 
 from mlm.errors import UserError
-from mlm.models.families import FAMILIES, Family, Positions
+from mlm.models.families import FAMILIES, Family, PositionEmbedding
 
 # data.packing.
 PACKINGS = ("concatenate", "pad", "pad_lines", "isolate")
@@ -320,7 +320,7 @@ class ModelSettings:
                     value,
                     f"the family {self.model_type} has no such field; set it to None, or change model.model_type",
                 )
-        if self.overrides.tie_word_embeddings is False and not family.may_untie:
+        if self.overrides.tie_word_embeddings is False and not family.supports_untied_embeddings:
             raise _error(
                 "model.overrides.tie_word_embeddings",
                 False,
@@ -532,7 +532,7 @@ class RunSettings:
         """Checks the length of sequences as far as the model's config and its padding id are known."""
         length, positions = self.data.max_seq_length, self.model.config_field("max_position_embeddings")
         family = self.model.family
-        has_offset = family is not None and family.positions is Positions.AFTER_PAD
+        has_offset = family is not None and family.positions is PositionEmbedding.LEARNED_PAD_OFFSET
         # Such a family counts positions from pad_token_id + 1, and the tokenizer may have another padding id: sequences
         # that fit with padding id 0 pass here, and are checked again with the tokenizer.
         if positions is None or length <= (positions - 1 if has_offset else positions):
