@@ -62,6 +62,31 @@ from mlm.run.workdir import WorkDir, flatten
 # As a shell says of what SIGPIPE ended.
 _EXIT_UNREAD = 141
 
+
+class _OptionalParser(flags.ArgumentParser):
+    """Parses "None" as None, and everything else as `parser` does."""
+
+    def __init__(self, parser: flags.ArgumentParser):
+        self._parser = parser
+
+    def parse(self, argument: str) -> Any:
+        """Returns the value."""
+        return None if argument == "None" else self._parser.parse(argument)
+
+    def flag_type(self) -> str:
+        """Returns the type that --help shows."""
+        return self._parser.flag_type()
+
+
+# None resets any optional key of the config; mlm/settings.py refuses it for the others.
+for _type, _parser in (
+    (bool, flags.BooleanParser()),
+    (int, flags.IntegerParser()),
+    (float, flags.FloatParser()),
+    (str, flags.ArgumentParser()),
+):
+    config_flags.register_flag_parser_for_type(_type, _OptionalParser(_parser))
+
 FLAGS = flags.FLAGS
 config_flags.DEFINE_config_file("config", None, "the run's configuration, such as configs/quickstart.py")
 flags.DEFINE_multi_string("workdir", None, "the run's directory; report: one of several runs to compare")
@@ -172,7 +197,7 @@ def explain_keys(names: list[str], defaults: dict[str, Any]) -> None:
         check_keys(FLAGS.config)
         values = flatten(FLAGS.config.to_dict())
     with open(default.__file__, encoding="utf-8") as file:
-        print(explain(names, file.read(), defaults=defaults, values=values, config="the config"))
+        print(explain(names, file.read(), defaults=defaults, values=values))
 
 
 def train() -> None:
@@ -239,6 +264,8 @@ def _flag_error_message(told: str, path: str | None) -> str:
 def _of_config_file(told: str, path: str | None) -> str:
     if "no attribute 'get_config" in told:
         return f"--config={path}: there is no function get_config() in it; write one as configs/quickstart.py has it"
+    if "get_config() takes 0 positional arguments" in told:
+        return f"--config={path}: get_config() takes no argument; remove the colon and what follows it"
     # ml_collections lists all keys that there are before it names the one that was meant.
     told = re.sub(r" Other fields present: .*?(?=Did you mean|\Z)", " ", told, flags=re.DOTALL)
     return f"--config={path}: {' '.join(told.split())}"

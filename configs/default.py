@@ -1,7 +1,8 @@
-"""Every key there is, with its unit and its reason. Other configs start from this one.
+"""Every config key, with its unit and the reason for its default. Other configs start from this one.
 
-Names are the flags of the reference script (Hugging Face's `run_mlm_flax_stream.py`), grouped by the part that
-reads them. Any key can be set from the command line: `--config.optimizer.learning_rate=1e-4`.
+Names and defaults are those of the reference script (Hugging Face's `run_mlm_flax_stream.py`) where it has them. Keys
+are grouped by the module that reads them. On the command line, `--config.optimizer.learning_rate=1e-4` sets a key,
+`None` resets an optional one, and `--mode=explain optimizer.learning_rate` prints the comment above a key.
 """
 
 from ml_collections import ConfigDict
@@ -9,91 +10,103 @@ from ml_collections.config_dict import placeholder
 
 
 def get_config() -> ConfigDict:
-    """Returns the defaults: the reference script's where it has one."""
+    """Returns the defaults."""
     config = ConfigDict()
 
-    # Everything random is derived from it: initialization, order of the text, masks, dropout.
+    # Seed of everything random: weight initialization, text order, masks, dropout. 42 as in the reference script.
     config.seed = 42
-    # Updates of the parameters in all; the learning rate reaches 0 there.
+    # Optimizer steps in the run. The learning-rate schedule ends here. 50,000 as in the reference script.
     config.num_train_steps = 50_000
-    # Rows of `data.max_seq_length` tokens per device in one forward pass. 0 for training: the most that its memory
-    # takes, found by compiling the step for some; a run keeps to what it has found.
+    # Sequences per device in one microbatch. 0: the largest number that fits in device memory, found by compiling the
+    # step at the start of the run and then fixed for the run. 8 as in the reference script.
     config.per_device_train_batch_size = 8
+    # Sequences per device in one evaluation batch; changes speed and memory only. 8 as in the reference script.
     config.per_device_eval_batch_size = 8
-    # Forward and backward passes whose gradients are summed for one update; the rows of an update are
-    # per_device_train_batch_size x gradient_accumulation_steps x devices.
+    # Microbatches per optimizer step; their gradients are summed. The batch size of a step is
+    # per_device_train_batch_size x gradient_accumulation_steps x devices. 1: no accumulation.
     config.gradient_accumulation_steps = 1
-    # Updates between two lines of training metrics (each the mean since the line before), two evaluations (each
-    # also exports `model/`), two checkpoints. The last update is always logged, evaluated, saved and exported.
+    # Steps between two log lines of training metrics; each is the mean since the previous line. The last step is always
+    # logged. 500 as in the reference script.
     config.logging_steps = 500
+    # Steps between two evaluations; each also exports `model/`. The last step is always evaluated and exported. 500 as
+    # in the reference script, where they coincide with checkpoints.
     config.eval_steps = 500
+    # Steps between two checkpoints: the most that a crash can cost. The last step is always saved. 500 as in the
+    # reference script.
     config.save_steps = 500
 
     config.data = data = ConfigDict()
-    # "docstrings" (of the installed Python packages; needs no network), or a dataset's name on the hub, or a
-    # local directory that `datasets.load_dataset` takes, or "synthetic": random ids, to time the loop without text.
+    # "docstrings" (of the installed Python packages; needs no network, hence the default), a dataset name on the
+    # Hugging Face hub, a local directory that `datasets.load_dataset` accepts, or "synthetic": random token ids, to
+    # measure the training loop without text.
     data.dataset_name = "docstrings"
-    # The configuration of that dataset, such as "en" of allenai/c4. None: its only one.
+    # Configuration name of that dataset, such as "en" for allenai/c4. None: the dataset has only one.
     data.dataset_config_name = placeholder(str)
-    # Text (a document a line), JSON-lines, CSV or parquet files, plain or compressed, all of one kind: a path, a glob,
-    # an http(s) or gs:// URL of one file, or a list of these. Wins over dataset_name.
+    # Text files (one document per line), JSON lines, CSV or parquet, plain or compressed, all of the same format: a
+    # path, a glob, an http(s):// or gs:// URL of one file, or a list of these. Takes precedence over dataset_name.
     data.data_files = placeholder(object)
-    # The same for evaluation. None: the first num_eval_samples rows of the training text are held out.
+    # Files to evaluate on, given like data_files. None: the first num_eval_samples sequences of the training text are
+    # held out instead.
     data.eval_data_files = placeholder(object)
-    # Several sources: (name, weight) or (name, weight, {key: value}) each, the name a data set's or a free one for the
-    # metrics eval/<name>/loss, the keys dataset_name, dataset_config_name, data_files, eval_data_files, split and
-    # text_column_name, where they differ from the ones here. Weights are shares of the rows.
+    # Several sources: a list of (name, weight) or (name, weight, {key: value}). The name is a dataset name, or any name
+    # if the dict sets dataset_name or data_files; it appears in the metric eval/<name>/loss. The weight is the relative
+    # number of sequences. The dict may set dataset_name, dataset_config_name, data_files, eval_data_files, split and
+    # text_column_name for this source. Empty: one source, given by the keys above.
     data.mixture = ()
-    # Of a named dataset: which part is trained on.
+    # Split of a named dataset to train on. "train" is what nearly every dataset on the hub calls it.
     data.split = "train"
-    # The column that holds the text. Text files have "text".
+    # Column that holds the text. Plain text files have one column, named "text".
     data.text_column_name = "text"
-    # Tokens in a row, begin and end tokens included.
+    # Sequence length in tokens, including the begin and end tokens. 128 as in the reference run.
     data.max_seq_length = 128
-    # How documents become rows. "concatenate": they run on over row borders, an end token between them (no token
-    # is lost, none is padding). "isolate": the same rows, but attention and positions stay inside a document.
-    # "pad": a document a row, cut or padded (the reference's pad_to_max_length). "pad_lines": a line a row (its
-    # line_by_line).
+    # How documents become sequences. "concatenate": joined with an end token between them and cut every max_seq_length
+    # tokens, so that no token is lost or padding (what the reference script does, hence the default). "isolate": cut
+    # the same way, but attention and position ids do not cross document boundaries. "pad": one document per sequence,
+    # truncated or padded (the script's pad_to_max_length). "pad_lines": one line per sequence (its line_by_line).
     data.packing = "concatenate"
-    # Documents read, then shuffled among themselves, no others: sorted files want a shuffle before. 0: the order of the
-    # source.
+    # Shuffle-window size in documents: documents are shuffled within a window only, so pre-shuffle files that are
+    # sorted. 0: keep the order of the source. 10,000 as in the reference script.
     data.shuffle_buffer_size = 10_000
-    # Rows in the evaluation set. Documents in it are never trained on.
+    # Sequences in the evaluation set, which are never trained on. 5,000 sequences of 128 tokens have 96,000 masked
+    # tokens, enough to compare the losses of two runs.
     data.num_eval_samples = 5_000
-    # (first, last) updates whose data is left out, the cure for a loss that spikes: update `first` is trained on what
-    # update last + 1 would have had. The numbers are those of the run with none left out.
+    # Step ranges (first, last) whose batches are skipped, e.g. around a loss spike: step `first` then trains on the
+    # batch that step last + 1 would have had. Step numbers are those of a run that skips nothing.
     data.skip_steps = ()
-    # Over a network (URLs and the hub): seconds of failing, with nothing new in between, for which a read is tried
-    # again, with growing waits, before its shard is set aside for the rest of the epoch. Five minutes outlast what
-    # servers and routers need to start again.
+    # Seconds for which a failing network read (URLs and the hub) is retried, with growing waits, before its shard is
+    # skipped for the rest of the epoch. 300: most servers and routers restart within five minutes.
     data.network_deadline_seconds = 300.0
-    # Seconds of silence after which a connection counts as broken.
+    # Seconds without any byte received after which a connection counts as broken. 30 is longer than the pauses of a
+    # slow but working server.
     data.network_timeout_seconds = 30.0
-    # Shards that a process may set aside in one epoch of a source, or one after the other, before the run stops. With
-    # the deadline: a server that is gone stops it after three quarters of an hour. 0: the first one stops it.
+    # Shards that one process may skip in one epoch of a source before the run stops. Those that fail one after the
+    # other are counted across epochs. 0: the first failure stops the run. 8, with the deadline above: if the server is
+    # down, the run stops after about 45 minutes instead of waiting for ever.
     data.max_failed_shards = 8
-    # Batches made ahead of the step, in a thread.
+    # Batches prepared in advance by a background thread. 4 cover short pauses of the input, as when a shard is opened.
     data.prefetch_batches = 4
-    # Where `datasets` and `transformers` keep what they download. None: their own default.
+    # Directory for downloads of `datasets` and `transformers`. None: their own default, ~/.cache/huggingface.
     data.cache_dir = placeholder(str)
 
     config.tokenizer = tokenizer = ConfigDict()
-    # A hub name or a local directory. None: the one of model.model_name_or_path, else one is trained on the head of
-    # the text.
+    # A hub name or a local directory. None: the tokenizer of model.model_name_or_path if that is set, otherwise one is
+    # trained on the first train_documents documents.
     tokenizer.tokenizer_name = placeholder(str)
-    # Slow tokenizers are not supported; the key stands for those who come from the reference's flags.
+    # Must be True: slow tokenizers are not supported. The key exists because the reference script has the flag.
     tokenizer.use_fast_tokenizer = True
-    # Of a tokenizer trained here: "bpe" (of bytes), "wordpiece", "unigram", or "auto", the one of the model's family:
-    # bpe for roberta and modernbert, wordpiece for bert, distilbert and electra, unigram for albert, xlm-roberta and
-    # camembert. The family also says how the special tokens are called.
+    # Algorithm of a tokenizer trained here: "bpe" (byte-level), "wordpiece", "unigram" (SentencePiece), or "auto": the
+    # one that the published models of the family use. Special tokens are named as in those models.
     tokenizer.algorithm = "auto"
-    # Fold case and drop accents, as "uncased" models do; wordpiece, and unigram of albert.
+    # True: a tokenizer trained here lowercases text and strips accents, like the "uncased" BERT models. Only for
+    # wordpiece, and for unigram with albert.
     tokenizer.lowercase = False
-    # Entries, special tokens included, and documents it is trained on.
+    # Vocabulary size of a tokenizer trained here, including special tokens. 50,265 is that of RoBERTa.
     tokenizer.vocab_size = 50_265
+    # Documents to train a tokenizer on, from the beginning of the text. 100,000: more take longer to read and change
+    # little.
     tokenizer.train_documents = 100_000
-    # "auto": `gigatoken` where it gives the same ids as `tokenizers` (byte-level BPE), else `tokenizers`.
-    # "gigatoken" or "tokenizers": that one.
+    # Library that tokenizes: "gigatoken", "tokenizers", or "auto": gigatoken if it gives the same ids as tokenizers
+    # (byte-level BPE), because it is more than ten times as fast.
     tokenizer.backend = "auto"
 
     config.model = model = ConfigDict()
@@ -159,62 +172,76 @@ def get_config() -> ConfigDict:
     overrides.tie_word_embeddings = placeholder(bool)
 
     config.masking = masking = ConfigDict()
-    # The share of tokens to predict, special tokens and padding aside.
+    # Probability that a token is predicted; special tokens and padding never are. 0.15 as in BERT.
     masking.mlm_probability = 0.15
-    # Of those: the share replaced by the mask token, and by a random token; the rest stays as it is.
+    # Probability that a predicted token is replaced by the mask token. 0.8 as in BERT.
     masking.mask_replace_prob = 0.8
+    # Probability that a predicted token is replaced by a random token; the rest stay unchanged. 0.1 as in BERT.
     masking.random_replace_prob = 0.1
 
     config.optimizer = optimizer = ConfigDict()
-    # The peak. It rises linearly over warmup_steps updates from 0, then follows the schedule down to 0 at
-    # num_train_steps: "linear", "cosine", or "constant" (stays at the peak).
+    # Peak learning rate. 5e-5 as in the reference script: right for continued pre-training; use 1e-4 to 1e-3 from
+    # scratch.
     optimizer.learning_rate = 5e-5
+    # Steps over which the learning rate rises linearly from 0 to its peak. 0 as in the reference script: no warm-up;
+    # use 1 % to 10 % of the steps from scratch.
     optimizer.warmup_steps = 0
+    # Shape of the learning rate after warm-up: "linear" or "cosine" to 0 at num_train_steps, or "constant". "linear" as
+    # in the reference script.
     optimizer.schedule = "linear"
-    # Of AdamW: the decay of the running means of gradients and of their squares, and what is added to the root of the
-    # latter.
+    # AdamW beta1: decay rate of the running mean of gradients.
     optimizer.adam_beta1 = 0.9
+    # AdamW beta2: decay rate of the running mean of squared gradients. RoBERTa uses 0.98, which recovers sooner from
+    # spikes; 0.999 as in the reference script.
     optimizer.adam_beta2 = 0.999
+    # AdamW epsilon, added to the square root of the second moment. 1e-8 as in the reference script.
     optimizer.adam_epsilon = 1e-8
-    # Decoupled, as in AdamW; biases and norm scales have none.
+    # Decoupled weight decay, multiplied by the learning rate. Biases and norm scales are not decayed. 0 as in the
+    # reference script; 0.01 is usual.
     optimizer.weight_decay = 0.0
-    # The gradient's global norm is scaled down to this. 0: no clipping.
+    # Largest global gradient norm; larger gradients are scaled down to it. 0: no clipping, since the reference script
+    # ignores its flag; 1.0 is usual.
     optimizer.max_grad_norm = 0.0
-    # An update whose loss or gradient is not finite is skipped: parameters and optimizer stay as they were. After so
-    # many in a row the run stops: its parameters will not mend themselves.
+    # Consecutive skipped steps after which the run stops. A step whose loss or gradient is not finite is skipped:
+    # parameters and optimizer state stay unchanged. After 10 in a row the parameters rarely recover.
     optimizer.max_skipped_steps = 10
-    # Skip an update, too, whose gradient norm is over so many times the running mean of the last 100 or so. 0: never.
+    # A step is also skipped if its gradient norm exceeds spike_factor times the running mean over about 100 steps; the
+    # first 100 are never skipped. 0: no spike is skipped, as in the reference script.
     optimizer.spike_factor = 0.0
 
     config.checkpoint = checkpoint = ConfigDict()
-    # The newest ones that are kept.
+    # Newest checkpoints to keep. 2: if the newest is damaged, the run resumes from the other.
     checkpoint.keep_checkpoints = 2
-    # Of the older ones, those whose number of updates is a multiple of this are kept, too. 0: none.
+    # Also keep every checkpoint whose step is a multiple of this. 0: none, which saves disk space.
     checkpoint.keep_every_steps = 0
 
     config.export = export = ConfigDict()
-    # Of the weights in `model/`: "float32", as they are trained, or "bfloat16" or "float16", half the size.
+    # Dtype of the weights in `model/`: "float32" (as trained), "bfloat16" or "float16" (half the size).
     export.dtype = "float32"
 
     config.hub = hub = ConfigDict()
-    # Upload `model/` and the tensorboard files after every evaluation, in the background.
+    # Upload `model/` and the TensorBoard files to the Hugging Face hub after every evaluation, in the background. Off:
+    # it needs a token.
     hub.push_to_hub = False
-    # "name" or "owner/name". None: the work directory's own name.
+    # Repository on the hub, "name" or "owner/name". None: the name of the work directory.
     hub.hub_model_id = placeholder(str)
-    # Of a repository that is made here.
+    # True: if the repository does not exist, create it as a private one.
     hub.private = False
-    # For the model card, in the hub's abbreviations: such as "apache-2.0", and ("en", "de").
+    # License in the model card, as a hub identifier such as "apache-2.0". None: not stated.
     hub.license = placeholder(str)
+    # Languages in the model card, as codes such as ("en", "de"). Empty: not stated.
     hub.languages = ()
 
     config.profile = profile = ConfigDict()
-    # Trace num_steps updates after first_step for tensorboard's profile page. 0 steps: no trace.
+    # Steps from the start (or resumption) of the run to the start of the profiler. 10: compilation is over by then.
     profile.first_step = 10
+    # Steps to trace for TensorBoard's profile page. 0: none, since traces are large.
     profile.num_steps = 0
 
     config.report = report = ConfigDict()
-    # Sentences with "<mask>" (whatever the tokenizer's own mask token is) that the finished model fills in; yours to
-    # set for another language: --config.report.sentences="('Die <mask> ist da.',)".
+    # Example sentences that the model fills in after every evaluation. Each contains "<mask>", which stands for the
+    # mask token of whatever tokenizer is used. Set your own for other languages: --config.report.sentences="('Die
+    # <mask> ist da.',)".
     report.sentences = (
         "The capital of France is <mask>.",
         "She opened the <mask> and went into the house.",

@@ -318,7 +318,8 @@ class ModelSettings:
                 raise _error(
                     f"model.overrides.{name}",
                     value,
-                    f"the family {self.model_type} has no such field; set it to None, or change model.model_type",
+                    f"the family {self.model_type} has no such field; set it to None "
+                    f"(--config=configs/quickstart.py:{self.model_type} sets all fields for this family)",
                 )
         if self.overrides.tie_word_embeddings is False and not family.supports_untied_embeddings:
             raise _error(

@@ -1,6 +1,12 @@
-"""The configs: the reference run's values, and the README's table of flags."""
+"""The configs: values of the reference run, families of the quickstart, values given on the command line."""
 
+import dataclasses
+import json
 import re
+import subprocess
+import sys
+import types
+import typing
 from pathlib import Path
 
 import pytest
@@ -15,8 +21,13 @@ from configs import (
     xlm_roberta_base,
 )
 from mlm.data.pipeline import check_mixture
+from mlm.models.families import FAMILIES
 from mlm.run.workdir import flatten
+from mlm.settings import RunSettings
+from mlm.train import train_and_evaluate
+from tests.tiny import write_corpus
 
+REPO = Path(__file__).parent.parent
 MODULES = [quickstart, roberta_base, bert_base, roberta_large, modernbert_base, xlm_roberta_base]
 
 # Flags of run_mlm_flax_stream.py and of the TrainingArguments it reads, as the issue lists them.
@@ -60,13 +71,13 @@ def test_reference_run_has_the_values_of_the_reference_command():
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_configs_change_values_only(module):
+def test_a_config_has_the_keys_of_the_defaults_and_is_locked(module):
     assert flatten(module.get_config().to_dict()).keys() == flatten(default.get_config().to_dict()).keys()
     assert module.get_config().is_locked
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_docstrings_say_command_hardware_time_and_score(module):
+def test_a_docstring_states_command_hardware_time_and_score(module):
     assert [word for word in ("Command:", "Hardware:", "Time:", "Expected:") if word not in module.__doc__] == []
 
 
@@ -79,16 +90,16 @@ def test_docstrings_say_command_hardware_time_and_score(module):
         (xlm_roberta_base, 32, 8192 * 512),
     ],
 )
-def test_an_update_has_as_many_tokens_as_in_the_paper(module, devices, tokens):
+def test_a_step_has_as_many_tokens_as_in_the_paper(module, devices, tokens):
     config = module.get_config()
     rows = config.per_device_train_batch_size * config.gradient_accumulation_steps * devices
     assert rows * config.data.max_seq_length == tokens
     assert check_mixture(config.data.mixture) or not config.data.mixture
 
 
-def test_a_page_has_every_flag_of_the_reference_and_a_key_that_exists():
-    readme = (Path(__file__).parent.parent / "docs" / "reference_script.md").read_text()
-    rows = re.findall(r"^\| (`[a-z_0-9`, ]+`) \| (.+?) \|", readme, flags=re.MULTILINE)
+def test_the_page_of_reference_flags_lists_every_flag_with_a_key_that_exists():
+    page = (REPO / "docs" / "reference_script.md").read_text()
+    rows = re.findall(r"^\| (`[a-z_0-9`, ]+`) \| (.+?) \|", page, flags=re.MULTILINE)
     table = {flag: keys for flags, keys in rows for flag in re.findall(r"`(\w+)`", flags)}
     assert [flag for flag in REFERENCE_FLAGS if flag not in table] == []
     known = flatten(default.get_config().to_dict())
@@ -101,3 +112,74 @@ def test_a_page_has_every_flag_of_the_reference_and_a_key_that_exists():
             group = key.split(".")[0] if not key.startswith(".") else group
             key = group + key if key.startswith(".") else key
             assert key in known or key == "model.overrides", key
+
+
+def test_the_families_of_the_quickstart_differ_in_the_model_only():
+    values = {family: flatten(quickstart.get_config(family).to_dict()) for family in FAMILIES}
+    assert values["roberta"] == flatten(quickstart.get_config().to_dict())
+    for family in FAMILIES:
+        differing = {key for key in values[family] if values[family][key] != values["roberta"][key]}
+        assert all(key.startswith("model.") for key in differing)
+        assert values[family]["model.model_type"] == family
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_quickstart_trains_every_family(family, tmp_path):
+    config = quickstart.get_config(family)
+    config.num_train_steps = 3
+    config.optimizer.warmup_steps = 1
+    config.per_device_train_batch_size = 2
+    config.data.data_files = write_corpus(tmp_path)
+    config.data.num_eval_samples = 16
+    config.tokenizer.vocab_size = 300
+    config.tokenizer.train_documents = 200
+    config.model.overrides.num_hidden_layers = 1
+    train_and_evaluate(config, str(tmp_path / "run"))
+    assert json.loads((tmp_path / "run" / "model" / "config.json").read_text())["model_type"] == family
+
+
+PARSE = "import json, main, sys; main.parse_flags(sys.argv); json.dump(main.FLAGS.config.to_dict(), sys.stdout)"
+
+
+def parse(*words: str) -> dict:
+    """Returns the config that main.py makes of the command line, with full keys."""
+    command = [sys.executable, "-c", PARSE, *words]
+    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return flatten(json.loads(done.stdout))
+
+
+def optional_keys(settings: type = RunSettings, prefix: str = "") -> dict[str, type]:
+    """Returns the keys that may be None, with the type of their other values."""
+    found = {}
+    for field in dataclasses.fields(settings):
+        if dataclasses.is_dataclass(field.type):
+            found |= optional_keys(field.type, f"{prefix}{field.name}.")
+        elif isinstance(field.type, types.UnionType):
+            found[prefix + field.name] = typing.get_args(field.type)[0]
+    return found
+
+
+def test_none_on_the_command_line_resets_any_optional_key(tmp_path):
+    optional = optional_keys()
+    assert {"model.config_name", "model.overrides.type_vocab_size", "data.data_files"} <= optional.keys()
+    assert set(optional.values()) == {str, int, float, bool}
+    values = {key: kind("1") for key, kind in optional.items()}
+    lines = [f"    config.{key} = {value!r}" for key, value in values.items()]
+    (tmp_path / "all.py").write_text(
+        "\n".join(["from configs import default", "def get_config():", "    config = default.get_config()"])
+        + "\n"
+        + "\n".join([*lines, "    return config"])
+    )
+    config = f"--config={tmp_path / 'all.py'}"
+    assert values.items() <= parse(config).items()
+    reset = parse(config, *(f"--config.{key}=None" for key in optional))
+    assert {key for key in optional if reset[key] is not None} == set()
+
+
+def test_the_quickstart_takes_a_family_after_a_colon():
+    config = parse("--config=configs/quickstart.py:modernbert", "--config.num_train_steps=3")
+    assert config["model.model_type"] == "modernbert"
+    assert config["model.overrides.type_vocab_size"] is None
+    assert config["num_train_steps"] == 3

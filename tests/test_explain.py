@@ -1,6 +1,7 @@
-"""--mode=explain: every key is explained by the comments of configs/default.py."""
+"""--mode=explain prints the comments of configs/default.py."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,8 +18,8 @@ SOURCE = Path(default.__file__).read_text(encoding="utf-8")
 DEFAULTS = flatten(default.get_config().to_dict())
 
 
-def told(*names, values=None):
-    return explain(names, SOURCE, defaults=DEFAULTS, values=values, config="other.py")
+def explained(*names, values=None):
+    return explain(names, SOURCE, defaults=DEFAULTS, values=values)
 
 
 def test_every_key_is_explained_once():
@@ -28,56 +29,58 @@ def test_every_key_is_explained_once():
     assert all(len(explanation.text) > 25 for explanation in explanations)
 
 
-def test_a_comment_is_of_the_keys_up_to_the_next_one_or_of_the_group():
+def test_a_comment_explains_the_keys_below_it_and_keys_without_one_have_that_of_their_group():
     source = """
 def get_config():
     config = ConfigDict()
 
-    # Of the first two,
+    # The first two keys,
     # on two lines.
     config.a = 1
     config.b = (
         2,
     )
-    # Of the third.
+    # The third key.
     config.c = 3
 
-    # Of the group.
+    # The group.
     config.group = group = ConfigDict()
     group.d = 4
     group.e = 5
-    # Of its own.
+    # One key of the group.
     group.f = 6
     return config
 """
     assert [(explanation.keys, explanation.text) for explanation in read_explanations(source)] == [
-        (("a", "b"), "Of the first two, on two lines."),
-        (("c",), "Of the third."),
-        (("group.d", "group.e"), "Of the group."),
-        (("group.f",), "Of its own."),
+        (("a", "b"), "The first two keys, on two lines."),
+        (("c",), "The third key."),
+        (("group.d", "group.e"), "The group."),
+        (("group.f",), "One key of the group."),
     ]
 
 
-def test_a_key_is_told_with_its_default_and_what_a_config_makes_of_it():
-    assert told("data.max_seq_length", values=DEFAULTS | {"data.max_seq_length": 64}) == (
-        "data.max_seq_length = 128   (64 in other.py)\n    Tokens in a row, begin and end tokens included."
+def test_a_key_is_printed_with_its_value_and_its_default():
+    assert explained("data.max_seq_length", values=DEFAULTS | {"data.max_seq_length": 64}) == (
+        "data.max_seq_length = 64   (default: 128)\n"
+        "    Sequence length in tokens, including the begin and end tokens. 128 as in the reference run."
     )
-    text = told("eval_steps")
-    assert text.startswith("eval_steps = 500\n")
-    assert text.endswith("(said of logging_steps, save_steps, too)")
 
 
-def test_a_group_and_everything():
-    assert told("checkpoint").count(" = ") == sum(key.startswith("checkpoint.") for key in DEFAULTS)
-    everything = told()
+def test_a_key_that_is_explained_together_with_others_names_them():
+    text = explained("model.overrides.local_attention")
+    assert text.startswith("model.overrides.local_attention = None\n")
+    assert re.search(r"\(also for model.overrides.global_attn_every_n_layers, .*\)$", text)
+
+
+def test_a_group_has_all_of_its_keys_and_no_name_means_all_keys():
+    assert explained("checkpoint").count(" = ") == sum(key.startswith("checkpoint.") for key in DEFAULTS)
+    everything = explained()
     assert all(f"{key} = " in everything for key in DEFAULTS)
 
 
-def test_what_is_not_there_is_asked_back():
-    with pytest.raises(
-        UserError, match=r"^learning_rate: there is no such key; did you mean optimizer.learning_rate\?$"
-    ):
-        told("learning_rate")
+def test_an_unknown_key_is_answered_with_the_nearest_one():
+    with pytest.raises(UserError, match=r"^learning_rate: unknown key; did you mean optimizer.learning_rate\?$"):
+        explained("learning_rate")
 
 
 def run(*words):
@@ -85,11 +88,11 @@ def run(*words):
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
 
-def test_the_command_line():
+def test_explain_on_the_command_line():
     done = run("--mode=explain", "--config=configs/quickstart.py", "optimizer.weight_decay", "seed")
     assert done.returncode == 0, done.stderr
     assert "seed = 42\n" in done.stdout
-    assert "optimizer.weight_decay = 0.0   (0.01 in the config)\n" in done.stdout
+    assert "optimizer.weight_decay = 0.01   (default: 0.0)\n" in done.stdout
 
 
 def test_help_names_every_mode_with_examples():
@@ -101,7 +104,7 @@ def test_help_names_every_mode_with_examples():
 
 
 @pytest.mark.parametrize("words", [["--help"], ["--mode=explain"], ["--mode=explain", "seed"]])
-def test_a_reader_that_goes_away_is_no_error(words):
+def test_a_closed_stdout_ends_the_program_with_141_and_no_message(words):
     reads, writes = os.pipe()
     os.close(reads)
     try:

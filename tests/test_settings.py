@@ -252,11 +252,11 @@ WRONG = [
     ),
     (
         {"model.overrides.embedding_size": 8},
-        "model.overrides.embedding_size=8: the family roberta has no such field; set it to None, or change model.model_type",
+        "model.overrides.embedding_size=8: the family roberta has no such field; set it to None (--config=configs/quickstart.py:roberta sets all fields for this family)",
     ),
     (
         {"model.overrides.type_vocab_size": 1, "model.model_type": "modernbert"},
-        "model.overrides.type_vocab_size=1: the family modernbert has no such field; set it to None, or change model.model_type",
+        "model.overrides.type_vocab_size=1: the family modernbert has no such field; set it to None (--config=configs/quickstart.py:modernbert sets all fields for this family)",
     ),
     (
         {"model.overrides.tie_word_embeddings": False},

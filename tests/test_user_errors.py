@@ -240,18 +240,3 @@ def test_every_error_is_in_the_tables_or_in_another_test():
 def test_the_other_tests_are_there(test):
     file, name = test.split("::")
     assert name in names_in(file)
-
-
-def test_the_page_for_when_something_goes_wrong_has_all_of_them():
-    page = (REPO / "docs" / "troubleshooting.md").read_text()
-    lines = [
-        cell
-        for row in page.splitlines()
-        if row.startswith("| `")
-        for cell in re.findall(r"`([^`]+)`", row.split(" | ")[0])
-    ]
-    patterns = [re.compile(".*".join(re.escape(part) for part in line.split("...")), re.DOTALL) for line in lines]
-    tables = (user_errors.COMMAND_LINE, user_errors.VALUES, user_errors.CALLS)
-    messages = [message for table in tables for _, message in table]
-    messages += [text for texts in user_errors.ELSEWHERE.values() for text in texts if text != "{}"]
-    assert [message for message in messages if not any(pattern.search(message) for pattern in patterns)] == []

@@ -62,6 +62,10 @@ COMMAND_LINE = [
         (QUICKSTART, "--config.data=3"),
         "--config.data is a group of keys; set one of them: data.cache_dir, data.data_files, data.dataset_config_name, data.dataset_name, data.eval_data_files, data.max_failed_shards, data.max_seq_length, data.mixture, data.network_deadline_seconds, data.network_timeout_seconds, data.num_eval_samples, data.packing, data.prefetch_batches, data.shuffle_buffer_size, data.skip_steps, data.split, data.text_column_name",
     ),
+    (
+        ("--config=configs/roberta_base.py:bert",),
+        "--config=configs/roberta_base.py:bert: get_config() takes no argument; remove the colon and what follows it",
+    ),
     ((QUICKSTART, "--config.num_train_steps=many"), "--config.num_train_steps=many must be a whole number"),
     (
         (QUICKSTART, "--config.model.overrides.hidden_size=1.5"),
@@ -101,7 +105,7 @@ COMMAND_LINE = [
     ),
     (("--mode=show_data", "--workdir={world}/x"), "--mode=show_data needs the update to show, such as --step=100"),
     (("--mode=export", "--workdir={world}/x"), "--workdir={world}/x: there is no run; name the work directory of one"),
-    (("--mode=explain", "learning_rate"), "learning_rate: there is no such key; did you mean optimizer.learning_rate?"),
+    (("--mode=explain", "learning_rate"), "learning_rate: unknown key; did you mean optimizer.learning_rate?"),
     (("--mode=report",), "no --workdir; name the run's directory, such as --workdir=runs/quickstart"),
     (
         ("--mode=export", "--config={world}/bare.py", "--workdir={world}/x"),

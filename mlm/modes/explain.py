@@ -1,4 +1,4 @@
-"""--mode=explain: what a config key means, told by the comments of `configs/default.py`."""
+"""--mode=explain: prints the meaning of config keys, which is the comment above each in `configs/default.py`."""
 
 import ast
 import dataclasses
@@ -14,11 +14,11 @@ from mlm.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Explanation:
-    """Of some keys at once: those that stand together under a comment.
+    """A comment of `configs/default.py` and the keys below it.
 
     Attributes:
       keys: full names, such as "optimizer.learning_rate".
-      text: the comment, one paragraph.
+      text: the comment as one paragraph.
     """
 
     keys: tuple[str, ...]
@@ -26,10 +26,10 @@ class Explanation:
 
 
 def read_explanations(source: str) -> list[Explanation]:
-    """The comments of a config file's `get_config`, in its order.
+    """Returns the comments of a config file's `get_config`, in order.
 
-    A comment explains the keys that follow it up to the next comment or empty line. Keys of a group that have none of
-    their own have the group's.
+    A comment explains the keys below it, up to the next comment or empty line. A key without a comment has the comment
+    of its group.
     """
     comments = {
         token.start[0]: token.string.lstrip("# ")
@@ -38,7 +38,7 @@ def read_explanations(source: str) -> list[Explanation]:
     }
     function = next(node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef))
     prefixes = {"config": ""}
-    texts = {"config": ""}
+    group_texts = {"config": ""}
     found: list[Explanation] = []
     end, text = 0, ""
     for node in function.body:
@@ -47,13 +47,13 @@ def read_explanations(source: str) -> list[Explanation]:
         owner, name = node.targets[0].value.id, node.targets[0].attr
         key = prefixes[owner] + name
         above = _comment_above(comments, node.lineno)
-        is_next = node.lineno == end + 1
+        is_next_line = node.lineno == end + 1
         end = node.end_lineno
         if len(node.targets) > 1:  # config.data = data = ConfigDict()
-            prefixes[node.targets[1].id], texts[node.targets[1].id] = f"{key}.", above
+            prefixes[node.targets[1].id], group_texts[node.targets[1].id] = f"{key}.", above
             text = ""
-        elif above or not is_next or not found or not text:
-            text = above or texts[owner]
+        elif above or not is_next_line or not found or not text:
+            text = above or group_texts[owner]
             found.append(Explanation((key,), text))
         else:
             found[-1] = Explanation((*found[-1].keys, key), text)
@@ -68,44 +68,41 @@ def _comment_above(comments: Mapping[int, str], line: int) -> str:
     return " ".join(lines)
 
 
-def explain(
-    names: Sequence[str], source: str, *, defaults: Mapping[str, Any], values: Mapping[str, Any] | None, config: str
-) -> str:
-    """What keys mean, and what they are.
+def explain(names: Sequence[str], source: str, *, defaults: Mapping[str, Any], values: Mapping[str, Any] | None) -> str:
+    """Returns the meaning and the value of config keys, as text for a terminal.
 
     Args:
-      names: keys, or groups of them, such as "optimizer"; none for all keys.
-      source: of `configs/default.py`.
-      defaults: key -> value there, flat.
-      values: key -> value of another config, flat; None when there is none.
-      config: what that one is called.
+      names: keys or groups of keys, such as "optimizer"; empty for all keys.
+      source: the text of `configs/default.py`.
+      defaults: its values by full key.
+      values: the values of another config by full key, which are shown beside the defaults; None without another one.
 
     Raises:
-      UserError: there is no such key.
+      UserError: a name is neither a key nor a group.
     """
-    explanations = read_explanations(source)
     for name in names:
-        if not any(_is_named(key, name) for key in defaults):
+        if not any(_is_in(key, name) for key in defaults):
             groups = {key.rpartition(".")[0] for key in defaults} - {""}
             nearest = difflib.get_close_matches(name, [*defaults, *groups], n=1, cutoff=0.0)[0]
-            raise UserError(f"{name}: there is no such key; did you mean {nearest}?")
-    parts = []
-    for explanation in explanations:
-        chosen = [key for key in explanation.keys if not names or any(_is_named(key, name) for name in names)]
+            raise UserError(f"{name}: unknown key; did you mean {nearest}?")
+    paragraphs = []
+    for explanation in read_explanations(source):
+        chosen = [key for key in explanation.keys if not names or any(_is_in(key, name) for name in names)]
         if not chosen:
             continue
         lines = []
         for key in chosen:
-            line = f"{key} = {defaults[key]!r}"
-            if values is not None and values[key] != defaults[key]:
-                line += f"   ({values[key]!r} in {config})"
-            lines.append(line)
+            if values is None or values[key] == defaults[key]:
+                lines.append(f"{key} = {defaults[key]!r}")
+            else:
+                lines.append(f"{key} = {values[key]!r}   (default: {defaults[key]!r})")
         lines.append(textwrap.indent(textwrap.fill(explanation.text, width=100), "    "))
         if others := [key for key in explanation.keys if key not in chosen]:
-            lines.append(f"    (said of {', '.join(others)}, too)")
-        parts.append("\n".join(lines))
-    return "\n\n".join(parts)
+            lines.append(f"    (also for {', '.join(others)})")
+        paragraphs.append("\n".join(lines))
+    return "\n\n".join(paragraphs)
 
 
-def _is_named(key: str, name: str) -> bool:
+def _is_in(key: str, name: str) -> bool:
+    """True if `name` is the key or a group that contains it."""
     return key == name or key.startswith(f"{name}.")
