@@ -12,7 +12,7 @@ import transformers
 from absl import logging
 
 from mlm.data.sources import source as sources
-from mlm.errors import UserError
+from mlm.errors import UserError, one_line
 
 BACKENDS = ("auto", "gigatoken", "tokenizers")
 # One of them is in every directory with a tokenizer.
@@ -152,14 +152,14 @@ def load_tokenizer(
     except (OSError, ValueError) as error:
         if local:
             raise UserError(
-                f"no tokenizer in {tokenizer_name!r}: {sources.one_line(error)}; check tokenizer.tokenizer_name"
+                f"no tokenizer in {tokenizer_name!r}: {one_line(error)}; check tokenizer.tokenizer_name"
             ) from None
         sources.require_hub(f"the tokenizer {tokenizer_name!r}")
         try:
             hf = transformers.AutoTokenizer.from_pretrained(tokenizer_name, **options)
         except (OSError, ValueError) as error:
             raise UserError(
-                f"no tokenizer {tokenizer_name!r} on the hub: {sources.one_line(error)}; "
+                f"no tokenizer {tokenizer_name!r} on the hub: {one_line(error)}; "
                 "check tokenizer.tokenizer_name, or leave it empty to train one"
             ) from None
     if not getattr(hf, "is_fast", False):
@@ -175,7 +175,7 @@ def read_vocabulary(directory: str) -> dict[str, int] | None:
         return transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True).get_vocab()
     except (OSError, ValueError) as error:
         raise UserError(
-            f"the tokenizer in {directory!r} cannot be read ({sources.one_line(error)}); fetch it anew, or remove it"
+            f"the tokenizer in {directory!r} cannot be read ({one_line(error)}); fetch it anew, or remove it"
         ) from None
 
 
@@ -202,7 +202,7 @@ def _gigatoken(model: dict):
     try:
         return gigatoken.Tokenizer.from_json(json.dumps(plain))
     except (ValueError, RuntimeError, KeyError, NotImplementedError) as error:
-        logging.info("gigatoken cannot do this tokenizer (%s): going on with tokenizers.", sources.one_line(error))
+        logging.info("gigatoken cannot do this tokenizer (%s): going on with tokenizers.", one_line(error))
         return None
 
 

@@ -14,9 +14,8 @@ import tokenizers
 import transformers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from mlm.data.sources import source as sources
 from mlm.data.tokenizer import Tokenizer
-from mlm.errors import UserError
+from mlm.errors import UserError, one_line
 
 # What tokenizer.algorithm="auto" takes for the models of a family: what the published ones of it have.
 FAMILIES = {
@@ -240,7 +239,7 @@ def _train_unigram(
     except (RuntimeError, ValueError) as error:
         raise UserError(
             f"tokenizer.vocab_size={vocab_size}: no Unigram tokenizer of this size can be trained on this text "
-            f"({sources.one_line(error)})"
+            f"({one_line(error)})"
         ) from None
     model = sentencepiece_model_pb2.ModelProto.FromString(written.getvalue())
     return dress(

@@ -21,7 +21,7 @@ from absl import logging
 
 from mlm.data.sources import retry
 from mlm.data.sources.retry import RetryPolicy
-from mlm.errors import UserError
+from mlm.errors import UserError, one_line
 
 # What a push may fail with. huggingface_hub makes RuntimeErrors and ValueErrors of some answers.
 _FAILURES = (*retry.ERRORS, OSError, RuntimeError, ValueError)
@@ -99,8 +99,8 @@ class Hub:
                     retries.failed(error)
             except _FAILURES as error:
                 raise UserError(
-                    f"hub.hub_model_id={self._name!r}: the repository cannot be made ({_line(error)}); check the name, "
-                    "the token's rights (`hf auth whoami`) and the network, or set --config.hub.push_to_hub=False"
+                    f"hub.hub_model_id={self._name!r}: the repository cannot be made ({one_line(error)}); check the "
+                    "name, the token's rights (`hf auth whoami`) and the network, or set --config.hub.push_to_hub=False"
                 ) from None
 
     def push(self, *, step: int) -> None:
@@ -108,7 +108,7 @@ class Hub:
         try:
             snapshot = self._take_snapshot(step)
         except OSError as error:
-            logging.warning("step %d: not pushed, for there is no copy of it to be made: %s", step, _line(error))
+            logging.warning("step %d: not pushed, for there is no copy of it to be made: %s", step, one_line(error))
             return
         with self._changed:
             older, self._waiting = self._waiting, snapshot
@@ -143,7 +143,7 @@ class Hub:
             try:
                 self._commit(snapshot)
             except _FAILURES as error:
-                self._failure = _line(error)
+                self._failure = one_line(error)
                 logging.warning("step %d: pushing to %s failed: %s", snapshot.step, self.repo_id, self._failure)
                 hopeless = retry.classify_error(error) is retry.Failure.PERMANENT
                 tries_left -= closing
@@ -222,7 +222,7 @@ def check_token(name: str, *, retry_policy: RetryPolicy) -> str:
         account = huggingface_hub.HfApi().whoami()
     except _FAILURES as error:
         raise UserError(
-            f"hub.push_to_hub=True: the hub does not say whose token this is ({_line(error)}); check it with "
+            f"hub.push_to_hub=True: the hub does not say whose token this is ({one_line(error)}); check it with "
             "`hf auth whoami`, and the network, or set --config.hub.push_to_hub=False"
         ) from None
     repo_id = name if "/" in name else f"{account['name']}/{name}"
@@ -249,14 +249,6 @@ def _may_write(account: Mapping[str, Any], *, repo_id: str) -> bool:
         scope["entity"].get("name") in (repo_id, repo_id.split("/")[0]) and "repo.write" in scope["permissions"]
         for scope in scopes.get("scoped", ())
     )
-
-
-def _line(error: BaseException) -> str:
-    """An error with what it came from, in one line."""
-    cause = error.__cause__
-    more = f" ({_line(cause)})" if cause is not None and str(cause) not in str(error) else ""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {' '.join(lines)[:300]}{more}"
 
 
 def _link_or_copy(source: str, target: str) -> None:

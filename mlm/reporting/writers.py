@@ -18,6 +18,7 @@ from tensorboard.plugins.custom_scalar import summary as custom_scalar_summary
 from tensorboard.plugins.hparams import summary_v2 as hparams_summary
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
+from mlm.errors import one_line
 from mlm.reporting.curves import read_metrics
 from mlm.run.workdir import WorkDir
 
@@ -141,4 +142,4 @@ def tolerant() -> Iterator[None]:
     try:
         yield
     except (OSError, tf.errors.OpError) as error:
-        logging.warning("metrics could not be written: %s", str(error).splitlines()[0])
+        logging.warning("metrics could not be written: %s", one_line(error))

@@ -25,7 +25,7 @@ from absl import logging
 from etils import epath
 from orbax.checkpoint import future
 
-from mlm.errors import UserError
+from mlm.errors import UserError, one_line
 from mlm.run import gcs
 
 
@@ -148,7 +148,7 @@ class Checkpointer:
         try:
             self._manager = self._open()
         except unreachable as error:
-            raise UserError(f"the checkpoints in {directory} cannot be read ({_reason(error)}); mend that") from None
+            raise UserError(f"the checkpoints in {directory} cannot be read ({one_line(error)}); mend that") from None
         # Whether an error that was told of still sticks to the manager, for another could not be made.
         self._is_stale = False
 
@@ -250,7 +250,7 @@ class Checkpointer:
                 self._manager, self._is_stale = self._open(), False
                 if jax.process_index() == 0:
                     self.remove_partial()
-            raise SaveError(f"a checkpoint could not be written ({_reason(error)})") from None
+            raise SaveError(f"a checkpoint could not be written ({one_line(error)})") from None
 
     def remove_partial(self) -> None:
         """Removes what a save that failed, or was cut off, has left. Not while one is under way."""
@@ -347,12 +347,12 @@ class Checkpointer:
         except Exception as error:
             if self._is_unreachable(error):
                 raise UserError(
-                    f"checkpoint {step} in {self._directory} cannot be read now ({_reason(error)}); mend the network "
+                    f"checkpoint {step} in {self._directory} cannot be read now ({one_line(error)}); mend the network "
                     "or the rights: the same command goes on"
                 ) from None
             # Where a part of an array cannot be read Orbax raises a plain Exception.
             if type(error) is Exception or isinstance(error, KeyError | TypeError | ValueError | OSError):
-                raise CorruptCheckpointError(f"{type(error).__name__}: {_reason(error)}") from None
+                raise CorruptCheckpointError(f"{type(error).__name__}: {one_line(error)}") from None
             raise
 
     def _is_unreachable(self, error: Exception) -> bool:
@@ -385,8 +385,3 @@ def _sum(leaf: jax.Array) -> jax.Array:
     unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[leaf.dtype.itemsize]
     words = jax.lax.bitcast_convert_type(leaf, unsigned).ravel().astype(jnp.uint32)
     return jnp.sum(words * (2 * jnp.arange(words.size, dtype=jnp.uint32) + 1), dtype=jnp.uint32)
-
-
-def _reason(error: Exception) -> str:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0][:300]

@@ -20,7 +20,7 @@ import weakref
 from collections.abc import Iterable, Iterator
 from typing import IO, Any
 
-from mlm.errors import UserError
+from mlm.errors import UserError, one_line
 
 # Read once, by etils and gcsfs, which Orbax goes to the bucket by. Through TensorFlow it could neither be told of
 # a stand-in for the bucket nor would errors be OSErrors; what gcsfs would find out about a bucket is no use here.
@@ -287,11 +287,11 @@ def _open_bucket(name: str, *, url: str) -> Any:
     except exceptions.NotFound:
         reason = f"there is no bucket {name}; make it (gcloud storage buckets create gs://{name}), or name another"
     except (exceptions.Forbidden, exceptions.Unauthorized) as error:
-        reason = f"the bucket {name} may not be read ({_line(error)}); {_ROLES}"
+        reason = f"the bucket {name} may not be read ({one_line(error)}); {_ROLES}"
     except ValueError as error:
-        reason = f"{_line(error)}; name another bucket"
+        reason = f"{one_line(error)}; name another bucket"
     except failures() as error:
-        reason = f"the bucket {name} cannot be reached ({_line(error)}); mend that, or choose another"
+        reason = f"the bucket {name} cannot be reached ({one_line(error)}); mend that, or choose another"
         if "Project was not passed" in str(error):
             reason = "there is no Google Cloud project here; set GOOGLE_CLOUD_PROJECT to the name of yours"
     raise UserError(f"--workdir={url}: {reason}")
@@ -312,12 +312,7 @@ def _as_os_error(what: str) -> Iterator[None]:
     except FileExistsError:
         raise
     except failures() as error:
-        raise OSError(f"{what} ({_line(error)})") from None
-
-
-def _line(error: Exception) -> str:
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0][:300]}"
+        raise OSError(f"{what} ({one_line(error)})") from None
 
 
 def _stamp(path: str) -> tuple[int, ...]:

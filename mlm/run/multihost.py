@@ -20,7 +20,7 @@ from absl import logging
 # The client of the coordination service; jax has no public name for it.
 from jax._src import distributed
 
-from mlm.errors import UserError
+from mlm.errors import UserError, one_line
 from mlm.run.signals import EXIT_INTERRUPTED, Interrupted, signal_listener
 
 # A process that has not been heard of for so long is given up, and so is the run.
@@ -58,9 +58,8 @@ def start(
                 shutdown_timeout_seconds=SHUTDOWN_TIMEOUT_SECONDS,
             )
     except (ValueError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0]
         raise UserError(
-            f"--multihost: the processes do not find each other ({reason}); give each "
+            f"--multihost: the processes do not find each other ({one_line(error)}); give each "
             "--coordinator_address=HOST:PORT --num_processes=N --process_id=I, or leave --multihost out"
         ) from None
 
@@ -122,7 +121,7 @@ def propagate_failures() -> Iterator[None]:
             )
             os._exit(1)
         traceback.print_exc()
-        _end(client, f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}", 1)
+        _end(client, f"{type(error).__name__}: {one_line(error)}", 1)
     finally:
         done.set()
         watcher.join()

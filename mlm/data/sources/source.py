@@ -10,7 +10,6 @@ import json
 import logging as std_logging
 import lzma
 import os
-import re
 import ssl
 import time
 import urllib.error
@@ -24,7 +23,7 @@ import huggingface_hub
 import pyarrow as pa
 
 from mlm.data.sources import docstrings, files, retry
-from mlm.errors import UserError
+from mlm.errors import UserError, one_line
 
 _HUB_TIMEOUT_SECONDS = 10.0
 # Of the first question to the hub.
@@ -342,14 +341,6 @@ def require_hub(what: str) -> None:
                 f"{what} is not here and needs the network, but {endpoint} cannot be reached "
                 f"({one_line(reason)}): check the network, or name local files"
             ) from None
-
-
-def one_line(error: BaseException) -> str:
-    """An exception's message on one line of bearable length."""
-    text = re.sub(r"\s+", " ", str(error)).strip() or type(error).__name__
-    if isinstance(error, FileNotFoundError):
-        text = f"not found: {text}"
-    return text if len(text) <= 400 else text[:400] + "..."
 
 
 def _silence_datasets() -> None:

@@ -27,7 +27,7 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from mlm.data.sources import source as sources
 from mlm.data.tokenizer import read_vocabulary
-from mlm.errors import UserError
+from mlm.errors import UserError, one_line
 from mlm.models.config import EncoderConfig
 from mlm.models.hf import weights
 from mlm.models.hf.tensor_names import TENSOR_NAMES
@@ -205,7 +205,7 @@ def _read_tensors(path: str) -> dict[str, np.ndarray]:
             try:
                 tensors |= safetensors.numpy.load_file(file)
             except (safetensors.SafetensorError, OSError) as error:
-                raise UserError(f"{file} cannot be read ({sources.one_line(error)}); fetch it anew") from None
+                raise UserError(f"{file} cannot be read ({one_line(error)}); fetch it anew") from None
         return tensors
     files = _files(path, "pytorch_model.bin")
     if not files:
@@ -235,7 +235,7 @@ def _read_pytorch(file: str) -> dict[str, np.ndarray]:
             "model as safetensors where it can be trusted"
         ) from None
     except (RuntimeError, OSError, EOFError, ValueError) as error:
-        raise UserError(f"{file} cannot be read ({sources.one_line(error)}); fetch it anew") from None
+        raise UserError(f"{file} cannot be read ({one_line(error)}); fetch it anew") from None
     return {
         name: (tensor.to(torch.float32) if tensor.is_floating_point() else tensor).numpy()
         for name, tensor in tensors.items()
