@@ -129,9 +129,6 @@ def get_config() -> ConfigDict:
     # net, which saves memory and bytes to move. "full": whole layers, which leaves one array a layer in memory
     # and costs a forward pass more. "auto": "dots", on CPU "none", where operations are dearer than memory.
     model.remat = "auto"
-    # One layer is compiled for all that are alike, which is quicker. Checkpoints are the same either way, but dropout
-    # masks are not.
-    model.scan_layers = False
     # Fields of the Hugging Face config to change. None: as in the config above; vocab_size, pad_token_id,
     # bos_token_id and eos_token_id then come from the tokenizer when there is no config to copy.
     model.overrides = overrides = ConfigDict()

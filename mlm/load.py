@@ -6,29 +6,20 @@ Nothing here needs the run's devices, its text or its training step; a run that 
 import dataclasses
 import json
 import os
-import sys
-from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 import safetensors.numpy
-from absl import logging
-from ml_collections import ConfigDict
 
 from mlm import build
 from mlm.data.tokenizer import Tokenizer, load_tokenizer
 from mlm.errors import UserError
-from mlm.export import model_directory
-from mlm.export.fill_mask import fill_mask, table
-from mlm.export.model_card import build_card
 from mlm.models.config import EncoderConfig
-from mlm.models.encoder import MaskedLM
 from mlm.models.hf import weights
-from mlm.reporting.curves import read_metrics
 from mlm.run.checkpoint import Checkpointer, CorruptCheckpointError
-from mlm.run.gcs import is_url
 from mlm.run.workdir import WorkDir
+from mlm.settings import RunSettings
 
 # Sentences of a file or a pipe that are filled in together.
 _SENTENCES_AT_ONCE = 64
@@ -53,86 +44,7 @@ class LoadedModel:
     tokens_seen: int
 
 
-def export_checkpoint(
-    config: ConfigDict,
-    workdir: str,
-    *,
-    step: int | None = None,
-    average: int = 1,
-    output: str | None = None,
-    dtype: str | None = None,
-) -> str:
-    """Writes a checkpoint of a run as a Hugging Face model directory.
-
-    Args:
-      config: the run's.
-      workdir: the run's.
-      step: which checkpoint; None for the newest.
-      average: of how many checkpoints, up to that one, the parameters' mean is taken.
-      output: where to; None for the run's own `model/`.
-      dtype: of the weights written; None for the run's export.dtype.
-
-    Returns:
-      The directory.
-
-    Raises:
-      UserError: there is no such checkpoint, or something else stands at `output`.
-    """
-    dtype = dtype or config.export.dtype
-    if dtype not in model_directory.DTYPES:
-        raise UserError(f"--dtype={dtype} is not one of {', '.join(model_directory.DTYPES)}")
-    if output is not None and is_url(output):
-        raise UserError(f"--output={output}: URLs are not supported; name a directory here and copy it there")
-    place = WorkDir(workdir)
-    directory = os.path.abspath(os.path.expanduser(output)) if output is not None else place.model
-    if os.path.exists(directory) and not os.path.isdir(directory):
-        raise UserError(f"--output={output}: there is a file; name a directory, or one that can be made")
-    if os.path.isdir(directory) and os.listdir(directory) and "trainer_state.json" not in os.listdir(directory):
-        raise UserError(f"--output={output}: there is something else than a model; name another directory")
-    if output is None:
-        place.lock()  # A run writes there, too.
-    try:
-        saved = load_checkpoint(config, place, step=step, average=average)
-        last = saved.steps[-1]
-        title = os.path.basename(place.path)
-        if average > 1:
-            title += f", mean of the checkpoints {', '.join(map(str, saved.steps))}"
-        processes, rows_per_process = place.last_topology()
-        card = build_card(
-            config,
-            title=title,
-            model_type=saved.encoder.model_type,
-            step=last,
-            rows=processes * rows_per_process,
-            tokens_seen=saved.tokens_seen,
-            hardware=_hardware(place),
-        )
-        os.makedirs(os.path.dirname(directory), exist_ok=True)
-        model_directory.export_model(
-            directory,
-            step=last,
-            params=saved.params,
-            config=saved.encoder,
-            tokenizer=saved.tokenizer,
-            card=card,
-            # Those of a checkpoint are not those of a mean.
-            metrics=_evaluation(place, last) if average == 1 else {},
-            predictions=fill_mask(MaskedLM(saved.encoder), saved.params, saved.tokenizer, config.report.sentences),
-            metrics_path=place.metrics,
-            dtype=dtype,
-        )
-        if output is None:
-            place.push()
-    except OSError as error:
-        raise UserError(f"{error}; make room, or mend that, and export again") from None
-    finally:
-        place.unlock()
-    shown = directory if output is not None else os.path.join(place.display_path, "model")
-    logging.info("exported update %s to %s", " + ".join(map(str, saved.steps)), shown)
-    return shown
-
-
-def load_checkpoint(config: ConfigDict, place: WorkDir, *, step: int | None, average: int = 1) -> LoadedModel:
+def load_checkpoint(settings: RunSettings, place: WorkDir, *, step: int | None, average: int = 1) -> LoadedModel:
     """Reads the parameters of a checkpoint, or the mean of some.
 
     Raises:
@@ -140,7 +52,7 @@ def load_checkpoint(config: ConfigDict, place: WorkDir, *, step: int | None, ave
     """
     if average < 1:
         raise UserError(f"--average={average} must be at least 1")
-    with Checkpointer(place.checkpoints, keep_checkpoints=config.checkpoint.keep_checkpoints) as checkpointer:
+    with Checkpointer(place.checkpoints, keep_checkpoints=settings.checkpoint.keep_checkpoints) as checkpointer:
         there = checkpointer.steps()
         if not there:
             raise UserError(
@@ -169,7 +81,7 @@ def load_checkpoint(config: ConfigDict, place: WorkDir, *, step: int | None, ave
             ) from None
     tokenizer = load_tokenizer(place.tokenizer)
     path = os.path.join(place.model, "config.json")
-    encoder = _read_encoder(path) if os.path.exists(path) else build.open_encoder(config, tokenizer)
+    encoder = _read_encoder(path) if os.path.exists(path) else build.open_encoder(settings, tokenizer)
     params = jax.tree.map(lambda leaf: leaf.astype(np.float32), mean)
     return LoadedModel(tuple(steps), params, encoder, tokenizer, tokens_seen)
 
@@ -198,67 +110,3 @@ def _read_encoder(path: str) -> EncoderConfig:
             return EncoderConfig.from_hf(json.load(file))
     except ValueError:
         raise UserError(f"{path} is not JSON; --mode=export writes it anew") from None
-
-
-def _hardware(place: WorkDir) -> str:
-    """What the run's own export says; empty where there is none."""
-    try:
-        with open(os.path.join(place.model, "trainer_state.json"), encoding="utf-8") as file:
-            return json.load(file)["hardware"]
-    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError):
-        return ""
-
-
-def _evaluation(place: WorkDir, step: int) -> dict[str, float]:
-    """The metrics of the evaluation after update `step`, empty if there was none."""
-    for line in read_metrics(place.metrics):
-        if line["step"] == step:
-            return {name: value for name, value in line.items() if name.startswith("eval/")}
-    return {}
-
-
-def fill_sentences(config: ConfigDict, workdir: str, sentences: Sequence[str], *, step: int | None = None) -> None:
-    """Prints the five best words for each mask of the sentences: the command line's, or those of standard input.
-
-    Args:
-      config: the run's.
-      workdir: the run's.
-      sentences: with "<mask>" or the tokenizer's own mask token; none: standard input's lines.
-      step: the checkpoint to ask; None for the model in `model/`.
-
-    Raises:
-      UserError: there is no such model, or a sentence has no mask or is too long.
-    """
-    place = WorkDir(workdir)
-    if step is None:
-        place.fetch_weights()
-        saved = load_model(place.model, shown=os.path.join(place.display_path, "model"))
-    else:
-        saved = load_checkpoint(config, place, step=step)
-    model, params = MaskedLM(saved.encoder), jax.device_put(saved.params)
-    asked = False
-    for some in _batches(sentences, _lines()):
-        asked = True
-        print(table(fill_mask(model, params, saved.tokenizer, some)), flush=True)
-    if not asked:
-        raise UserError("no sentence; write some after the flags, or send lines to standard input")
-
-
-def _lines() -> Iterable[str]:
-    return (line.strip() for line in sys.stdin if line.strip())
-
-
-def _batches(sentences: Sequence[str], lines: Iterable[str]) -> Iterable[list[str]]:
-    """The sentences at once; or lines, some at a time, and one where a person types them."""
-    if sentences:
-        yield list(sentences)
-        return
-    at_once = 1 if sys.stdin.isatty() else _SENTENCES_AT_ONCE
-    some = []
-    for line in lines:
-        some.append(line)
-        if len(some) == at_once:
-            yield some
-            some = []
-    if some:
-        yield some

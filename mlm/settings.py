@@ -7,7 +7,9 @@ lower layers take the names of their choices (`PACKINGS`, `DTYPES`, ...) from he
 
 import dataclasses
 import difflib
+import functools
 import math
+import operator
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -523,6 +525,14 @@ class RunSettings:
     def to_dict(self) -> dict[str, Any]:
         """Returns the keys as nested dicts, in the order of `configs/default.py`."""
         return dataclasses.asdict(self)
+
+    def replace(self, changes: Mapping[str, Any]) -> Self:
+        """Returns settings with some values changed, by keys with dots: `replace({"hub.push_to_hub": False})`."""
+        nested = self.to_dict()
+        for key, value in changes.items():
+            *groups, name = key.split(".")
+            functools.reduce(operator.getitem, groups, nested)[name] = value
+        return self.from_dict(nested)
 
     def flat(self) -> dict[str, Any]:
         """Returns the keys with dots, such as "optimizer.learning_rate", in the order of `configs/default.py`."""

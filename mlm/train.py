@@ -1,7 +1,6 @@
 """The run: build, restore, then loop over batch, step, log, evaluate, save, export."""
 
 import contextlib
-import copy
 import functools
 import itertools
 import os
@@ -10,7 +9,6 @@ from typing import Any
 
 import jax
 from absl import logging
-from ml_collections import ConfigDict
 
 from mlm import build, memory, parallel, steps
 from mlm.data.packing import CONCATENATING
@@ -25,11 +23,12 @@ from mlm.reporting import reporter
 from mlm.reporting.summary import log_run_summary, show, warn_batch_size_changed
 from mlm.run.checkpoint import Checkpointer, CorruptCheckpointError, DiskFullError, SaveError
 from mlm.run.signals import Interrupt, Interrupted
-from mlm.run.workdir import WorkDir, flatten
+from mlm.run.workdir import WorkDir
+from mlm.settings import RunSettings
 
 
 def train_and_evaluate(
-    config: ConfigDict,
+    settings: RunSettings,
     workdir: str,
     *,
     command: str = "python main.py ...",
@@ -50,56 +49,55 @@ def train_and_evaluate(
       Interrupted: it was asked to stop, and has saved what it had.
     """
     interrupt = interrupt or Interrupt()
-    last = config.num_train_steps
+    last = settings.num_train_steps
     place = WorkDir(workdir)
     if overwrite:
         if jax.process_index() == 0 and (old := place.move_aside()):
             logging.info("the run that was in %s is in %s now", place.display_path, old)
         parallel.barrier("work directory moved aside")
         place.pull()
-    config = copy.deepcopy(config)  # What it leaves open is filled in.
-    if config.per_device_train_batch_size == 0 and place.last_topology() is not None:
-        config.per_device_train_batch_size = place.read_config()["per_device_train_batch_size"]
-    place.check_same_run(config.to_dict())
+    if settings.per_device_train_batch_size == 0 and place.last_topology() is not None:
+        known = place.read_config()["per_device_train_batch_size"]
+        settings = settings.replace({"per_device_train_batch_size": known})
+    place.check_same_run(settings.to_dict())
     if jax.process_index() == 0:
         model_directory.recover(place.model)
     exported = place.exported_step()
     if exported is not None and exported >= last:
         logging.info("nothing to do: all %d updates are made; the model is in %s/model", exported, place.display_path)
-        build.push_what_is_left(config, place, step=exported)
+        build.push_what_is_left(settings, place, step=exported)
         return
-    build.check_numbers(config)
+    build.check_device(settings)
 
     with contextlib.ExitStack() as stack:
         stack.callback(place.close)
         if jax.process_index() == 0:
             place.lock()
-        run = build.build(config, place)
-        if config.per_device_train_batch_size == 0:
-            length, microbatches = config.data.max_seq_length, config.gradient_accumulation_steps
-            config.per_device_train_batch_size = memory.find_batch_size(
-                run.step_config, length=length, microbatches=microbatches
-            )
-            run = run.with_batch_size(config)
+        run = build.build(settings, place)
+        if settings.per_device_train_batch_size == 0:
+            length, microbatches = settings.data.max_seq_length, settings.gradient_accumulation_steps
+            found = memory.find_batch_size(run.step_config, length=length, microbatches=microbatches)
+            settings = settings.replace({"per_device_train_batch_size": found})
+            run = run.with_batch_size(settings)
         checkpointer = stack.enter_context(
             Checkpointer(
                 place.checkpoints,
-                keep_checkpoints=config.checkpoint.keep_checkpoints,
-                keep_every_steps=config.checkpoint.keep_every_steps,
+                keep_checkpoints=settings.checkpoint.keep_checkpoints,
+                keep_every_steps=settings.checkpoint.keep_every_steps,
             )
         )
         state, restored = _restore(run, checkpointer)
         start = restored["step"] if restored else 0
         batches = stack.enter_context(
-            Prefetcher(run.stream, depth=config.data.prefetch_batches, interrupted=_raise_if_interrupted(interrupt))
+            Prefetcher(run.stream, depth=settings.data.prefetch_batches, interrupted=_raise_if_interrupted(interrupt))
         )
         # Text too short for a batch shows here, before anything is written or compiled.
         stream = itertools.chain([next(batches)], batches)
-        hub = build.open_hub(config, place)
+        hub = build.open_hub(settings, place)
         if jax.process_index() == 0:
             warn_batch_size_changed(place, run)
             changed = place.create(
-                config.to_dict(),
+                settings.to_dict(),
                 save_tokenizer=run.tokenizer.save,
                 processes=jax.process_count(),
                 rows_per_process=run.text.batch_rows,
@@ -110,12 +108,12 @@ def train_and_evaluate(
             place.lock()
             checkpointer.remove_partial()
         parallel.barrier("work directory made")
-        reporter = stack.enter_context(_reporter(config, place, run, start, restored))
+        reporter = stack.enter_context(_reporter(settings, place, run, start, restored))
         if start == 0:
-            reporter.write_hparams(flatten(config.to_dict()))
-            lines = "\n".join(f"{key} = {value!r}" for key, value in flatten(config.to_dict()).items())
+            reporter.write_hparams(settings.flat())
+            lines = "\n".join(f"{key} = {value!r}" for key, value in settings.flat().items())
             reporter.write_texts(0, {"config": f"```\n{lines}\n```"})
-        log_run_summary(config, run, state, start)
+        log_run_summary(settings, run, state, start)
         train_step = parallel.data_parallel(
             functools.partial(steps.train_step, step_config=run.step_config, axis_name=parallel.AXIS),
             donate_argnums=(0,),
@@ -125,7 +123,7 @@ def train_and_evaluate(
                 functools.partial(steps.eval_step, step_config=run.step_config, axis_name=parallel.AXIS)
             ),
             run.text.eval_rows_RxL,
-            per_device_batch_size=config.per_device_eval_batch_size,
+            per_device_batch_size=settings.per_device_eval_batch_size,
             pad_id=run.tokenizer.pad_id,
             counts=run.text.eval_counts,
         )
@@ -152,9 +150,9 @@ def train_and_evaluate(
             with reporter.timed("export"), _log_and_retry_later(final=step >= last):
                 if jax.process_index() == 0:
                     params = parallel.first_replica(state.params)
-                    predictions[:] = fill_mask(run.step_config.model, params, run.tokenizer, config.report.sentences)
+                    predictions[:] = fill_mask(run.step_config.model, params, run.tokenizer, settings.report.sentences)
                     reporter.write_texts(step, {"fillings": f"```\n{table(predictions)}\n```"})
-                    _export(config, place, run, params, step, metrics, predictions, tokens_seen=reporter.tokens_seen)
+                    _export(settings, place, run, params, step, metrics, predictions, tokens_seen=reporter.tokens_seen)
                     place.push()
                     if hub is not None and step < last:
                         hub.push(step=step)
@@ -174,7 +172,7 @@ def train_and_evaluate(
                         save(step - 1, batch.state, awaited=True)
                     raise
                 with reporter.transfer():
-                    tokens = parallel.shard(batch.tokens, shape=(config.gradient_accumulation_steps,))
+                    tokens = parallel.shard(batch.tokens, shape=(settings.gradient_accumulation_steps,))
                 state, metrics = train_step(state, tokens)
                 reporter.update(step, metrics, batch, wait_seconds=batches.wait_seconds)
                 with _log_and_retry_later(together=True):
@@ -182,7 +180,7 @@ def train_and_evaluate(
 
                 logs, evaluates, saves = (
                     step % every == 0 or step == last
-                    for every in (config.logging_steps, config.eval_steps, config.save_steps)
+                    for every in (settings.logging_steps, settings.eval_steps, settings.save_steps)
                 )
                 stops = asked.should_stop(step)
                 if logs or evaluates or saves or stops:
@@ -204,7 +202,7 @@ def train_and_evaluate(
                     export_model(step, eval_metrics)
         reporter.flush()
         if jax.process_index() == 0:
-            show(config, place, predictions, command)
+            show(settings, place, predictions, command)
         if hub is not None:
             hub.finish(step=last)
 
@@ -301,27 +299,27 @@ def _restore(run: build.Run, checkpointer: Checkpointer) -> tuple[steps.TrainSta
 
 
 def _reporter(
-    config: ConfigDict, place: WorkDir, run: build.Run, step: int, restored: dict[str, Any] | None
+    settings: RunSettings, place: WorkDir, run: build.Run, step: int, restored: dict[str, Any] | None
 ) -> reporter.Reporter:
-    length = config.data.max_seq_length
+    length = settings.data.max_seq_length
     flops = flops_per_token(
         run.encoder, length=length, max_predictions_per_seq=run.step_config.masking.max_predictions_per_seq(length)
     )
     return reporter.Reporter(
         place,
-        num_train_steps=config.num_train_steps,
+        num_train_steps=settings.num_train_steps,
         vocab_size=run.encoder.vocab_size,
         flops_per_token=flops,
-        profile=config.profile,
-        max_skipped_steps=config.optimizer.max_skipped_steps,
+        profile=settings.profile,
+        max_skipped_steps=settings.optimizer.max_skipped_steps,
         restored=restored,
         step=step,
-        pad_id=None if config.data.packing in CONCATENATING else run.tokenizer.pad_id,
+        pad_id=None if settings.data.packing in CONCATENATING else run.tokenizer.pad_id,
     )
 
 
 def _export(
-    config: ConfigDict,
+    settings: RunSettings,
     place: WorkDir,
     run: build.Run,
     params: Any,
@@ -333,7 +331,7 @@ def _export(
 ) -> None:
     """Writes `model/`."""
     card = build_card(
-        config,
+        settings,
         title=os.path.basename(place.path),
         model_type=run.encoder.model_type,
         step=step,
@@ -351,5 +349,5 @@ def _export(
         metrics=metrics,
         predictions=predictions,
         metrics_path=place.metrics,
-        dtype=config.export.dtype,
+        dtype=settings.export.dtype,
     )

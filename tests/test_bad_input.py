@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from mlm.errors import UserError
 from mlm.reporting.curves import read_metrics
 from mlm.train import train_and_evaluate
-from tests.tiny import sentences, tiny_config, write_corpus
+from tests.tiny import sentences, settings_of, tiny_config, write_corpus
 
 REPO = Path(__file__).parent.parent
 QUICKSTART = "--config=configs/quickstart.py"
@@ -46,14 +46,14 @@ def config(tmp_path) -> ConfigDict:
 @pytest.mark.slow
 def test_resuming_with_another_config_names_the_keys(config, tmp_path):
     config.num_train_steps = 1
-    train_and_evaluate(config, str(tmp_path / "run"))
+    train_and_evaluate(settings_of(config), str(tmp_path / "run"))
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
     config.num_train_steps = 2
     config.optimizer.learning_rate = 1e-3
     config.model.overrides.hidden_size = 32
     config.data.max_seq_length = 12
     with pytest.raises(UserError) as error:
-        train_and_evaluate(config, str(tmp_path / "run"))
+        train_and_evaluate(settings_of(config), str(tmp_path / "run"))
     assert "data.max_seq_length (there 16, here 12)" in str(error.value)
     assert "model.overrides.hidden_size (there 16, here 32)" in str(error.value)
     assert "learning_rate" not in str(error.value)
@@ -71,7 +71,7 @@ def test_rows_without_text_are_skipped_and_counted(config, tmp_path, caplog):
     config.num_train_steps = 60
     config.logging_steps = config.eval_steps = config.save_steps = 60
     with caplog.at_level("INFO"):
-        train_and_evaluate(config, str(tmp_path / "run"))
+        train_and_evaluate(settings_of(config), str(tmp_path / "run"))
     line = read_metrics(str(tmp_path / "run" / "metrics.jsonl"))[-1]
     assert line["data/epoch"] >= 1
     # Five of them a pass over the file.
@@ -85,7 +85,7 @@ def trained(config, tmp_path) -> Path:
     """A work directory with the checkpoints of updates 1 and 2, the run not at its end."""
     config.save_steps = 1
     config.num_train_steps = 2
-    train_and_evaluate(config, str(tmp_path / "run"))
+    train_and_evaluate(settings_of(config), str(tmp_path / "run"))
     config.num_train_steps = 3
     return tmp_path / "run"
 
@@ -94,7 +94,7 @@ def trained(config, tmp_path) -> Path:
 def test_damaged_work_directories(config, trained, caplog):
     def refuse_damage(message: str) -> None:
         with pytest.raises(UserError, match=message) as error:
-            train_and_evaluate(config, str(trained))
+            train_and_evaluate(settings_of(config), str(trained))
         assert "\n" not in str(error.value)
 
     good = (trained / "config.json").read_bytes()
@@ -120,7 +120,7 @@ def test_damaged_work_directories(config, trained, caplog):
     os.truncate(trained / "checkpoints" / "2" / "loop" / "metadata", 3)
     (trained / "model" / "trainer_state.json").write_text("")
     caplog.clear()
-    train_and_evaluate(config, str(trained))
+    train_and_evaluate(settings_of(config), str(trained))
     (told,) = [record.getMessage() for record in caplog.records if "is damaged" in record.getMessage()]
     assert told.startswith("checkpoint 2 is damaged (")
     assert told.endswith(f"moved to {trained / 'damaged' / '2.1'}")
@@ -131,12 +131,12 @@ def test_damaged_work_directories(config, trained, caplog):
 @pytest.mark.slow
 def test_a_tokenizer_left_by_a_start_that_was_killed_is_not_used(config, tmp_path, monkeypatch):
     config.num_train_steps = 1
-    train_and_evaluate(config, str(tmp_path / "straight"))
+    train_and_evaluate(settings_of(config), str(tmp_path / "straight"))
     config.tokenizer.vocab_size = 290
-    train_and_evaluate(config, str(tmp_path / "other"))
+    train_and_evaluate(settings_of(config), str(tmp_path / "other"))
     (tmp_path / "run").mkdir()
     shutil.copytree(tmp_path / "other" / "tokenizer", tmp_path / "run" / "tokenizer")
     config.tokenizer.vocab_size = 300
-    train_and_evaluate(config, str(tmp_path / "run"))
+    train_and_evaluate(settings_of(config), str(tmp_path / "run"))
     for name in ("tokenizer/tokenizer.json", "model/model.safetensors"):
         assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "straight" / name).read_bytes()

@@ -18,7 +18,7 @@ from mlm.errors import UserError
 from mlm.reporting import reporter
 from mlm.reporting.curves import read_metrics
 from mlm.train import train_and_evaluate
-from tests.tiny import tiny_config, write_corpus
+from tests.tiny import settings_of, tiny_config, write_corpus
 
 REPO = Path(__file__).parent.parent
 
@@ -67,7 +67,7 @@ def corpus(tmp_path_factory) -> str:
 def finished(corpus, tmp_path_factory) -> Path:
     """The work directory of an uninterrupted run of 8 updates."""
     workdir = tmp_path_factory.mktemp("runs") / "straight"
-    train_and_evaluate(tiny_config(corpus), str(workdir))
+    train_and_evaluate(settings_of(tiny_config(corpus)), str(workdir))
     return workdir
 
 
@@ -159,8 +159,8 @@ def test_stopping_and_going_on_gives_the_same_run(corpus, finished, tmp_path):
     # of the metrics' interval go on from the middle. A shorter run evaluates at its end, a longer one does not.
     config = tiny_config(corpus)
     config.num_train_steps = 5
-    train_and_evaluate(config, str(tmp_path))
-    train_and_evaluate(tiny_config(corpus), str(tmp_path))
+    train_and_evaluate(settings_of(config), str(tmp_path))
+    train_and_evaluate(settings_of(tiny_config(corpus)), str(tmp_path))
     lines = [line for line in metrics_of(tmp_path) if line["step"] != 5]
     straight = metrics_of(finished)
     # The interval 4..6 was cut in two by the line at 5.
@@ -189,8 +189,8 @@ def test_crashing_anywhere_gives_the_same_run(corpus, finished, tmp_path, monkey
     with monkeypatch.context() as patch:
         patch.setattr(reporter.Reporter, "update", crash)
         with pytest.raises(RuntimeError, match="pulled the plug"):
-            train_and_evaluate(tiny_config(corpus), str(tmp_path))
-    train_and_evaluate(tiny_config(corpus), str(tmp_path))
+            train_and_evaluate(settings_of(tiny_config(corpus)), str(tmp_path))
+    train_and_evaluate(settings_of(tiny_config(corpus)), str(tmp_path))
     assert_same_run(tmp_path, finished)
 
 
@@ -208,8 +208,8 @@ def test_crashing_between_last_checkpoint_and_export_gives_the_same_run(corpus, 
     with monkeypatch.context() as patch:
         patch.setattr(model_directory, "export_model", crash)
         with pytest.raises(RuntimeError, match="pulled the plug"):
-            train_and_evaluate(tiny_config(corpus), str(tmp_path))
-    train_and_evaluate(tiny_config(corpus), str(tmp_path))
+            train_and_evaluate(settings_of(tiny_config(corpus)), str(tmp_path))
+    train_and_evaluate(settings_of(tiny_config(corpus)), str(tmp_path))
     assert_same_run(tmp_path, finished)
 
 
@@ -229,7 +229,7 @@ def test_too_many_bad_updates_stop_the_run_and_keep_the_checkpoint(corpus, tmp_p
     config = tiny_config(corpus)
     config.optimizer.max_skipped_steps = 1
     with pytest.raises(UserError, match=r"updates 5 to 6 went wrong .* its loss is nan"):
-        train_and_evaluate(config, str(tmp_path))
+        train_and_evaluate(settings_of(config), str(tmp_path))
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["4"]
     assert json.loads((tmp_path / "model" / "trainer_state.json").read_text())["global_step"] == 4
 
@@ -248,9 +248,9 @@ def test_text_that_breaks_off_ends_the_run_with_a_checkpoint(corpus, finished, t
     with monkeypatch.context() as patch:
         patch.setattr(prefetch.Prefetcher, "__next__", broken)
         with pytest.raises(UserError, match="the network is gone"):
-            train_and_evaluate(tiny_config(corpus), str(tmp_path))
+            train_and_evaluate(settings_of(tiny_config(corpus)), str(tmp_path))
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["4", "6"]
-    train_and_evaluate(tiny_config(corpus), str(tmp_path))
+    train_and_evaluate(settings_of(tiny_config(corpus)), str(tmp_path))
     assert_same_run(tmp_path, finished)
 
 

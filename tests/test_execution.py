@@ -13,6 +13,7 @@ from mlm import build
 from mlm.models.config import default_config
 from mlm.models.encoder import MaskedLM
 from mlm.models.execution import REMATS, Execution, _repeats
+from tests.tiny import settings_of
 
 PLAIN = Execution()
 SHAPE = {
@@ -122,6 +123,6 @@ def test_what_repeats_itself():
 def test_auto_is_by_device(backend, dtype, expected):
     config = default.get_config()
     config.model.dtype = dtype
-    assert build.open_execution(config, backend=backend) == expected
+    assert build.open_execution(settings_of(config), backend=backend) == expected
     config.model.attention, config.model.remat, config.model.scan_layers = "xla", "full", True
-    assert build.open_execution(config, backend=backend) == Execution("xla", "full", True)
+    assert build.open_execution(settings_of(config), backend=backend) == Execution("xla", "full", True)

@@ -11,11 +11,11 @@ import pytest
 from configs import default
 from mlm.errors import UserError
 from mlm.modes.explain import explain, read_explanations
-from mlm.run.workdir import flatten
+from mlm.settings import RunSettings
 
 ROOT = Path(__file__).parent.parent
 SOURCE = Path(default.__file__).read_text(encoding="utf-8")
-DEFAULTS = flatten(default.get_config().to_dict())
+DEFAULTS = RunSettings.from_dict(default.get_config().to_dict()).flat()
 
 
 def explained(*names, values=None):

@@ -18,7 +18,7 @@ from mlm.export.hub import Hub, check_token, is_pushed
 from mlm.train import train_and_evaluate
 from tests import hub_server
 from tests.hub_server import READ, WRITE, HubServer, fine_grained
-from tests.tiny import tiny_config, write_corpus
+from tests.tiny import settings_of, tiny_config, write_corpus
 
 PATIENCE = RetryPolicy(deadline_seconds=0.05, timeout_seconds=0.2, first_wait_seconds=0.001, max_wait_seconds=0.01)
 BASE = "/api/models/ann/run"
@@ -292,7 +292,7 @@ def config(tmp_path):
 def test_a_token_that_may_only_read_is_told_before_anything_is_made(server, config, tmp_path):
     server.token = READ
     with pytest.raises(UserError, match="may only read"):
-        train_and_evaluate(config, str(tmp_path / "run"))
+        train_and_evaluate(settings_of(config), str(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
     assert server.created == []
 
@@ -303,7 +303,7 @@ def test_a_run_pushes_and_one_that_was_cut_off_pushes_when_started_again(server,
     server.always[COMMIT] = 403
     workdir = tmp_path / "run"
     with pytest.raises(UserError, match="the run is finished, but pushing"):
-        train_and_evaluate(config, str(workdir))
+        train_and_evaluate(settings_of(config), str(workdir))
     assert json.loads((workdir / "model" / "trainer_state.json").read_text())["global_step"] == 8
     assert server.questions
     assert not any(server.questions)
@@ -312,13 +312,13 @@ def test_a_run_pushes_and_one_that_was_cut_off_pushes_when_started_again(server,
     with monkeypatch.context() as patch:
         # Nothing is made again for it.
         patch.setattr(build, "build", None)
-        train_and_evaluate(config, str(workdir))
+        train_and_evaluate(settings_of(config), str(workdir))
         [(message, files)] = server.commits
         assert message == "Update 8"
         assert files == contents(workdir)
         assert {"README.md", "model.safetensors", "tokenizer.json", "curves.png"} <= set(files)
-        train_and_evaluate(config, str(workdir))
+        train_and_evaluate(settings_of(config), str(workdir))
         config.hub.hub_model_id = "ann/elsewhere"
-        train_and_evaluate(config, str(workdir))
+        train_and_evaluate(settings_of(config), str(workdir))
     assert len(server.commits) == 2
     assert server.created[-1]["name"] == "elsewhere"

@@ -18,6 +18,7 @@ from mlm.masking import MaskingSpec, mask_tokens
 from mlm.models.encoder import MaskedLM
 from mlm.models.ops.position_ids import segments
 from mlm.run.workdir import WorkDir
+from tests.tiny import settings_of
 
 BEGIN, PAD, END, UNKNOWN, MASK = range(5)  # conftest's special ids
 LENGTH, VOCAB = 16, 50
@@ -153,7 +154,7 @@ def runs(tmp_path_factory):
     for packing in ("concatenate", "isolate"):
         config = tiny_run_config(corpus)
         config.data.packing = packing
-        parts[packing] = build.build(config, place)
+        parts[packing] = build.build(settings_of(config), place)
     return parts
 
 

@@ -15,18 +15,20 @@ import numpy as np
 import pytest
 import safetensors
 import safetensors.numpy
-from ml_collections import ConfigDict
 from transformers import AutoTokenizer
 
+from configs import default
 from mlm import build, load, steps
 from mlm.errors import UserError
 from mlm.export import model_directory
 from mlm.export.fill_mask import fill_mask
 from mlm.export.model_card import build_card
 from mlm.models.encoder import MaskedLM
+from mlm.modes import export
+from mlm.modes import fill_mask as fill_mask_mode
 from mlm.run.workdir import WorkDir
 from mlm.train import train_and_evaluate
-from tests.tiny import tiny_config, write_corpus
+from tests.tiny import settings_of, tiny_config, write_corpus
 
 # Most look at one run of eight updates.
 pytestmark = pytest.mark.slow
@@ -52,7 +54,7 @@ def run(tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(model_directory, "export_model", keep)
-        train_and_evaluate(config, str(workdir))
+        train_and_evaluate(settings_of(config), str(workdir))
     return config, workdir, kept
 
 
@@ -75,7 +77,7 @@ def test_a_checkpoints_export_is_the_runs_own(run, tmp_path):
     """Bit for bit, of every evaluated step, card and figures included."""
     config, workdir, kept = run
     for step in (4, None):
-        directory = load.export_checkpoint(config, str(workdir), step=step, output=str(tmp_path / str(step)))
+        directory = export.run(settings_of(config), str(workdir), step=step, output=str(tmp_path / str(step)))
         own = kept[step or 8]
         assert sorted(os.listdir(directory)) == sorted(os.listdir(own))
         for name in set(os.listdir(own)) - {"curves.png"}:
@@ -87,7 +89,7 @@ def test_without_output_it_is_the_runs_model(run, tmp_path):
     copy = shutil.copytree(workdir, tmp_path / "run")
     shutil.rmtree(copy / "model")
     # Where no export tells the encoder's config, the run's does.
-    assert load.export_checkpoint(config, str(copy), step=6) == str(copy / "model")
+    assert export.run(settings_of(config), str(copy), step=6) == str(copy / "model")
     assert json.loads((copy / "model" / "trainer_state.json").read_text())["global_step"] == 6
     assert "not evaluated" in (copy / "model" / "README.md").read_text()
     assert (copy / "model" / "config.json").read_bytes() == (kept[8] / "config.json").read_bytes()
@@ -95,8 +97,8 @@ def test_without_output_it_is_the_runs_model(run, tmp_path):
     holder = WorkDir(str(copy))
     holder.lock()
     with pytest.raises(UserError, match="is in use by another run"):
-        load.export_checkpoint(config, str(copy))
-    load.export_checkpoint(config, str(copy), output=str(tmp_path / "out"))
+        export.run(settings_of(config), str(copy))
+    export.run(settings_of(config), str(copy), output=str(tmp_path / "out"))
     holder.unlock()
 
 
@@ -105,7 +107,7 @@ def test_the_mean_of_checkpoints(run, tmp_path):
     place = WorkDir(str(workdir))
 
     def leaves(step, average=1):
-        return jax.tree.leaves(load.load_checkpoint(config, place, step=step, average=average).params)
+        return jax.tree.leaves(load.load_checkpoint(settings_of(config), place, step=step, average=average).params)
 
     singles = {step: leaves(step) for step in (2, 4, 6, 8)}
     assert any(np.abs(a - b).max() > 1e-3 for a, b in zip(singles[8], singles[6], strict=True))
@@ -114,7 +116,7 @@ def test_the_mean_of_checkpoints(run, tmp_path):
             mean = np.mean([singles[other][n].astype(np.float64) for other in of], axis=0)
             np.testing.assert_allclose(leaf, mean, rtol=1e-6, atol=1e-9)
             assert leaf.dtype == np.float32
-    directory = load.export_checkpoint(config, str(workdir), average=3, output=str(tmp_path / "mean"))
+    directory = export.run(settings_of(config), str(workdir), average=3, output=str(tmp_path / "mean"))
     params = load.load_model(directory).params
     assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(params), leaves(8, 3), strict=True))
     card = Path(directory, "README.md").read_text()
@@ -125,7 +127,7 @@ def test_the_mean_of_checkpoints(run, tmp_path):
 @pytest.mark.parametrize(("dtype", "kind"), [("bfloat16", ml_dtypes.bfloat16), ("float16", np.float16)])
 def test_weights_of_another_dtype(run, tmp_path, dtype, kind):
     config, workdir, kept = run
-    directory = load.export_checkpoint(config, str(workdir), dtype=dtype, output=str(tmp_path / dtype))
+    directory = export.run(settings_of(config), str(workdir), dtype=dtype, output=str(tmp_path / dtype))
     assert json.loads(Path(directory, "config.json").read_text())["dtype"] == dtype
     assert json.loads((kept[8] / "config.json").read_text())["dtype"] == "float32"
     written, exact = tensors_of(directory), tensors_of(kept[8])
@@ -157,7 +159,7 @@ def test_what_cannot_be_exported(run, tmp_path):
         ({"output": str(tmp_path / "file")}, "there is a file"),
     ]:
         with pytest.raises(UserError, match=message) as error:
-            load.export_checkpoint(config, str(workdir), **{"output": str(tmp_path / "out")} | options)
+            export.run(settings_of(config), str(workdir), **{"output": str(tmp_path / "out")} | options)
         assert "\n" not in str(error.value)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "other"]
     copy = shutil.copytree(workdir, tmp_path / "run")
@@ -166,10 +168,10 @@ def test_what_cannot_be_exported(run, tmp_path):
     shutil.rmtree(copy / "checkpoints" / "6" / "state")
     for step in (6, 8):
         with pytest.raises(UserError, match=rf"checkpoint {step} in .* cannot be read .* choose another --step"):
-            load.export_checkpoint(config, str(copy), step=step, output=str(tmp_path / "out"))
+            export.run(settings_of(config), str(copy), step=step, output=str(tmp_path / "out"))
     shutil.rmtree(copy / "checkpoints")
     with pytest.raises(UserError, match="has no checkpoints"):
-        load.export_checkpoint(config, str(copy))
+        export.run(settings_of(config), str(copy))
 
 
 class PulledPlugError(Exception):
@@ -182,9 +184,15 @@ def test_an_export_that_is_cut_off_leaves_the_old_model_or_the_new_one(run, tmp_
     config, workdir, kept = run
     target = tmp_path / "model"
     shutil.copytree(kept[4], target)
-    saved_model = load.load_checkpoint(config, WorkDir(str(workdir)), step=8)
+    saved_model = load.load_checkpoint(settings_of(config), WorkDir(str(workdir)), step=8)
     card = build_card(
-        config, title="x", model_type="roberta", step=8, rows=1, tokens_seen=saved_model.tokens_seen, hardware=""
+        settings_of(config),
+        title="x",
+        model_type="roberta",
+        step=8,
+        rows=1,
+        tokens_seen=saved_model.tokens_seen,
+        hardware="",
     )
 
     def write(metrics):
@@ -232,7 +240,7 @@ def ask(config, workdir, *sentences, lines="", step=None, monkeypatch=None):
     out = io.StringIO()
     with contextlib.redirect_stdout(out), pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "stdin", io.StringIO(lines))
-        load.fill_sentences(config, str(workdir), sentences, step=step)
+        fill_mask_mode.run(settings_of(config), str(workdir), arguments=sentences, step=step)
     return out.getvalue().splitlines()
 
 
@@ -335,27 +343,21 @@ def test_the_command_line_trains_a_tokenizer_and_nothing_else(tmp_path):
     assert f"--config.tokenizer.tokenizer_name={tmp_path / 'out'}" in result.stderr
     assert AutoTokenizer.from_pretrained(tmp_path / "out").convert_ids_to_tokens([0, 4]) == ["[PAD]", "[MASK]"]
     for more, message in [
-        ([], "--mode=train_tokenizer needs a directory to write to"),
-        ([f"--output={tmp_path / 'out'}"], "there is something already"),
+        ([], "--output: missing; --mode=train_tokenizer needs it"),
+        ([f"--output={tmp_path / 'out'}"], "is not empty; name another directory"),
     ]:
         result = main(*more)
         assert result.returncode == 2
         assert message in result.stderr.splitlines()[-1]
 
 
-def test_older_runs_lack_younger_keys(run, tmp_path):
-    """They have their defaults."""
-    import main
-
+def test_newer_keys_of_an_older_run_have_their_defaults(run, tmp_path):
     config, workdir, _ = run
-    assert isinstance(main.config_of_run(str(workdir)), ConfigDict)
+    defaults = settings_of(default.get_config())
+    assert WorkDir(str(workdir)).read_settings(defaults=defaults) == settings_of(config)
     copy = tmp_path / "run"
     copy.mkdir()
     content = json.loads((workdir / "config.json").read_text())
     del content["config"]["export"], content["config"]["hub"]["license"]
     (copy / "config.json").write_text(json.dumps(content))
-    found = main.config_of_run(str(copy))
-    assert found.export.dtype == "float32"
-    assert found.hub.license is None
-    assert found.optimizer.learning_rate == config.optimizer.learning_rate
-    main.check_keys(found)
+    assert WorkDir(str(copy)).read_settings(defaults=defaults).export.dtype == "float32"

@@ -8,7 +8,7 @@ from mlm.errors import UserError
 from mlm.memory import MULTIPLE, largest_batch
 from mlm.run.workdir import WorkDir
 from mlm.train import train_and_evaluate
-from tests.tiny import tiny_config, write_corpus
+from tests.tiny import settings_of, tiny_config, write_corpus
 
 
 @pytest.mark.parametrize("per_row", [1, 7, 1000.0, 12345.6])
@@ -43,16 +43,16 @@ def test_a_run_finds_its_batch_and_keeps_it(tmp_path, monkeypatch):
     config = tiny_config(write_corpus(tmp_path))
     config.per_device_train_batch_size = 0
     with pytest.raises(UserError, match=r"a cpu device does not tell its memory; set a number"):
-        train_and_evaluate(config, str(tmp_path / "run"))
+        train_and_evaluate(settings_of(config), str(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
     with monkeypatch.context() as patch:
         patch.setattr(memory, "step_bytes", lambda step_config, *, length, microbatches, batch: batch * length)
         patch.setattr(memory, "_memory", lambda device: 16 * 16 / memory.USABLE + 1)
         config.num_train_steps = 4
-        train_and_evaluate(config, str(tmp_path / "run"))
+        train_and_evaluate(settings_of(config), str(tmp_path / "run"))
     assert WorkDir(str(tmp_path / "run")).read_config()["per_device_train_batch_size"] == 16
     assert WorkDir(str(tmp_path / "run")).last_topology() == (1, 16 * jax.local_device_count())
     # The same command goes on with what was found, whatever would be found now.
     config.num_train_steps = 8
-    train_and_evaluate(config, str(tmp_path / "run"))
+    train_and_evaluate(settings_of(config), str(tmp_path / "run"))
     assert WorkDir(str(tmp_path / "run")).read_config()["per_device_train_batch_size"] == 16

@@ -11,6 +11,7 @@ from mlm.export.fill_mask import MaskPrediction
 from mlm.export.model_card import build_card, model_card
 from tests import hub_server
 from tests.hub_server import HubServer, card_errors
+from tests.tiny import settings_of
 
 METRICS = {"eval/loss": 2.5, "eval/accuracy": 0.5, "eval/perplexity": math.inf, "eval/unigram_loss": 6.0}
 FILLING = MaskPrediction("A <mask> | and <mask>.", ((("cat", 0.5), ("|", 0.25)), (("dog", 0.125),)))
@@ -25,7 +26,13 @@ def config():
 
 def card(config, *, metrics=METRICS, predictions=(FILLING,)):
     made = build_card(
-        config, title="my run", model_type="bert", step=1500, rows=64, tokens_seen=12_288_000, hardware="8 x TPU v3"
+        settings_of(config),
+        title="my run",
+        model_type="bert",
+        step=1500,
+        rows=64,
+        tokens_seen=12_288_000,
+        hardware="8 x TPU v3",
     )
     return model_card(made, step=1500, mask_token="[MASK]", metrics=metrics, predictions=predictions)
 

@@ -13,7 +13,7 @@ from mlm.errors import UserError
 from mlm.reporting.curves import read_metrics
 from mlm.run.workdir import WorkDir, flatten
 from mlm.train import train_and_evaluate
-from tests.tiny import sentences, tiny_config, write_corpus
+from tests.tiny import sentences, settings_of, tiny_config, write_corpus
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def mixed(tmp_path) -> ConfigDict:
 
 def open_text(config):
     tokenizer = train_tokenizer(iter(sentences(50)), vocab_size=300, max_seq_length=16)
-    return text_lib.open_text(config, text_lib.open_sources(config), tokenizer)
+    return text_lib.open_text(settings_of(config), text_lib.open_sources(settings_of(config)), tokenizer)
 
 
 def test_a_mixture_holds_out_rows_of_each_source(mixed):
@@ -66,12 +66,12 @@ def test_a_mixture_trains_evaluates_each_source_and_goes_on_exactly(mixed, tmp_p
     config = mixed
     config.num_train_steps = 4
     config.save_steps = config.eval_steps = 2
-    train_and_evaluate(config, str(tmp_path / "straight"))
+    train_and_evaluate(settings_of(config), str(tmp_path / "straight"))
     with config.unlocked():
         shorter = config.copy_and_resolve_references()
     shorter.num_train_steps = 2
-    train_and_evaluate(shorter, str(tmp_path / "twice"))
-    train_and_evaluate(config, str(tmp_path / "twice"))
+    train_and_evaluate(settings_of(shorter), str(tmp_path / "twice"))
+    train_and_evaluate(settings_of(config), str(tmp_path / "twice"))
     straight, twice = (
         [
             {name: value for name, value in line.items() if name.startswith("eval/")}
@@ -83,28 +83,6 @@ def test_a_mixture_trains_evaluates_each_source_and_goes_on_exactly(mixed, tmp_p
     last = straight[-1]
     parts = last["eval/sentences/loss"], last["eval/numbers/loss"]
     assert min(parts) < last["eval/loss"] < max(parts)
-
-
-@pytest.mark.parametrize(
-    ("mixture", "message"),
-    [
-        ((("a",),), "is not \\(name, weight\\) or"),
-        ((("a", "b"),), "is not \\(name, weight\\) or"),
-        ("ab", "is not \\(name, weight\\) or"),
-        ((("a", 0),), "the weight 0 of 'a' must be positive"),
-        ((("a", 1, {"colum": "x"}),), "'a' sets 'colum', which is not one of dataset_name, "),
-        ((("a", 1), ("a", 2)), "two sources named 'a'"),
-    ],
-)
-def test_a_bad_mixture_is_told(mixture, message):
-    with pytest.raises(UserError, match=message):
-        text_lib.check_mixture(mixture)
-
-
-def test_a_mixture_and_files_exclude_each_other(mixed):
-    mixed.data.data_files = "x.txt"
-    with pytest.raises(UserError, match=r"leave data.data_files and data.eval_data_files at None"):
-        text_lib.open_sources(mixed)
 
 
 def test_a_run_knows_its_mixture_and_may_leave_out_other_steps(mixed, tmp_path):

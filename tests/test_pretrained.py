@@ -21,7 +21,7 @@ from mlm.models.hf.tensor_names import TENSOR_NAMES
 from mlm.run.workdir import WorkDir
 from mlm.train import train_and_evaluate
 from tests.test_families import CASES, load
-from tests.tiny import tiny_config, write_corpus
+from tests.tiny import settings_of, tiny_config, write_corpus
 
 SPECIAL = ["<s>", "<unk>", "</s>", "<pad>", "<mask>"]  # Padding is 3, as in the golden files.
 
@@ -321,11 +321,11 @@ def test_a_run_starts_from_the_model_of_another(tmp_path, caplog):
     """The same tokenizer: the same model. Another one and longer rows: what both have, and training goes on."""
     config = tiny_config(write_corpus(tmp_path))
     config.num_train_steps = 4
-    train_and_evaluate(config, str(tmp_path / "first"))
+    train_and_evaluate(settings_of(config), str(tmp_path / "first"))
     exported = safetensors.numpy.load_file(tmp_path / "first" / "model" / "model.safetensors")
 
     config.model.model_name_or_path = str(tmp_path / "first" / "model")
-    run = build.build(config, WorkDir(str(tmp_path / "second")))
+    run = build.build(settings_of(config), WorkDir(str(tmp_path / "second")))
     wanted = weights.from_hf(exported, run.encoder)
     assert_same(run.initial_params(), wanted)
     assert len(run.tokenizer.hf) == 300
@@ -346,7 +346,7 @@ def test_a_run_starts_from_the_model_of_another(tmp_path, caplog):
     config.model.overrides.max_position_embeddings = 30
     config.data.max_seq_length = 24
     with caplog.at_level("INFO"):
-        train_and_evaluate(config, str(tmp_path / "third"))
+        train_and_evaluate(settings_of(config), str(tmp_path / "third"))
     assert "positions: rows of up to 26 tokens, of the checkpoint's 18" in caplog.text
     encoder = json.loads((tmp_path / "third" / "model" / "config.json").read_text())
     assert (encoder["vocab_size"], encoder["pad_token_id"]) == (len(vocabulary), 3)

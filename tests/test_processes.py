@@ -16,7 +16,7 @@ from mlm.reporting.curves import read_metrics
 from mlm.run.workdir import WorkDir
 from tests.test_shard_assignment import of_epoch, units
 from tests.test_stream import split, words
-from tests.tiny import tiny_config, write_corpus
+from tests.tiny import settings_of, tiny_config, write_corpus
 
 REPO = Path(__file__).parent.parent
 
@@ -45,7 +45,7 @@ from absl import logging
 logging.set_verbosity(logging.INFO)
 from mlm.reporting import reporter as report
 from mlm.train import train_and_evaluate
-from tests.tiny import tiny_config
+from tests.tiny import settings_of, tiny_config
 real, rows = report.Reporter.update, {}
 def update(self, step, metrics, batch, *, wait_seconds):
     rows[step] = batch.tokens.tolist()
@@ -55,7 +55,7 @@ config = tiny_config(corpus)
 config.num_train_steps = int(last)
 config.data.num_eval_samples = 5
 config.model.overrides.num_hidden_layers = 1
-train_and_evaluate(config, workdir)
+train_and_evaluate(settings_of(config), workdir)
 open(out, "w").write(json.dumps(rows))
 """
 
@@ -136,7 +136,7 @@ def test_two_processes_train_then_one_then_four(tmp_path):
     assert WorkDir(workdir).last_topology() == (4, 4)
     used = collections.Counter()
     for (step, process), batch in rows.items():
-        update = show_data.replay(config, workdir, step=step, process_index=process)
+        update = show_data.replay(settings_of(config), workdir, step=step, process_index=process)
         assert update.tokens_RxL.tolist() == batch
         used.update({(d.epoch, d.shard, d.row) for d in update.documents})
     # A document that is cut by a row or a batch comes in two updates; no other comes twice.

@@ -22,8 +22,9 @@ from mlm.reporting.progress import LiveLine, Progress, evaluation_line
 from mlm.reporting.summary import show
 from mlm.reporting.writers import JsonLinesWriter
 from mlm.run.workdir import WorkDir
+from mlm.settings import ProfileSettings
 from tests.test_reporter import fake
-from tests.tiny import tiny_config, write_corpus
+from tests.tiny import settings_of, tiny_config, write_corpus
 
 REPO = Path(__file__).parent.parent
 PROGRESS = Progress(
@@ -226,7 +227,7 @@ def make_reporter(tmp_path) -> reporter_lib.Reporter:
         num_train_steps=100,
         vocab_size=10,
         flops_per_token=1e3,
-        profile={"first_step": 1, "num_steps": 0},
+        profile=ProfileSettings(first_step=1, num_steps=0),
         max_skipped_steps=2,
         restored=None,
         step=0,
@@ -273,7 +274,7 @@ def test_the_reporter_draws_after_updates_and_only_on_the_first_process(
             reporter.log_evaluation(3, EVALUATION)
         assert " eval 3.000 " in screen.lines()[-1]
     assert screen.lines()[-1] == ""
-    monkeypatch.setattr(reporter.jax, "process_index", lambda: 1)
+    monkeypatch.setattr(reporter_lib.jax, "process_index", lambda: 1)
     with make_reporter(tmp_path) as reporter:
         reporter.update(1, *fake(1), wait_seconds=0.0)
         reporter.wait_for_pending_step()
@@ -308,7 +309,7 @@ def test_a_run_on_a_terminal_shows_itself_and_leaves_it_clean_after_ctrl_c(tmp_p
     )
     # A CPU has no peak rate in a data sheet.
     code = "import fcntl, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); from mlm.reporting import reporter as report; "
-    code += "report.PEAK_FLOPS['cpu'] = 1e9; import main; main.run()"
+    code += "report.PEAK_FLOPS['cpu'] = 1e9; import main; main.command_line.run(lambda: main.app.run(main.main, flags_parser=main.parse_flags))"
     screen = Screen(100)
     command = [sys.executable, "-c", code, f"--config={tmp_path / 'config.py'}", f"--workdir={tmp_path / 'run'}"]
     env = {**os.environ, "TERM": "xterm", "XLA_FLAGS": ""}
@@ -347,5 +348,5 @@ def test_the_last_words_name_the_work_directory_as_it_was_typed(tmp_path, monkey
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     typed = str(tmp_path / "runs" / "de") if absolute else "../runs/de"
-    show(tiny_config("*"), WorkDir(typed), [], f"python main.py --workdir={typed}")
+    show(settings_of(tiny_config("*")), WorkDir(typed), [], f"python main.py --workdir={typed}")
     assert f"\nModel      {typed}/model\n" in capsys.readouterr().out

@@ -12,7 +12,7 @@ from mlm.errors import UserError
 from mlm.train import train_and_evaluate
 from tests.bad_server import IMPATIENCE, PATIENCE, Server, encode, open_url
 from tests.letters import Letters
-from tests.tiny import tiny_config, write_corpus
+from tests.tiny import settings_of, tiny_config, write_corpus
 
 
 @pytest.fixture
@@ -211,15 +211,15 @@ def test_a_run_that_the_network_stops_goes_on_from_its_checkpoint(server, tmp_pa
     config.data.max_failed_shards = 0
     config.num_train_steps = 12
     config.logging_steps = config.eval_steps = 12
-    train_and_evaluate(config, str(tmp_path / "straight"))
+    train_and_evaluate(settings_of(config), str(tmp_path / "straight"))
     # It reads a shard with one request. The last two are for the batches of the second epoch.
     server.limit = len(server.requests) - 2
     server.requests.clear()
     with pytest.raises(UserError, match=r"cannot read '.*jsonl' from row .*data.max_failed_shards=0"):
-        train_and_evaluate(config, str(tmp_path / "stopped"))
+        train_and_evaluate(settings_of(config), str(tmp_path / "stopped"))
     saved = {path.name for path in (tmp_path / "stopped" / "checkpoints").iterdir()}
     assert saved & {"4", "6", "8", "10"}
     server.limit = None
-    train_and_evaluate(config, str(tmp_path / "stopped"))
+    train_and_evaluate(settings_of(config), str(tmp_path / "stopped"))
     for name in ("model.safetensors", "trainer_state.json"):
         assert filecmp.cmp(tmp_path / "straight" / "model" / name, tmp_path / "stopped" / "model" / name, shallow=False)

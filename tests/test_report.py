@@ -63,7 +63,7 @@ def write_run(folder, *, steps=40, skipped=None, restarts=(), values=None, loss=
 
 
 def write_page(path, *workdirs):
-    report.write_report(workdirs, str(path), defaults=DEFAULTS)
+    report.run(None, workdirs, output=str(path), defaults=DEFAULTS)
     return path.read_text(encoding="utf-8")
 
 
@@ -160,14 +160,14 @@ def test_mistakes(tmp_path):
     run = write_run(tmp_path / "a")
     page = str(tmp_path / "page.html")
     with pytest.raises(UserError, match="there is no run"):
-        report.write_report([str(tmp_path / "b")], page, defaults=DEFAULTS)
+        report.run(None, [str(tmp_path / "b")], output=page, defaults=DEFAULTS)
     with pytest.raises(UserError, match="two of the runs are the same"):
-        report.write_report([run, run + "/"], page, defaults=DEFAULTS)
+        report.run(None, [run, run + "/"], output=page, defaults=DEFAULTS)
     with pytest.raises(UserError, match="cannot be written"):
-        report.write_report([run], str(tmp_path / "no" / "page.html"), defaults=DEFAULTS)
+        report.run(None, [run], output=str(tmp_path / "no" / "page.html"), defaults=DEFAULTS)
     (tmp_path / "a" / "metrics.jsonl").write_text("")
     with pytest.raises(UserError, match="no metrics yet"):
-        report.write_report([run], page, defaults=DEFAULTS)
+        report.run(None, [run], output=page, defaults=DEFAULTS)
 
 
 def test_the_command_line(tmp_path):
@@ -182,7 +182,7 @@ def test_the_command_line(tmp_path):
     assert "the report of a, b is in report.html" in done.stderr
     done = main("--config=" + str(ROOT / "configs" / "quickstart.py"), *runs)
     assert done.returncode == 2
-    assert done.stderr == "error: --workdir is there 2 times; only --mode=report takes several runs\n"
+    assert done.stderr == "error: --workdir: was given 2 times; only --mode=report takes several runs\n"
 
 
 @pytest.fixture(scope="module")

@@ -22,6 +22,7 @@ from mlm.reporting.progress import duration
 from mlm.reporting.reporter import Reporter
 from mlm.reporting.writers import JsonLinesWriter
 from mlm.run.workdir import WorkDir
+from mlm.settings import ProfileSettings
 from mlm.steps import TrainMetrics
 
 
@@ -111,7 +112,7 @@ def make_reporter(tmp_path, monkeypatch, clock):
             num_train_steps=100,
             vocab_size=10,
             flops_per_token=1e3,
-            profile={"first_step": 1, "num_steps": 0},
+            profile=ProfileSettings(first_step=1, num_steps=0),
             max_skipped_steps=max_skipped_steps,
             restored=restored,
             step=step,

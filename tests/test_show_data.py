@@ -16,7 +16,7 @@ from mlm.masking import mask_tokens
 from mlm.modes import show_data
 from mlm.reporting import reporter
 from mlm.train import train_and_evaluate
-from tests.tiny import tiny_config, write_corpus
+from tests.tiny import settings_of, tiny_config, write_corpus
 
 STEPS = 8
 REPO = Path(__file__).parent.parent
@@ -53,7 +53,7 @@ def run(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(reporter.Reporter, "update", update)
         patch.setattr(steps, "mask_tokens", masked)
-        train_and_evaluate(config, workdir)
+        train_and_evaluate(settings_of(config), workdir)
     return config, workdir, rows, inputs
 
 
@@ -62,7 +62,7 @@ def run(tmp_path_factory):
 def test_the_rows_shown_are_those_the_loop_used(run, step):
     """Steps before the first checkpoint kept, right after one, and between."""
     config, workdir, rows, inputs = run
-    update = show_data.replay(config, workdir, step=step)
+    update = show_data.replay(settings_of(config), workdir, step=step)
     assert update.tokens_RxL.tolist() == rows[step].tolist()
     assert update.number == (step if step < 5 else step + 2)
     key = jax.random.fold_in(steps.random_key(config.seed, steps.TRAIN_MASKS), step - 1)
@@ -78,7 +78,7 @@ def test_documents_are_those_of_the_rows(run):
     paths = sorted(glob.glob(config.data.data_files))
     lines = [[json.loads(line)["text"] for line in Path(path).read_text().splitlines()] for path in paths]
     for step in (1, 5, STEPS):
-        update = show_data.replay(config, workdir, step=step)
+        update = show_data.replay(settings_of(config), workdir, step=step)
         hf = update.text.tokenizer.hf
         texts = [[] for _ in update.tokens_RxL]
         for document in update.documents:
@@ -103,7 +103,7 @@ def test_a_run_on_two_processes_that_went_on_as_three(run, tmp_path, monkeypatch
     from mlm.run import workdir as workdirs
 
     place = workdirs.WorkDir(workdir)
-    built = build.build(config, place)
+    built = build.build(settings_of(config), place)
     text = built.text
     place.create(config.to_dict(), save_tokenizer=built.tokenizer.save, processes=3, rows_per_process=8, step=0)
     used = {}
@@ -127,22 +127,22 @@ def test_a_run_on_two_processes_that_went_on_as_three(run, tmp_path, monkeypatch
         monkeypatch.setattr(show_data.Checkpointer, "steps", lambda self, kept=kept: kept)
         for step, process in [(2, 1), (4, 0), (5, 2), (6, 0), (8, 1)] if len(kept) == 1 else [(3, 0), (5, 1)]:
             rows = used[step, process]
-            update = show_data.replay(config, workdir, step=step, process_index=process)
+            update = show_data.replay(settings_of(config), workdir, step=step, process_index=process)
             assert update.tokens_RxL.tolist() == rows.tolist()
             assert (update.process_count, update.first_row) == ((2, 12 * process) if step <= 4 else (3, 8 * process))
     with pytest.raises(UserError, match="--process=2: update 4 had processes 0 to 1"):
-        show_data.replay(config, workdir, step=4, process_index=2)
+        show_data.replay(settings_of(config), workdir, step=4, process_index=2)
 
 
 def test_what_is_printed(run, capsys):
     config, workdir, *_ = run
-    show_data.show_data(config, workdir, step=5, rows=2, process_index=0)
+    show_data.run(settings_of(config), workdir, step=5, sequences=2, process=0)
     shown = capsys.readouterr().out
     total = config.per_device_train_batch_size * 2 * jax.local_device_count()
-    update = show_data.replay(config, workdir, step=5)
-    assert f"update 5: batch 7 of the data, epoch {update.epoch}; 2 of the {total} rows of process 0 of 1\n" in shown
-    assert "\nrow 1\n" in shown
-    assert "\nrow 2\n" not in shown
+    update = show_data.replay(settings_of(config), workdir, step=5)
+    assert f"step 5: batch 7 of the data, epoch {update.epoch}; 2 of the {total} sequences of process 0 of 1\n" in shown
+    assert "\nsequence 1\n" in shown
+    assert "\nsequence 2\n" not in shown
     assert ".jsonl', row " in shown
     tokenizer = update.text.tokenizer
     assert show_data.decode_masked(tokenizer, update.masked, 0) in shown
@@ -170,7 +170,7 @@ def test_the_command_line(run, tmp_path, capsys):
     command += ["--config.data.skip_steps=((5, 6),)", "--mode=show_data"]
     result = subprocess.run([*command, "--step=7", "--rows=3"], cwd=REPO, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
-    show_data.show_data(config, workdir, step=7, rows=3, process_index=0)
+    show_data.run(settings_of(config), workdir, step=7, sequences=3, process=0)
     assert result.stdout == capsys.readouterr().out
     result = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=False)
     assert (result.returncode, result.stderr) == (
@@ -182,12 +182,12 @@ def test_the_command_line(run, tmp_path, capsys):
 def test_what_cannot_be_shown_is_told(run, tmp_path):
     config, workdir, *_ = run
     with pytest.raises(UserError, match="there is no run"):
-        show_data.replay(config, str(tmp_path / "none"), step=1)
+        show_data.replay(settings_of(config), str(tmp_path / "none"), step=1)
     with pytest.raises(UserError, match="updates are numbered from 1"):
-        show_data.replay(config, workdir, step=0)
+        show_data.replay(settings_of(config), workdir, step=0)
     with pytest.raises(UserError, match="--process=1: update 2 had processes 0 to 0"):
-        show_data.replay(config, workdir, step=2, process_index=1)
+        show_data.replay(settings_of(config), workdir, step=2, process_index=1)
     other = config.copy_and_resolve_references()
     other.seed = 7
     with pytest.raises(UserError, match="holds a run with another config: seed"):
-        show_data.replay(other, workdir, step=2)
+        show_data.replay(settings_of(other), workdir, step=2)

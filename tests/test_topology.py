@@ -11,6 +11,7 @@ from mlm import parallel, topology
 from mlm.errors import UserError
 from mlm.hardware import parse_topology
 from mlm.modes import check
+from tests.tiny import settings_of
 
 
 @pytest.fixture
@@ -143,7 +144,7 @@ def test_what_is_told_of_it(found, printed, problems, encoder_task, monkeypatch,
     monkeypatch.setattr(topology, "try_batch", lambda *args, **options: found)
     findings = check.Findings()
     run = type("Run", (), {"step_config": encoder_task})
-    check.show_compiled(default.get_config(), run, parse_topology("v3-8"), findings)
+    check.show_compiled(settings_of(default.get_config()), run, parse_topology("v3-8"), findings)
     assert capsys.readouterr().out == printed
     assert findings.problems == problems
 

@@ -23,7 +23,7 @@ from mlm.errors import UserError
 from mlm.run.workdir import WorkDir
 from mlm.train import train_and_evaluate
 from tests import user_errors
-from tests.tiny import tiny_config, write_corpus
+from tests.tiny import settings_of, tiny_config, write_corpus
 
 REPO = Path(__file__).parent.parent
 
@@ -123,7 +123,7 @@ for flags in json.load(sys.stdin):
         if (child := os.fork()) == 0:
             os.dup2(told.fileno(), 2)
             sys.argv = ["main.py", *flags]
-            main.run()
+            main.command_line.run(lambda: main.app.run(main.main, flags_parser=main.parse_flags))
             os._exit(0)
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         told.seek(0)
@@ -191,7 +191,7 @@ def tiny_run(world: Path, keys: dict) -> ConfigDict:
 def test_values_and_files(world, monkeypatch, keys, message):
     monkeypatch.setenv("HF_HOME", str(world / "data"))
     monkeypatch.delenv("HF_TOKEN", raising=False)
-    refuse(lambda: train_and_evaluate(tiny_run(world, keys), str(world / "run")), message, world)
+    refuse(lambda: train_and_evaluate(settings_of(tiny_run(world, keys)), str(world / "run")), message, world)
 
 
 @pytest.mark.parametrize(("call", "message"), [pytest.param(*row, id=row[0].__name__) for row in user_errors.CALLS])

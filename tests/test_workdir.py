@@ -12,7 +12,7 @@ import pytest
 from mlm.errors import UserError
 from mlm.run.workdir import WorkDir
 from mlm.train import train_and_evaluate
-from tests.tiny import tiny_config, write_corpus
+from tests.tiny import settings_of, tiny_config, write_corpus
 
 REPO = Path(__file__).parent.parent
 
@@ -119,13 +119,13 @@ def test_overwriting_starts_anew_beside_the_old_run(tmp_path):
     config = tiny_config(write_corpus(tmp_path))
     config.num_train_steps = 1
     run, old = tmp_path / "run", tmp_path / "run.old-1"
-    train_and_evaluate(config, str(run), overwrite=True)  # There is nothing to move.
+    train_and_evaluate(settings_of(config), str(run), overwrite=True)  # There is nothing to move.
     assert not old.exists()
     files = {path.relative_to(run): path.read_bytes() for path in run.rglob("*") if path.is_file()}
     config.seed = 7
     with pytest.raises(UserError, match=r"seed .*--overwrite"):
-        train_and_evaluate(config, str(run))
-    train_and_evaluate(config, str(run), overwrite=True)
+        train_and_evaluate(settings_of(config), str(run))
+    train_and_evaluate(settings_of(config), str(run), overwrite=True)
     assert {path.relative_to(old): path.read_bytes() for path in old.rglob("*") if path.is_file()} == files
     history = json.loads((run / "config.json").read_text())["history"]
     assert [entry["event"] for entry in history] == ["start"]

@@ -66,10 +66,10 @@ os.environ["XLA_FLAGS"] = ""
 import sys
 from pathlib import Path
 import jax, jax.numpy as jnp, numpy as np
-from mlm.curves import read_metrics
+from mlm.reporting.curves import read_metrics
 from mlm.errors import UserError
 from mlm.train import train_and_evaluate
-from tests.tiny import tiny_config, write_corpus
+from tests.tiny import settings_of, tiny_config, write_corpus
 
 folder = Path(sys.argv[1])
 (folder / "corpus").mkdir()
@@ -79,7 +79,7 @@ def run(name, **keys):
     config = tiny_config(files)
     config.logging_steps = 1
     config.update_from_flattened_dict({key.replace("__", "."): value for key, value in keys.items()})
-    train_and_evaluate(config, str(folder / name))
+    train_and_evaluate(settings_of(config), str(folder / name))
     return read_metrics(str(folder / name / "metrics.jsonl"))
 """
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from configs import default
+from mlm.settings import RunSettings
 
 NOUNS = ["cat", "dog", "bird", "fish", "child", "river", "house", "tree"]
 VERBS = ["sees", "likes", "follows", "hears", "finds"]
@@ -57,3 +58,8 @@ def tiny_config(data_files: str) -> ConfigDict:
     config.optimizer.schedule = "constant"
     config.report.sentences = ("Number 7: the <mask> sees the cat.",)
     return config
+
+
+def settings_of(config: ConfigDict) -> RunSettings:
+    """The settings of a config, as main.py makes them."""
+    return RunSettings.from_dict(config.to_dict())

@@ -25,10 +25,11 @@ from mlm.hardware import parse_topology
 from mlm.models.config import EncoderConfig
 from mlm.models.encoder import MaskedLM
 from mlm.models.hf import pretrained
-from mlm.modes import check, show_data
+from mlm.modes import check, export, fill_mask, show_data
 from mlm.run import checkpoint, gcs, multihost, workdir
 from mlm.run.workdir import WorkDir
 from mlm.train import train_and_evaluate
+from tests.tiny import settings_of
 
 QUICKSTART = "--config=configs/quickstart.py"
 COMMAND_LINE = [
@@ -435,48 +436,48 @@ VALUES = [
 
 
 def export_as_another_type(config: ConfigDict, world: Path) -> None:
-    load.export_checkpoint(config, str(world / "started"), dtype="float64")
+    export.run(settings_of(config), str(world / "started"), dtype="float64")
 
 
 def export_to_a_file(config: ConfigDict, world: Path) -> None:
-    load.export_checkpoint(config, str(world / "started"), output=str(world / "file"))
+    export.run(settings_of(config), str(world / "started"), output=str(world / "file"))
 
 
 def export_to_a_folder_of_something_else(config: ConfigDict, world: Path) -> None:
-    load.export_checkpoint(config, str(world / "started"), output=str(world / "data"))
+    export.run(settings_of(config), str(world / "started"), output=str(world / "data"))
 
 
 def export_to_a_url(config: ConfigDict, world: Path) -> None:
-    load.export_checkpoint(config, str(world / "started"), output="gs://bucket/model")
+    export.run(settings_of(config), str(world / "started"), output="gs://bucket/model")
 
 
 def export_without_checkpoints(config: ConfigDict, world: Path) -> None:
-    load.export_checkpoint(config, str(world / "started"), output=str(world / "out"))
+    export.run(settings_of(config), str(world / "started"), output=str(world / "out"))
 
 
 def export_the_mean_of_none(config: ConfigDict, world: Path) -> None:
-    load.export_checkpoint(config, str(world / "started"), average=0, output=str(world / "out"))
+    export.run(settings_of(config), str(world / "started"), average=0, output=str(world / "out"))
 
 
 def fill_sentences_without_a_model(config: ConfigDict, world: Path) -> None:
-    load.fill_sentences(config, str(world / "started"), ["A <mask>."])
+    fill_mask.run(settings_of(config), str(world / "started"), arguments=["A <mask>."])
 
 
 def show_update_0(config: ConfigDict, world: Path) -> None:
-    show_data.show_data(config, str(world / "started"), step=0, rows=1, process_index=0)
+    show_data.run(settings_of(config), str(world / "started"), step=0, sequences=1, process=0)
 
 
 def show_a_run_that_is_not_there(config: ConfigDict, world: Path) -> None:
-    show_data.show_data(config, str(world / "x"), step=1, rows=1, process_index=0)
+    show_data.run(settings_of(config), str(world / "x"), step=1, sequences=1, process=0)
 
 
 def train_a_tokenizer_over_something(config: ConfigDict, world: Path) -> None:
-    build.train_tokenizer(config, str(world / "data"))
+    build.train_tokenizer(settings_of(config), str(world / "data"))
 
 
 def train_a_tokenizer_on_nothing(config: ConfigDict, world: Path) -> None:
     config.tokenizer.train_documents = 0
-    build.train_tokenizer(config, str(world / "out"))
+    build.train_tokenizer(settings_of(config), str(world / "out"))
 
 
 def a_machine_without_a_number(config: ConfigDict, world: Path) -> None:
@@ -492,52 +493,52 @@ def a_machine_of_parts_of_hosts(config: ConfigDict, world: Path) -> None:
 
 
 def a_work_directory_that_is_a_file(config: ConfigDict, world: Path) -> None:
-    train_and_evaluate(config, str(world / "file"))
+    train_and_evaluate(settings_of(config), str(world / "file"))
 
 
 def a_work_directory_below_a_file(config: ConfigDict, world: Path) -> None:
-    train_and_evaluate(config, str(world / "file" / "run"))
+    train_and_evaluate(settings_of(config), str(world / "file" / "run"))
 
 
 def a_work_directory_with_a_glob_in_its_name(config: ConfigDict, world: Path) -> None:
-    train_and_evaluate(config, str(world / "a[1]"))
+    train_and_evaluate(settings_of(config), str(world / "a[1]"))
 
 
 def a_work_directory_that_cannot_be_written(config: ConfigDict, world: Path) -> None:
-    train_and_evaluate(config, "/proc/run")
+    train_and_evaluate(settings_of(config), "/proc/run")
 
 
 def a_work_directory_at_another_kind_of_url(config: ConfigDict, world: Path) -> None:
-    train_and_evaluate(config, "s3://bucket/run")
+    train_and_evaluate(settings_of(config), "s3://bucket/run")
 
 
 def a_work_directory_that_is_a_whole_bucket(config: ConfigDict, world: Path) -> None:
-    train_and_evaluate(config, "gs://bucket")
+    train_and_evaluate(settings_of(config), "gs://bucket")
 
 
 def a_work_directory_with_a_glob_in_its_url(config: ConfigDict, world: Path) -> None:
-    train_and_evaluate(config, "gs://bucket/run*")
+    train_and_evaluate(settings_of(config), "gs://bucket/run*")
 
 
 def a_work_directory_of_something_else(config: ConfigDict, world: Path) -> None:
-    train_and_evaluate(config, str(world / "not_a_run"))
+    train_and_evaluate(settings_of(config), str(world / "not_a_run"))
 
 
 def a_work_directory_that_has_lost_its_config(config: ConfigDict, world: Path) -> None:
-    train_and_evaluate(config, str(world / "no_config"))
+    train_and_evaluate(settings_of(config), str(world / "no_config"))
 
 
 def another_config(config: ConfigDict, world: Path) -> None:
     config.model.overrides.hidden_size = 32
     config.data.max_seq_length = 12
-    train_and_evaluate(config, str(world / "started"))
+    train_and_evaluate(settings_of(config), str(world / "started"))
 
 
 def a_run_beside_another(config: ConfigDict, world: Path) -> None:
     holder = WorkDir(str(world / "started"))
     holder.lock()
     try:
-        train_and_evaluate(config, str(world / "started"))
+        train_and_evaluate(settings_of(config), str(world / "started"))
     finally:
         holder.unlock()
 
@@ -551,8 +552,8 @@ def a_disk_without_room_at_the_last_save(config: ConfigDict, world: Path) -> Non
 
 
 def a_disk_without_room_for_an_export(config: ConfigDict, world: Path) -> None:
-    with mock.patch.object(load, "load_checkpoint", side_effect=OSError("no space left on device")):
-        load.export_checkpoint(config, str(world / "started"), output=str(world / "out"))
+    with mock.patch.object(export, "load_checkpoint", side_effect=OSError("no space left on device")):
+        export.run(settings_of(config), str(world / "started"), output=str(world / "out"))
 
 
 def a_model_that_is_damaged(config: ConfigDict, world: Path) -> None:
@@ -586,7 +587,7 @@ def a_batch_that_never_fits_a_machine(config: ConfigDict, world: Path) -> None:
         mock.patch.object(topology, "largest_batch", return_value=0),
         mock.patch.object(check, "_for_tpu", return_value=None),
     ):
-        check.find_batch(config, None, parse_topology("v3-8"))
+        check.find_batch(settings_of(config), None, parse_topology("v3-8"))
 
 
 def rows_past_the_positions(config: ConfigDict, world: Path) -> None:

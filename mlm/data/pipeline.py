@@ -8,7 +8,6 @@ import jax
 import numpy as np
 import pyarrow as pa
 from absl import logging
-from ml_collections import ConfigDict
 
 from mlm.data import synthetic
 from mlm.data import tokenizer as tokenizers
@@ -20,18 +19,8 @@ from mlm.data.stream import RowStream
 from mlm.data.tokenizer import Tokenizer
 from mlm.data.train_tokenizer import chosen_algorithm
 from mlm.data.train_tokenizer import train_tokenizer as train_on_texts
-from mlm.errors import UserError
 from mlm.run.workdir import WorkDir
-
-# What an entry of data.mixture may set for its source alone.
-MIXTURE_KEYS = (
-    "dataset_name",
-    "dataset_config_name",
-    "data_files",
-    "eval_data_files",
-    "split",
-    "text_column_name",
-)
+from mlm.settings import RunSettings
 
 # Of a process's share, in the log.
 _SHARDS_NAMED = 4
@@ -140,106 +129,79 @@ class Text:
         return next(s for s in self.sources if s.name == source).train.shard_name(shard)
 
 
-def open_sources(config: ConfigDict) -> tuple[TextSource, ...]:
+def open_sources(settings: RunSettings) -> tuple[TextSource, ...]:
     """Opens what `data` names.
 
     Raises:
       UserError: it is not there, cannot be read, or `data.mixture` is not well formed.
     """
     own = {
-        "dataset_name": config.data.dataset_name,
-        "dataset_config_name": config.data.dataset_config_name,
-        "data_files": config.data.data_files,
-        "eval_data_files": config.data.eval_data_files,
-        "split": config.data.split,
-        "text_column_name": config.data.text_column_name,
+        "dataset_name": settings.data.dataset_name,
+        "dataset_config_name": settings.data.dataset_config_name,
+        "data_files": settings.data.data_files,
+        "eval_data_files": settings.data.eval_data_files,
+        "split": settings.data.split,
+        "text_column_name": settings.data.text_column_name,
     }
-    if not config.data.mixture:
-        if config.data.dataset_name == synthetic.NAME and config.data.data_files is None:
+    if not settings.data.mixture:
+        if settings.data.is_synthetic:
             return (TextSource("text", 1.0, synthetic.SOURCE, synthetic.SOURCE),)
-        train = _open(config, own)
+        train = _open(settings, own)
         evaluation = train
         if own["eval_data_files"] is not None:
-            evaluation = _open(config, own | {"data_files": own["eval_data_files"]})
+            evaluation = _open(settings, own | {"data_files": own["eval_data_files"]})
         return (TextSource("text", 1.0, train, evaluation),)
-    if own["data_files"] is not None or own["eval_data_files"] is not None:
-        raise UserError("data.mixture names its own files: leave data.data_files and data.eval_data_files at None")
     found = []
-    for name, weight, options in check_mixture(config.data.mixture):
-        options = own | {"dataset_name": name} | options
-        train = evaluation = _open(config, options)
+    for entry in settings.data.mixture_entries:
+        options = own | {"dataset_name": entry.name} | dict(entry.options)
+        train = evaluation = _open(settings, options)
         if options["eval_data_files"] is not None:
-            evaluation = _open(config, options | {"data_files": options["eval_data_files"]})
-        found.append(TextSource(name, weight, train, evaluation))
+            evaluation = _open(settings, options | {"data_files": options["eval_data_files"]})
+        found.append(TextSource(entry.name, entry.weight, train, evaluation))
     return tuple(found)
 
 
-def check_mixture(mixture: Any) -> list[tuple[str, float, dict[str, Any]]]:
-    """`data.mixture` as (name, weight, options), UserError for what it cannot be."""
-    found = []
-    for entry in mixture:
-        entry = (*entry, {}) if isinstance(entry, tuple | list) and len(entry) == 2 else entry
-        if (
-            not isinstance(entry, tuple | list)
-            or len(entry) != 3
-            or not isinstance(entry[0], str)
-            or not isinstance(entry[1], int | float)
-            or not isinstance(entry[2], Mapping)
-        ):
-            raise UserError(f"data.mixture: {entry!r} is not (name, weight) or (name, weight, {{key: value}})")
-        name, weight, options = entry
-        if not 0 < weight < float("inf"):
-            raise UserError(f"data.mixture: the weight {weight} of {name!r} must be positive")
-        for key in options:
-            if key not in MIXTURE_KEYS:
-                raise UserError(f"data.mixture: {name!r} sets {key!r}, which is not one of {', '.join(MIXTURE_KEYS)}")
-        if name in (other for other, *_ in found):
-            raise UserError(f"data.mixture: there are two sources named {name!r}")
-        found.append((name, float(weight), dict(options)))
-    return found
-
-
-def _open(config: ConfigDict, options: Mapping[str, Any]) -> sources.Source:
+def _open(settings: RunSettings, options: Mapping[str, Any]) -> sources.Source:
     return sources.open_source(
         dataset_name=options["dataset_name"],
         dataset_config_name=options["dataset_config_name"],
         data_files=options["data_files"],
         split=options["split"],
         text_column_name=options["text_column_name"],
-        cache_dir=config.data.cache_dir or "",
-        retry_policy=retry_policy(config),
+        cache_dir=settings.data.cache_dir or "",
+        retry_policy=retry_policy(settings),
     )
 
 
-def retry_policy(config: ConfigDict) -> RetryPolicy:
+def retry_policy(settings: RunSettings) -> RetryPolicy:
     """What `data` says of the network."""
     return RetryPolicy(
-        deadline_seconds=config.data.network_deadline_seconds, timeout_seconds=config.data.network_timeout_seconds
+        deadline_seconds=settings.data.network_deadline_seconds, timeout_seconds=settings.data.network_timeout_seconds
     )
 
 
 def open_tokenizer(
-    config: ConfigDict, workdir: WorkDir, text_sources: tuple[TextSource, ...], *, model_type: str
+    settings: RunSettings, workdir: WorkDir, text_sources: tuple[TextSource, ...], *, model_type: str
 ) -> Tokenizer:
     """The run's own once it has one, else the named one, else one trained on the head of the text for `model_type`."""
-    options = config.tokenizer
+    options = settings.tokenizer
     name = workdir.tokenizer if workdir.has_tokenizer() else options.tokenizer_name
-    name = name or config.model.model_name_or_path
+    name = name or settings.model.model_name_or_path
     if name:
         return tokenizers.load_tokenizer(
             name,
-            cache_dir=config.data.cache_dir or "",
+            cache_dir=settings.data.cache_dir or "",
             use_fast_tokenizer=options.use_fast_tokenizer,
             backend=options.backend,
         )
     if text_sources[0].train is synthetic.SOURCE:
-        return synthetic.tokenizer(vocab_size=options.vocab_size, max_seq_length=config.data.max_seq_length)
-    return train_tokenizer(config, text_sources, model_type=model_type)
+        return synthetic.tokenizer(vocab_size=options.vocab_size, max_seq_length=settings.data.max_seq_length)
+    return train_tokenizer(settings, text_sources, model_type=model_type)
 
 
-def train_tokenizer(config: ConfigDict, text_sources: tuple[TextSource, ...], *, model_type: str) -> Tokenizer:
+def train_tokenizer(settings: RunSettings, text_sources: tuple[TextSource, ...], *, model_type: str) -> Tokenizer:
     """Trains a tokenizer for models of a family on the head of the text."""
-    options = config.tokenizer
+    options = settings.tokenizer
     algorithm = chosen_algorithm(options.algorithm, model_type=model_type)
     names = ", ".join(source.train.name for source in text_sources)
     logging.info("training a %s tokenizer of %d entries on the head of %s", algorithm, options.vocab_size, names)
@@ -247,7 +209,7 @@ def train_tokenizer(config: ConfigDict, text_sources: tuple[TextSource, ...], *,
     return train_on_texts(
         (text for source in text_sources for text in head(source.train, shares[source.name])),
         vocab_size=options.vocab_size,
-        max_seq_length=config.data.max_seq_length,
+        max_seq_length=settings.data.max_seq_length,
         algorithm=algorithm,
         model_type=model_type,
         lowercase=options.lowercase,
@@ -255,14 +217,14 @@ def train_tokenizer(config: ConfigDict, text_sources: tuple[TextSource, ...], *,
     )
 
 
-def open_text(config: ConfigDict, text_sources: tuple[TextSource, ...], tokenizer: Tokenizer) -> Text:
+def open_text(settings: RunSettings, text_sources: tuple[TextSource, ...], tokenizer: Tokenizer) -> Text:
     """Reads the evaluation rows: of a mixture each source's share of them, and keeps their documents out of all."""
-    shares = _shares(config.data.num_eval_samples, text_sources)
+    shares = _shares(settings.data.num_eval_samples, text_sources)
     rows: list[EvalRows] = []
     for source in text_sources:
         if source.train is synthetic.SOURCE:
             drawn = synthetic.rows(
-                shares[source.name], length=config.data.max_seq_length, ids=tokenizer, seed=(config.seed, 0)
+                shares[source.name], length=settings.data.max_seq_length, ids=tokenizer, seed=(settings.seed, 0)
             )
             rows.append(EvalRows(drawn, pa.array([], pa.large_string())))
             continue
@@ -271,8 +233,8 @@ def open_text(config: ConfigDict, text_sources: tuple[TextSource, ...], tokenize
                 source.evaluation,
                 tokenizer,
                 num_rows=shares[source.name],
-                max_seq_length=config.data.max_seq_length,
-                packing=config.data.packing,
+                max_seq_length=settings.data.max_seq_length,
+                packing=settings.data.packing,
                 allow_fewer=source.evaluation is not source.train,
             )
         )
@@ -283,21 +245,21 @@ def open_text(config: ConfigDict, text_sources: tuple[TextSource, ...], tokenize
         eval_counts={source.name: len(part.rows) for source, part in zip(text_sources, rows, strict=True)},
         held_out=pa.concat_arrays([part.documents for part in rows]).unique(),
         stream_options={
-            "seed": config.seed,
-            "max_seq_length": config.data.max_seq_length,
-            "packing": config.data.packing,
-            "shuffle_buffer_size": config.data.shuffle_buffer_size,
-            "max_failed_shards": config.data.max_failed_shards,
+            "seed": settings.seed,
+            "max_seq_length": settings.data.max_seq_length,
+            "packing": settings.data.packing,
+            "shuffle_buffer_size": settings.data.shuffle_buffer_size,
+            "max_failed_shards": settings.data.max_failed_shards,
         },
-        skip_steps=config.data.skip_steps,
-        batch_rows=batch_rows(config),
+        skip_steps=settings.data.skip_steps,
+        batch_rows=batch_rows(settings),
     )
 
 
-def batch_rows(config: ConfigDict) -> int:
+def batch_rows(settings: RunSettings) -> int:
     """Rows of an update on this process; of the smallest batch while it is to be found which fits."""
-    rows = max(1, config.per_device_train_batch_size)
-    return rows * config.gradient_accumulation_steps * jax.local_device_count()
+    rows = max(1, settings.per_device_train_batch_size)
+    return rows * settings.gradient_accumulation_steps * jax.local_device_count()
 
 
 def _shares(total: int, text_sources: tuple[TextSource, ...]) -> dict[str, int]:

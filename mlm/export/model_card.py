@@ -8,11 +8,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import huggingface_hub
-from ml_collections import ConfigDict
 
 from mlm.data.sources.source import is_local_path
 from mlm.export.fill_mask import MaskPrediction, shown
-from mlm.run.workdir import flatten
+from mlm.settings import RunSettings
 
 # The figures that the hub's leaderboards read.
 _INDEXED = {"eval/loss": "loss", "eval/accuracy": "accuracy", "eval/perplexity": "perplexity"}
@@ -63,7 +62,7 @@ class Card:
 
 
 def build_card(
-    config: ConfigDict, *, title: str, model_type: str, step: int, rows: int, tokens_seen: int, hardware: str
+    settings: RunSettings, *, title: str, model_type: str, step: int, rows: int, tokens_seen: int, hardware: str
 ) -> Card:
     """What the run's config says for the card.
 
@@ -76,7 +75,7 @@ def build_card(
       tokens_seen: by the updates so far.
       hardware: what trained it.
     """
-    name = config.model.model_name_or_path
+    name = settings.model.model_name_or_path
     local = name and (is_local_path(name) or os.path.exists(os.path.expanduser(name)))
     start = "from scratch"
     if name:
@@ -84,40 +83,40 @@ def build_card(
         if not local:
             start = f"from [{name}](https://huggingface.co/{name})"
     recipe = {
-        "updates": f"{step:,} of {config.num_train_steps:,}",
-        "rows an update": f"{rows:,} of {config.data.max_seq_length} tokens",
-        **{f"`{key}`": value for key, value in flatten(config.optimizer.to_dict()).items()},
-        **{f"`{key}`": value for key, value in flatten(config.masking.to_dict()).items()},
-        "`packing`": config.data.packing,
-        "`dtype` of the computation": config.model.dtype,
-        "`seed`": config.seed,
+        "updates": f"{step:,} of {settings.num_train_steps:,}",
+        "rows an update": f"{rows:,} of {settings.data.max_seq_length} tokens",
+        **{f"`{key}`": value for key, value in dataclasses.asdict(settings.optimizer).items()},
+        **{f"`{key}`": value for key, value in dataclasses.asdict(settings.masking).items()},
+        "`packing`": settings.data.packing,
+        "`dtype` of the computation": settings.model.dtype,
+        "`seed`": settings.seed,
     }
     return Card(
         title=title,
         model_type=model_type,
-        data=_data_of(config),
+        data=_data_of(settings),
         start=start,
         base_model=name if name and not local else None,
-        license=config.hub.license,
-        languages=config.hub.languages,
+        license=settings.hub.license,
+        languages=settings.hub.languages,
         tokens_seen=tokens_seen,
         hardware=hardware,
         recipe=recipe,
     )
 
 
-def _data_of(config: ConfigDict) -> tuple[Data, ...]:
+def _data_of(settings: RunSettings) -> tuple[Data, ...]:
     own = {
-        "dataset_name": config.data.dataset_name,
-        "dataset_config_name": config.data.dataset_config_name,
-        "data_files": config.data.data_files,
-        "split": config.data.split,
+        "dataset_name": settings.data.dataset_name,
+        "dataset_config_name": settings.data.dataset_config_name,
+        "data_files": settings.data.data_files,
+        "split": settings.data.split,
     }
-    if not config.data.mixture:
+    if not settings.data.mixture:
         return (_describe(own),)
-    total = sum(entry[1] for entry in config.data.mixture)
+    total = sum(entry[1] for entry in settings.data.mixture)
     found = []
-    for name, weight, *options in config.data.mixture:
+    for name, weight, *options in settings.data.mixture:
         data = _describe(own | {"dataset_name": name} | dict(*options))
         found.append(dataclasses.replace(data, text=f"{data.text}, {weight / total:.1%} of the rows"))
     return tuple(found)

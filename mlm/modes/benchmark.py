@@ -1,6 +1,5 @@
 """Where the time of an update goes: the loop as it is, beside the step alone."""
 
-import copy
 import functools
 import os
 import tempfile
@@ -9,11 +8,11 @@ import time
 import jax
 import numpy as np
 from absl import logging
-from ml_collections import ConfigDict
 
 from mlm import build, parallel, steps
 from mlm.reporting.curves import read_metrics
 from mlm.run.workdir import WorkDir
+from mlm.settings import RunSettings
 from mlm.train import train_and_evaluate
 
 # Parts of an update in the loop; they add up to it.
@@ -23,27 +22,32 @@ _PARTS = {
     "device": "waiting for the devices",
     "host": "the host's own work",
 }
-# Pauses between updates, once in so many.
+# Pauses between steps, once in so many.
 _PAUSES = {"evaluation": "eval_steps", "save": "save_steps", "export": "eval_steps"}
 
 
-def benchmark(config: ConfigDict, *, updates: int) -> None:
+def run(settings: RunSettings, workdir: None, *, steps: int) -> None:
     """Prints milliseconds of an update in the loop, by part, and against the step alone on one batch.
 
-    Both are timed over `updates` updates after as many that are not, in one process, the step alone before and after
+    Both are timed over `steps` steps after as many that are not, in one process, the step alone before and after
     the loop: its mean counts, and its change says how far the ratio is to be trusted. Nothing of the run is kept.
     """
-    config = copy.deepcopy(config)
-    config.hub.push_to_hub = False
     # Lines after the first and the second half; evaluation, checkpoint and export come between, and count apart.
-    config.num_train_steps = 2 * updates
-    config.optimizer.warmup_steps = min(config.optimizer.warmup_steps, updates)
-    config.logging_steps = config.eval_steps = config.save_steps = updates
-    alone = [_step_ms(config, updates=updates)]
+    settings = settings.replace(
+        {
+            "hub.push_to_hub": False,
+            "num_train_steps": 2 * steps,
+            "optimizer.warmup_steps": min(settings.optimizer.warmup_steps, steps),
+            "logging_steps": steps,
+            "eval_steps": steps,
+            "save_steps": steps,
+        }
+    )
+    alone = [_step_ms(settings, num_steps=steps)]
     with tempfile.TemporaryDirectory(prefix="mlm-benchmark") as workdir:
-        train_and_evaluate(config, os.path.join(workdir, "run"))
+        train_and_evaluate(settings, os.path.join(workdir, "run"))
         line = read_metrics(os.path.join(workdir, "run", "metrics.jsonl"))[-1]
-    alone.append(_step_ms(config, updates=updates))
+    alone.append(_step_ms(settings, num_steps=steps))
     mean = sum(alone) / 2
 
     total = line["perf/step_ms"]
@@ -56,21 +60,21 @@ def benchmark(config: ConfigDict, *, updates: int) -> None:
     print(f"loop / step alone     {total / mean:10.3f}      (± {abs(alone[1] - alone[0]) / (2 * mean):.3f})")
 
 
-def _step_ms(config: ConfigDict, *, updates: int) -> float:
+def _step_ms(settings: RunSettings, *, num_steps: int) -> float:
     """Of the step alone, over and over on one batch that is on the devices."""
     with tempfile.TemporaryDirectory(prefix="mlm-benchmark") as workdir:
-        run = build.build(config, WorkDir(workdir))
+        run = build.build(settings, WorkDir(workdir))
     logging.info("timing the step alone")
     step = parallel.data_parallel(
         functools.partial(steps.train_step, step_config=run.step_config, axis_name=parallel.AXIS), donate_argnums=(0,)
     )
     state = parallel.replicate(steps.init_state(run.step_config, run.initial_params()))
-    tokens = parallel.shard(np.asarray(next(run.stream)), shape=(config.gradient_accumulation_steps,))
+    tokens = parallel.shard(np.asarray(next(run.stream)), shape=(settings.gradient_accumulation_steps,))
     times = []
     for _ in range(2):  # The first time, what is not timed.
         start = time.monotonic()
-        for _ in range(updates):
+        for _ in range(num_steps):
             state, metrics = step(state, tokens)
         jax.block_until_ready(metrics)
-        times.append(1e3 * (time.monotonic() - start) / updates)
+        times.append(1e3 * (time.monotonic() - start) / num_steps)
     return times[-1]

@@ -4,7 +4,6 @@ What it prints is what the run would be made of: the same functions open the tex
 """
 
 import contextlib
-import copy
 import dataclasses
 import functools
 import math
@@ -17,7 +16,6 @@ from typing import Any
 import jax
 import numpy as np
 import pyarrow as pa
-from ml_collections import ConfigDict
 
 from mlm import build, memory, steps, topology
 from mlm.data import pipeline as text_lib
@@ -25,13 +23,14 @@ from mlm.data import synthetic
 from mlm.data.sources.source import Source
 from mlm.data.tokenizer import Tokenizer
 from mlm.errors import UserError
-from mlm.hardware import Machine
+from mlm.hardware import Machine, parse_topology
 from mlm.masking import mask_tokens
 from mlm.models.flops import flops_per_token
 from mlm.modes.show_data import decode_masked
 from mlm.reporting.progress import duration
 from mlm.reporting.reporter import PEAK_FLOPS
-from mlm.run.workdir import WorkDir, flatten
+from mlm.run.workdir import WorkDir
+from mlm.settings import RunSettings
 
 # Of text read to estimate what an epoch holds.
 _SAMPLE_SECONDS = 5.0
@@ -58,8 +57,30 @@ class Findings:
             self.problems.append(str(error))
 
 
+def run(
+    settings: RunSettings, workdir: str, *, defaults: Mapping[str, Any], topology: str | None, utilization: float
+) -> None:
+    """Prints a dry run of a training run.
+
+    Args:
+      settings: those of the run.
+      workdir: its directory, which need not exist.
+      defaults: the values of `configs/default.py`, by keys with dots.
+      topology: the machine the run is meant for, such as "v3-8"; None for the devices here.
+      utilization: the assumed fraction of the devices' peak rate.
+
+    Raises:
+      UserError: the run is not ready; the message lists every problem found.
+    """
+    machine = parse_topology(topology) if topology else None
+    problems = check(settings, workdir, defaults=defaults, machine=machine, utilization=utilization)
+    if problems:
+        raise UserError("; ".join(["not ready", *problems]))
+    print("\nready")
+
+
 def check(
-    config: ConfigDict, workdir: str, *, defaults: Mapping[str, Any], machine: Machine | None, utilization: float
+    settings: RunSettings, workdir: str, *, defaults: Mapping[str, Any], machine: Machine | None, utilization: float
 ) -> list[str]:
     """Prints what the run would be; returns what is wrong with it, a line each.
 
@@ -73,26 +94,25 @@ def check(
     findings = Findings()
     here = machine or Machine("this machine", jax.devices()[0].device_kind, jax.device_count(), 1)
     _heading("Config")
-    show_config(config, defaults)
+    show_config(settings, defaults)
     place = None
     with findings.collect():
         place = WorkDir(workdir)
-        place.check_same_run(config.to_dict())
+        place.check_same_run(settings.to_dict())
         if place.is_remote:
             place.lock()  # Whether it can be written to; of a directory that is known.
     with findings.collect():
-        build.check_numbers(config)
+        build.check_device(settings)
     if place is None or findings.problems:
         return findings.problems
     # Apart from the rest: what the hub says does not depend on it.
     with findings.collect():
-        build.check_hub(config, place)
-    local = copy.deepcopy(config)
-    local.hub.push_to_hub = False
+        build.check_hub(settings, place)
+    local = settings.replace({"hub.push_to_hub": False})
     with findings.collect():
         run = build.build(local, place)
         if local.per_device_train_batch_size == 0:
-            local.per_device_train_batch_size = find_batch(local, run, machine)
+            local = local.replace({"per_device_train_batch_size": find_batch(local, run, machine)})
         _heading("Text")
         show_documents(run.text)
         with findings.collect():
@@ -101,7 +121,7 @@ def check(
         show_fit(run)
         _heading("The run")
         show_size(local, run, place, here, findings, utilization=utilization)
-        if has_english_sentences(config, defaults):
+        if has_english_sentences(settings, defaults):
             print("note          report.sentences are the English defaults; give sentences in your text's language")
         if machine is not None:
             show_compiled(local, run, machine, findings)
@@ -112,9 +132,9 @@ def _heading(title: str) -> None:
     print(f"\n{title}\n{'-' * len(title)}")
 
 
-def show_config(config: ConfigDict, defaults: Mapping[str, Any]) -> None:
+def show_config(settings: RunSettings, defaults: Mapping[str, Any]) -> None:
     """Prints every key with its value, and the default where the value is another."""
-    values = flatten(config.to_dict())
+    values = settings.flat()
     width = max(map(len, values))
     for key, value in values.items():
         if value == defaults[key]:
@@ -137,7 +157,7 @@ def show_documents(text: text_lib.Text, *, count: int = 3) -> None:
             print(f"\ndocument {number}, of {source.name}\n  {_shortened(document)}")
 
 
-def show_rows(config: ConfigDict, run: build.Run, machine: Machine) -> None:
+def show_rows(settings: RunSettings, run: build.Run, machine: Machine) -> None:
     """Prints two rows of the first batch of the first host, and one of them masked.
 
     Raises:
@@ -147,13 +167,13 @@ def show_rows(config: ConfigDict, run: build.Run, machine: Machine) -> None:
         run.text.batches(
             process_index=0,
             process_count=machine.hosts,
-            batch_rows=_rows_a_device(config) * machine.devices // machine.hosts,
+            batch_rows=_rows_a_device(settings) * machine.devices // machine.hosts,
         )
     )
     decode = functools.partial(run.tokenizer.hf.decode, clean_up_tokenization_spaces=False)
     for number, tokens_L in enumerate(tokens_BxL[:2]):
-        print(f"\nrow {number} of update 1 (data.packing={config.data.packing!r})\n  {_shortened(decode(tokens_L))}")
-    key = jax.random.fold_in(steps.random_key(config.seed, steps.TRAIN_MASKS), 0)
+        print(f"\nrow {number} of update 1 (data.packing={settings.data.packing!r})\n  {_shortened(decode(tokens_L))}")
+    key = jax.random.fold_in(steps.random_key(settings.seed, steps.TRAIN_MASKS), 0)
     rows_B = np.arange(1, dtype=np.int32)
     masked = jax.jit(functools.partial(mask_tokens, spec=run.step_config.masking))(
         tokens_BxL[:1], rows_B=rows_B, key=key
@@ -180,25 +200,25 @@ def show_fit(run: build.Run) -> None:
 
 
 def show_size(
-    config: ConfigDict, run: build.Run, place: WorkDir, machine: Machine, findings: Findings, *, utilization: float
+    settings: RunSettings, run: build.Run, place: WorkDir, machine: Machine, findings: Findings, *, utilization: float
 ) -> None:
     """Prints batch, shards, tokens, epochs, parameters, memory, disk and time; adds what does not fit."""
-    length = config.data.max_seq_length
-    rows = _rows_a_device(config) * machine.devices
-    tokens = config.num_train_steps * rows * length
+    length = settings.data.max_seq_length
+    rows = _rows_a_device(settings) * machine.devices
+    tokens = settings.num_train_steps * rows * length
     state = jax.eval_shape(lambda: steps.init_state(run.step_config, steps.init_params(run.step_config, length=length)))
     parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state.params))
     state_bytes = _bytes(state)
 
     print(f"machine       {machine.name}: {machine.devices} x {machine.kind}, on {_hosts(machine.hosts)}")
     print(
-        f"an update     {rows:,} rows of {length} tokens: {config.per_device_train_batch_size} a device x "
-        f"{config.gradient_accumulation_steps} passes x {machine.devices} devices"
+        f"an update     {rows:,} rows of {length} tokens: {settings.per_device_train_batch_size} a device x "
+        f"{settings.gradient_accumulation_steps} passes x {machine.devices} devices"
     )
     for source in run.text.sources:
         print(f"shards        {_describe_shards(source.train, machine.hosts)}")
     print(f"parameters    {parameters:,}")
-    print(f"tokens        {tokens:,} in {config.num_train_steps:,} updates")
+    print(f"tokens        {tokens:,} in {settings.num_train_steps:,} updates")
     total = sum(source.weight for source in run.text.sources)
     for source in run.text.sources:
         epoch, is_bound = tokens_of_epoch(source.train, run.tokenizer, seconds=_SAMPLE_SECONDS / len(run.text.sources))
@@ -213,8 +233,8 @@ def show_size(
                 "or add text"
             )
     _show_memory(state_bytes + _bytes(state.params), machine, findings)
-    _show_disk(config, place, state_bytes, _bytes(state.params), findings)
-    _show_time(config, run, tokens, machine, utilization)
+    _show_disk(settings, place, state_bytes, _bytes(state.params), findings)
+    _show_time(settings, run, tokens, machine, utilization)
 
 
 def _show_memory(needed: int, machine: Machine, findings: Findings) -> None:
@@ -233,10 +253,10 @@ def _show_memory(needed: int, machine: Machine, findings: Findings) -> None:
         )
 
 
-def _show_disk(config: ConfigDict, place: WorkDir, state_bytes: int, model_bytes: int, findings: Findings) -> None:
-    every = config.checkpoint.keep_every_steps
+def _show_disk(settings: RunSettings, place: WorkDir, state_bytes: int, model_bytes: int, findings: Findings) -> None:
+    every = settings.checkpoint.keep_every_steps
     # One more while the oldest is still there; the model twice, while the new one takes the old one's place.
-    kept = config.checkpoint.keep_checkpoints + 1 + (config.num_train_steps // every if every else 0)
+    kept = settings.checkpoint.keep_checkpoints + 1 + (settings.num_train_steps // every if every else 0)
     needed = kept * state_bytes + 2 * model_bytes
     if place.is_remote:
         print(f"storage       {_gigabytes(needed)} for {kept} checkpoints of {_gigabytes(state_bytes)} and the model")
@@ -256,8 +276,8 @@ def _show_disk(config: ConfigDict, place: WorkDir, state_bytes: int, model_bytes
         )
 
 
-def _show_time(config: ConfigDict, run: build.Run, tokens: int, machine: Machine, utilization: float) -> None:
-    length = config.data.max_seq_length
+def _show_time(settings: RunSettings, run: build.Run, tokens: int, machine: Machine, utilization: float) -> None:
+    length = settings.data.max_seq_length
     flops = flops_per_token(
         run.encoder, length=length, max_predictions_per_seq=run.step_config.masking.max_predictions_per_seq(length)
     )
@@ -274,14 +294,14 @@ def _show_time(config: ConfigDict, run: build.Run, tokens: int, machine: Machine
     )
 
 
-def has_english_sentences(config: ConfigDict, defaults: Mapping[str, Any]) -> bool:
+def has_english_sentences(settings: RunSettings, defaults: Mapping[str, Any]) -> bool:
     """Whether the finished model is to fill in the default sentences, though the text is the user's own."""
-    data = config.data
+    data = settings.data
     is_own = data.mixture or data.data_files is not None or data.dataset_name not in ("docstrings", synthetic.NAME)
-    return bool(is_own) and tuple(config.report.sentences) == tuple(defaults["report.sentences"])
+    return bool(is_own) and tuple(settings.report.sentences) == tuple(defaults["report.sentences"])
 
 
-def find_batch(config: ConfigDict, run: build.Run, machine: Machine | None) -> int:
+def find_batch(settings: RunSettings, run: build.Run, machine: Machine | None) -> int:
     """What per_device_train_batch_size=0 will be on a machine, or a small one to go on with.
 
     Raises:
@@ -292,10 +312,10 @@ def find_batch(config: ConfigDict, run: build.Run, machine: Machine | None) -> i
         return memory.MULTIPLE
     print(f"\nper_device_train_batch_size=0: compiling the step for {machine.kind}, minutes at real size", flush=True)
     found = topology.largest_batch(
-        _for_tpu(config, run),
+        _for_tpu(settings, run),
         topology.devices_of(machine),
-        microbatches=config.gradient_accumulation_steps,
-        length=config.data.max_seq_length,
+        microbatches=settings.gradient_accumulation_steps,
+        length=settings.data.max_seq_length,
         memory_bytes=machine.memory_bytes,
     )
     if found == 0:
@@ -304,12 +324,12 @@ def find_batch(config: ConfigDict, run: build.Run, machine: Machine | None) -> i
     return found
 
 
-def _for_tpu(config: ConfigDict, run: build.Run) -> steps.StepConfig:
-    execution = build.open_execution(config, backend="tpu")
+def _for_tpu(settings: RunSettings, run: build.Run) -> steps.StepConfig:
+    execution = build.open_execution(settings, backend="tpu")
     return dataclasses.replace(run.step_config, model=run.step_config.model.clone(execution=execution))
 
 
-def show_compiled(config: ConfigDict, run: build.Run, machine: Machine, findings: Findings) -> None:
+def show_compiled(settings: RunSettings, run: build.Run, machine: Machine, findings: Findings) -> None:
     """Prints what the compiled step takes of a TPU core, and the largest batch that fits."""
     if not topology.can_compile(machine):
         what = "pip install libtpu" if machine.kind.startswith("TPU") else "TPUs only"
@@ -318,11 +338,11 @@ def show_compiled(config: ConfigDict, run: build.Run, machine: Machine, findings
     # Also for who reads a pipe: what is above has been waiting for more to come with it.
     print(f"compiling     the step for {machine.kind}, minutes at real size; all else is said above", flush=True)
     found = topology.try_batch(
-        _for_tpu(config, run),
+        _for_tpu(settings, run),
         topology.devices_of(machine),
-        rows=config.per_device_train_batch_size,
-        microbatches=config.gradient_accumulation_steps,
-        length=config.data.max_seq_length,
+        rows=settings.per_device_train_batch_size,
+        microbatches=settings.gradient_accumulation_steps,
+        length=settings.data.max_seq_length,
         memory_bytes=machine.memory_bytes,
     )
     place = f"the {_gigabytes(machine.memory_bytes)} of a {machine.kind} device"
@@ -375,8 +395,8 @@ def _hosts(count: int) -> str:
     return f"{count} host{'s' * (count > 1)}"
 
 
-def _rows_a_device(config: ConfigDict) -> int:
-    return config.per_device_train_batch_size * config.gradient_accumulation_steps
+def _rows_a_device(settings: RunSettings) -> int:
+    return settings.per_device_train_batch_size * settings.gradient_accumulation_steps
 
 
 def _bytes(tree: Any) -> int:

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mlm.errors import UserError
+from mlm.settings import RunSettings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +67,29 @@ def _comment_above(comments: Mapping[int, str], line: int) -> str:
         line -= 1
         lines.insert(0, comments[line])
     return " ".join(lines)
+
+
+def run(
+    settings: RunSettings | None,
+    workdir: None,
+    *,
+    arguments: Sequence[str],
+    defaults: Mapping[str, Any],
+    defaults_file: str,
+) -> None:
+    """Prints what config keys mean, their defaults, and their values in `settings` where they differ.
+
+    Args:
+      settings: those of a config; None if none was given.
+      workdir: unused.
+      arguments: keys or groups of keys; none for all keys.
+      defaults: the values of `configs/default.py`, by keys with dots.
+      defaults_file: the path of `configs/default.py`, whose comments explain the keys.
+    """
+    with open(defaults_file, encoding="utf-8") as file:
+        source = file.read()
+    values = None if settings is None else settings.flat()
+    print(explain(arguments, source, defaults=defaults, values=values))
 
 
 def explain(names: Sequence[str], source: str, *, defaults: Mapping[str, Any], values: Mapping[str, Any] | None) -> str:

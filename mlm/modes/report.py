@@ -38,18 +38,20 @@ PANELS = (
 SOURCES_TITLE = "Evaluation loss of the sources"
 
 
-def write_report(workdirs: Sequence[str], output: str, *, defaults: Mapping[str, Any]) -> None:
+def run(settings: None, workdir: Sequence[str], *, output: str | None, defaults: Mapping[str, Any]) -> None:
     """Writes the page to `output`.
 
     Args:
-      workdirs: of the runs.
-      output: the file; written over if it is there.
+      settings: unused.
+      workdir: the directories of one or more runs.
+      output: the file to write, replaced if it exists; None for report.html.
       defaults: key -> value of `configs/default.py`, flat; what differs from it is shown.
 
     Raises:
       UserError: a directory holds no run or has no metrics yet, two are the same, or the file cannot be written.
     """
-    places = [WorkDir(path) for path in workdirs]
+    output = output or "report.html"
+    places = [WorkDir(path) for path in workdir]
     if len({place.display_path for place in places}) < len(places):
         raise UserError("--workdir: two of the runs are the same; name each once")
     names = _names([place.display_path for place in places])

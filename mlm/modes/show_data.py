@@ -10,7 +10,6 @@ import functools
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 
 from mlm import build, steps
 from mlm.data import pipeline as text_lib
@@ -21,6 +20,7 @@ from mlm.errors import UserError
 from mlm.masking import MaskedBatch, mask_tokens
 from mlm.run.checkpoint import Checkpointer
 from mlm.run.workdir import WorkDir
+from mlm.settings import RunSettings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,21 +48,21 @@ class Update:
     documents: list[Document]
 
 
-def show_data(config: ConfigDict, workdir: str, *, step: int, rows: int, process_index: int) -> None:
-    """Prints the documents and the masked rows of update `step`: the first `rows` ones of a process.
+def run(settings: RunSettings, workdir: str, *, step: int, sequences: int, process: int) -> None:
+    """Prints the documents and the masked sequences of a step: the first `sequences` of a process.
 
     Raises:
-      UserError: there is no such run, or it has another config.
+      UserError: there is no such run, or its config differs in a key that must not change.
     """
-    update = replay(config, workdir, step=step, process_index=process_index)
+    update = replay(settings, workdir, step=step, process_index=process)
     total = len(update.tokens_RxL)
     print(
-        f"update {step}: batch {update.number} of the data, epoch {update.epoch}; "
-        f"{min(rows, total)} of the {total} rows of process {process_index} of {update.process_count}\n"
-        "[shown=target] is a token to predict"
+        f"step {step}: batch {update.number} of the data, epoch {update.epoch}; "
+        f"{min(sequences, total)} of the {total} sequences of process {process} of {update.process_count}\n"
+        "[input=label] is a token to predict"
     )
-    for row in range(min(rows, total)):
-        print(f"\nrow {update.first_row + row}")
+    for row in range(min(sequences, total)):
+        print(f"\nsequence {update.first_row + row}")
         for document in update.documents:
             if row in document.batch_rows:
                 shard = update.text.shard_name(document.source, document.shard)
@@ -70,28 +70,27 @@ def show_data(config: ConfigDict, workdir: str, *, step: int, rows: int, process
         print(f"  {decode_masked(update.text.tokenizer, update.masked, row)}")
 
 
-def replay(config: ConfigDict, workdir: str, *, step: int, process_index: int = 0) -> Update:
+def replay(settings: RunSettings, workdir: str, *, step: int, process_index: int = 0) -> Update:
     """Makes a process's share of update `step` again."""
     place = WorkDir(workdir)
     if place.last_topology() is None:
         raise UserError(f"--workdir={workdir}: there is no run; name the work directory of one")
     if step < 1:
         raise UserError(f"--step={step}: updates are numbered from 1")
-    place.check_same_run(config.to_dict())
-    build.check_numbers(config)
-    sources = text_lib.open_sources(config)
-    tokenizer = text_lib.open_tokenizer(config, place, sources, model_type=config.model.model_type)
-    text = text_lib.open_text(config, sources, tokenizer)
+    place.check_same_run(settings.to_dict())
+    sources = text_lib.open_sources(settings)
+    tokenizer = text_lib.open_tokenizer(settings, place, sources, model_type=settings.model.model_type)
+    text = text_lib.open_text(settings, sources, tokenizer)
 
     states, runs = None, [[0, *place.last_topology()]]
-    with Checkpointer(place.checkpoints, keep_checkpoints=config.checkpoint.keep_checkpoints) as checkpointer:
+    with Checkpointer(place.checkpoints, keep_checkpoints=settings.checkpoint.keep_checkpoints) as checkpointer:
         saved = checkpointer.steps()
         if saved:
             runs = checkpointer.streams(saved[-1])[0]["runs"]
         if before := [other for other in saved if other < step]:
             states = checkpointer.streams(before[-1])
 
-    number = batch_of_update(step, config.data.skip_steps)
+    number = batch_of_update(step, settings.data.skip_steps)
     at = states[0]["batches"] if states else 0
     while True:
         process_count, batch_rows = next(run[1:] for run in reversed(runs) if run[0] <= at)
@@ -113,8 +112,8 @@ def replay(config: ConfigDict, workdir: str, *, step: int, process_index: int = 
         at, states = until, [stream.state_dict() for stream in streams]
 
     first_row = process_index * batch_rows
-    key = jax.random.fold_in(steps.random_key(config.seed, steps.TRAIN_MASKS), step - 1)
-    mask = jax.jit(functools.partial(mask_tokens, spec=build.open_masking(config, tokenizer)))
+    key = jax.random.fold_in(steps.random_key(settings.seed, steps.TRAIN_MASKS), step - 1)
+    mask = jax.jit(functools.partial(mask_tokens, spec=build.open_masking(settings, tokenizer)))
     masked = mask(tokens_RxL, rows_B=first_row + np.arange(batch_rows, dtype=np.int32), key=key)
     return Update(
         text=text,

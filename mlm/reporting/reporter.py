@@ -17,6 +17,7 @@ from mlm.errors import UserError
 from mlm.reporting import writers
 from mlm.reporting.progress import LiveLine, Progress, evaluation_line
 from mlm.run.workdir import WorkDir
+from mlm.settings import ProfileSettings
 from mlm.steps import TrainMetrics
 
 # Peak bfloat16 rate of one device, FLOP/s, from the vendors' data sheets, by `jax.Device.device_kind`; the first
@@ -75,7 +76,7 @@ class Reporter:
         num_train_steps: int,
         vocab_size: int,
         flops_per_token: float,
-        profile: Mapping[str, int],
+        profile: ProfileSettings,
         max_skipped_steps: int,
         restored: Mapping[str, Any] | None,
         step: int,
@@ -119,13 +120,13 @@ class Reporter:
         self._told_skipped = 0
         self._progress = periodic_actions.ReportProgress(num_train_steps=num_train_steps, every_secs=60.0)
         self._hooks = [self._progress]
-        if profile["num_steps"] and jax.process_index() == 0:
+        if profile.num_steps and jax.process_index() == 0:
             self._hooks.append(
                 periodic_actions.Profile(
                     logdir=workdir.path,
-                    num_profile_steps=profile["num_steps"],
+                    num_profile_steps=profile.num_steps,
                     profile_duration_ms=None,  # Else it goes on for 3 s, however few steps are asked for.
-                    first_profile=step + profile["first_step"],
+                    first_profile=step + profile.first_step,
                     every_secs=None,
                 )
             )

@@ -7,14 +7,14 @@ import shlex
 import jax
 from absl import logging
 from clu import parameter_overview
-from ml_collections import ConfigDict
 
 from mlm import build, steps
 from mlm.export.fill_mask import MaskPrediction, table
 from mlm.run.workdir import WorkDir
+from mlm.settings import RunSettings
 
 
-def log_run_summary(config: ConfigDict, run: build.Run, state: steps.TrainState, start: int) -> None:
+def log_run_summary(settings: RunSettings, run: build.Run, state: steps.TrainState, start: int) -> None:
     """Logs the model, the data and the devices; each process, which text it reads."""
     for line in run.text.describe_shares(run.stream):
         logging.info("process %d of %d reads %s", jax.process_index(), jax.process_count(), line)
@@ -23,14 +23,14 @@ def log_run_summary(config: ConfigDict, run: build.Run, state: steps.TrainState,
     # Shapes tell all there is to print: the parameters themselves can stay where they are.
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), state.params)
     overview = parameter_overview.get_parameter_overview(shapes, include_stats=False)
-    rows = config.per_device_train_batch_size * config.gradient_accumulation_steps * jax.device_count()
+    rows = settings.per_device_train_batch_size * settings.gradient_accumulation_steps * jax.device_count()
     device = jax.devices()[0]
     logging.info("parameters of the %s encoder:\n%s", run.encoder.model_type, overview)
     logging.info("text: %s, tokenized by %s", run.text.name, run.tokenizer.name)
     logging.info(
         "an update: %s rows of %d tokens on %d %s device%s of %d process%s",
         f"{rows:,}",
-        config.data.max_seq_length,
+        settings.data.max_seq_length,
         jax.device_count(),
         device.device_kind,
         "s" * (jax.device_count() > 1),
@@ -54,7 +54,7 @@ def warn_batch_size_changed(place: WorkDir, run: build.Run) -> None:
         )
 
 
-def show(config: ConfigDict, place: WorkDir, predictions: list[MaskPrediction], command: str) -> None:
+def show(settings: RunSettings, place: WorkDir, predictions: list[MaskPrediction], command: str) -> None:
     """Prints what the finished model says, and what to do next."""
     if predictions:
         print("\nThe model's five best fillings:\n")
@@ -67,7 +67,7 @@ def show(config: ConfigDict, place: WorkDir, predictions: list[MaskPrediction], 
 Model      {model}
 Curves     {os.path.join(model, "curves.png")}
 Look at    tensorboard --logdir {shlex.quote(path)}
-Resume     {longer} --config.num_train_steps={2 * config.num_train_steps}
+Resume     {longer} --config.num_train_steps={2 * settings.num_train_steps}
 Use        from transformers import pipeline  # needs PyTorch: pip install torch{copied}
            pipeline("fill-mask", model={"model" if place.is_remote else model!r})
 Or         python main.py --mode=fill_mask --workdir={shlex.quote(path)}

@@ -17,29 +17,7 @@ from typing import Any
 
 from mlm.errors import UserError
 from mlm.run.gcs import LocalMirror, is_url
-
-# A run may go on with other values of these; any other key changes what the updates so far have meant.
-MUTABLE_KEYS = (
-    "num_train_steps",
-    "per_device_eval_batch_size",
-    "logging_steps",
-    "eval_steps",
-    "save_steps",
-    "data.prefetch_batches",
-    # Past the checkpoint only: mlm/data/mixture.py refuses others.
-    "data.skip_steps",
-    "data.cache_dir",
-    "data.network_deadline_seconds",
-    "data.network_timeout_seconds",
-    "data.max_failed_shards",
-    "tokenizer.backend",
-    "optimizer.",
-    "checkpoint.",
-    "export.",
-    "hub.",
-    "profile.",
-    "report.",
-)
+from mlm.settings import MUTABLE_KEYS, RunSettings
 
 
 class WorkDir:
@@ -100,7 +78,7 @@ class WorkDir:
         differing = [
             f"{key} (there {old.get(key, 'absent')!r}, here {new.get(key, 'absent')!r})"
             for key in sorted(old.keys() | new.keys())
-            if old.get(key, "absent") != new.get(key, "absent") and not key.startswith(MUTABLE_KEYS)
+            if old.get(key, "absent") != new.get(key, "absent") and key not in MUTABLE_KEYS
         ]
         if differing:
             raise UserError(
@@ -120,6 +98,12 @@ class WorkDir:
           UserError: `config.json` is not one of ours.
         """
         return self._read()["config"]
+
+    def read_settings(self, *, defaults: RunSettings) -> RunSettings:
+        """Returns the settings of the run in this directory; keys that are newer than the run have their defaults."""
+        if not os.path.exists(self.config):
+            raise UserError(f"--workdir={self.display_path}: there is no run; name the work directory of one")
+        return defaults.replace(flatten(self.read_config()))
 
     def last_topology(self) -> tuple[int, int] | None:
         """(processes, rows of an update on each) of the last start of the run; None where there is none."""

@@ -30,7 +30,7 @@ def train(folder: pathlib.Path) -> None:
     root = pathlib.Path(__file__).parent.parent.parent
     sys.path[:0] = [str(root), str(root / "tests")]
     import jax
-    from tiny import tiny_config, write_corpus
+    from tiny import settings_of, tiny_config, write_corpus
 
     from mlm import build, steps, train
     from mlm.masking import mask_tokens
@@ -49,9 +49,9 @@ def train(folder: pathlib.Path) -> None:
         config.model.model_type = family
         config.model.overrides.update(_CHANGES.get(family, {}))
         workdir = folder / family
-        train.train_and_evaluate(config, str(workdir))
+        train.train_and_evaluate(settings_of(config), str(workdir))
 
-        run = build.build(config, WorkDir(str(workdir)))
+        run = build.build(settings_of(config), WorkDir(str(workdir)))
         rows_RxL = run.text.eval_rows_RxL
         numbers_R = np.arange(len(rows_RxL), dtype=np.int32)
         key = run.step_config.key(steps.EVAL_MASKS)

@@ -1,0 +1,164 @@
+"""The command line around main.py's flags: clear errors, log lines, exit codes."""
+
+import difflib
+import glob
+import itertools
+import logging as python_logging
+import os
+import re
+import select
+import sys
+import typing
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from absl import flags, logging
+from ml_collections import config_flags
+
+from mlm.errors import UserError
+from mlm.run import signals
+from mlm.settings import RunSettings, check_key
+
+_ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+# A shell's exit code for a process that SIGPIPE ended.
+_EXIT_SIGPIPE = 141
+_TYPE_NAMES = {int: "a whole number", float: "a number", bool: "True or False"}
+
+
+class _OptionalParser(flags.ArgumentParser):
+    """Parses "None" as None, and everything else as `parser` does."""
+
+    def __init__(self, parser: flags.ArgumentParser):
+        self._parser = parser
+
+    def parse(self, argument: str) -> Any:
+        """Returns the value."""
+        return None if argument == "None" else self._parser.parse(argument)
+
+    def flag_type(self) -> str:
+        """Returns the type that --help shows."""
+        return self._parser.flag_type()
+
+
+def accept_none() -> None:
+    """Makes None reset any optional config key on the command line; mlm/settings.py refuses it for the others."""
+    for value_type, parser in (
+        (bool, flags.BooleanParser()),
+        (int, flags.IntegerParser()),
+        (float, flags.FloatParser()),
+        (str, flags.ArgumentParser()),
+    ):
+        config_flags.register_flag_parser_for_type(value_type, _OptionalParser(parser))
+
+
+def config_path(argv: Sequence[str]) -> str | None:
+    """Returns the value of `--config=FILE` or `--config FILE`; None if the flag is missing."""
+    for argument, following in itertools.pairwise([*argv, None]):
+        if match := re.fullmatch(r"--?config(?:=(.*))?", argument or "", re.DOTALL):
+            return match[1] if match[1] is not None else following
+    return None
+
+
+def known_configs() -> list[str]:
+    """Returns the config files of this repository, such as "configs/quickstart.py"."""
+    names = glob.glob("configs/*.py", root_dir=_ROOT)
+    return sorted(name for name in names if not name.endswith(("/__init__.py", "/default.py", "/compat.py")))
+
+
+def check_arguments(argv: Sequence[str]) -> None:
+    """Checks what absl would report less clearly: the config file's path and the names of overridden keys.
+
+    Raises:
+      UserError: the file does not exist, or a key is unknown.
+    """
+    path = config_path(argv)
+    if path is not None and not os.path.isfile(path.split(":")[0]):
+        nearest = difflib.get_close_matches(path, known_configs(), n=1, cutoff=0.0)[0]
+        raise UserError(f"--config={path}: no such file; did you mean {nearest}?")
+    for argument in argv[1:]:
+        if match := re.match(r"--?(?:no)?config\.([^=]+)", argument):
+            check_key(match[1], shown=f"--config.{match[1]}")
+
+
+def flag_error(error: Exception, path: str | None) -> UserError:
+    """Returns the error of a flag's value; `path` is the config file."""
+    message = str(error)
+    if "Traceback (most recent call last)" in message:  # ml_collections reports a config file's ValueError so.
+        return _config_file_error(message.strip().splitlines()[-1], path)
+    if match := re.match(r"flag --config\.([\w.]+)=(.*?): ", message, re.DOTALL):
+        declared = _declared_type(match[1])
+        if declared in _TYPE_NAMES:
+            return UserError(f"--config.{match[1]}={match[2]}: must be {_TYPE_NAMES[declared]}")
+    return UserError(" ".join(message.split()))
+
+
+def config_file_error(error: Exception, path: str | None) -> UserError:
+    """Returns the error that executing the config file raised, which is the user's own code."""
+    message = str(error.args[0] if error.args else "").strip("'")  # A KeyError quotes its message.
+    return _config_file_error(f"{type(error).__name__}: {message}", path)
+
+
+def _config_file_error(message: str, path: str | None) -> UserError:
+    if "no attribute 'get_config" in message:
+        return UserError(f"--config={path}: has no function get_config(); write one as in configs/quickstart.py")
+    if "get_config() takes 0 positional arguments" in message:
+        return UserError(f"--config={path}: get_config() takes no argument; remove the colon and what follows it")
+    # ml_collections lists all fields before it names the one that was probably meant.
+    message = re.sub(r" Other fields present: .*?(?=Did you mean|\Z)", " ", message, flags=re.DOTALL)
+    return UserError(f"--config={path}: {' '.join(message.split())}")
+
+
+def _declared_type(key: str) -> type | None:
+    """Returns the type of a config key in `RunSettings`, without None."""
+    group: type = RunSettings
+    for name in key.split("."):
+        group = typing.get_type_hints(group)[name]
+    return next((kind for kind in typing.get_args(group) if kind is not type(None)), group)
+
+
+def set_up_logging(*, verbose: bool) -> None:
+    """Formats log lines as "12:34:56  message"; shows other packages' messages from warnings up, all if `verbose`.
+
+    CLU's log writer repeats the progress lines in its own format, and Orbax logs a line for each of its stages.
+    """
+    logging.set_verbosity(logging.DEBUG if verbose else logging.INFO)
+    if verbose:
+        return
+    ours = (os.path.join(_ROOT, "mlm") + os.sep, os.path.join(_ROOT, "main.py"))
+
+    def is_shown(record: python_logging.LogRecord) -> bool:
+        if f"{os.sep}orbax{os.sep}" in record.pathname:
+            return False  # It logs a traceback for each of its threads; mlm/run/checkpoint.py reports what matters.
+        return record.levelno >= python_logging.WARNING or record.pathname.startswith(ours)
+
+    handler = logging.get_absl_handler()
+    handler.addFilter(is_shown)
+    handler.setFormatter(python_logging.Formatter("%(asctime)s  %(message)s", "%H:%M:%S"))
+
+
+def run(main: Callable[[], None]) -> None:
+    """Runs `main` and ends the process: a user's error is one line and exit code 2, a requested stop exit code 75."""
+    try:
+        try:
+            main()
+        finally:
+            sys.stdout.flush()  # Raises BrokenPipeError here, where it is handled.
+    except UserError as error:
+        sys.exit(_fail(f"error: {error}", 2))
+    except signals.Interrupted as interrupted:
+        sys.exit(_fail(f"{interrupted}; rerun the same command to resume", signals.EXIT_INTERRUPTED))
+    except KeyboardInterrupt:  # Before training, or in another mode.
+        sys.exit(signals.EXIT_AT_ONCE)
+    except BrokenPipeError:
+        # The reader of stdout is gone, as with `| head`.
+        poll = select.poll()
+        poll.register(sys.stdout.fileno(), 0)
+        if not poll.poll(0):
+            raise  # It was another pipe.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at exit.
+        sys.exit(_EXIT_SIGPIPE)
+
+
+def _fail(message: str, exit_code: int) -> int:
+    print(message, file=sys.stderr)
+    return exit_code

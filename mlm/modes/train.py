@@ -1,0 +1,41 @@
+"""--mode=train: trains, alone or as one of several processes."""
+
+from mlm.run import multihost as multihost_lib
+from mlm.run import signals
+from mlm.settings import RunSettings
+
+
+def run(
+    settings: RunSettings,
+    workdir: str,
+    *,
+    command: str,
+    overwrite: bool,
+    multihost: bool | None,
+    coordinator_address: str | None,
+    num_processes: int | None,
+    process_id: int | None,
+) -> None:
+    """Trains a run, or resumes it.
+
+    Args:
+      settings: those of the run.
+      workdir: the run's directory.
+      command: the command that started this process, printed as a hint how to train for longer.
+      overwrite: start a new run after renaming the existing work directory.
+      multihost: run as one of several processes; None for automatic detection of a TPU pod.
+      coordinator_address, num_processes, process_id: of the processes, as `jax.distributed.initialize` takes them.
+
+    Raises:
+      UserError: the run cannot be started or resumed, or training failed in a way the user can fix.
+      Interrupted: a signal asked it to stop, and its state is saved.
+    """
+    signals.exit_on_signal()
+    if multihost or (multihost is None and multihost_lib.on_tpu_pod()):
+        multihost_lib.start(coordinator_address=coordinator_address, num_processes=num_processes, process_id=process_id)
+    # Imported after jax.distributed is set up, and after exit_on_signal: it takes seconds.
+    from mlm.train import train_and_evaluate
+
+    # After jax.distributed, which installs a signal handler of its own.
+    with signals.Interrupt() as interrupt, multihost_lib.propagate_failures():
+        train_and_evaluate(settings, workdir, command=command, interrupt=interrupt, overwrite=overwrite)
