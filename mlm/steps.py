@@ -1,9 +1,10 @@
-"""One update and one evaluation batch, as pure functions that `parallel` runs on every device.
+"""The training step and the evaluation step.
 
-Needs only jax, flax, optax and NumPy, so a step can be timed where there is no TensorFlow.
+Both are pure functions of one device's part of a batch; `parallel.data_parallel` runs them on every device. They need
+jax, flax, optax and NumPy only, so a step can be timed on a machine without TensorFlow.
 
-Legend: A forward passes of one update, B rows of one pass on one device, L tokens, K predicted tokens,
-V vocabulary.
+Shape legend: A microbatches per step, B sequences per microbatch and device, L tokens per sequence, K predicted tokens
+per sequence, V vocabulary.
 """
 
 import dataclasses
@@ -15,37 +16,56 @@ import jax.numpy as jnp
 import optax
 
 from mlm.loss import LossSums, masked_cross_entropy
-from mlm.masking import MaskingSpec, mask_tokens
+from mlm.masking import MaskedBatch, MaskingSpec, mask_tokens
 from mlm.models.encoder import MaskedLM
 
-# Random streams: each folds its number into the seed's key first, so that none repeats another.
+# Random streams: each number is folded into the seed's key, which makes the streams independent.
 INIT, TRAIN_MASKS, EVAL_MASKS, DROPOUT = range(4)
 
-
-# Updates over which the mean of gradient norms runs, and before which no norm counts as a spike.
+# Steps in the running mean of gradient norms. No step is a spike before that many were applied.
 NORM_WINDOW = 100
 
 
 @flax.struct.dataclass
 class UpdateStats:
-    """Of the updates that were not skipped: how many, and the running mean of their gradients' norms."""
+    """Statistics of the steps that were applied, not skipped.
 
-    count: jax.Array
-    mean_norm: jax.Array
+    Attributes:
+      num_applied: int32, the number of these steps; the learning-rate schedule follows it.
+      mean_grad_norm: float32, the running mean of their gradient norms before clipping.
+    """
+
+    num_applied: jax.Array
+    mean_grad_norm: jax.Array
+
+    def add(self, grad_norm: jax.Array) -> "UpdateStats":
+        """The plain mean of the first NORM_WINDOW norms, then an exponential mean with weight 1 / NORM_WINDOW."""
+        weight = 1.0 / jnp.minimum(self.num_applied + 1, NORM_WINDOW)
+        return UpdateStats(
+            num_applied=self.num_applied + 1,
+            mean_grad_norm=self.mean_grad_norm + weight * (grad_norm - self.mean_grad_norm),
+        )
 
 
 class TrainState(flax.struct.PyTreeNode):
-    """All that an update changes. `step` counts updates completed, skipped ones included."""
+    """Everything that a step changes. `step` counts all steps so far, skipped ones included."""
 
     step: jax.Array
     params: Any
     opt_state: optax.OptState
-    applied: UpdateStats
+    update_stats: UpdateStats
 
 
 @flax.struct.dataclass
 class TrainMetrics:
-    """Of one update: sums over all devices, the norm before clipping, the learning rate, 1 if it was skipped."""
+    """Metrics of one step, the same on every device.
+
+    Attributes:
+      sums: loss, correct predictions and predicted tokens, summed over all devices.
+      grad_norm: global norm of the gradient of the mean loss, before clipping.
+      learning_rate: rate of this step.
+      skipped: 1.0 if the step was skipped, else 0.0.
+    """
 
     sums: LossSums
     grad_norm: jax.Array
@@ -55,7 +75,7 @@ class TrainMetrics:
 
 @flax.struct.dataclass
 class EvalSums:
-    """Of one evaluation batch, over all devices. `unigram_loss` is the summed loss of the unigram model."""
+    """Sums over one evaluation batch on all devices. `unigram_loss` is the loss of the unigram model."""
 
     sums: LossSums
     unigram_loss: jax.Array
@@ -63,10 +83,7 @@ class EvalSums:
 
 @dataclasses.dataclass(frozen=True)
 class StepConfig:
-    """What a step closes over; nothing in it changes during a run.
-
-    `spike_factor`: an update whose gradient norm is over so many times the running mean is skipped; 0 for none.
-    """
+    """The constants of a step. `spike_factor` is explained in `should_apply`."""
 
     model: MaskedLM
     masking: MaskingSpec
@@ -76,35 +93,38 @@ class StepConfig:
     spike_factor: float = 0.0
 
     def key(self, stream: int) -> jax.Array:
-        """The key of a random stream. Threefry: masks must not depend on how rows are dealt to devices."""
+        """The random key of a stream, such as `DROPOUT`."""
         return random_key(self.seed, stream)
 
 
 def random_key(seed: int, stream: int) -> jax.Array:
-    """The key of a random stream of a run."""
+    """The random key of a stream of a run.
+
+    Threefry: keys of other generators give other masks under `vmap`, so masks would depend on the number of devices.
+    """
     return jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), stream)
 
 
 def init_params(step_config: StepConfig, *, length: int) -> Any:
-    """Draws the parameters of a fresh model from the seed."""
+    """Draws the parameters of a new model from the seed."""
     tokens_BxL = jnp.ones((1, length), jnp.int32)
     return step_config.model.init(step_config.key(INIT), tokens_BxL, positions_BxK=tokens_BxL[:, :1])["params"]
 
 
 def init_state(step_config: StepConfig, params: Any) -> TrainState:
-    """The state before the first update."""
+    """The state before step 1."""
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
         opt_state=step_config.optimizer.init(params),
-        applied=UpdateStats(count=jnp.zeros((), jnp.int32), mean_norm=jnp.zeros((), jnp.float32)),
+        update_stats=UpdateStats(num_applied=jnp.zeros((), jnp.int32), mean_grad_norm=jnp.zeros((), jnp.float32)),
     )
 
 
 def forward(
     step_config: StepConfig, params: Any, tokens_BxL: jax.Array, *, rows_B: jax.Array, mask_key: jax.Array, **model_args
-):
-    """Masks a batch and predicts it. Returns the logits (float32) and the masked batch."""
+) -> tuple[jax.Array, MaskedBatch]:
+    """Masks a batch and runs the model on it. Returns float32 logits_BxKxV and the masked batch."""
     batch = mask_tokens(tokens_BxL, rows_B=rows_B, key=mask_key, spec=step_config.masking)
     logits_BxKxV = step_config.model.apply(
         {"params": params}, batch.inputs_BxL, positions_BxK=batch.masked_positions_BxK, **model_args
@@ -115,85 +135,83 @@ def forward(
 def train_step(
     state: TrainState, tokens_AxBxL: jax.Array, *, step_config: StepConfig, axis_name: str
 ) -> tuple[TrainState, TrainMetrics]:
-    """Makes one update from this device's share of the global batch.
+    """Makes one optimizer step.
 
-    Gradients, losses and counts are sums until all passes and devices are in, then divided once by the number
-    of predicted tokens: the update does not depend on how rows are dealt to devices or passes.
+        gradient = sum over devices and microbatches of d(loss sum) / d(params), divided by the predicted tokens
 
-    An update that `is_good` refuses is skipped: parameters, optimizer and learning rate stay as they were, and only
-    the step goes on, so that the next update has masks of its own.
+    It is divided once, after all sums, so a step does not depend on how sequences are split over devices and
+    microbatches. A step that `should_apply` rejects is skipped: it changes `state.step` only, so the next step draws
+    other masks.
 
     Args:
-      state: the same on every device.
-      tokens_AxBxL: int32, this device's rows.
-      task: model, masking and optimizer.
-      axis_name: the axis over which devices add up.
+      state: training state, the same on every device.
+      tokens_AxBxL: int32, this device's sequences.
+      step_config: model, masking and optimizer.
+      axis_name: mapped axis of the devices.
 
     Returns:
-      The state after the update and its metrics, the same on every device.
+      The next state and the metrics, the same on every device.
     """
-    microbatches, rows, _ = tokens_AxBxL.shape
-    device = jax.lax.axis_index(axis_name)
-    mask_key = jax.random.fold_in(step_config.key(TRAIN_MASKS), state.step)
-    dropout_key = jax.random.fold_in(jax.random.fold_in(step_config.key(DROPOUT), state.step), device)
+    grads, sums = jax.lax.psum(sum_gradients(state, tokens_AxBxL, step_config, axis_name), axis_name)
+    grads = jax.tree.map(lambda grad: grad / jnp.maximum(sums.count, 1.0), grads)
+    grad_norm = optax.tree.norm(grads)
+    apply_update = should_apply(sums, grad_norm, state.update_stats, spike_factor=step_config.spike_factor)
 
-    def loss_fn(params: Any, tokens_BxL: jax.Array, number: jax.Array) -> tuple[jax.Array, LossSums]:
+    updates, opt_state = step_config.optimizer.update(grads, state.opt_state, state.params)
+    new = (optax.apply_updates(state.params, updates), opt_state, state.update_stats.add(grad_norm))
+    old = (state.params, state.opt_state, state.update_stats)
+    # Selected on the device, so the host can dispatch the next step without waiting for this one.
+    params, opt_state, update_stats = jax.tree.map(lambda new, old: jnp.where(apply_update, new, old), new, old)
+
+    learning_rate = jnp.asarray(step_config.schedule(state.update_stats.num_applied), jnp.float32)
+    metrics = TrainMetrics(sums=sums, grad_norm=grad_norm, learning_rate=learning_rate, skipped=1.0 - apply_update)
+    return TrainState(step=state.step + 1, params=params, opt_state=opt_state, update_stats=update_stats), metrics
+
+
+def sum_gradients(
+    state: TrainState, tokens_AxBxL: jax.Array, step_config: StepConfig, axis_name: str
+) -> tuple[Any, LossSums]:
+    """The gradient of this device's summed loss, and the sums themselves, one microbatch after the other."""
+    num_microbatches, num_rows, _ = tokens_AxBxL.shape
+    device_index = jax.lax.axis_index(axis_name)
+    mask_key = jax.random.fold_in(step_config.key(TRAIN_MASKS), state.step)
+    dropout_key = jax.random.fold_in(jax.random.fold_in(step_config.key(DROPOUT), state.step), device_index)
+
+    def loss_fn(params: Any, tokens_BxL: jax.Array, microbatch_index: jax.Array) -> tuple[jax.Array, LossSums]:
+        first_row = (device_index * num_microbatches + microbatch_index) * num_rows
         logits_BxKxV, batch = forward(
             step_config,
             params,
             tokens_BxL,
-            rows_B=(device * microbatches + number) * rows + jnp.arange(rows),
+            rows_B=first_row + jnp.arange(num_rows),
             mask_key=mask_key,
             deterministic=False,
-            rngs={"dropout": jax.random.fold_in(dropout_key, number)},
+            rngs={"dropout": jax.random.fold_in(dropout_key, microbatch_index)},
         )
         sums = masked_cross_entropy(logits_BxKxV, batch.labels_BxK, batch.label_weights_BxK)
         return sums.loss, sums
 
-    def accumulate(total: Any, numbered: tuple[jax.Array, jax.Array]) -> tuple[Any, None]:
-        number, tokens_BxL = numbered
-        (_, sums), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, tokens_BxL, number)
+    def accumulate(total: Any, microbatch: tuple[jax.Array, jax.Array]) -> tuple[Any, None]:
+        microbatch_index, tokens_BxL = microbatch
+        (_, sums), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, tokens_BxL, microbatch_index)
         return jax.tree.map(jnp.add, total, (grads, sums)), None
 
-    zero = LossSums(*(jnp.zeros((), jnp.float32) for _ in range(3)))
-    total = (jax.tree.map(jnp.zeros_like, state.params), zero)
-    total, _ = jax.lax.scan(accumulate, total, (jnp.arange(microbatches), tokens_AxBxL), unroll=microbatches == 1)
-    grads, sums = jax.lax.psum(total, axis_name)
-    grads = jax.tree.map(lambda grad: grad / jnp.maximum(sums.count, 1.0), grads)
-
-    norm = optax.tree.norm(grads)
-    good = should_apply(sums, norm, state.applied, spike_factor=step_config.spike_factor)
-
-    updates, opt_state = step_config.optimizer.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    # The mean over all updates so far, until there are as many as the window has; then an exponential one.
-    weight = 1.0 / jnp.minimum(state.applied.count + 1, NORM_WINDOW)
-    applied = UpdateStats(
-        count=state.applied.count + 1,
-        mean_norm=state.applied.mean_norm + weight * (norm - state.applied.mean_norm),
-    )
-    # A choice on the device: the host need not know before it sends the next batch.
-    params, opt_state, applied = jax.tree.map(
-        lambda new, old: jnp.where(good, new, old),
-        (params, opt_state, applied),
-        (state.params, state.opt_state, state.applied),
-    )
-    metrics = TrainMetrics(
-        sums=sums,
-        grad_norm=norm,
-        # Of the optimizer's own count, which a skipped update does not move.
-        learning_rate=jnp.asarray(step_config.schedule(state.applied.count), jnp.float32),
-        skipped=1.0 - good,
-    )
-    return TrainState(step=state.step + 1, params=params, opt_state=opt_state, applied=applied), metrics
+    zeros = (jax.tree.map(jnp.zeros_like, state.params), LossSums(*(jnp.zeros((), jnp.float32) for _ in range(3))))
+    microbatches = (jnp.arange(num_microbatches), tokens_AxBxL)
+    # A loop of one iteration would only keep XLA from fusing across it.
+    total, _ = jax.lax.scan(accumulate, zeros, microbatches, unroll=num_microbatches == 1)
+    return total
 
 
-def should_apply(sums: LossSums, norm: jax.Array, applied: UpdateStats, *, spike_factor: float) -> jax.Array:
-    """Whether to make an update: it has tokens to predict, is finite, and its gradient norm is no spike."""
-    good = (sums.count > 0) & jnp.isfinite(sums.loss) & jnp.isfinite(norm)
+def should_apply(sums: LossSums, grad_norm: jax.Array, stats: UpdateStats, *, spike_factor: float) -> jax.Array:
+    """True if the step predicts a token, is finite, and its gradient norm is not a spike.
+
+    A spike is a norm over `spike_factor` times the running mean; with 0 no norm is one.
+    """
+    apply_update = (sums.count > 0) & jnp.isfinite(sums.loss) & jnp.isfinite(grad_norm)
     if spike_factor:
-        good &= (applied.count < NORM_WINDOW) | (norm <= spike_factor * applied.mean_norm)
-    return good
+        apply_update &= (stats.num_applied < NORM_WINDOW) | (grad_norm <= spike_factor * stats.mean_grad_norm)
+    return apply_update
 
 
 def eval_step(
@@ -205,15 +223,15 @@ def eval_step(
     step_config: StepConfig,
     axis_name: str,
 ) -> EvalSums:
-    """Sums the losses of one batch of evaluation rows over all devices.
+    """Sums the losses of one evaluation batch over all devices.
 
     Args:
-      params: the same on every device.
-      tokens_BxL: int32; rows of padding count for nothing.
-      rows_B: int32, each row's number in the evaluation set: its masks never change.
+      params: parameters, the same on every device.
+      tokens_BxL: int32, this device's sequences; sequences of padding add nothing to the sums.
+      rows_B: int32, index of each sequence in the evaluation set: its masks never change.
       unigram_V: float32, log-probabilities of the unigram model.
-      task: model and masking.
-      axis_name: the axis over which devices add up.
+      step_config: model and masking.
+      axis_name: mapped axis of the devices.
 
     Returns:
       The sums, the same on every device.
