@@ -37,7 +37,7 @@ def jax_step(side: str, shape: str) -> Callable[[], None]:
     config = sides.roberta(**(getattr(sides, name) if name else {}))
     tokens = sides.tokens(rows, length, vocab_size=config.vocab_size)
     if side == "ours":
-        step_config = sides.our_task(config, jnp.float32, Execution())
+        step_config = sides.our_step_config(config, jnp.float32, Execution())
         state, step = jax.jit(sides.our_state, static_argnums=0)(step_config), sides.our_step(step_config)
         batch = parallel.shard(tokens, shape=(1,))
     else:
@@ -134,7 +134,7 @@ def compile_quickstart() -> None:
     config = quickstart.get_config()
     overrides = {name: value for name, value in config.model.overrides.to_dict().items() if value is not None}
     encoder = sides.roberta(vocab_size=config.tokenizer.vocab_size, **overrides)
-    step_config = sides.our_task(encoder, jnp.float32, Execution())
+    step_config = sides.our_step_config(encoder, jnp.float32, Execution())
     state = parallel.replicate(jax.jit(sides.our_state, static_argnums=0)(step_config))
     tokens = sides.tokens(config.per_device_train_batch_size, config.data.max_seq_length, vocab_size=2_048)
     step = parallel.data_parallel(sides.our_step(step_config), donate_argnums=(0,))

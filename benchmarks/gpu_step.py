@@ -102,7 +102,7 @@ def our_update(shape: str, rows: int, options: argparse.Namespace) -> None:
     overrides, length, _ = SHAPES[shape]
     config = sides.roberta(**overrides, attention_probs_dropout_prob=options.attention_dropout)
     attention = options.attention if jax.default_backend() == "gpu" else "xla"
-    step_config = sides.our_task(config, jnp.bfloat16, Execution(attention=attention, remat=options.remat))
+    step_config = sides.our_step_config(config, jnp.bfloat16, Execution(attention=attention, remat=options.remat))
     state = parallel.replicate(jax.jit(sides.our_state, static_argnums=0)(step_config))
     step = parallel.data_parallel(sides.our_step(step_config), donate_argnums=(0,))
     batch = parallel.shard(sides.tokens(rows, length, vocab_size=config.vocab_size), shape=(1,))

@@ -50,7 +50,7 @@ SMALL = {
 }
 
 
-def our_task(config: EncoderConfig, dtype: Any, execution: Execution) -> steps.StepConfig:
+def our_step_config(config: EncoderConfig, dtype: Any, execution: Execution) -> steps.StepConfig:
     """What our step closes over."""
     schedule = create_schedule("linear", **SCHEDULE)
     return steps.StepConfig(

@@ -82,7 +82,7 @@ def compile_side(
     config = sides.roberta(num_hidden_layers=layers)
     tokens = np.zeros((rows, LENGTH), np.int32)
     if side == "ours":
-        step_config = sides.our_task(config, dtype, execution)
+        step_config = sides.our_step_config(config, dtype, execution)
         state, step = jax.eval_shape(lambda: sides.our_state(step_config)), sides.our_step(step_config)
         batch = tokens[None]
     else:

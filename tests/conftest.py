@@ -107,7 +107,7 @@ def tiny_config():
 
 
 @pytest.fixture(scope="session")
-def make_task(tiny_config):
+def make_step_config(tiny_config):
     """(model, masking, optimizer, seed) -> Task; what is not given is tiny and plain.
 
     `model` is "encoder" or "bag", with `dropout`. `masking` and `optimizer` are fields to change.
@@ -167,39 +167,39 @@ def train_step():
 
 
 @pytest.fixture(scope="session")
-def encoder_task(make_task):
+def encoder_step_config(make_step_config):
     """With the real encoder and weight decay."""
-    return make_task(model="encoder", optimizer={"weight_decay": 0.01})
+    return make_step_config(model="encoder", optimizer={"weight_decay": 0.01})
 
 
 @pytest.fixture(scope="session")
-def encoder_state(encoder_task, init):
-    """Of `encoder_task`."""
-    return init(encoder_task)
+def encoder_state(encoder_step_config, init):
+    """Of `encoder_step_config`."""
+    return init(encoder_step_config)
 
 
 @pytest.fixture(scope="session")
-def encoder_step(encoder_task, train_step):
-    """Of `encoder_task`."""
-    return train_step(encoder_task)
+def encoder_step(encoder_step_config, train_step):
+    """Of `encoder_step_config`."""
+    return train_step(encoder_step_config)
 
 
 @pytest.fixture(scope="session")
-def bag_task(make_task):
+def bag_step_config(make_step_config):
     """The cheapest."""
-    return make_task()
+    return make_step_config()
 
 
 @pytest.fixture(scope="session")
-def bag_state(bag_task, init):
-    """Of `bag_task`."""
-    return init(bag_task)
+def bag_state(bag_step_config, init):
+    """Of `bag_step_config`."""
+    return init(bag_step_config)
 
 
 @pytest.fixture(scope="session")
-def bag_step(bag_task, train_step):
-    """Of `bag_task`."""
-    return train_step(bag_task)
+def bag_step(bag_step_config, train_step):
+    """Of `bag_step_config`."""
+    return train_step(bag_step_config)
 
 
 @pytest.fixture(scope="session")

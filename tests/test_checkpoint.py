@@ -31,9 +31,9 @@ def save(checkpointer, step, value=0.0):
     checkpointer.save(step, state=state, loop={"step": step}, stream={"row": step})
 
 
-def test_training_after_a_save_does_not_reach_the_checkpoint(directory, bag_task, bag_state, uneven_rows):
+def test_training_after_a_save_does_not_reach_the_checkpoint(directory, bag_step_config, bag_state, uneven_rows):
     step = parallel.data_parallel(
-        functools.partial(steps.train_step, step_config=bag_task, axis_name=parallel.AXIS), donate_argnums=(0,)
+        functools.partial(steps.train_step, step_config=bag_step_config, axis_name=parallel.AXIS), donate_argnums=(0,)
     )
     tokens = parallel.shard(uneven_rows, shape=(1,))
     state, _ = step(parallel.replicate(bag_state), tokens)

@@ -47,9 +47,9 @@ def test_there_are_four_devices():
 
 
 @pytest.mark.slow
-def test_one_and_four_devices_make_the_same_updates(encoder_task, encoder_state, uneven_rows):
-    one = updates(encoder_task, encoder_state, uneven_rows.reshape(1, 1, 8, 16), 3)
-    four = updates(encoder_task, encoder_state, uneven_rows.reshape(4, 1, 2, 16), 3)
+def test_one_and_four_devices_make_the_same_updates(encoder_step_config, encoder_state, uneven_rows):
+    one = updates(encoder_step_config, encoder_state, uneven_rows.reshape(1, 1, 8, 16), 3)
+    four = updates(encoder_step_config, encoder_state, uneven_rows.reshape(4, 1, 2, 16), 3)
     for (params, metrics), (expected_params, expected_metrics) in zip(four, one, strict=True):
         assert metrics.sums.count == expected_metrics.sums.count
         np.testing.assert_allclose(metrics.sums.loss, expected_metrics.sums.loss, rtol=1e-6)
@@ -59,24 +59,24 @@ def test_one_and_four_devices_make_the_same_updates(encoder_task, encoder_state,
     assert max(np.abs(a - b).max() for a, b in zip(*map(jax.tree.leaves, (one[0][0], one[2][0])), strict=True)) > 5e-3
 
 
-def test_four_passes_make_the_same_updates_as_one_of_four_times_the_rows(bag_task, bag_state, uneven_rows):
-    one = updates(bag_task, bag_state, uneven_rows.reshape(1, 1, 8, 16), 3)
-    four = updates(bag_task, bag_state, uneven_rows.reshape(1, 4, 2, 16), 3)
+def test_four_passes_make_the_same_updates_as_one_of_four_times_the_rows(bag_step_config, bag_state, uneven_rows):
+    one = updates(bag_step_config, bag_state, uneven_rows.reshape(1, 1, 8, 16), 3)
+    four = updates(bag_step_config, bag_state, uneven_rows.reshape(1, 4, 2, 16), 3)
     for (params, metrics), (expected_params, expected_metrics) in zip(four, one, strict=True):
         assert metrics.sums.count == expected_metrics.sums.count
         assert_near(params, expected_params)
 
 
 @pytest.mark.slow
-def test_a_mean_of_the_devices_means_would_be_another_gradient(bag_task, bag_state, bag_step, uneven_rows):
+def test_a_mean_of_the_devices_means_would_be_another_gradient(bag_step_config, bag_state, bag_step, uneven_rows):
     """The two tests above have power: on these rows the common mistake shows."""
 
     @jax.jit
     def grad(rows_B):
         def loss(params):
-            mask_key = jax.random.fold_in(bag_task.key(steps.TRAIN_MASKS), 0)
+            mask_key = jax.random.fold_in(bag_step_config.key(steps.TRAIN_MASKS), 0)
             tokens_BxL = jnp.asarray(uneven_rows)[rows_B]
-            logits, batch = steps.forward(bag_task, params, tokens_BxL, rows_B=rows_B, mask_key=mask_key)
+            logits, batch = steps.forward(bag_step_config, params, tokens_BxL, rows_B=rows_B, mask_key=mask_key)
             sums = masked_cross_entropy(logits, batch.labels_BxK, batch.label_weights_BxK)
             return sums.loss / jnp.maximum(sums.count, 1.0), sums.count
 
@@ -163,8 +163,8 @@ def test_data_parallel_uses_every_device_and_donates():
     assert not rows.is_deleted()
 
 
-def test_a_step_over_a_mesh_is_the_one_under_pmap(bag_task, bag_state, bag_step, uneven_rows):
-    step = functools.partial(steps.train_step, step_config=bag_task, axis_name=parallel.AXIS)
+def test_a_step_over_a_mesh_is_the_one_under_pmap(bag_step_config, bag_state, bag_step, uneven_rows):
+    step = functools.partial(steps.train_step, step_config=bag_step_config, axis_name=parallel.AXIS)
     state, tokens = parallel.replicate(bag_state), parallel.shard(uneven_rows, shape=(1,))
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), (state, tokens))
     ahead_of_time = parallel.over_mesh(step, jax.local_devices()).lower(*shapes).compile()
@@ -172,14 +172,14 @@ def test_a_step_over_a_mesh_is_the_one_under_pmap(bag_task, bag_state, bag_step,
 
 
 def test_the_trainers_step_compiles_once_donates_its_state_and_moves_nothing_by_itself(
-    bag_task, bag_state, uneven_rows
+    bag_step_config, bag_state, uneven_rows
 ):
     traces = 0
 
     def step(*args):
         nonlocal traces
         traces += 1
-        return steps.train_step(*args, step_config=bag_task, axis_name=parallel.AXIS)
+        return steps.train_step(*args, step_config=bag_step_config, axis_name=parallel.AXIS)
 
     step = parallel.data_parallel(step, donate_argnums=(0,))
     state = parallel.replicate(bag_state)

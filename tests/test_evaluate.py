@@ -29,20 +29,20 @@ def log_probs():
 
 
 @pytest.fixture(scope="module")
-def eval_step(bag_task):
-    step = functools.partial(steps.eval_step, step_config=bag_task, axis_name=parallel.AXIS)
+def eval_step(bag_step_config):
+    step = functools.partial(steps.eval_step, step_config=bag_step_config, axis_name=parallel.AXIS)
     return parallel.data_parallel(step)
 
 
 @pytest.fixture(scope="module")
-def by_hand(bag_task, bag_state, rows, log_probs):
+def by_hand(bag_step_config, bag_state, rows, log_probs):
     """All rows in one batch on one device."""
     logits, batch = steps.forward(
-        bag_task,
+        bag_step_config,
         bag_state.params,
         jnp.asarray(rows),
         rows_B=jnp.arange(ROWS),
-        mask_key=bag_task.key(steps.EVAL_MASKS),
+        mask_key=bag_step_config.key(steps.EVAL_MASKS),
     )
     sums = jax.device_get(masked_cross_entropy(logits, batch.labels_BxK, batch.label_weights_BxK))
     targets = np.asarray(batch.labels_BxK)[np.asarray(batch.label_weights_BxK) == 1]
@@ -71,7 +71,7 @@ def test_batches_and_devices_do_not_matter(eval_step, bag_state, rows, log_probs
     assert evaluator(params, log_probs) == metrics
 
 
-def test_each_source_has_its_own_loss(eval_step, bag_task, bag_state, rows, log_probs, by_hand):
+def test_each_source_has_its_own_loss(eval_step, bag_step_config, bag_state, rows, log_probs, by_hand):
     """Masks are those of all rows: a source's loss is that of its rows among them."""
     counts = {"wiki": 6, "a/b": 14, "one": 1}
     evaluator = Evaluator(eval_step, rows, per_device_batch_size=2, pad_id=1, counts=counts)
@@ -80,7 +80,11 @@ def test_each_source_has_its_own_loss(eval_step, bag_task, bag_state, rows, log_
     for name, value in by_hand.items():
         np.testing.assert_allclose(metrics[name], value, rtol=1e-6, err_msg=name)
     logits, batch = steps.forward(
-        bag_task, bag_state.params, jnp.asarray(rows), rows_B=jnp.arange(ROWS), mask_key=bag_task.key(steps.EVAL_MASKS)
+        bag_step_config,
+        bag_state.params,
+        jnp.asarray(rows),
+        rows_B=jnp.arange(ROWS),
+        mask_key=bag_step_config.key(steps.EVAL_MASKS),
     )
     log_probs_BxKxV = np.asarray(jax.nn.log_softmax(logits), np.float64)
     losses_BxK = -np.take_along_axis(log_probs_BxKxV, np.asarray(batch.labels_BxK)[:, :, None], axis=2)[:, :, 0]

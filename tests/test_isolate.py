@@ -130,9 +130,11 @@ def test_parameters_are_those_of_every_packing(config, params):
 
 
 @pytest.mark.slow
-def test_a_step_trains(encoder_task, encoder_state, train_step):
+def test_a_step_trains(encoder_step_config, encoder_state, train_step):
     """Eight rows of five documents "begin, x, x": the first x of each says what the second is."""
-    step_config = dataclasses.replace(encoder_task, model=dataclasses.replace(encoder_task.model, begin_id=BEGIN))
+    step_config = dataclasses.replace(
+        encoder_step_config, model=dataclasses.replace(encoder_step_config.model, begin_id=BEGIN)
+    )
     words = np.random.default_rng(0).integers(10, 18, (8, 5, 1))
     documents = np.concatenate([np.full_like(words, BEGIN), words, words], axis=2).reshape(8, 15)
     rows = np.concatenate([documents, np.full((8, 1), END)], axis=1).astype(np.int32)

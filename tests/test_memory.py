@@ -33,8 +33,8 @@ def test_the_largest_is_found_in_few_compilations(per_row, fixed, wobble, limit)
 
 
 @pytest.mark.slow
-def test_a_steps_bytes_grow_by_the_row(encoder_task):
-    sizes = [memory.step_bytes(encoder_task, length=16, microbatches=1, batch=batch) for batch in (8, 64)]
+def test_a_steps_bytes_grow_by_the_row(encoder_step_config):
+    sizes = [memory.step_bytes(encoder_step_config, length=16, microbatches=1, batch=batch) for batch in (8, 64)]
     assert sizes[0] < sizes[1] < 8 * sizes[0]
 
 

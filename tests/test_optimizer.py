@@ -100,8 +100,8 @@ def test_matrices_and_embeddings_decay_biases_and_scales_do_not():
     }
 
 
-def test_in_the_encoder_kernels_and_embeddings_decay_and_nothing_else(make_task):
-    params = jax.eval_shape(lambda: init_params(make_task(model="encoder"), length=8))
+def test_in_the_encoder_kernels_and_embeddings_decay_and_nothing_else(make_step_config):
+    params = jax.eval_shape(lambda: init_params(make_step_config(model="encoder"), length=8))
     flat = jax.tree_util.tree_leaves_with_path(decays(params))
     assert {path[-1].key for path, decayed in flat if decayed} == {"kernel", "weight", "embedding"}
     assert {path[-1].key for path, decayed in flat if not decayed} == {"bias", "scale"}

@@ -76,9 +76,9 @@ def cluster(tmp_path):
     yield cluster
     # What a test that failed has left running: its own process groups, so nobody else's processes.
     if (tmp_path / "tasks").exists():
-        for step_config in cluster.tasks():
+        for task in cluster.tasks():
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(step_config, signal.SIGKILL)
+                os.killpg(task, signal.SIGKILL)
 
 
 def program(path, text):

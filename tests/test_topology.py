@@ -67,22 +67,24 @@ def test_a_batch_left_to_the_program_is_the_largest(memory):
     assert topology.largest_batch(None, (), microbatches=1, length=8, memory_bytes=16_000) == 0
 
 
-def test_the_memory_of_the_real_step(bag_task, bag_state):
+def test_the_memory_of_the_real_step(bag_step_config, bag_state):
     devices = jax.devices()[:1]
-    few, many = (topology.step_memory(bag_task, devices, rows=rows, microbatches=1, length=16) for rows in (2, 64))
+    few, many = (
+        topology.step_memory(bag_step_config, devices, rows=rows, microbatches=1, length=16) for rows in (2, 64)
+    )
     assert few >= sum(leaf.nbytes for leaf in jax.tree.leaves(bag_state))
     # Rows cost activations: a hidden state of 16 floats a token, at the least.
     assert many - few >= 62 * 16 * 16 * 4
 
 
-def test_nothing_compiled_for_a_topology_is_kept(bag_task, tmp_path):
+def test_nothing_compiled_for_a_topology_is_kept(bag_step_config, tmp_path):
     # jax would warn of each when it is to be loaded: it cannot be where no such device is.
     before = jax.config.jax_compilation_cache_dir, jax.config.jax_persistent_cache_min_compile_time_secs
     jax.config.update("jax_compilation_cache_dir", str(tmp_path))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     compilation_cache.reset_cache()
     try:
-        topology.step_memory(bag_task, jax.devices()[:1], rows=4, microbatches=1, length=16)
+        topology.step_memory(bag_step_config, jax.devices()[:1], rows=4, microbatches=1, length=16)
         assert list(tmp_path.iterdir()) == []
         jax.jit(lambda x: x + 0.125)(1.0)
         assert list(tmp_path.iterdir()) != []
@@ -92,7 +94,7 @@ def test_nothing_compiled_for_a_topology_is_kept(bag_task, tmp_path):
         compilation_cache.reset_cache()
 
 
-def test_what_the_compiler_says(bag_task, monkeypatch):
+def test_what_the_compiler_says(bag_step_config, monkeypatch):
     class Step:
         def lower(self, *shapes):
             return self
@@ -102,10 +104,10 @@ def test_what_the_compiler_says(bag_task, monkeypatch):
 
     monkeypatch.setattr(parallel, "over_mesh", lambda *args, **options: Step())
     Step.message = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 17.3G of 15.75G hbm."
-    assert topology.step_memory(bag_task, jax.devices()[:1], rows=2, microbatches=1, length=16) is None
+    assert topology.step_memory(bag_step_config, jax.devices()[:1], rows=2, microbatches=1, length=16) is None
     Step.message = "INTERNAL: no\nsuch luck"
     with pytest.raises(UserError, match=r"does not compile for cpu: INTERNAL: no such luck$"):
-        topology.step_memory(bag_task, jax.devices()[:1], rows=2, microbatches=1, length=16)
+        topology.step_memory(bag_step_config, jax.devices()[:1], rows=2, microbatches=1, length=16)
 
 
 def test_only_tpus_are_compiled_for_and_only_with_libtpu(monkeypatch):
@@ -136,14 +138,14 @@ def test_only_tpus_are_compiled_for_and_only_with_libtpu(monkeypatch):
         ),
     ],
 )
-def test_what_is_told_of_it(found, printed, problems, encoder_task, monkeypatch, capsys):
+def test_what_is_told_of_it(found, printed, problems, encoder_step_config, monkeypatch, capsys):
     from configs import default
 
     monkeypatch.setattr(topology, "can_compile", lambda machine: True)
     monkeypatch.setattr(topology, "devices_of", lambda machine: jax.devices())
     monkeypatch.setattr(topology, "try_batch", lambda *args, **options: found)
     findings = check.Findings()
-    run = type("Run", (), {"step_config": encoder_task})
+    run = type("Run", (), {"step_config": encoder_step_config})
     check.show_compiled(settings_of(default.get_config()), run, parse_topology("v3-8"), findings)
     assert capsys.readouterr().out == printed
     assert findings.problems == problems
