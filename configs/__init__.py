@@ -1,1 +1,1 @@
-"""One configuration a file; default.py explains every key."""
+"""One configuration per file; default.py explains every key."""

@@ -1,17 +1,20 @@
-"""BERT-base, uncased, from scratch, with masked language modelling alone, on English Wikipedia.
+"""BERT-base, uncased, from scratch on English Wikipedia, with masked language modeling only.
 
 Command:   python main.py --config=configs/bert_base.py --workdir=runs/bert_base
-Hardware:  TPU v4-16 (8 chips x 32 rows x 512 tokens = 131,072 tokens an update)
-Time:      about 25 hours, estimated, not measured: 0.59 GFLOP a token (mlm/models/flops.py) x 131 billion tokens at
-           40 % of the chips' peak
-Expected:  not measured; the paper's held-out masked perplexity is 3.99 (its table 6), a loss of 1.38 nats, on its
-           own data and with its second objective
+Hardware:  TPU v4-16 (8 chips x 32 sequences x 512 tokens = 131,072 tokens per step)
+Time:      about 25 hours; an estimate from 0.59 GFLOP per token (mlm/models/flops.py) x 131 billion tokens at 40 % of
+           the chips' peak
+Expected:  not measured; the paper reports a held-out masked perplexity of 3.99 (table 6), a loss of 1.38 nats, on
+           different data and with next-sentence prediction
 
-The recipe is that of Devlin et al., arXiv:1810.04805, appendix A.2: 256 rows of 512 tokens, 1,000,000 updates, Adam at
-1e-4 with betas of 0.9 and 0.999, weight decay 0.01, 10,000 updates of warm-up, linear decay, dropout 0.1, GELU. What is
-different: no next-sentence prediction, which RoBERTa found to be of no use; rows of 512 from the start, where the
-paper's first nine tenths have 128; masks that are new at every pass; Wikipedia without the books, for BooksCorpus is
-not distributed any more.
+The recipe is from Devlin et al., arXiv:1810.04805, appendix A.2: batches of 256 sequences of 512 tokens, 1,000,000
+steps, Adam with learning rate 1e-4 and betas 0.9 and 0.999, weight decay 0.01, 10,000 warm-up steps, linear decay,
+dropout 0.1, GELU. Differences:
+
+- no next-sentence prediction, which RoBERTa found useless;
+- sequences of 512 tokens throughout, while the paper uses 128 for the first 90 % of the steps;
+- dynamic masking: new masks in every epoch;
+- Wikipedia only, since BooksCorpus is no longer distributed.
 """
 
 from ml_collections import ConfigDict
@@ -42,7 +45,7 @@ def get_config() -> ConfigDict:
     config.optimizer.warmup_steps = 10_000
     config.optimizer.adam_beta1 = 0.9
     config.optimizer.adam_beta2 = 0.999
-    # That of BERT's published code.
+    # As in BERT's published code.
     config.optimizer.adam_epsilon = 1e-6
     config.optimizer.weight_decay = 0.01
     config.optimizer.max_grad_norm = 1.0

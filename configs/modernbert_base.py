@@ -1,19 +1,25 @@
-"""ModernBERT-base from scratch on streamed English web text: the first and longest stage of the paper's training.
+"""ModernBERT-base from scratch on streamed English web text: the first and longest of the paper's training stages.
 
 Command:   python main.py --config=configs/modernbert_base.py --workdir=runs/modernbert_base
-Hardware:  8 x H100 (8 GPUs x 96 rows x 6 passes x 1,024 tokens = 4.7 million tokens an update)
-Time:      about 5 days, estimated, not measured: 0.82 GFLOP a token (mlm/models/flops.py) x 1.7 trillion tokens at 40 %
-           of the GPUs' peak
+Hardware:  8 x H100 (8 GPUs x 96 sequences x 6 microbatches x 1,024 tokens = 4.7 million tokens per step)
+Time:      about 5 days; an estimate from 0.82 GFLOP per token (mlm/models/flops.py) x 1.7 trillion tokens at 40 % of
+           the GPUs' peak
 Expected:  not measured; no loss is published
 
-From Warner et al., arXiv:2412.13663: rows of 1,024 tokens of packed documents that do not see each other, 30 % masked,
-1.7 trillion tokens at a constant 8e-4 after 3 billion tokens of warm-up, 4,608 rows an update, weight decay 1e-5, betas
-of 0.9 and 0.98, an epsilon of 1e-6. What is different: AdamW with its gradient clipped, where theirs clips update by
-update (StableAdamW); as many rows from the start, where theirs grow; the text, for theirs is not published. Both kinds
-of layers begin with a base of 10,000. For rows of 8,192 tokens start again from the result, the paper's second stage:
+The recipe is from Warner et al., arXiv:2412.13663: batches of 4,608 sequences of 1,024 tokens, packed from documents
+that do not attend to each other; 30 % masked; 1.7 trillion tokens; learning rate 8e-4, constant after 3 billion tokens
+of warm-up; weight decay 1e-5; betas 0.9 and 0.98; epsilon 1e-6. Global and local layers both start with a RoPE base of
+10,000. Differences:
 
-    --config.model.model_name_or_path=runs/modernbert_base/model --config.data.max_seq_length=8192
-    --config.model.overrides.global_rope_theta=160000.0 --config.optimizer.learning_rate=3e-4
+- AdamW with gradient clipping, while the paper uses StableAdamW;
+- a constant batch size, while the paper's grows during warm-up;
+- the text, since the paper's is not published.
+
+The paper's second stage, for sequences of 8,192 tokens, is a new run that starts from the model of this one:
+
+    --config.model.config_name=None --config.model.model_name_or_path=runs/modernbert_base/model
+    --config.data.max_seq_length=8192 --config.model.overrides.global_rope_theta=160000.0
+    --config.optimizer.learning_rate=3e-4
 """
 
 from ml_collections import ConfigDict

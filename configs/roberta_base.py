@@ -1,12 +1,13 @@
 """The reference run: roberta-base from scratch on streamed English web text.
 
 Command:   python main.py --config=configs/roberta_base.py --workdir=runs/roberta_base
-Hardware:  TPU v3-8 (8 cores x 128 rows x 128 tokens = 131,072 tokens an update)
-Time:      not measured yet; 10,000 updates are 1.3 billion tokens
+Hardware:  TPU v3-8 (8 cores x 128 sequences x 128 tokens = 131,072 tokens per step)
+Time:      not measured yet; 10,000 steps are 1.3 billion tokens
 Expected:  not measured yet
 
-The reference script streamed `oscar`, `unshuffled_deduplicated_en`. That dataset was a loading script, and
-`datasets` no longer runs those; `allenai/c4`, `en`, is the nearest open set: English Common Crawl text.
+The values are those of the reference command, from Hugging Face's Flax example `run_mlm_flax_stream.py`. It streamed
+`oscar`, `unshuffled_deduplicated_en`, which is a loading script and no longer supported by `datasets`. `allenai/c4`,
+`en`, is the most similar open dataset: English Common Crawl text.
 """
 
 from ml_collections import ConfigDict
@@ -15,7 +16,7 @@ from configs import default
 
 
 def get_config() -> ConfigDict:
-    """Returns every value of the reference command, its defaults spelled out."""
+    """Returns the values of the reference command, including those that are defaults."""
     config = default.get_config()
     config.seed = 42
     config.num_train_steps = 10_000
@@ -35,8 +36,9 @@ def get_config() -> ConfigDict:
     config.data.shuffle_buffer_size = 10_000
     config.data.num_eval_samples = 5_000
 
-    # As the reference: tokenizer and shape copied from an existing model, weights from scratch. Both also take a
-    # local directory. Without a network: config_name=None, and model_type with the overrides below.
+    # The tokenizer and the model config of an existing model, as in the reference command; weights are random. Both
+    # also take a local directory. Without a network, set both to None: a tokenizer is trained, and the family's
+    # defaults hold.
     config.tokenizer.tokenizer_name = "FacebookAI/roberta-base"
     config.model.model_type = "roberta"
     config.model.config_name = "FacebookAI/roberta-base"
@@ -51,7 +53,7 @@ def get_config() -> ConfigDict:
     config.optimizer.adam_beta2 = 0.98
     config.optimizer.adam_epsilon = 1e-8
     config.optimizer.weight_decay = 0.0
-    # The reference script has the flag but never reads it.
+    # The reference script never reads its flag.
     config.optimizer.max_grad_norm = 0.0
 
     config.hub.push_to_hub = True

@@ -1,15 +1,15 @@
 """RoBERTa-large from scratch on streamed English web text, with the paper's recipe.
 
 Command:   python main.py --config=configs/roberta_large.py --workdir=runs/roberta_large
-Hardware:  TPU v4-64 (32 chips x 32 rows x 8 passes x 512 tokens = 4.2 million tokens an update)
-Time:      about 14 days, estimated, not measured: 2.01 GFLOP a token (mlm/models/flops.py) x 2.1 trillion tokens at
-           40 % of the chips' peak
-Expected:  not measured; the paper's model has, fine-tuned, 90.2 on MNLI-m and 96.4 on SST-2 (its table 4)
+Hardware:  TPU v4-64 (32 chips x 32 sequences x 8 microbatches x 512 tokens = 4.2 million tokens per step)
+Time:      about 14 days; an estimate from 2.01 GFLOP per token (mlm/models/flops.py) x 2.1 trillion tokens at 40 % of
+           the chips' peak
+Expected:  not measured; the paper's model reaches 90.2 on MNLI-m and 96.4 on SST-2 after fine-tuning (table 4)
 
-The recipe is that of Liu et al., arXiv:1907.11692, table 9: 8,192 rows of 512 tokens, 500,000 updates, a peak of 4e-4
-after 30,000 updates of warm-up, linear decay, Adam with betas of 0.9 and 0.98 and an epsilon of 1e-6, weight decay
-0.01, no clipping. Their 160 GB of text are only in part to be had; `allenai/c4`, `en`, is the nearest open set.
-On other numbers of devices change gradient_accumulation_steps, so that an update has 8,192 rows.
+The recipe is from Liu et al., arXiv:1907.11692, table 9: batches of 8,192 sequences of 512 tokens, 500,000 steps, peak
+learning rate 4e-4 after 30,000 warm-up steps, linear decay, Adam with betas 0.9 and 0.98 and epsilon 1e-6, weight decay
+0.01, no clipping. Only part of their 160 GB of text is available; `allenai/c4`, `en`, is the most similar open dataset.
+On another number of devices, change gradient_accumulation_steps so that a step still has 8,192 sequences.
 """
 
 from ml_collections import ConfigDict

@@ -1,22 +1,23 @@
 """XLM-RoBERTa-base from scratch on streamed web text in the fifteen languages of XNLI.
 
 Command:   python main.py --config=configs/xlm_roberta_base.py --workdir=runs/xlm_roberta_base
-Hardware:  TPU v4-64 (32 chips x 32 rows x 8 passes x 512 tokens = 4.2 million tokens an update)
-Time:      about 15 days, estimated, not measured: 0.74 GFLOP a token (mlm/models/flops.py) x 6.3 trillion tokens at
-           40 % of the chips' peak
-Expected:  not measured; the paper's base model, in 100 languages, has 76.2 on XNLI, fine-tuned on English alone
+Hardware:  TPU v4-64 (32 chips x 32 sequences x 8 microbatches x 512 tokens = 4.2 million tokens per step)
+Time:      about 15 days; an estimate from 0.74 GFLOP per token (mlm/models/flops.py) x 6.3 trillion tokens at 40 % of
+           the chips' peak
+Expected:  not measured; the paper's base model, trained on 100 languages, reaches 76.2 on XNLI after fine-tuning on
+           English only
 
-From Conneau et al., arXiv:1911.02116: 8,192 rows an update, 1,500,000 updates, languages drawn with probabilities in
-proportion to size^0.3. The paper does not tell its optimizer's numbers; they are those of RoBERTa-base (Liu et al.,
-arXiv:1907.11692, table 9). CC-100 was a loading script, which `datasets` no longer runs: `allenai/c4` has files of its
-own for each language, and lines added to `SIZES` add languages.
+The recipe is from Conneau et al., arXiv:1911.02116: batches of 8,192 sequences, 1,500,000 steps, languages sampled with
+probabilities proportional to size^0.3. The paper does not give its optimizer's hyperparameters; those here are
+RoBERTa-base's (Liu et al., arXiv:1907.11692, table 9). CC-100 is a loading script, which `datasets` no longer supports;
+`allenai/c4` has one configuration per language. Add lines to `SIZES` to add languages.
 """
 
 from ml_collections import ConfigDict
 
 from configs import default
 
-# GiB of each language in CC-100, from the paper's table 6.
+# GiB of text per language in CC-100, from the paper's table 6.
 SIZES = {
     "ar": 28.0,
     "bg": 57.5,
@@ -53,7 +54,7 @@ def get_config() -> ConfigDict:
         for language, size in SIZES.items()
     )
     config.data.max_seq_length = 512
-    # 500 a language, were they all of a size.
+    # 500 per language on average: the mixture's weights apply to evaluation, too.
     config.data.num_eval_samples = 500 * len(SIZES)
 
     config.tokenizer.tokenizer_name = "FacebookAI/xlm-roberta-base"
