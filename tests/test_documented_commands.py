@@ -1,4 +1,4 @@
-"""README.md and docs/: every command is run by a test, or its section says what it needs that is not here."""
+"""README.md and docs/: every command is run by a test, or its section states what it needs."""
 
 import ast
 import os
@@ -10,13 +10,15 @@ from pathlib import Path
 
 import pytest
 
+from mlm.reporting.curves import read_metrics
+from mlm.settings import KEYS, MUTABLE_KEYS
 from tests.tiny import sentences, write_corpus
 
 REPO = Path(__file__).parent.parent
 PAGES = [REPO / "README.md", *sorted((REPO / "docs").glob("*.md"))]
 PROGRAMS = ("python main.py", "python benchmarks/", "pip ", "hf ", "gcloud ", "launch/", "tensorboard --logdir")
 
-# Beginnings of commands -> the test that runs them, as they are but for names and numbers.
+# Start of a command -> the test that runs it, with other names and numbers.
 TESTED = {
     "pip install -r requirements.txt && python main.py --config=configs/quickstart.py": (
         "tests/test_end_to_end.py::test_quickstart"
@@ -37,7 +39,7 @@ TESTED = {
         "tests/test_gcs_runs.py::test_a_run_in_a_bucket_killed_anywhere_is_the_local_run_that_would_have_been"
     ),
 }
-# Beginnings of commands -> a word of what they need; their section, or the line itself, must say so.
+# Start of a command -> what it needs that tests do not have; its section must contain this word.
 NEEDS = {
     "pip install libtpu": "libtpu",
     "pip install torch": "PyTorch",
@@ -51,7 +53,7 @@ NEEDS = {
     "python benchmarks/": "machine",
 }
 
-# Run by the last test here, one after the other in one folder, with what makes them small.
+# Flags that make a run small.
 SMALL = (
     "--config.num_train_steps=6 --config.eval_steps=2 --config.save_steps=2 --config.logging_steps=2 "
     "--config.data.num_eval_samples=30 --config.tokenizer.vocab_size=300 --config.tokenizer.train_documents=200 "
@@ -59,9 +61,11 @@ SMALL = (
     "--config.per_device_train_batch_size=4 --config.checkpoint.keep_checkpoints=3"
 )
 TOKENIZER = "--config.tokenizer.vocab_size=300 --config.tokenizer.train_documents=200"
-# Beginning -> flags to add, replacements.
+CORPUS = " --config.data.data_files='corpus/*.jsonl'"
+# Start of a command -> flags to add and strings to replace. The last test runs these in one folder, in this order.
 RUN: dict[str, tuple[str, dict[str, str]]] = {
     "python main.py --mode=explain optimizer.learning_rate": ("", {}),
+    "python main.py --mode=explain optimizer.warmup_steps": ("", {}),
     "python main.py --mode=check --config=configs/quickstart.py --workdir=runs/mine": (SMALL, {}),
     "python main.py --config=configs/quickstart.py --workdir=runs/mine --config.data.data_files='corpus/*.jsonl'": (
         SMALL,
@@ -76,9 +80,11 @@ RUN: dict[str, tuple[str, dict[str, str]]] = {
         SMALL.replace(TOKENIZER, ""),
         {"--workdir=runs/mine": "--workdir=runs/b"},
     ),
-    "python main.py --mode=train_tokenizer --config=configs/quickstart.py --output=tokenizers/albert": (
-        TOKENIZER + " --config.data.data_files='corpus/*.txt'",
-        {},
+    "python main.py --mode=train_tokenizer --config=configs/quickstart.py:albert": (TOKENIZER + CORPUS, {}),
+    "python main.py --config=configs/quickstart.py:modernbert": (SMALL + CORPUS, {}),
+    "python main.py --config=configs/quickstart.py --workdir=runs/mine --config.num_train_steps=200": (
+        SMALL + CORPUS,
+        {"--workdir=runs/mine": "--workdir=runs/small"},
     ),
     "python main.py --mode=report --workdir=runs/a --workdir=runs/b": ("", {"--workdir=runs/a": "--workdir=runs/mine"}),
     "tensorboard --logdir runs/quickstart": ("", {}),
@@ -90,7 +96,7 @@ def sections(page: Path) -> list[str]:
 
 
 def commands_of(text: str) -> list[str]:
-    """Those of its code blocks, after "$ " or by themselves, and of code within lines."""
+    """Returns the commands in a page's code blocks, with or without "$ ", and in its inline code."""
     found, inside, block, prose = [], False, [], []
     for line in text.splitlines():
         if line.startswith("```"):
@@ -114,24 +120,26 @@ DOCUMENTED = [
 ]
 
 
-def begins(command: str, beginnings) -> str | None:
-    """The longest of the beginnings that a command has."""
-    return max((beginning for beginning in beginnings if command.startswith(beginning)), key=len, default=None)
+def longest_start(command: str, starts) -> str | None:
+    """Returns the longest of the strings that a command starts with."""
+    return max((start for start in starts if command.startswith(start)), key=len, default=None)
 
 
-def test_there_are_many():
+def test_the_pages_have_many_commands():
     assert len({command for _, _, command in DOCUMENTED}) > 35
 
 
 @pytest.mark.parametrize(
     ("page", "section", "command"), [pytest.param(*row, id=f"{row[0]}-{row[2]}") for row in DOCUMENTED]
 )
-def test_every_command_is_run_or_says_what_it_needs(page, section, command):
-    if needs := begins(command, NEEDS):
+def test_every_command_is_run_by_a_test_or_states_what_it_needs(page, section, command):
+    if needs := longest_start(command, NEEDS):
         assert NEEDS[needs].lower() in section.lower()
-        assert not begins(command, {**TESTED, **RUN}) or len(begins(command, {**TESTED, **RUN})) < len(needs)
+        assert not longest_start(command, {**TESTED, **RUN}) or len(longest_start(command, {**TESTED, **RUN})) < len(
+            needs
+        )
         return
-    tested = begins(command, {**TESTED, **RUN})
+    tested = longest_start(command, {**TESTED, **RUN})
     assert tested, f"{page}: {command}"
     if tested in TESTED and "::" in TESTED[tested]:
         file, name = TESTED[tested].split("::")
@@ -139,48 +147,59 @@ def test_every_command_is_run_or_says_what_it_needs(page, section, command):
         assert name in names
 
 
-def test_no_row_is_left_over():
+def test_every_row_of_the_tables_is_used():
     commands = [command for _, _, command in DOCUMENTED]
-    used = {begins(command, {**TESTED, **RUN, **NEEDS}) for command in commands}
+    used = {longest_start(command, {**TESTED, **RUN, **NEEDS}) for command in commands}
     assert {*TESTED, *RUN, *NEEDS} - used == set()
 
 
+def test_the_page_on_resuming_lists_the_keys_that_may_change():
+    (table,) = re.findall(r"## Which keys may change\n(.*?)\n## ", (REPO / "docs/resume.md").read_text(), re.DOTALL)
+    assert [key for key in re.findall(r"`([\w.]+)`", table) if key in KEYS] == list(MUTABLE_KEYS)
+
+
 @pytest.mark.slow
-def test_a_day_with_the_commands_of_the_pages(tmp_path):
+def test_the_commands_of_the_pages_work_one_after_the_other(tmp_path):
     (tmp_path / "corpus").mkdir()
     write_corpus(tmp_path / "corpus")
     for part in range(3):
         (tmp_path / "corpus" / f"part-{part}.txt").write_text("\n".join(sentences(600, seed=1)[part::3]) + "\n")
     (tmp_path / "configs").symlink_to(REPO / "configs")
     env = {**os.environ, "XLA_FLAGS": ""}
-    told = {}
-    for beginning, (flags, replaced) in RUN.items():
-        command = next(command for _, _, command in DOCUMENTED if begins(command, {**TESTED, **RUN}) == beginning)
+    outputs = {}
+    for start, (flags, replaced) in RUN.items():
+        command = next(command for _, _, command in DOCUMENTED if longest_start(command, {**TESTED, **RUN}) == start)
         if command.startswith("tensorboard"):
             continue
         for old, new in replaced.items():
             command = command.replace(old, new)
-        # Flags come before the sentences of fill_mask; what is said last of a flag counts.
+        # The last value of a flag counts.
         words = [sys.executable, str(REPO / "main.py"), *shlex.split(command)[2:], *shlex.split(flags)]
         done = subprocess.run(words, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300, check=False)
         assert done.returncode == 0, f"{command}\n{done.stderr[-3000:]}"
-        told[beginning] = done.stderr + done.stdout
-    answers = iter(told.values())
-    assert "optimizer.learning_rate = 5e-05\n" in next(answers)
-    assert next(answers).rstrip().endswith("ready")
-    assert "step 6 of 6   evaluation: loss" in next(answers)
-    assert "update 3: batch 3 of the data" in next(answers)
-    assert "exported update 4 to" in next(answers)
-    assert "exported update 2 + 4 + 6 to" in next(answers)
-    assert next(answers).count(" %") >= 10
-    assert "a tokenizer of 300 entries is in tokenizers/mine" in next(answers)
-    assert "tokenized by tokenizers/mine" in next(answers)
-    assert "in tokenizers/albert; use it with" in next(answers)
-    assert "the report of mine, b is in report.html" in next(answers)
+        outputs[start] = done.stderr + done.stdout
+    printed = iter(outputs.values())
+    assert "optimizer.learning_rate = 5e-05\n" in next(printed)
+    assert "optimizer.warmup_steps = 0\n" in next(printed)
+    assert next(printed).rstrip().endswith("ready")
+    assert "step 6 of 6   evaluation: loss" in next(printed)
+    assert "update 3: batch 3 of the data" in next(printed)
+    assert "exported update 4 to" in next(printed)
+    assert "exported update 2 + 4 + 6 to" in next(printed)
+    assert next(printed).count(" %") >= 10
+    assert "a tokenizer of 300 entries is in tokenizers/mine" in next(printed)
+    assert "tokenized by tokenizers/mine" in next(printed)
+    assert "in tokenizers/albert; use it with" in next(printed)
+    assert "parameters of the modernbert encoder" in next(printed)
+    assert "step 6 of 6   evaluation: loss" in next(printed)
+    assert "the report of mine, b is in report.html" in next(printed)
     assert (tmp_path / "models" / "early" / "model.safetensors").exists()
     assert (tmp_path / "report.html").stat().st_size > 10**6
 
-    # What tensorboard is shown.
+    described = set(re.findall(r"`([a-z]+/\w+)`", (REPO / "docs/metrics.md").read_text()))
+    written = {name for line in read_metrics(str(tmp_path / "runs/mine/metrics.jsonl")) for name in line} - {"step"}
+    assert written - described == set()
+
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(tmp_path / "runs" / "mine")).Reload()
