@@ -27,10 +27,23 @@ from mlm.masking import MaskingSpec
 from mlm.models.config import EncoderConfig
 from mlm.models.encoder import MaskedLM
 from mlm.models.execution import Execution
-from mlm.optimizer import create_optimizer, create_schedule, decays
+from mlm.optimizer import create_optimizer, decay_mask
+from mlm.schedules import create_schedule
+from mlm.settings import OptimizerSettings
 
-SCHEDULE = {"learning_rate": 3e-4, "warmup_steps": 1_000, "num_train_steps": 10_000}
-ADAM = {"adam_beta1": 0.9, "adam_beta2": 0.98, "adam_epsilon": 1e-8, "weight_decay": 0.01}
+OPTIMIZER = OptimizerSettings(
+    learning_rate=3e-4,
+    warmup_steps=1_000,
+    schedule="linear",
+    adam_beta1=0.9,
+    adam_beta2=0.98,
+    adam_epsilon=1e-8,
+    weight_decay=0.01,
+    max_grad_norm=0.0,
+    max_skipped_steps=0,
+    spike_factor=0.0,
+)
+SCHEDULE = create_schedule(OPTIMIZER, num_train_steps=10_000)
 SPECIAL = 5  # ids below are special; the last of them hides tokens
 
 
@@ -52,7 +65,6 @@ SMALL = {
 
 def our_step_config(config: EncoderConfig, dtype: Any, execution: Execution) -> steps.StepConfig:
     """What our step closes over."""
-    schedule = create_schedule("linear", **SCHEDULE)
     return steps.StepConfig(
         model=MaskedLM(config, dtype, execution=execution),
         masking=MaskingSpec(
@@ -63,8 +75,8 @@ def our_step_config(config: EncoderConfig, dtype: Any, execution: Execution) -> 
             special_ids=tuple(range(SPECIAL)),
             num_ids=config.vocab_size,
         ),
-        optimizer=create_optimizer(schedule, **ADAM, max_grad_norm=0.0),
-        schedule=schedule,
+        optimizer=create_optimizer(OPTIMIZER, SCHEDULE),
+        schedule=SCHEDULE,
         seed=0,
     )
 
@@ -151,8 +163,7 @@ class _Model(nn.Module):
 
 
 def _reference_optimizer() -> optax.GradientTransformation:
-    schedule = create_schedule("linear", **SCHEDULE)
-    return optax.adamw(schedule, b1=0.9, b2=0.98, eps=1e-8, weight_decay=0.01, mask=decays)
+    return optax.adamw(SCHEDULE, b1=0.9, b2=0.98, eps=1e-8, weight_decay=0.01, mask=decay_mask)
 
 
 def reference_state(config: EncoderConfig, dtype: Any) -> dict[str, Any]:

@@ -23,8 +23,9 @@ from mlm.models.encoder import MaskedLM
 from mlm.models.execution import Execution
 from mlm.models.hf import pretrained
 from mlm.models.hf.pretrained import AdaptedWeights, PretrainedWeights
-from mlm.optimizer import create_optimizer, create_schedule
+from mlm.optimizer import create_optimizer
 from mlm.run.workdir import WorkDir
+from mlm.schedules import create_schedule
 from mlm.settings import RunSettings
 from mlm.steps import StepConfig, init_params
 
@@ -69,21 +70,7 @@ def build(settings: RunSettings, workdir: WorkDir) -> Run:
     """
     if jax.process_index() == 0:
         check_hub(settings, workdir)
-    options = settings.optimizer
-    schedule = create_schedule(
-        options.schedule,
-        learning_rate=options.learning_rate,
-        warmup_steps=options.warmup_steps,
-        num_train_steps=settings.num_train_steps,
-    )
-    optimizer = create_optimizer(
-        schedule,
-        adam_beta1=options.adam_beta1,
-        adam_beta2=options.adam_beta2,
-        adam_epsilon=options.adam_epsilon,
-        weight_decay=options.weight_decay,
-        max_grad_norm=options.max_grad_norm,
-    )
+    schedule = create_schedule(settings.optimizer, num_train_steps=settings.num_train_steps)
     copied, checkpoint = load_model(settings)
 
     text_sources = text_lib.open_sources(settings)
@@ -103,10 +90,10 @@ def build(settings: RunSettings, workdir: WorkDir) -> Run:
                 execution=open_execution(settings, backend=jax.default_backend()),
             ),
             masking=open_masking(settings, tokenizer),
-            optimizer=optimizer,
+            optimizer=create_optimizer(settings.optimizer, schedule),
             schedule=schedule,
             seed=settings.seed,
-            spike_factor=options.spike_factor,
+            spike_factor=settings.optimizer.spike_factor,
         ),
         encoder=encoder,
         tokenizer=tokenizer,

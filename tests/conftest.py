@@ -1,4 +1,4 @@
-"""Four devices on the CPU, no network, and tiny tasks for the tests that make steps."""
+"""Four devices on the CPU, no network, and tiny models for the tests of steps."""
 
 import atexit
 import functools
@@ -7,21 +7,21 @@ import os
 import shutil
 import tempfile
 
-# Before jax, TensorFlow and datasets are imported, which read these once. Processes of tests inherit them.
+# Set before jax, TensorFlow and datasets are imported, which read these once. Subprocesses of tests inherit them.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
-# As main.py has it, for work directories in a bucket; etils asks once.
+# As in main.py, for work directories in a bucket; etils reads it once.
 os.environ.setdefault("EPATH_USE_TF", "0")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
-# Whole runs, in the test processes and in ones of their own, compile the same programs again and again.
+# Complete runs, in test processes and subprocesses, compile the same programs many times.
 os.environ["JAX_COMPILATION_CACHE_DIR"] = (
     os.environ["JAX_COMPILATION_CACHE_DIR"] if "PYTEST_XDIST_WORKER" in os.environ else tempfile.mkdtemp()
 )
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
-# They compile much and compute little. The quickstart's test and that of killed runs compile as users do.
+# Tests compile a lot and compute little. The tests of the quickstart and of killed runs compile as users do.
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 
 import flax.linen as nn
@@ -34,11 +34,13 @@ from mlm import parallel, steps
 from mlm.masking import MaskingSpec
 from mlm.models.config import EncoderConfig
 from mlm.models.encoder import MaskedLM
-from mlm.optimizer import create_optimizer, create_schedule
+from mlm.optimizer import create_optimizer
+from mlm.schedules import create_schedule
+from tests.tiny import optimizer_settings
 
 if "PYTEST_XDIST_WORKER" not in os.environ:
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
-# Broadcasting [V] against [B, K, V] is more often a mistake than meant.
+# Implicit broadcasting of [V] against [B, K, V] is usually a mistake.
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
@@ -46,23 +48,23 @@ _CAN_BROWSE = bool(shutil.which("chromium") and shutil.which("chromedriver"))
 
 
 def pytest_collection_modifyitems(config, items):
-    """Leaves out the tests marked `browser` where there is none to drive."""
+    """Deselects the tests marked `browser` if no browser is installed."""
     if _CAN_BROWSE:
         return
-    left_out = [item for item in items if item.get_closest_marker("browser")]
-    config.hook.pytest_deselected(items=left_out)
-    items[:] = [item for item in items if item not in left_out]
+    deselected = [item for item in items if item.get_closest_marker("browser")]
+    config.hook.pytest_deselected(items=deselected)
+    items[:] = [item for item in items if item not in deselected]
 
 
 def pytest_terminal_summary(terminalreporter):
-    """Says so."""
+    """Reports the deselected tests."""
     if not _CAN_BROWSE:
-        terminalreporter.write_line("tests marked browser were left out: no chromium and chromedriver here")
+        terminalreporter.write_line("tests marked browser were deselected: chromium and chromedriver are not installed")
 
 
 @pytest.fixture(scope="module", autouse=True)
 def forget_programs():
-    """Every compiled program holds some memory maps, of which a process may have 65,530: then it crashes."""
+    """A process crashes at 65,530 memory maps, and every compiled program holds some."""
     yield
     jax.clear_caches()
     gc.collect()
@@ -74,7 +76,7 @@ PAD, MASK = 1, 4
 
 
 class BagOfTokens(nn.Module):
-    """Predicts a token from its own input and the mean of its row. Compiles faster than the encoder."""
+    """Predicts a token from its own input and the mean over its sequence. Compiles faster than the encoder."""
 
     dropout: float = 0.0
 
@@ -91,7 +93,7 @@ class BagOfTokens(nn.Module):
 
 @pytest.fixture(scope="session")
 def tiny_config():
-    """An encoder of one layer, for rows of up to 16 tokens, without dropout."""
+    """An encoder of one layer, for sequences of up to 16 tokens, without dropout."""
     return EncoderConfig(
         vocab_size=VOCAB,
         hidden_size=16,
@@ -108,22 +110,16 @@ def tiny_config():
 
 @pytest.fixture(scope="session")
 def make_step_config(tiny_config):
-    """(model, masking, optimizer, seed) -> Task; what is not given is tiny and plain.
+    """(model, dropout, masking, optimizer, schedule, seed) -> StepConfig.
 
-    `model` is "encoder" or "bag", with `dropout`. `masking` and `optimizer` are fields to change.
+    `model` is "encoder" or "bag". `masking` and `optimizer` are fields to change. `schedule` replaces the constant one.
     """
 
-    def make(*, model="bag", dropout=0.0, masking=None, optimizer=None, seed=42):
+    def make(*, model="bag", dropout=0.0, masking=None, optimizer=None, schedule=None, seed=42):
         rates = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
-        schedule = create_schedule("constant", learning_rate=0.01, warmup_steps=0, num_train_steps=100)
-        options = {
-            "adam_beta1": 0.9,
-            "adam_beta2": 0.98,
-            # Large: where the gradient is 0 but for rounding, a small one makes steps of the rounding's sign.
-            "adam_epsilon": 1e-3,
-            "weight_decay": 0.0,
-            "max_grad_norm": 1.0,
-        } | (optimizer or {})
+        # A large epsilon: with a small one, gradients that are 0 up to rounding would move parameters.
+        settings = optimizer_settings(**{"adam_epsilon": 1e-3} | (optimizer or {}))
+        schedule = schedule or create_schedule(settings, num_train_steps=100)
         fields = {
             "mlm_probability": 0.3,
             "mask_replace_prob": 0.8,
@@ -135,7 +131,7 @@ def make_step_config(tiny_config):
         return steps.StepConfig(
             model=MaskedLM(tiny_config.replace(**rates)) if model == "encoder" else BagOfTokens(dropout),
             masking=MaskingSpec(**fields),
-            optimizer=create_optimizer(options.pop("schedule", schedule), **options),
+            optimizer=create_optimizer(settings, schedule),
             schedule=schedule,
             seed=seed,
         )
@@ -145,7 +141,7 @@ def make_step_config(tiny_config):
 
 @pytest.fixture(scope="session")
 def init():
-    """task -> the state before the first update, unstacked."""
+    """StepConfig -> the state before step 1, unstacked."""
 
     def init(step_config):
         params = jax.jit(functools.partial(steps.init_params, step_config, length=LENGTH))()
@@ -156,7 +152,7 @@ def init():
 
 @pytest.fixture(scope="session")
 def train_step():
-    """task -> its step on all devices, which leaves the state that it is given alone."""
+    """StepConfig -> its step on all devices, without donation."""
 
     def train_step(step_config):
         return parallel.data_parallel(
@@ -168,43 +164,43 @@ def train_step():
 
 @pytest.fixture(scope="session")
 def encoder_step_config(make_step_config):
-    """With the real encoder and weight decay."""
+    """The real encoder, with weight decay."""
     return make_step_config(model="encoder", optimizer={"weight_decay": 0.01})
 
 
 @pytest.fixture(scope="session")
 def encoder_state(encoder_step_config, init):
-    """Of `encoder_step_config`."""
+    """See `encoder_step_config`."""
     return init(encoder_step_config)
 
 
 @pytest.fixture(scope="session")
 def encoder_step(encoder_step_config, train_step):
-    """Of `encoder_step_config`."""
+    """See `encoder_step_config`."""
     return train_step(encoder_step_config)
 
 
 @pytest.fixture(scope="session")
 def bag_step_config(make_step_config):
-    """The cheapest."""
+    """The model that compiles fastest."""
     return make_step_config()
 
 
 @pytest.fixture(scope="session")
 def bag_state(bag_step_config, init):
-    """Of `bag_step_config`."""
+    """See `bag_step_config`."""
     return init(bag_step_config)
 
 
 @pytest.fixture(scope="session")
 def bag_step(bag_step_config, train_step):
-    """Of `bag_step_config`."""
+    """See `bag_step_config`."""
     return train_step(bag_step_config)
 
 
 @pytest.fixture(scope="session")
 def uneven_rows():
-    """int32 [8, 16]: rows of very different lengths, so that devices hold different numbers of masks."""
+    """int32 [8, 16]: rows of very different lengths, so that devices predict different numbers of tokens."""
     rows = np.random.default_rng(0).integers(5, VOCAB, (8, LENGTH)).astype(np.int32)
     for row, tokens in zip(rows, (16, 16, 2, 4, 16, 8, 0, 3), strict=True):
         row[tokens:] = PAD

@@ -18,7 +18,9 @@ from mlm.models.encoder import MaskedLM
 from mlm.models.families import FAMILIES
 from mlm.models.hf import weights
 from mlm.models.ops import attention, dropout
-from mlm.optimizer import create_optimizer, create_schedule, decays
+from mlm.optimizer import create_optimizer, decay_mask
+from mlm.schedules import create_schedule
+from tests.tiny import optimizer_settings
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 CASES = sorted(path.stem for path in GOLDEN.glob("*.npz"))
@@ -170,7 +172,7 @@ def test_fields_of_other_families_are_refused_but_for_their_one_value():
 @pytest.mark.parametrize("case", CASES)
 def test_matrices_decay_and_nothing_else(case):
     _, config, tensors = load(case)
-    flat = jax.tree_util.tree_leaves_with_path(decays(weights.from_hf(tensors, config)))
+    flat = jax.tree_util.tree_leaves_with_path(decay_mask(weights.from_hf(tensors, config)))
     assert {path[-1].key for path, decayed in flat if decayed} - {"decoder"} == {"kernel", "weight", "embedding"}
     assert {path[-1].key for path, decayed in flat if not decayed} <= {"bias", "scale"}
 
@@ -265,7 +267,8 @@ def test_a_document_in_a_row_has_the_logits_it_has_alone(case):
 def test_updates_lower_the_loss(model_type):
     """Eight rows of one token each, from PyTorch's weights, through the real train step."""
     _, config, tensors = load(model_type.replace("-", "_"))
-    schedule = create_schedule("constant", learning_rate=5e-3, warmup_steps=0, num_train_steps=100)
+    optimizer = optimizer_settings(learning_rate=5e-3, adam_epsilon=1e-6, weight_decay=0.01)
+    schedule = create_schedule(optimizer, num_train_steps=100)
     step_config = steps.StepConfig(
         model=MaskedLM(config),
         masking=MaskingSpec(
@@ -276,9 +279,7 @@ def test_updates_lower_the_loss(model_type):
             special_ids=(3, 4),
             num_ids=61,
         ),
-        optimizer=create_optimizer(
-            schedule, adam_beta1=0.9, adam_beta2=0.98, adam_epsilon=1e-6, weight_decay=0.01, max_grad_norm=1.0
-        ),
+        optimizer=create_optimizer(optimizer, schedule),
         schedule=schedule,
         seed=0,
     )

@@ -22,12 +22,13 @@ from mlm import parallel, steps, train
 from mlm.masking import MaskingSpec
 from mlm.models.config import EncoderConfig
 from mlm.models.encoder import MaskedLM
-from mlm.optimizer import create_optimizer, create_schedule
+from mlm.optimizer import create_optimizer
 from mlm.reporting.curves import read_metrics
 from mlm.run.checkpoint import Checkpointer, DiskFullError
 from mlm.run.signals import EXIT_INTERRUPTED
+from mlm.schedules import create_schedule
 from tests.bad_server import Server, encode
-from tests.tiny import sentences, write_corpus
+from tests.tiny import optimizer_settings, sentences, write_corpus
 
 REPO = Path(__file__).parent.parent
 CONFIG = """
@@ -151,8 +152,8 @@ def step_config() -> steps.StepConfig:
     options = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "type_vocab_size": 1, "vocab_size": 50}
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
     encoder = EncoderConfig(**options, **sizes, max_position_embeddings=18, pad_token_id=1)
-    schedule = create_schedule("constant", learning_rate=0.01, warmup_steps=0, num_train_steps=100)
-    betas = {"adam_beta1": 0.9, "adam_beta2": 0.98, "adam_epsilon": 1e-3}
+    optimizer = optimizer_settings(adam_epsilon=1e-3, weight_decay=0.01)
+    schedule = create_schedule(optimizer, num_train_steps=100)
     return steps.StepConfig(
         model=MaskedLM(encoder),
         masking=MaskingSpec(
@@ -163,7 +164,7 @@ def step_config() -> steps.StepConfig:
             special_ids=(0, 1, 2, 3, 4),
             num_ids=50,
         ),
-        optimizer=create_optimizer(schedule, **betas, weight_decay=0.01, max_grad_norm=1.0),
+        optimizer=create_optimizer(optimizer, schedule),
         schedule=schedule,
         seed=7,
     )

@@ -12,13 +12,7 @@ from mlm import parallel, steps
 # Ids of the tiny vocabulary in conftest.py.
 PAD, MASK = 1, 4
 # With this learning rate and epsilon, AdamW without momentum is plain gradient descent to one part in 10^6.
-GRADIENT_DESCENT = {
-    "schedule": lambda count: 1e6,
-    "adam_beta1": 0.0,
-    "adam_beta2": 0.0,
-    "adam_epsilon": 1e6,
-    "weight_decay": 0.0,
-}
+GRADIENT_DESCENT = {"learning_rate": 1e6, "adam_beta1": 0.0, "adam_beta2": 0.0, "adam_epsilon": 1e6}
 
 
 def norm(tree):
@@ -128,7 +122,7 @@ def test_clipping_comes_after_the_division(make_step_config, bag_step, bag_state
     assert metrics.sums.count > 10
 
     def update_norm(max_grad_norm):
-        step_config = make_step_config(optimizer=GRADIENT_DESCENT | {"max_grad_norm": max_grad_norm})
+        step_config = make_step_config(optimizer=GRADIENT_DESCENT | {"max_grad_norm": float(max_grad_norm)})
         state = steps.init_state(step_config, bag_state.params)
         new, after = train_step(step_config)(parallel.replicate(state), tokens)
         assert parallel.first_replica(after.grad_norm) == metrics.grad_norm  # The norm before clipping.

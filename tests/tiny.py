@@ -1,20 +1,22 @@
-"""A run of seconds: a corpus with something to learn, and a config for it."""
+"""A run that takes seconds: a corpus with something to learn, and its config and settings."""
 
+import dataclasses
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 from ml_collections import ConfigDict
 
 from configs import default
-from mlm.settings import RunSettings
+from mlm.settings import OptimizerSettings, RunSettings
 
 NOUNS = ["cat", "dog", "bird", "fish", "child", "river", "house", "tree"]
 VERBS = ["sees", "likes", "follows", "hears", "finds"]
 
 
 def sentences(count: int, *, seed: int = 0) -> list[str]:
-    """Sentences, no two alike."""
+    """Distinct sentences."""
     draw = random.Random(seed)
 
     def noun() -> str:
@@ -33,7 +35,7 @@ def write_corpus(directory: Path, *, files: int = 3, documents: int = 400) -> st
 
 
 def tiny_config(data_files: str) -> ConfigDict:
-    """Two layers of 16, rows of 16 tokens, 8 updates."""
+    """Two layers of width 16, sequences of 16 tokens, 8 steps."""
     config = default.get_config()
     config.num_train_steps = 8
     config.per_device_train_batch_size = 4
@@ -54,12 +56,23 @@ def tiny_config(data_files: str) -> ConfigDict:
     overrides.intermediate_size = 32
     overrides.max_position_embeddings = 20
     config.optimizer.learning_rate = 1e-2
-    # Not the linear one, which depends on num_train_steps: runs of different lengths agree as far as they go.
+    # Linear decay depends on num_train_steps; a constant rate lets runs of different lengths be compared.
     config.optimizer.schedule = "constant"
     config.report.sentences = ("Number 7: the <mask> sees the cat.",)
     return config
 
 
 def settings_of(config: ConfigDict) -> RunSettings:
-    """The settings of a config, as main.py makes them."""
+    """The settings of a config, as main.py creates them."""
     return RunSettings.from_dict(config.to_dict())
+
+
+def tiny_settings(data_files: str, **changes: Any) -> RunSettings:
+    """The settings of `tiny_config`; `changes` replace top-level keys."""
+    return dataclasses.replace(settings_of(tiny_config(data_files)), **changes)
+
+
+def optimizer_settings(**changes: Any) -> OptimizerSettings:
+    """AdamW with a constant learning rate and clipping; `changes` replace keys."""
+    values = {"learning_rate": 0.01, "schedule": "constant", "adam_beta2": 0.98, "max_grad_norm": 1.0} | changes
+    return dataclasses.replace(settings_of(default.get_config()).optimizer, **values)
