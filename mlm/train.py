@@ -16,7 +16,7 @@ from mlm.data.prefetch import Prefetcher
 from mlm.errors import UserError
 from mlm.evaluate import Evaluator, unigram_log_probs
 from mlm.export import model_directory
-from mlm.export.fill_mask import MaskPrediction, fill_mask, table
+from mlm.export.fill_mask import MaskPrediction, fill_mask, format_predictions
 from mlm.export.model_card import build_card
 from mlm.models.flops import flops_per_token
 from mlm.reporting import reporter
@@ -151,7 +151,7 @@ def train_and_evaluate(
                 if jax.process_index() == 0:
                     params = parallel.first_replica(state.params)
                     predictions[:] = fill_mask(run.step_config.model, params, run.tokenizer, settings.report.sentences)
-                    reporter.write_texts(step, {"fillings": f"```\n{table(predictions)}\n```"})
+                    reporter.write_texts(step, {"predictions": f"```\n{format_predictions(predictions)}\n```"})
                     _export(settings, place, run, params, step, metrics, predictions, tokens_seen=reporter.tokens_seen)
                     place.push()
                     if hub is not None and step < last:
@@ -335,7 +335,7 @@ def _export(
         title=os.path.basename(place.path),
         model_type=run.encoder.model_type,
         step=step,
-        rows=jax.process_count() * run.text.batch_rows,
+        sequences_per_step=jax.process_count() * run.text.batch_rows,
         tokens_seen=tokens_seen,
         hardware=f"{jax.device_count()} x {jax.devices()[0].device_kind}",
     )

@@ -1,4 +1,4 @@
-"""A server on 127.0.0.1 that takes models in as the Hugging Face hub does, and behaves badly on demand."""
+"""A server on 127.0.0.1 that accepts models like the Hugging Face hub, with faults on demand."""
 
 import base64
 import hashlib
@@ -18,7 +18,7 @@ ID = r"[\w.-]+(/[\w.-]+)?"
 
 
 def fine_grained(entity, *permissions, everywhere=()):
-    """A token with rights to one repository, user or organization, and some everywhere."""
+    """A token with permissions for one repository, user or organization, and some global ones."""
     scope = {"entity": {"_id": "0", "type": "user", "name": entity}, "permissions": list(permissions)}
     return {"role": "fineGrained", "fineGrained": {"global": list(everywhere), "scoped": [scope]}}
 
@@ -27,11 +27,11 @@ class HubServer(Server):
     """The hub of one user, "ann", with one token.
 
     Attributes:
-        token: what whoami says of it.
-        created: bodies of the questions for new repositories.
+        token: the token's entry in the response of whoami.
+        created: bodies of the requests for new repositories.
         commits: (message, path -> bytes) of each commit, in order.
-        lfs: the paths that came by way of LFS.
-        questions: metadata of the cards it was asked to check.
+        lfs: the paths that were uploaded through LFS.
+        card_checks: the errors found in each card that it was asked to check.
     """
 
     def __init__(self):
@@ -39,14 +39,14 @@ class HubServer(Server):
         self.created = []
         self.commits = []
         self.lfs = set()
-        self.questions = []
+        self.card_checks = []
         self._objects = {}
         super().__init__()
 
     def heal(self):
         super().heal()
         self.token = WRITE
-        for record in (self.created, self.commits, self.lfs, self.questions, self._objects):
+        for record in (self.created, self.commits, self.lfs, self.card_checks, self._objects):
             record.clear()
 
     def hub_answer(self, handler, path, content):
@@ -58,7 +58,7 @@ class HubServer(Server):
             return {"url": f"{self.url}/{owner}/{self.created[-1]['name']}"}
         if path == "/api/validate-yaml":
             errors = [{"message": message} for message in card_errors(json.loads(content)["content"])]
-            self.questions.append(errors)
+            self.card_checks.append(errors)
             return 400 if errors else 200, {"errors": errors, "warnings": []}
         if re.fullmatch(r"/api/models/ann/[^/]+/preupload/main", path):
             files = json.loads(content)["files"]
@@ -102,7 +102,7 @@ def mode(path):
 
 
 def card_errors(text):
-    """What the hub's documentation of model cards does not allow."""
+    """Yields violations of the hub's documentation of model cards."""
     match = re.match(r"---\n(.*?)\n---\n", text, re.DOTALL)
     if not match:
         yield "there is no metadata"
@@ -132,7 +132,7 @@ def card_errors(text):
 
 
 def use(server, monkeypatch, folder):
-    """Points this process's huggingface_hub, the real one, to a server; its own waits between tries are short."""
+    """Points the real huggingface_hub in this process to a server, without its waits between retries."""
     constants = huggingface_hub.constants
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "ENDPOINT", server.url)

@@ -1,4 +1,4 @@
-"""Pushing to the hub: the real client against a server on 127.0.0.1 that takes models in, or does not."""
+"""Uploads to the hub: the real client against a server on 127.0.0.1 that accepts models or fails on demand."""
 
 import dataclasses
 import json
@@ -20,11 +20,11 @@ from tests import hub_server
 from tests.hub_server import READ, WRITE, HubServer, fine_grained
 from tests.tiny import settings_of, tiny_config, write_corpus
 
-PATIENCE = RetryPolicy(deadline_seconds=0.05, timeout_seconds=0.2, first_wait_seconds=0.001, max_wait_seconds=0.01)
+RETRY_POLICY = RetryPolicy(deadline_seconds=0.05, timeout_seconds=0.2, first_wait_seconds=0.001, max_wait_seconds=0.01)
 BASE = "/api/models/ann/run"
 PREUPLOAD, COMMIT = f"{BASE}/preupload/main", f"{BASE}/commit/main"
 BATCH = "/ann/run.git/info/lfs/objects/batch"
-# What a server may do to each question of a push, where trying again is the cure.
+# Faults of a server that are worth a retry.
 FAULTS = [500, 503, 429, "reset", "hang"]
 
 
@@ -37,7 +37,7 @@ def shared_server():
 
 @pytest.fixture
 def server(shared_server, monkeypatch, tmp_path):
-    """In good health, and this process's hub."""
+    """A server without faults that huggingface_hub uses as the hub."""
     shared_server.heal()
     hub_server.use(shared_server, monkeypatch, tmp_path)
     return shared_server
@@ -45,7 +45,7 @@ def server(shared_server, monkeypatch, tmp_path):
 
 @pytest.fixture
 def workdir(tmp_path):
-    """What a run of one export leaves."""
+    """A work directory after one export."""
     path = tmp_path / "run"
     export(path, step=1)
     (path / "events.out.tfevents.1.host").write_bytes(b"\x00traces")
@@ -53,7 +53,7 @@ def workdir(tmp_path):
 
 
 def export(workdir, *, step):
-    """As the real one: beside, then in place."""
+    """Writes a model in a temporary directory and renames it, like the real export."""
     new = workdir / "model.tmp"
     new.mkdir(parents=True)
     safetensors.numpy.save_file({"w": np.full(1000, step, np.float32)}, new / "model.safetensors")
@@ -70,11 +70,11 @@ def contents(workdir):
 
 
 def open_hub(workdir, **kwargs):
-    options = {"private": False, "retry_policy": PATIENCE, "first_wait_seconds": 0.01}
+    options = {"private": False, "retry_policy": RETRY_POLICY, "first_wait_seconds": 0.01}
     return Hub("run", workdir=str(workdir), **options | kwargs)
 
 
-def left_over(workdir):
+def leftovers(workdir):
     return [path.name for path in workdir.glob("push.*")]
 
 
@@ -85,7 +85,7 @@ def wait_for(condition, seconds=20):
         time.sleep(0.01)
 
 
-def test_what_is_pushed_arrives_byte_for_byte(server, workdir):
+def test_uploaded_files_arrive_byte_for_byte(server, workdir):
     hub = open_hub(workdir, private=True)
     assert hub.repo_id == "ann/run"
     [made] = server.created
@@ -95,14 +95,14 @@ def test_what_is_pushed_arrives_byte_for_byte(server, workdir):
     wait_for(lambda: is_pushed(str(workdir), name="run", step=1))
     export(workdir, step=2)
     hub.finish(step=2)
-    assert [message for message, _ in server.commits] == ["Update 1", "Update 2"]
+    assert [message for message, _ in server.commits] == ["Step 1", "Step 2"]
     assert [files for _, files in server.commits] == [first, contents(workdir)]
     assert server.lfs == {"model.safetensors", "runs/events.out.tfevents.1.host"}
-    assert server.questions == [[], []]
+    assert server.card_checks == [[], []]
     assert is_pushed(str(workdir), name="run", step=2)
     assert not is_pushed(str(workdir), name="other", step=2)
     assert not is_pushed(str(workdir), name="run", step=3)
-    assert left_over(workdir) == []
+    assert leftovers(workdir) == []
 
 
 def test_repositories_that_are_there_are_used(server, workdir):
@@ -113,16 +113,16 @@ def test_repositories_that_are_there_are_used(server, workdir):
 
 
 @pytest.mark.parametrize("path", [PREUPLOAD, COMMIT, BATCH, "/api/validate-yaml"])
-def test_a_push_is_tried_until_it_works(server, workdir, path, caplog):
+def test_an_upload_is_retried_until_it_succeeds(server, workdir, path, caplog):
     server.faults[path].extend(FAULTS)
     hub = open_hub(workdir)
     hub.finish(step=1)
-    assert server.commits == [("Update 1", contents(workdir))]
+    assert server.commits == [("Step 1", contents(workdir))]
     assert not server.faults[path]
-    assert left_over(workdir) == []
+    assert leftovers(workdir) == []
 
 
-def test_an_upload_that_breaks_is_tried_again(server, workdir):
+def test_a_file_upload_that_breaks_is_retried(server, workdir):
     with pytest.MonkeyPatch.context() as patch:
         seen = []
 
@@ -135,11 +135,11 @@ def test_an_upload_that_breaks_is_tried_again(server, workdir):
         patch.setattr(server, "next_fault", next_fault)
         open_hub(workdir).finish(step=1)
     assert len(seen) == len(FAULTS)
-    assert server.commits == [("Update 1", contents(workdir))]
+    assert server.commits == [("Step 1", contents(workdir))]
 
 
-def test_training_is_not_held_up_and_the_newest_model_is_pushed(server, workdir, caplog):
-    """While the server is silent, models come and go."""
+def test_training_does_not_wait_and_the_newest_model_is_uploaded(server, workdir, caplog):
+    """The server does not answer while four models are exported."""
     held = threading.Event()
     real = server.hub_answer
 
@@ -150,7 +150,7 @@ def test_training_is_not_held_up_and_the_newest_model_is_pushed(server, workdir,
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(server, "hub_answer", slow)
-        hub = open_hub(workdir, retry_policy=dataclasses.replace(PATIENCE, timeout_seconds=20.0))
+        hub = open_hub(workdir, retry_policy=dataclasses.replace(RETRY_POLICY, timeout_seconds=20.0))
         before = time.monotonic()
         first = contents(workdir)
         hub.push(step=1)
@@ -159,17 +159,17 @@ def test_training_is_not_held_up_and_the_newest_model_is_pushed(server, workdir,
             export(workdir, step=step)
             hub.push(step=step)
         assert time.monotonic() - before < 5
-        assert len(left_over(workdir)) == 2
+        assert len(leftovers(workdir)) == 2
         held.set()
         hub.finish(step=4)
-    assert [message for message, _ in server.commits] == ["Update 1", "Update 4"]
+    assert [message for message, _ in server.commits] == ["Step 1", "Step 4"]
     assert server.commits[0][1] == first
     assert server.commits[1][1] == contents(workdir)
-    assert "step 2: not pushed before there is a newer model" in caplog.text
-    assert left_over(workdir) == []
+    assert "step 2: not uploaded to the hub, a newer model replaces it" in caplog.text
+    assert leftovers(workdir) == []
 
 
-def test_waits_grow_and_the_runs_end_does_not_wait_for_them(server, workdir, monkeypatch):
+def test_waits_grow_and_the_end_of_the_run_cuts_them_short(server, workdir, monkeypatch):
     waits = []
     real = threading.Condition.wait_for
 
@@ -186,10 +186,10 @@ def test_waits_grow_and_the_runs_end_does_not_wait_for_them(server, workdir, mon
     assert waits[:8] == [5, 10, 20, 40, 80, 160, 300, 300]
     server.always.clear()
     hub.finish(step=1)
-    assert [message for message, _ in server.commits] == ["Update 1"]
+    assert [message for message, _ in server.commits] == ["Step 1"]
 
 
-def test_the_command_for_a_model_in_a_bucket(server, workdir):
+def test_the_upload_command_for_a_model_in_a_bucket(server, workdir):
     hub = open_hub(workdir, url="gs://bucket/runs/it's")
     server.always[COMMIT] = 403
     with pytest.raises(UserError) as error:
@@ -200,38 +200,38 @@ def test_the_command_for_a_model_in_a_bucket(server, workdir):
 
 
 @pytest.mark.parametrize("fault", [500, "reset", 403])
-def test_a_push_that_fails_to_the_end_is_an_error_with_the_command(server, workdir, fault):
+def test_a_final_upload_that_fails_is_an_error_with_a_command(server, workdir, fault):
     hub = open_hub(workdir)
     server.always[COMMIT] = fault
-    with pytest.raises(UserError, match="the run is finished, but pushing it to ann/run failed") as error:
+    with pytest.raises(UserError, match="the run is finished, but uploading the model to ann/run failed") as error:
         hub.finish(step=1)
     assert f"hf upload ann/run {workdir / 'model'}" in str(error.value)
     assert "\n" not in str(error.value)
-    # No hope, no second try.
+    # A permanent error is not retried.
     tries = server.count(PREUPLOAD)
     assert tries == 1 if fault == 403 else tries == hub_lib._LAST_TRIES
-    assert left_over(workdir) == []
+    assert leftovers(workdir) == []
     assert not is_pushed(str(workdir), name="run", step=1)
 
 
-def test_a_refused_push_does_not_keep_the_next_from_being_tried(server, workdir):
+def test_a_rejected_upload_does_not_prevent_the_next(server, workdir):
     server.faults[COMMIT].append(403)
     hub = open_hub(workdir)
     hub.push(step=1)
     wait_for(lambda: server.count(COMMIT) == 1)
     export(workdir, step=2)
     hub.finish(step=2)
-    assert server.commits == [("Update 2", contents(workdir))]
+    assert server.commits == [("Step 2", contents(workdir))]
 
 
-def test_a_card_that_the_hub_does_not_take_is_told(server, workdir):
+def test_a_card_that_the_hub_rejects_is_an_error(server, workdir):
     (workdir / "model" / "README.md").write_text("---\ntags: 3\n---\n")
     with pytest.raises(UserError, match=r"tags is 3"):
         open_hub(workdir).finish(step=1)
 
 
 @pytest.mark.parametrize(
-    ("token", "fine"),
+    ("token", "can_write"),
     [
         (WRITE, True),
         ({"role": "something new"}, True),
@@ -245,37 +245,37 @@ def test_a_card_that_the_hub_does_not_take_is_told(server, workdir):
         ({"role": "fineGrained", "fineGrained": {"global": ["discussion.write"], "scoped": []}}, False),
     ],
 )
-def test_a_token_that_may_not_write_is_found_out(server, token, fine):
+def test_write_access_of_tokens(server, token, can_write):
     server.token = token
-    if fine:
-        assert check_token("run", retry_policy=PATIENCE) == "ann/run"
+    if can_write:
+        assert check_token("run", retry_policy=RETRY_POLICY) == "ann/run"
     else:
-        with pytest.raises(UserError, match="the token of ann may only read, not write to ann/run"):
-            check_token("run", retry_policy=PATIENCE)
+        with pytest.raises(UserError, match="the token of ann cannot write to ann/run"):
+            check_token("run", retry_policy=RETRY_POLICY)
     assert server.created == []
 
 
-def test_tokens_and_hubs_that_are_not_there(server, monkeypatch, workdir):
+def test_missing_or_invalid_tokens_and_unreachable_hubs(server, monkeypatch, workdir):
     server.always["/api/whoami-v2"] = 401
-    with pytest.raises(UserError, match=r"does not say whose token this is .*Invalid user token") as error:
-        check_token("run", retry_policy=PATIENCE)
+    with pytest.raises(UserError, match=r"cannot check the token .*Invalid user token") as error:
+        check_token("run", retry_policy=RETRY_POLICY)
     assert "\n" not in str(error.value)
     assert server.count("/api/whoami-v2") == 1
     for fault in (500, "reset", "hang"):
         server.heal()
         server.always["/api/whoami-v2"] = fault
-        with pytest.raises(UserError, match="does not say whose token this is"):
-            check_token("run", retry_policy=PATIENCE)
+        with pytest.raises(UserError, match="cannot check the token"):
+            check_token("run", retry_policy=RETRY_POLICY)
     for fault, tries in ((403, 1), (500, 2)):
         server.heal()
         server.always["/api/repos/create"] = fault
-        with pytest.raises(UserError, match=r"hub.hub_model_id='run': the repository cannot be made"):
+        with pytest.raises(UserError, match=r"hub.hub_model_id='run': cannot create the repository"):
             open_hub(workdir)
         assert server.count("/api/repos/create") >= tries
     server.heal()
     monkeypatch.delenv("HF_TOKEN")
-    with pytest.raises(UserError, match=r"hub.push_to_hub=True needs a token"):
-        check_token("run", retry_policy=PATIENCE)
+    with pytest.raises(UserError, match=r"hub.push_to_hub=True: needs a token"):
+        check_token("run", retry_policy=RETRY_POLICY)
     assert server.requests == []
 
 
@@ -289,32 +289,34 @@ def config(tmp_path):
     return config
 
 
-def test_a_token_that_may_only_read_is_told_before_anything_is_made(server, config, tmp_path):
+def test_a_read_only_token_is_an_error_before_anything_is_created(server, config, tmp_path):
     server.token = READ
-    with pytest.raises(UserError, match="may only read"):
+    with pytest.raises(UserError, match="cannot write to"):
         train_and_evaluate(settings_of(config), str(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
     assert server.created == []
 
 
 @pytest.mark.slow
-def test_a_run_pushes_and_one_that_was_cut_off_pushes_when_started_again(server, config, tmp_path, monkeypatch):
-    """The card, too, is one that the hub takes."""
+def test_a_finished_run_uploads_its_model_and_a_restart_makes_up_for_a_failed_upload(
+    server, config, tmp_path, monkeypatch
+):
+    """The hub accepts the card as well."""
     server.always[COMMIT] = 403
     workdir = tmp_path / "run"
-    with pytest.raises(UserError, match="the run is finished, but pushing"):
+    with pytest.raises(UserError, match="the run is finished, but uploading"):
         train_and_evaluate(settings_of(config), str(workdir))
     assert json.loads((workdir / "model" / "trainer_state.json").read_text())["global_step"] == 8
-    assert server.questions
-    assert not any(server.questions)
+    assert server.card_checks
+    assert not any(server.card_checks)
 
     server.heal()
     with monkeypatch.context() as patch:
-        # Nothing is made again for it.
+        # The upload needs no model and no data.
         patch.setattr(build, "build", None)
         train_and_evaluate(settings_of(config), str(workdir))
         [(message, files)] = server.commits
-        assert message == "Update 8"
+        assert message == "Step 8"
         assert files == contents(workdir)
         assert {"README.md", "model.safetensors", "tokenizer.json", "curves.png"} <= set(files)
         train_and_evaluate(settings_of(config), str(workdir))

@@ -190,7 +190,7 @@ def test_an_export_that_is_cut_off_leaves_the_old_model_or_the_new_one(run, tmp_
         title="x",
         model_type="roberta",
         step=8,
-        rows=1,
+        sequences_per_step=1,
         tokens_seen=saved_model.tokens_seen,
         hardware="",
     )
@@ -284,8 +284,8 @@ def test_sentences_come_from_standard_input_and_from_checkpoints(run):
 def test_sentences_that_cannot_be_filled_in(run, tmp_path):
     config, workdir, _ = run
     for sentence, message in [
-        ("nothing to guess", "no <mask> in the sentence"),
-        ("<mask> " * 40, "the model takes 19"),
+        ("nothing to guess", "has no <mask>"),
+        ("<mask> " * 40, "the model takes at most 19"),
     ]:
         with pytest.raises(UserError, match=message):
             ask(config, workdir, sentence)
@@ -316,7 +316,7 @@ def test_the_command_line_needs_no_config(run, tmp_path):
     assert shown.returncode == 0, shown.stderr
     for flags, message in [
         (["--mode=export", "--step=5"], "there are 2, 4, 6, 8"),
-        (["--mode=fill_mask", "no hole"], "no <mask> in the sentence"),
+        (["--mode=fill_mask", "no hole"], "has no <mask>"),
     ]:
         result = main(*flags)
         assert result.returncode == 2

@@ -1,4 +1,4 @@
-"""The model card: what the hub reads of it, and that the hub takes it."""
+"""The model card: the metadata that the hub reads, the text for people, and that the hub accepts it."""
 
 import math
 
@@ -8,13 +8,13 @@ import yaml
 
 from configs import default
 from mlm.export.fill_mask import MaskPrediction
-from mlm.export.model_card import build_card, model_card
+from mlm.export.model_card import build_card, render_card
 from tests import hub_server
 from tests.hub_server import HubServer, card_errors
 from tests.tiny import settings_of
 
 METRICS = {"eval/loss": 2.5, "eval/accuracy": 0.5, "eval/perplexity": math.inf, "eval/unigram_loss": 6.0}
-FILLING = MaskPrediction("A <mask> | and <mask>.", ((("cat", 0.5), ("|", 0.25)), (("dog", 0.125),)))
+PREDICTION = MaskPrediction("A <mask> | and <mask>.", ((("cat", 0.5), ("|", 0.25)), (("dog", 0.125),)))
 
 
 @pytest.fixture
@@ -24,17 +24,17 @@ def config():
     return config
 
 
-def card(config, *, metrics=METRICS, predictions=(FILLING,)):
-    made = build_card(
+def render(config, *, metrics=METRICS, predictions=(PREDICTION,)):
+    card = build_card(
         settings_of(config),
         title="my run",
         model_type="bert",
         step=1500,
-        rows=64,
+        sequences_per_step=64,
         tokens_seen=12_288_000,
         hardware="8 x TPU v3",
     )
-    return model_card(made, step=1500, mask_token="[MASK]", metrics=metrics, predictions=predictions)
+    return render_card(card, step=1500, mask_token="[MASK]", metrics=metrics, predictions=predictions)
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +44,8 @@ def server():
     server.close()
 
 
-def named(config):
-    """A run with all there is to say."""
+def set_hub_names(config):
+    """A run whose data and weights are on the hub."""
     config.data.dataset_name = "allenai/c4"
     config.data.dataset_config_name = "en"
     config.model.model_name_or_path = "google-bert/bert-base-cased"
@@ -53,9 +53,9 @@ def named(config):
     config.hub.languages = ("en", "de")
 
 
-def test_metadata_is_what_the_hub_reads(config):
-    named(config)
-    data = huggingface_hub.ModelCard(card(config)).data
+def test_metadata_of_a_run_from_hub_data_and_weights(config):
+    set_hub_names(config)
+    data = huggingface_hub.ModelCard(render(config)).data
     assert data.pipeline_tag == "fill-mask"
     assert data.library_name == "transformers"
     assert data.tags == ["masked-lm", "jax", "bert"]
@@ -65,52 +65,52 @@ def test_metadata_is_what_the_hub_reads(config):
     assert data.language == ["en", "de"]
     assert data.model_name == "my run"
     found = {result.metric_type: result for result in data.eval_results}
-    # Perplexity has no number there.
+    # The infinite perplexity is left out.
     assert {name: result.metric_value for name, result in found.items()} == {"loss": 2.5, "accuracy": 0.5}
     loss = found["loss"]
     assert (loss.task_type, loss.dataset_type, loss.dataset_config, loss.dataset_split) == (
         "fill-mask", "allenai/c4", "en", "train",
     )  # fmt: skip
-    # And back: what is read is what was written.
-    text = card(config)
+    # The metadata survives a round trip.
+    text = render(config)
     assert yaml.safe_load(text.split("---\n")[1]) == yaml.safe_load(data.to_yaml())
 
 
-def test_files_of_cards_are_read_as_the_hub_reads_them(config, tmp_path):
-    named(config)
-    (tmp_path / "README.md").write_text(card(config))
+def test_the_hubs_loader_reads_the_file(config, tmp_path):
+    set_hub_names(config)
+    (tmp_path / "README.md").write_text(render(config))
     data = huggingface_hub.metadata_load(str(tmp_path / "README.md"))
     assert data["model-index"][0]["results"][0]["task"]["type"] == "fill-mask"
 
 
-def mixed(config):
+def set_mixture(config):
     config.data.mixture = (
         ("owner/books", 3, {}),
         ("web", 1, {"data_files": ["https://example.org/a.parquet", "/home/ann/secret/b.parquet"]}),
     )
 
 
-def local(config):
+def set_local_paths(config):
     config.data.data_files = "/home/ann/secret/*.txt"
     config.model.model_name_or_path = "/home/ann/secret/old-model/"
 
 
-@pytest.mark.parametrize("change", [named, mixed, local, lambda config: None])
+@pytest.mark.parametrize("change", [set_hub_names, set_mixture, set_local_paths, lambda config: None])
 @pytest.mark.parametrize("metrics", [METRICS, {}])
-def test_the_hub_takes_it(config, change, metrics, server, monkeypatch, tmp_path):
-    """By huggingface_hub's own validation, which asks the server."""
+def test_the_hub_accepts_the_card(config, change, metrics, server, monkeypatch, tmp_path):
+    """huggingface_hub's own validation asks the server."""
     change(config)
     hub_server.use(server, monkeypatch, tmp_path)
-    made = huggingface_hub.ModelCard(card(config, metrics=metrics, predictions=[FILLING] if metrics else []))
-    made.validate()
-    assert server.questions.pop() == []
-    made.data.license = "My own!"
+    card = huggingface_hub.ModelCard(render(config, metrics=metrics, predictions=[PREDICTION] if metrics else []))
+    card.validate()
+    assert server.card_checks.pop() == []
+    card.data.license = "My own!"
     with pytest.raises(ValueError, match="license is 'My own!'"):
-        huggingface_hub.ModelCard(str(made)).validate()
+        huggingface_hub.ModelCard(str(card)).validate()
 
 
-def test_the_stand_in_for_the_hub_refuses():
-    """Of what the hub's documentation does not allow, what a card of ours could get wrong."""
+def test_the_test_server_refuses_invalid_metadata():
+    """The rules of the hub's documentation that a generated card could violate."""
     good = "---\ndatasets: [a/b]\nmodel-index:\n- name: x\n  results:\n  - task: {type: t}\n"
     good += "    dataset: {type: text, name: n}\n    metrics: [{type: loss, value: 1.0}]\n---\n"
     assert list(card_errors(good)) == []
@@ -126,38 +126,38 @@ def test_the_stand_in_for_the_hub_refuses():
         assert list(card_errors(good.replace(right, wrong))) != []
 
 
-def test_people_read_what_it_was_trained_on(config):
-    named(config)
-    text = card(config)
+def test_the_text_has_data_recipe_metrics_and_examples(config):
+    set_hub_names(config)
+    text = render(config)
     assert "trained from [google-bert/bert-base-cased](https://huggingface.co/google-bert/bert-base-cased)" in text
     assert "- [allenai/c4](https://huggingface.co/datasets/allenai/c4) (`en`)\n" in text
-    assert "for 1,500 updates" in text
+    assert "for 1,500 steps" in text
     assert "| tokens seen | 12,288,000 |" in text
     assert "| hardware | 8 x TPU v3 |" in text
     assert "| `learning_rate` | 5e-05 |" in text
     assert "| eval/loss | 2.5000 |" in text
-    assert "![Loss, accuracy, learning rate and throughput over updates](curves.png)" in text
-    # Three lines of use, with the model's own mask token; a bar would end a table's cell.
+    assert "![Loss, accuracy, learning rate and throughput over steps](curves.png)" in text
+    # The usage example has the model's own mask token; a bar in a table cell is escaped.
     assert "# Needs PyTorch: pip install torch\nfill_mask = pipeline(" in text
     assert "fill_mask('A [MASK] | and [MASK].')\n```" in text
     assert "| A `[MASK]` \\| and `[MASK]`. | `cat` (50.0 %), `\\|` (25.0 %); `dog` (12.5 %) |" in text
 
 
-def test_mixtures_are_told_with_their_shares_and_local_paths_stay_local(config):
-    mixed(config)
-    text = card(config)
-    assert "- [owner/books](https://huggingface.co/datasets/owner/books), 75.0% of the rows\n" in text
-    assert "- the files <https://example.org/a.parquet>, `b.parquet`, 25.0% of the rows\n" in text
+def test_a_mixture_lists_fractions_and_local_paths_are_shortened(config):
+    set_mixture(config)
+    text = render(config)
+    assert "- [owner/books](https://huggingface.co/datasets/owner/books), 75.0% of the sequences\n" in text
+    assert "- the files <https://example.org/a.parquet>, `b.parquet`, 25.0% of the sequences\n" in text
     assert huggingface_hub.ModelCard(text).data.datasets == ["owner/books"]
-    local(config)
+    set_local_paths(config)
     config.data.mixture = ()
-    text += card(config)
+    text += render(config)
     assert "the weights of `old-model`" in text
     assert "secret" not in text
 
 
-def test_weights_that_were_not_evaluated_have_no_figures(config):
-    text = card(config, metrics={}, predictions=())
+def test_weights_without_an_evaluation_have_no_metrics(config):
+    text = render(config, metrics={}, predictions=())
     data = huggingface_hub.ModelCard(text).data
     assert data.eval_results is None
     assert "not evaluated" in text

@@ -1,4 +1,4 @@
-"""The model's guesses for the masked word of a sentence."""
+"""The most probable tokens for the masked positions of a sentence."""
 
 import dataclasses
 import functools
@@ -15,7 +15,7 @@ from mlm.models.encoder import MaskedLM
 
 @dataclasses.dataclass(frozen=True)
 class MaskPrediction:
-    """A sentence with masked words: for each of them guesses and their probabilities, best first."""
+    """A sentence with masks, and for each mask its candidates: (token, probability), the most probable first."""
 
     sentence: str
     candidates: tuple[tuple[tuple[str, float], ...], ...]
@@ -24,28 +24,31 @@ class MaskPrediction:
 def fill_mask(
     model: MaskedLM, params: Any, tokenizer: Tokenizer, sentences: Sequence[str], *, top_k: int = 5
 ) -> list[MaskPrediction]:
-    """Fills in each "<mask>" (or the tokenizer's own mask token) of each sentence, the others as they are.
+    """Predicts the token of each mask, given the sentence with all its masks.
 
     Args:
       model: the model.
-      params: its parameters, unstacked.
+      params: its parameters, without a device axis.
       tokenizer: its tokenizer.
-      sentences: as `encode` takes them.
-      top_k: how many guesses.
+      sentences: text with "<mask>" or the tokenizer's own mask token.
+      top_k: number of candidates for each mask.
+
+    Raises:
+      UserError: a sentence has no mask, or is too long.
     """
     if not sentences:
         return []
     encoded = encode(tokenizer, sentences, max_seq_length=model.config.max_seq_length)
-    masks = [[place for place, id in enumerate(ids) if id == tokenizer.mask_id] for ids in encoded]
-    # Few lengths, for each is compiled.
+    masks = [[position for position, id in enumerate(ids) if id == tokenizer.mask_id] for ids in encoded]
+    # Each length is compiled once: multiples of 16 keep their number small.
     length = min(-(-max(map(len, encoded)) // 16) * 16, model.config.max_seq_length)
     tokens_BxL = np.full((len(encoded), length), tokenizer.pad_id, np.int32)
     positions_BxM = np.zeros((len(encoded), max(map(len, masks))), np.int32)
-    for row, (ids, places) in enumerate(zip(encoded, masks, strict=True)):
+    for row, (ids, positions) in enumerate(zip(encoded, masks, strict=True)):
         tokens_BxL[row, : len(ids)] = ids
-        positions_BxM[row, : len(places)] = places
+        positions_BxM[row, : len(positions)] = positions
     arrays = jax.device_put((params, tokens_BxL, positions_BxM))
-    probs_BxMxK, ids_BxMxK = jax.device_get(_guess(*arrays, model=model, top_k=top_k))
+    probs_BxMxK, ids_BxMxK = jax.device_get(_top_candidates(*arrays, model=model, top_k=top_k))
 
     def candidates(row: int, mask: int) -> tuple[tuple[str, float], ...]:
         pairs = zip(ids_BxMxK[row, mask], probs_BxMxK[row, mask], strict=True)
@@ -58,40 +61,44 @@ def fill_mask(
 
 
 def encode(tokenizer: Tokenizer, sentences: Sequence[str], *, max_seq_length: int) -> list[list[int]]:
-    """The ids of each sentence, begin and end tokens included.
+    """Returns the ids of each sentence, with begin and end tokens.
 
     Raises:
-      UserError: a sentence without a mask, or of more than `max_seq_length` tokens.
+      UserError: a sentence has no mask, or more than `max_seq_length` tokens.
     """
     encoded = []
     for sentence in sentences:
         ids = tokenizer.hf(sentence.replace("<mask>", tokenizer.hf.mask_token))["input_ids"]
         if tokenizer.mask_id not in ids:
-            raise UserError(f"no <mask> in the sentence {sentence!r}; write it where a word is to be guessed")
+            raise UserError(f"sentence {sentence!r}: has no <mask>; write <mask> for each token to predict")
         if len(ids) > max_seq_length:
-            raise UserError(f"the sentence {sentence!r} has {len(ids)} tokens, the model takes {max_seq_length}")
+            raise UserError(
+                f"sentence {sentence!r}: has {len(ids)} tokens, the model takes {max_seq_length}; shorten it"
+            )
         encoded.append(ids)
     return encoded
 
 
 @functools.partial(jax.jit, static_argnames=("model", "top_k"))
-def _guess(
+def _top_candidates(
     params: Any, tokens_BxL: jax.Array, positions_BxM: jax.Array, *, model: MaskedLM, top_k: int
 ) -> tuple[jax.Array, jax.Array]:
     logits_BxMxV = model.apply({"params": params}, tokens_BxL, positions_BxK=positions_BxM)
     return jax.lax.top_k(jax.nn.softmax(logits_BxMxV), top_k)
 
 
-def table(predictions: Sequence[MaskPrediction]) -> str:
-    """Fillings as lines for a terminal: a sentence, then a line of guesses with probabilities for each mask."""
+def format_predictions(predictions: Sequence[MaskPrediction]) -> str:
+    """Returns lines for a terminal: each sentence, then for each of its masks the candidates with probabilities."""
     lines = []
-    for filling in predictions:
-        lines.append(f"  {filling.sentence}")
-        for candidates in filling.candidates:
-            lines.append("      " + "   ".join(f"{shown(word)} {100 * prob:.1f} %" for word, prob in candidates))
+    for prediction in predictions:
+        lines.append(f"  {prediction.sentence}")
+        for candidates in prediction.candidates:
+            lines.append(
+                "      " + "   ".join(f"{display_token(token)} {100 * prob:.1f} %" for token, prob in candidates)
+            )
     return "\n".join(lines)
 
 
-def shown(word: str) -> str:
-    """A guess as a person can read it: without the blank before it, in quotes where nothing else is left."""
-    return word.strip() or repr(word)
+def display_token(token: str) -> str:
+    """Returns a token without surrounding blanks; in quotes if it has nothing else."""
+    return token.strip() or repr(token)

@@ -1,8 +1,8 @@
-"""The way to the Hugging Face hub: what a run exports is uploaded in the background.
+"""Uploads exported models to the Hugging Face hub, in the background.
 
-An upload that fails is tried again, with growing waits, for as long as the run goes on; a newer model takes the place
-of one that still waits. What was pushed last stands in `pushed.json`, so that a run that was killed between its last
-export and the push of it pushes when it is started again.
+A failed upload is retried with growing waits while the run lasts; a newer model replaces one that is still waiting.
+`pushed.json` records the last upload: a run that was killed between its last export and its upload uploads the model
+when it is started again.
 """
 
 import dataclasses
@@ -23,15 +23,15 @@ from mlm.data.sources import retry
 from mlm.data.sources.retry import RetryPolicy
 from mlm.errors import UserError, one_line
 
-# What a push may fail with. huggingface_hub makes RuntimeErrors and ValueErrors of some answers.
+# Errors of an upload. huggingface_hub turns some responses into RuntimeErrors and ValueErrors.
 _FAILURES = (*retry.ERRORS, OSError, RuntimeError, ValueError)
-# Tries of the last push, once the run is over: more than two minutes with waits of 5, 10, 20, 40 and 80 seconds.
+# Tries of the last upload after the run: more than two minutes with waits of 5, 10, 20, 40 and 80 seconds.
 _LAST_TRIES = 6
 
 
 @dataclasses.dataclass(frozen=True)
 class _Snapshot:
-    """Files as they were at a step: path in the repository -> path here, in a directory of their own."""
+    """Links or copies of a step's files in a temporary directory: path in the repository -> path here."""
 
     step: int
     directory: str
@@ -42,7 +42,7 @@ class _Snapshot:
 
 
 class Hub:
-    """Uploads the work directory's model and traces to a repository, in the background, one upload at a time.
+    """Uploads the work directory's model and TensorBoard events to a repository, one upload at a time.
 
     The thread is a daemon: a run that fails or is killed does not wait for an upload.
 
@@ -60,21 +60,21 @@ class Hub:
         first_wait_seconds: float = 5.0,
         url: str | None = None,
     ):
-        """Makes the repository if it is not there, and removes what an interrupted push left in `workdir`.
+        """Creates the repository if it does not exist, and removes leftovers of an interrupted upload in `workdir`.
 
         Args:
-          name: "name", of the token's owner, or "owner/name".
-          private: whether a repository that is made here is.
-          workdir: the run's.
-          patience: with the network; also the silence after which an upload is broken off.
-          first_wait_seconds: before a push is tried again; the waits double up to five minutes.
-          url: of the work directory, where `workdir` is the double of one in a bucket.
+          name: "owner/name", or "name" for a repository of the token's owner.
+          private: True to create a private repository.
+          workdir: path of the work directory on this machine.
+          retry_policy: for the network; its timeout also ends a silent upload.
+          first_wait_seconds: wait before an upload is retried; it doubles up to five minutes.
+          url: the work directory's gs:// URL, if `workdir` is the local mirror of it.
 
         Raises:
-          UserError: the repository cannot be made, or not be written to.
+          UserError: the repository cannot be created, or the token cannot write to it.
         """
-        for left in glob.glob(os.path.join(glob.escape(workdir), "push.*")):
-            shutil.rmtree(left, ignore_errors=True)
+        for leftover in glob.glob(os.path.join(glob.escape(workdir), "push.*")):
+            shutil.rmtree(leftover, ignore_errors=True)
         self._name = name
         self._workdir, self._url = workdir, url
         self._first_wait = first_wait_seconds
@@ -90,7 +90,7 @@ class Hub:
         self._thread.start()
 
     def _create(self, repo_id: str, *, private: bool, retry_policy: RetryPolicy) -> str:
-        retries = retry.Retries(retry_policy, f"making {repo_id} on the hub")
+        retries = retry.Retries(retry_policy, f"creating {repo_id} on the hub")
         while True:
             try:
                 try:
@@ -99,39 +99,39 @@ class Hub:
                     retries.failed(error)
             except _FAILURES as error:
                 raise UserError(
-                    f"hub.hub_model_id={self._name!r}: the repository cannot be made ({one_line(error)}); check the "
-                    "name, the token's rights (`hf auth whoami`) and the network, or set --config.hub.push_to_hub=False"
+                    f"hub.hub_model_id={self._name!r}: cannot create the repository ({one_line(error)}); check the "
+                    "name, the token's rights (`hf auth whoami`) and the network, or set hub.push_to_hub=False"
                 ) from None
 
     def push(self, *, step: int) -> None:
-        """Has the model that is now in `workdir` uploaded, after the upload under way; does not wait for it."""
+        """Queues an upload of the model that is now in `workdir`; does not wait for it."""
         try:
             snapshot = self._take_snapshot(step)
         except OSError as error:
-            logging.warning("step %d: not pushed, for there is no copy of it to be made: %s", step, one_line(error))
+            logging.warning("step %d: not uploaded to the hub, the files cannot be copied: %s", step, one_line(error))
             return
         with self._changed:
             older, self._waiting = self._waiting, snapshot
             self._changed.notify_all()
         if older is not None:
-            logging.warning("step %d: not pushed before there is a newer model", older.step)
+            logging.warning("step %d: not uploaded to the hub, a newer model replaces it", older.step)
             older.remove()
 
     def _take_snapshot(self, step: int) -> _Snapshot:
         directory = tempfile.mkdtemp(prefix="push.", dir=self._workdir)
-        # Hard links: what is being uploaded stays as it is when the next export replaces it.
+        # Hard links keep the files of an upload in progress when the next export replaces the model.
         model = shutil.copytree(
             os.path.join(self._workdir, "model"), os.path.join(directory, "model"), copy_function=_link_or_copy
         )
         files = {name: os.path.join(model, name) for name in os.listdir(model)}
         for name in os.listdir(self._workdir):
             if name.startswith("events.out.tfevents"):
-                # A copy, for this one grows on.
+                # Copied, because the run appends to it.
                 files[f"runs/{name}"] = shutil.copy(os.path.join(self._workdir, name), directory)
         return _Snapshot(step, directory, files)
 
     def _work(self) -> None:
-        """The thread's life: the newest snapshot, again and again until it is pushed or there is no hope."""
+        """Runs in the thread: uploads the newest snapshot, with retries unless the error is permanent."""
         tries_left, wait = _LAST_TRIES, self._first_wait
         while True:
             with self._changed:
@@ -144,13 +144,13 @@ class Hub:
                 self._commit(snapshot)
             except _FAILURES as error:
                 self._failure = one_line(error)
-                logging.warning("step %d: pushing to %s failed: %s", snapshot.step, self.repo_id, self._failure)
-                hopeless = retry.classify_error(error) is retry.Failure.PERMANENT
+                logging.warning("step %d: uploading to %s failed: %s", snapshot.step, self.repo_id, self._failure)
+                is_permanent = retry.classify_error(error) is retry.Failure.PERMANENT
                 tries_left -= closing
                 with self._changed:
-                    if self._waiting is None and not hopeless and tries_left > 0:
+                    if self._waiting is None and not is_permanent and tries_left > 0:
                         self._waiting, snapshot = snapshot, None
-                    # The run's end is reason to try at once; a newer model is not.
+                    # The end of the run ends the wait; a newer model does not.
                     self._changed.wait_for(lambda closing=closing: self._closing and not closing, timeout=wait)
                 wait = min(2 * wait, 300.0)
             else:
@@ -164,18 +164,18 @@ class Hub:
             huggingface_hub.CommitOperationAdd(path_in_repo=name, path_or_fileobj=path)
             for name, path in sorted(snapshot.files.items())
         ]
-        self._api.create_commit(self.repo_id, operations, commit_message=f"Update {snapshot.step}")
+        self._api.create_commit(self.repo_id, operations, commit_message=f"Step {snapshot.step}")
         path = _marker(self._workdir)
         with open(path + ".tmp", "w", encoding="utf-8") as file:
             json.dump({"hub_model_id": self._name, "step": snapshot.step}, file)
         os.replace(path + ".tmp", path)
-        logging.info("step %d: pushed to %s", snapshot.step, self.repo_id)
+        logging.info("step %d: uploaded to %s", snapshot.step, self.repo_id)
 
     def finish(self, *, step: int) -> None:
-        """Pushes the final model, after the upload under way, and waits for it.
+        """Uploads the final model and waits for it.
 
         Raises:
-          UserError: it failed; says how to push by hand.
+          UserError: the upload failed; the message has the command for a manual upload.
         """
         self.push(step=step)
         with self._changed:
@@ -188,13 +188,13 @@ class Hub:
                 model = shlex.quote(os.path.join(self._url, "model"))
                 upload = f"gcloud storage cp --recursive {model} . && hf upload {self.repo_id} model"
             raise UserError(
-                f"the run is finished, but pushing it to {self.repo_id} failed ({self._failure or 'see above'}); run "
-                f"the same command again, or push by hand: {upload}"
+                f"hub.push_to_hub=True: the run is finished, but uploading the model to {self.repo_id} failed "
+                f"({self._failure or 'see above'}); rerun the same command, or upload it yourself: {upload}"
             )
 
 
 def is_pushed(workdir: str, *, name: str, step: int) -> bool:
-    """Whether the model of this step was pushed to the repository that `name` asks for."""
+    """Returns True if the model of this step was uploaded to the repository `name`."""
     try:
         with open(_marker(workdir), encoding="utf-8") as file:
             return json.load(file) == {"hub_model_id": name, "step": step}
@@ -207,36 +207,34 @@ def _marker(workdir: str) -> str:
 
 
 def check_token(name: str, *, retry_policy: RetryPolicy) -> str:
-    """Asks the hub whose token this is; returns "owner/name" of the repository.
+    """Checks the hub token; returns "owner/name" of the repository.
 
     Raises:
-      UserError: there is no token, the hub does not know it, or it may not write there.
+      UserError: the token is missing, invalid or read-only.
     """
     if huggingface_hub.get_token() is None:
         raise UserError(
-            "hub.push_to_hub=True needs a token: run `hf auth login`, set HF_TOKEN, or set "
-            "--config.hub.push_to_hub=False"
+            "hub.push_to_hub=True: needs a token; run `hf auth login`, set HF_TOKEN, or set hub.push_to_hub=False"
         )
     retry.configure_hub_retries(retry_policy)
     try:
         account = huggingface_hub.HfApi().whoami()
     except _FAILURES as error:
         raise UserError(
-            f"hub.push_to_hub=True: the hub does not say whose token this is ({one_line(error)}); check it with "
-            "`hf auth whoami`, and the network, or set --config.hub.push_to_hub=False"
+            f"hub.push_to_hub=True: cannot check the token ({one_line(error)}); check it with `hf auth whoami`, check "
+            "the network, or set hub.push_to_hub=False"
         ) from None
     repo_id = name if "/" in name else f"{account['name']}/{name}"
     if not _may_write(account, repo_id=repo_id):
         raise UserError(
-            f"hub.push_to_hub=True: the token of {account['name']} may only read, not write to {repo_id}; make one "
-            "with write access at https://huggingface.co/settings/tokens and run `hf auth login`, or set "
-            "--config.hub.push_to_hub=False"
+            f"hub.push_to_hub=True: the token of {account['name']} cannot write to {repo_id}; create one with write "
+            "access at https://huggingface.co/settings/tokens and run `hf auth login`, or set hub.push_to_hub=False"
         )
     return repo_id
 
 
 def _may_write(account: Mapping[str, Any], *, repo_id: str) -> bool:
-    """False where the answer of whoami-v2 says that the token cannot write; the hub has the last word."""
+    """Returns False if the response of whoami-v2 says that the token cannot write; otherwise the upload decides."""
     token = account.get("auth", {}).get("accessToken", {})
     if token.get("role") == "read":
         return False
@@ -252,7 +250,7 @@ def _may_write(account: Mapping[str, Any], *, repo_id: str) -> bool:
 
 
 def _link_or_copy(source: str, target: str) -> None:
-    """A hard link where the file system has them."""
+    """Makes a hard link, or a copy on file systems without them."""
     try:
         os.link(source, target)
     except OSError:

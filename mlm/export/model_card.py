@@ -1,33 +1,35 @@
-"""The model card: metadata that the hub reads, then figures, use, examples and recipe for people."""
+"""The model card, README.md of the exported model: metadata for the hub, and `model_card.md.jinja` for people."""
 
 import dataclasses
 import math
 import os
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import huggingface_hub
 
 from mlm.data.sources.source import is_local_path
-from mlm.export.fill_mask import MaskPrediction, shown
+from mlm.export.fill_mask import MaskPrediction, display_token
 from mlm.settings import RunSettings
 
-# The figures that the hub's leaderboards read.
-_INDEXED = {"eval/loss": "loss", "eval/accuracy": "accuracy", "eval/perplexity": "perplexity"}
+_TEMPLATE = os.path.join(os.path.dirname(__file__), "model_card.md.jinja")
+# Metrics in the hub's model-index: our name -> the hub's name.
+_HUB_METRICS = {"eval/loss": "loss", "eval/accuracy": "accuracy", "eval/perplexity": "perplexity"}
 
 
 @dataclasses.dataclass(frozen=True)
-class Data:
-    """A source of text.
+class TrainingData:
+    """One source of training data.
 
     Attributes:
-      text: what it is, in Markdown.
-      hub_id: the dataset's id on the hub, if it is one.
-      dataset_config, split: of it.
+      name: plain text.
+      description: Markdown.
+      hub_id: the dataset's id on the hub; None for other sources.
+      dataset_config, split: the configuration and split of the hub's dataset.
     """
 
-    text: str
+    name: str
+    description: str
     hub_id: str | None = None
     dataset_config: str | None = None
     split: str | None = None
@@ -35,24 +37,24 @@ class Data:
 
 @dataclasses.dataclass(frozen=True)
 class Card:
-    """What the model card says beside the figures.
+    """The content of a model card, except evaluation results and examples.
 
     Attributes:
       title: the model's name.
-      model_type: the family.
-      data: what it was trained on.
-      start: "from scratch", or from what, in Markdown.
-      base_model: the hub id of what it started from, if it is one.
-      license, languages: as the hub abbreviates them.
-      tokens_seen: by the updates so far, padding aside.
-      hardware: what trained it; empty where nobody knows.
-      recipe: rows of a table, name to value.
+      model_type: the model family.
+      data: the training data.
+      initialization: Markdown, "from scratch" or "from ...".
+      base_model: the hub id of the pretrained weights; None without such.
+      license, languages: the hub's abbreviations.
+      tokens_seen: number of training tokens, without padding.
+      hardware: the devices, such as "8 x TPU v3"; empty if unknown.
+      recipe: rows of a table, name -> value.
     """
 
     title: str
     model_type: str
-    data: Sequence[Data]
-    start: str
+    data: Sequence[TrainingData]
+    initialization: str
     base_model: str | None
     license: str | None
     languages: Sequence[str]
@@ -62,101 +64,119 @@ class Card:
 
 
 def build_card(
-    settings: RunSettings, *, title: str, model_type: str, step: int, rows: int, tokens_seen: int, hardware: str
+    settings: RunSettings,
+    *,
+    title: str,
+    model_type: str,
+    step: int,
+    sequences_per_step: int,
+    tokens_seen: int,
+    hardware: str,
 ) -> Card:
-    """What the run's config says for the card.
+    """Returns the content of the card of a run.
 
     Args:
-      config: the run's.
+      settings: those of the run.
       title: the model's name.
-      model_type: the family.
-      step: updates made.
-      rows: of an update, over all devices.
-      tokens_seen: by the updates so far.
-      hardware: what trained it.
+      model_type: the model family.
+      step: number of steps done.
+      sequences_per_step: sequences in a step, over all devices.
+      tokens_seen: number of training tokens, without padding.
+      hardware: the devices; empty if unknown.
     """
-    name = settings.model.model_name_or_path
-    local = name and (is_local_path(name) or os.path.exists(os.path.expanduser(name)))
-    start = "from scratch"
-    if name:
-        start = f"from the weights of `{os.path.basename(os.path.normpath(name))}`"
-        if not local:
-            start = f"from [{name}](https://huggingface.co/{name})"
-    recipe = {
-        "updates": f"{step:,} of {settings.num_train_steps:,}",
-        "rows an update": f"{rows:,} of {settings.data.max_seq_length} tokens",
-        **{f"`{key}`": value for key, value in dataclasses.asdict(settings.optimizer).items()},
-        **{f"`{key}`": value for key, value in dataclasses.asdict(settings.masking).items()},
-        "`packing`": settings.data.packing,
-        "`dtype` of the computation": settings.model.dtype,
-        "`seed`": settings.seed,
-    }
+    pretrained = settings.model.model_name_or_path
+    is_local = bool(pretrained) and _is_local(pretrained)
+    if not pretrained:
+        initialization = "from scratch"
+    elif is_local:
+        initialization = f"from the weights of `{_basename(pretrained)}`"
+    else:
+        initialization = f"from [{pretrained}](https://huggingface.co/{pretrained})"
+    options = dataclasses.asdict(settings.optimizer) | dataclasses.asdict(settings.masking)
     return Card(
         title=title,
         model_type=model_type,
-        data=_data_of(settings),
-        start=start,
-        base_model=name if name and not local else None,
+        data=_training_data(settings),
+        initialization=initialization,
+        base_model=pretrained if pretrained and not is_local else None,
         license=settings.hub.license,
         languages=settings.hub.languages,
         tokens_seen=tokens_seen,
         hardware=hardware,
-        recipe=recipe,
+        recipe={
+            "steps": f"{step:,} of {settings.num_train_steps:,}",
+            "sequences per step": f"{sequences_per_step:,} of {settings.data.max_seq_length} tokens",
+            **{f"`{key}`": value for key, value in options.items()},
+            "`packing`": settings.data.packing,
+            "`dtype` of the computation": settings.model.dtype,
+            "`seed`": settings.seed,
+        },
     )
 
 
-def _data_of(settings: RunSettings) -> tuple[Data, ...]:
-    own = {
+def _training_data(settings: RunSettings) -> tuple[TrainingData, ...]:
+    defaults = {
         "dataset_name": settings.data.dataset_name,
         "dataset_config_name": settings.data.dataset_config_name,
         "data_files": settings.data.data_files,
         "split": settings.data.split,
     }
-    if not settings.data.mixture:
-        return (_describe(own),)
-    total = sum(entry[1] for entry in settings.data.mixture)
+    entries = settings.data.mixture_entries
+    if not entries:
+        return (_describe(defaults),)
+    total = sum(entry.weight for entry in entries)
     found = []
-    for name, weight, *options in settings.data.mixture:
-        data = _describe(own | {"dataset_name": name} | dict(*options))
-        found.append(dataclasses.replace(data, text=f"{data.text}, {weight / total:.1%} of the rows"))
+    for entry in entries:
+        data = _describe(defaults | {"dataset_name": entry.name} | entry.options)
+        description = f"{data.description}, {entry.weight / total:.1%} of the sequences"
+        found.append(dataclasses.replace(data, description=description))
     return tuple(found)
 
 
-def _describe(source: Mapping[str, Any]) -> Data:
-    """A local path is nobody's business: its last part must do."""
+def _describe(source: Mapping[str, Any]) -> TrainingData:
+    """Describes a source; the directories of local paths are private and left out."""
     files = source["data_files"]
     if files is not None:
         files = [files] if isinstance(files, str) else list(files)
-        shown_files = [f"<{file}>" if "://" in file else f"`{os.path.basename(file)}`" for file in files[:5]]
         more = f" and {len(files) - 5} more" if len(files) > 5 else ""
-        return Data(f"the files {', '.join(shown_files)}{more}")
+        names = [file if "://" in file else os.path.basename(file) for file in files[:5]]
+        marked = [f"<{name}>" if "://" in name else f"`{name}`" for name in names]
+        return TrainingData(f"{', '.join(names)}{more}", f"the files {', '.join(marked)}{more}")
     name = source["dataset_name"]
     if name == "docstrings":
-        return Data("the docstrings of Python packages")
-    if is_local_path(name) or os.path.exists(os.path.expanduser(name)):
-        return Data(f"`{os.path.basename(os.path.abspath(os.path.expanduser(name)))}`")
-    part = f" (`{source['dataset_config_name']}`)" if source["dataset_config_name"] else ""
-    link = f"[{name}](https://huggingface.co/datasets/{name}){part}"
-    return Data(link, name, source["dataset_config_name"], source["split"])
+        return TrainingData("docstrings", "the docstrings of Python packages")
+    if _is_local(name):
+        return TrainingData(_basename(name), f"`{_basename(name)}`")
+    config = source["dataset_config_name"]
+    link = f"[{name}](https://huggingface.co/datasets/{name})" + (f" (`{config}`)" if config else "")
+    return TrainingData(name, link, name, config, source["split"])
+
+
+def _is_local(path: str) -> bool:
+    return is_local_path(path) or os.path.exists(os.path.expanduser(path))
+
+
+def _basename(path: str) -> str:
+    return os.path.basename(os.path.abspath(os.path.expanduser(path)))
 
 
 def metadata(card: Card, *, metrics: Mapping[str, float]) -> huggingface_hub.ModelCardData:
-    """The part that the hub reads, figures in the form of its model-index."""
+    """Returns the metadata that the hub reads, with evaluation results as its model-index."""
     first = card.data[0]
     results = [
         huggingface_hub.EvalResult(
             task_type="fill-mask",
-            task_name="Masked language modelling",
-            # The hub wants one even where it has no such data set.
+            task_name="Masked language modeling",
+            # The hub requires a type, even for data that is not on the hub.
             dataset_type=first.hub_id or "text",
-            dataset_name=f"{_plain(card)}, held-out rows",
+            dataset_name=f"{', '.join(data.name for data in card.data)}, held-out sequences",
             dataset_config=first.dataset_config,
             dataset_split=first.split,
-            metric_type=short,
-            metric_name=short,
+            metric_type=hub_name,
+            metric_name=hub_name,
             metric_value=round(metrics[name], 4),
         )
-        for name, short in _INDEXED.items()
+        for name, hub_name in _HUB_METRICS.items()
         if name in metrics and math.isfinite(metrics[name])
     ]
     return huggingface_hub.ModelCardData(
@@ -168,17 +188,11 @@ def metadata(card: Card, *, metrics: Mapping[str, float]) -> huggingface_hub.Mod
         base_model=card.base_model,
         datasets=[data.hub_id for data in card.data if data.hub_id] or None,
         model_name=card.title,
-        # A name without results is no model-index.
         eval_results=results or None,
     )
 
 
-def _plain(card: Card) -> str:
-    """What it was trained on, without Markdown."""
-    return "; ".join(re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", data.text).replace("`", "") for data in card.data)
-
-
-def model_card(
+def render_card(
     card: Card,
     *,
     step: int,
@@ -186,50 +200,33 @@ def model_card(
     metrics: Mapping[str, float],
     predictions: Sequence[MaskPrediction],
 ) -> str:
-    """README.md.
+    """Returns the text of README.md.
 
     Args:
-      card: what does not change from one export to the next.
-      step: updates made.
-      mask_token: as sentences for this model write it.
-      metrics: of the evaluation; may be empty.
-      fillings: examples.
+      card: its content.
+      step: number of steps done.
+      mask_token: the tokenizer's mask token.
+      metrics: results of the evaluation after `step`; empty without an evaluation.
+      predictions: examples.
     """
-    sentence = predictions[0].sentence.replace("<mask>", mask_token) if predictions else f"This is a {mask_token}."
+    sentence = predictions[0].sentence if predictions else "This is a <mask>."
     examples = [
-        [
-            filling.sentence.replace("<mask>", f"`{mask_token}`"),
+        (
+            prediction.sentence.replace("<mask>", f"`{mask_token}`"),
             "; ".join(
-                ", ".join(f"`{shown(word)}` ({100 * prob:.1f} %)" for word, prob in candidates)
-                for candidates in filling.candidates
+                ", ".join(f"`{display_token(token)}` ({100 * prob:.1f} %)" for token, prob in candidates)
+                for candidates in prediction.candidates
             ),
-        ]
-        for filling in predictions
+        )
+        for prediction in predictions
     ]
-    figures = [[name, f"{value:.4f}"] for name, value in metrics.items()]
-    training = {"tokens seen": f"{card.tokens_seen:,}"} | ({"hardware": card.hardware} if card.hardware else {})
-    data = "\n".join(f"- {data.text}" for data in card.data)
-    parts = [
-        f"---\n{metadata(card, metrics=metrics).to_yaml()}\n---\n",
-        f"# {card.title}\n",
-        f"A {card.model_type} encoder trained {card.start} with masked language modelling, for {step:,} updates.\n",
-        "```python\nfrom transformers import pipeline\n"
-        "# Needs PyTorch: pip install torch\n"
-        'fill_mask = pipeline("fill-mask", model="path/or/name/of/this/model")\n'
-        f"fill_mask({sentence!r})\n```\n",
-        "## Figures\n",
-        "On text that was not trained on, loss in nats per masked token:\n\n" + _table(["metric", "value"], figures)
-        if figures
-        else "These weights were not evaluated by themselves.\n",
-        "![Loss, accuracy, learning rate and throughput over updates](curves.png)\n",
-        *(["## Examples\n", _table(["sentence", "best guesses"], examples)] if examples else []),
-        f"## Data\n\n{data}\n",
-        "## Recipe\n",
-        _table(["", ""], [[name, str(value)] for name, value in (training | dict(card.recipe)).items()]),
-    ]
-    return "\n".join(parts)
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines) + "\n"
+    rendered = huggingface_hub.ModelCard.from_template(
+        metadata(card, metrics=metrics),
+        template_path=_TEMPLATE,
+        card=card,
+        step=step,
+        usage_sentence=repr(sentence.replace("<mask>", mask_token)),
+        metrics=metrics,
+        examples=examples,
+    )
+    return f"{rendered}\n"

@@ -1,4 +1,4 @@
-"""The Hugging Face model directory: weights, config, tokenizer and a model card."""
+"""The Hugging Face model directory: weights, config, tokenizer and model card."""
 
 import json
 import os
@@ -12,13 +12,14 @@ import safetensors.numpy
 
 from mlm.data.tokenizer import Tokenizer
 from mlm.export.fill_mask import MaskPrediction
-from mlm.export.model_card import Card, model_card
+from mlm.export.model_card import Card, render_card
 from mlm.models.config import EncoderConfig
 from mlm.models.hf import weights
 from mlm.reporting.curves import draw_curves
 from mlm.run.workdir import sync
 
-DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
+# Free bytes required beyond those of the weights, for the small files.
+_SMALL_FILES_BYTES = 16 << 20
 
 
 def export_model(
@@ -34,48 +35,49 @@ def export_model(
     metrics_path: str,
     dtype: str = "float32",
 ) -> None:
-    """Writes `directory` anew: beside the old one, then in its place.
+    """Writes a model directory, replacing an existing one atomically.
 
-    A reader sees the old model or the new one, whole; between two renames, for some microseconds, none. Killed there,
-    the old one stands beside as `directory`.old until `recover` puts it back. Everything is on the disk before it
-    counts.
+    The model is written and synced to `directory`.tmp, then two renames replace the old one; between them, for
+    microseconds, `directory` does not exist. If the process is killed there, the old model is `directory`.old until
+    `recover` renames it back.
 
     Args:
-      directory: where to; what stands there is replaced.
-      step: updates made.
-      params: on the host, unstacked.
-      config: the encoder's.
-      tokenizer: its tokenizer.
-      card: for README.md.
-      metrics: of its evaluation; may be empty.
-      fillings: examples for the card.
+      directory: the directory to write; its previous content is removed.
+      step: number of steps done.
+      params: float32 parameters on the host, without a device axis.
+      config: the encoder's config.
+      tokenizer: the tokenizer.
+      card: content of README.md.
+      metrics: results of the evaluation after `step`; empty without an evaluation.
+      predictions: examples for the card.
       metrics_path: `metrics.jsonl`, for the curves.
-      dtype: of the weights written, one of `DTYPES`.
+      dtype: dtype of the weights, one of `settings.EXPORT_DTYPES`.
 
     Raises:
-      OSError: there is no room; what stood there still stands.
+      OSError: the disk is full or fails; the old model is unchanged.
     """
     partial, old = directory + ".tmp", directory + ".old"
     recover(directory)
     shutil.rmtree(partial, ignore_errors=True)
-    tensors = {name: np.ascontiguousarray(t).astype(DTYPES[dtype]) for name, t in weights.to_hf(params, config).items()}
+    tensors = weights.to_hf(params, config)
+    tensors = {name: np.ascontiguousarray(tensor).astype(jnp.dtype(dtype)) for name, tensor in tensors.items()}
     _require_room(os.path.dirname(directory), sum(tensor.nbytes for tensor in tensors.values()))
     os.makedirs(partial)
     tokenizer.save(partial)
     try:
-        # transformers reads the framework from this entry and refuses a file without it.
+        # transformers reads the framework from this entry and rejects a file without it.
         safetensors.numpy.save_file(tensors, os.path.join(partial, "model.safetensors"), metadata={"format": "pt"})
     except safetensors.SafetensorError as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise OSError(f"the model could not be written ({error})") from None
-    # Some families' configs have these two by other names, or defaults past a small vocabulary.
+    # Some families name these two differently, or have defaults beyond a small vocabulary.
     ids = {"cls_token_id": tokenizer.bos_id, "sep_token_id": tokenizer.eos_id}
     _write_json(os.path.join(partial, "config.json"), config.to_hf() | ids | {"dtype": dtype})
-    draw_curves(metrics_path, os.path.join(partial, "curves.png"), title=f"{card.title}, {step:,} updates")
+    draw_curves(metrics_path, os.path.join(partial, "curves.png"), title=f"{card.title}, {step:,} steps")
     with open(os.path.join(partial, "README.md"), "w", encoding="utf-8") as file:
         mask_token = tokenizer.hf.mask_token
-        file.write(model_card(card, step=step, mask_token=mask_token, metrics=metrics, predictions=predictions))
-    # safetensors makes files that nobody else may read.
+        file.write(render_card(card, step=step, mask_token=mask_token, metrics=metrics, predictions=predictions))
+    # safetensors creates files that only their owner can read.
     shutil.copymode(os.path.join(partial, "README.md"), os.path.join(partial, "model.safetensors"))
     state = {"global_step": step, "tokens_seen": card.tokens_seen, "hardware": card.hardware, **metrics}
     _write_json(os.path.join(partial, "trainer_state.json"), state)
@@ -90,16 +92,15 @@ def export_model(
 
 
 def recover(directory: str) -> None:
-    """Puts the old model back where an export was killed between its two renames, and removes what one has left."""
+    """Restores the old model if an export was killed between its two renames; removes `directory`.old otherwise."""
     old = directory + ".old"
     if os.path.exists(old) and not os.path.exists(directory):
         os.rename(old, directory)
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _require_room(directory: str, needed: int) -> None:
-    """Raises OSError unless so many bytes, and some more for what is small, are free."""
-    needed += 16 << 20
+def _require_room(directory: str, weight_bytes: int) -> None:
+    needed = weight_bytes + _SMALL_FILES_BYTES
     free = shutil.disk_usage(directory).free
     if free < needed:
         raise OSError(

@@ -9,7 +9,7 @@ from absl import logging
 from clu import parameter_overview
 
 from mlm import build, steps
-from mlm.export.fill_mask import MaskPrediction, table
+from mlm.export.fill_mask import MaskPrediction, format_predictions
 from mlm.run.workdir import WorkDir
 from mlm.settings import RunSettings
 
@@ -58,7 +58,7 @@ def show(settings: RunSettings, place: WorkDir, predictions: list[MaskPrediction
     """Prints what the finished model says, and what to do next."""
     if predictions:
         print("\nThe model's five best fillings:\n")
-        print(table(predictions))
+        print(format_predictions(predictions))
     longer = re.sub(r" --config\.num_train_steps[= ]\S+", "", command)
     path = place.raw_path
     model = os.path.join(path, "model")
