@@ -1,5 +1,7 @@
-"""From a config to the parts of a run. What a user can get wrong is found here, before anything is compiled, and
-nothing is written here."""
+"""From settings to the components of a run: model, masking, optimizer, tokenizer and text.
+
+Everything that a user can get wrong in them is found here, before anything is compiled; nothing is written here.
+"""
 
 import contextlib
 import dataclasses
@@ -10,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mlm.data import pipeline as text_lib
+from mlm.data import pipeline
 from mlm.data.mixture import BatchStream
 from mlm.data.pipeline import Text
 from mlm.data.tokenizer import Tokenizer
@@ -31,16 +33,16 @@ from mlm.steps import StepConfig, init_params
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
-    """The parts of a run.
+class Components:
+    """The parts of a run that settings determine.
 
     Attributes:
-      task: model, masking and optimizer, for the steps.
+      step_config: model, masking and optimizer, for `train_step` and `eval_step`.
       encoder: the model's config.
       tokenizer: text to ids.
-      stream: this process's training rows, at their beginning.
-      text: what they and the evaluation rows come from.
-      start: the weights to start from, or None.
+      stream: the training batches of this process, at their beginning.
+      text: the source of training batches and evaluation sequences.
+      pretrained: the weights to start from; None for random ones.
     """
 
     step_config: StepConfig
@@ -48,40 +50,40 @@ class Run:
     tokenizer: Tokenizer
     stream: BatchStream
     text: Text
-    start: AdaptedWeights | None
+    pretrained: AdaptedWeights | None
 
-    def with_batch_size(self, settings: RunSettings) -> "Run":
-        """The same parts for the `per_device_train_batch_size` that `config` has by now."""
-        text = dataclasses.replace(self.text, batch_rows=text_lib.batch_rows(settings))
+    def with_batch_size(self, settings: RunSettings) -> "Components":
+        """Returns the same components for another `per_device_train_batch_size`."""
+        text = dataclasses.replace(self.text, batch_rows=pipeline.batch_rows(settings))
         return dataclasses.replace(self, text=text, stream=text.batches())
 
     def initial_params(self) -> Any:
-        """Parameters before the first update, on the host or one device."""
+        """Returns the parameters before the first step, on the host or one device."""
         init = jax.jit(init_params, static_argnums=0, static_argnames="length")
-        fresh = functools.partial(init, self.step_config, length=self.text.eval_rows_RxL.shape[1])
-        return fresh() if self.start is None else self.start.params(fresh)
+        random_params = functools.partial(init, self.step_config, length=self.text.eval_rows_RxL.shape[1])
+        return random_params() if self.pretrained is None else self.pretrained.params(random_params)
 
 
-def build(settings: RunSettings, workdir: WorkDir) -> Run:
-    """Makes the parts, the cheap checks first.
+def build(settings: RunSettings, workdir: WorkDir) -> Components:
+    """Builds the components, cheap checks first.
 
     Raises:
-      UserError: the config, the data, the tokenizer and the model do not fit together, or one of them is not there.
+      UserError: config, data, tokenizer and model do not fit together, or one of them is missing.
     """
     if jax.process_index() == 0:
         check_hub(settings, workdir)
     schedule = create_schedule(settings.optimizer, num_train_steps=settings.num_train_steps)
     copied, checkpoint = load_model(settings)
 
-    text_sources = text_lib.open_sources(settings)
+    text_sources = pipeline.open_sources(settings)
     model_type = copied.model_type if copied is not None else settings.model.model_type
-    tokenizer = text_lib.open_tokenizer(settings, workdir, text_sources, model_type=model_type)
+    tokenizer = pipeline.open_tokenizer(settings, workdir, text_sources, model_type=model_type)
     encoder = _encoder_config(settings, copied, checkpoint, tokenizer)
     start = checkpoint and pretrained.fit(checkpoint, encoder, vocabulary=tokenizer.hf.get_vocab())
 
-    text = text_lib.open_text(settings, text_sources, tokenizer)
+    text = pipeline.open_text(settings, text_sources, tokenizer)
     fill_mask.encode(tokenizer, settings.report.sentences, max_seq_length=encoder.max_seq_length)
-    return Run(
+    return Components(
         step_config=StepConfig(
             model=MaskedLM(
                 encoder,
@@ -99,18 +101,18 @@ def build(settings: RunSettings, workdir: WorkDir) -> Run:
         tokenizer=tokenizer,
         stream=text.batches(),
         text=text,
-        start=start,
+        pretrained=start,
     )
 
 
 def open_encoder(settings: RunSettings, tokenizer: Tokenizer) -> EncoderConfig:
-    """The model's config, as `build` makes it."""
+    """Returns the model's config, as `build` does."""
     copied, checkpoint = load_model(settings)
     return _encoder_config(settings, copied, checkpoint, tokenizer)
 
 
 def open_execution(settings: RunSettings, *, backend: str) -> Execution:
-    """How the model is computed on devices of this kind, such as "cpu" or "gpu"."""
+    """Returns how the model is computed on a backend such as "cpu" or "gpu": resolves "auto"."""
     attention, remat = settings.model.attention, settings.model.remat
     if attention == "auto":
         attention = "cudnn" if backend == "gpu" and settings.model.dtype == "bfloat16" else "plain"
@@ -120,44 +122,44 @@ def open_execution(settings: RunSettings, *, backend: str) -> Execution:
 
 
 def open_masking(settings: RunSettings, tokenizer: Tokenizer) -> MaskingSpec:
-    """What is masked, and with what."""
+    """Returns what is masked, and which ids replace masked tokens."""
     return MaskingSpec(
         **dataclasses.asdict(settings.masking),
         mask_id=tokenizer.mask_id,
-        # No token has the ids between: they cannot replace one.
+        # Ids that no token has cannot replace one.
         special_ids=tuple(sorted({*tokenizer.special_ids, *tokenizer.unused_ids})),
         num_ids=tokenizer.num_ids,
     )
 
 
 def open_hub(settings: RunSettings, workdir: WorkDir) -> Hub | None:
-    """The repository to push to, made if need be; None on other processes than the first, or when not asked for."""
+    """Returns the repository to push to, created if needed; None on other processes than the first, or if not wanted."""
     if not settings.hub.push_to_hub or jax.process_index() > 0:
         return None
     return Hub(
         _hub_name(settings, workdir),
         private=settings.hub.private,
         workdir=workdir.path,
-        retry_policy=text_lib.retry_policy(settings),
+        retry_policy=pipeline.retry_policy(settings),
         url=workdir.display_path if workdir.is_remote else None,
     )
 
 
-def push_what_is_left(settings: RunSettings, workdir: WorkDir, *, step: int) -> None:
-    """Pushes the model of a finished run, if it is to be and was not; waits for it."""
+def push_finished_model(settings: RunSettings, workdir: WorkDir, *, step: int) -> None:
+    """Pushes the model of a finished run and waits for it, if it is to be pushed and has not been."""
     if settings.hub.push_to_hub and not is_pushed(workdir.path, name=_hub_name(settings, workdir), step=step):
         hub = open_hub(settings, workdir)
         if hub is not None:
             workdir.fetch_weights()
             hub.finish(step=step)
-            with contextlib.suppress(OSError):  # Else it is pushed again, which does no harm.
+            with contextlib.suppress(OSError):  # Then it is pushed once more, which is harmless.
                 workdir.push()
 
 
 def check_hub(settings: RunSettings, workdir: WorkDir) -> None:
     """Raises UserError unless the run may push to the hub, if it is to."""
     if settings.hub.push_to_hub:
-        check_token(_hub_name(settings, workdir), retry_policy=text_lib.retry_policy(settings))
+        check_token(_hub_name(settings, workdir), retry_policy=pipeline.retry_policy(settings))
 
 
 def _hub_name(settings: RunSettings, workdir: WorkDir) -> str:

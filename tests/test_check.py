@@ -158,7 +158,7 @@ def test_rows_past_the_positions_are_told_with_what_to_set_before_a_tokenizer_is
     config.model.model_type = model_type
     config.data.max_seq_length = 512
     config.model.overrides.max_position_embeddings = 500
-    monkeypatch.setattr(build.text_lib, "open_tokenizer", lambda *args, **options: pytest.fail("too late"))
+    monkeypatch.setattr(build.pipeline, "open_tokenizer", lambda *args, **options: pytest.fail("too late"))
     with pytest.raises(UserError, match=rf"max_position_embeddings={needed}$"):
         build.build(settings_of(config), WorkDir(str(tmp_path / "run")))
 

@@ -207,4 +207,4 @@ def test_the_commands_of_the_pages_work_one_after_the_other(tmp_path):
     assert {"custom_scalars__config__", "_hparams_/experiment", "_hparams_/session_start_info"} <= set(
         events.summary_metadata
     )
-    assert {"config", "fillings", "eval/loss"} <= {*tags["tensors"]}
+    assert {"config", "predictions", "eval/loss"} <= {*tags["tensors"]}

@@ -317,7 +317,7 @@ def test_no_save_is_begun_before_its_lines_are_there(server, url):
     with Checkpointer(place.checkpoints, keep_checkpoints=1) as checkpointer:
         server.refuse = lambda method, name: 403 if "metrics" in name else None
         with pytest.raises(DiskFullError, match=r"could not be written: .*metrics.jsonl could not be written"):
-            _require_room(checkpointer, STATE, first=place.push)
+            _require_room(checkpointer, STATE, before_save=place.push)
         server.refuse = lambda method, name: None
-        _require_room(checkpointer, STATE, first=place.push)
+        _require_room(checkpointer, STATE, before_save=place.push)
     assert server.read(f"{path_of(url)}/metrics.jsonl") == b"line\n"

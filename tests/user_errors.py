@@ -547,7 +547,7 @@ def a_run_beside_another(config: ConfigDict, world: Path) -> None:
 
 
 def a_disk_without_room_at_the_last_save(config: ConfigDict, world: Path) -> None:
-    with train._log_and_retry_later(final=True):
+    with train._log_and_retry_later(is_last_try=True):
         raise OSError("checkpoint 8 could not be written: no space left on device")
 
 

@@ -157,7 +157,7 @@ def show_documents(text: text_lib.Text, *, count: int = 3) -> None:
             print(f"\ndocument {number}, of {source.name}\n  {_shortened(document)}")
 
 
-def show_rows(settings: RunSettings, run: build.Run, machine: Machine) -> None:
+def show_rows(settings: RunSettings, run: build.Components, machine: Machine) -> None:
     """Prints two rows of the first batch of the first host, and one of them masked.
 
     Raises:
@@ -185,7 +185,7 @@ def show_rows(settings: RunSettings, run: build.Run, machine: Machine) -> None:
     print(f"  {_shortened(decode_masked(run.tokenizer, masked, 0), shown=2 * _SHOWN)}")
 
 
-def show_fit(run: build.Run) -> None:
+def show_fit(run: build.Components) -> None:
     """Prints what tokenizer and model must agree in; `setup.build` has seen to it that they do."""
     tokenizer, encoder = run.tokenizer, run.encoder
     print(f"tokenizer {tokenizer.name}, by {tokenizer.backend}; model {encoder.model_type}")
@@ -200,7 +200,13 @@ def show_fit(run: build.Run) -> None:
 
 
 def show_size(
-    settings: RunSettings, run: build.Run, place: WorkDir, machine: Machine, findings: Findings, *, utilization: float
+    settings: RunSettings,
+    run: build.Components,
+    place: WorkDir,
+    machine: Machine,
+    findings: Findings,
+    *,
+    utilization: float,
 ) -> None:
     """Prints batch, shards, tokens, epochs, parameters, memory, disk and time; adds what does not fit."""
     length = settings.data.max_seq_length
@@ -276,7 +282,7 @@ def _show_disk(settings: RunSettings, place: WorkDir, state_bytes: int, model_by
         )
 
 
-def _show_time(settings: RunSettings, run: build.Run, tokens: int, machine: Machine, utilization: float) -> None:
+def _show_time(settings: RunSettings, run: build.Components, tokens: int, machine: Machine, utilization: float) -> None:
     length = settings.data.max_seq_length
     flops = flops_per_token(
         run.encoder, length=length, max_predictions_per_seq=run.step_config.masking.max_predictions_per_seq(length)
@@ -301,7 +307,7 @@ def has_english_sentences(settings: RunSettings, defaults: Mapping[str, Any]) ->
     return bool(is_own) and tuple(settings.report.sentences) == tuple(defaults["report.sentences"])
 
 
-def find_batch(settings: RunSettings, run: build.Run, machine: Machine | None) -> int:
+def find_batch(settings: RunSettings, run: build.Components, machine: Machine | None) -> int:
     """What per_device_train_batch_size=0 will be on a machine, or a small one to go on with.
 
     Raises:
@@ -324,12 +330,12 @@ def find_batch(settings: RunSettings, run: build.Run, machine: Machine | None) -
     return found
 
 
-def _for_tpu(settings: RunSettings, run: build.Run) -> steps.StepConfig:
+def _for_tpu(settings: RunSettings, run: build.Components) -> steps.StepConfig:
     execution = build.open_execution(settings, backend="tpu")
     return dataclasses.replace(run.step_config, model=run.step_config.model.clone(execution=execution))
 
 
-def show_compiled(settings: RunSettings, run: build.Run, machine: Machine, findings: Findings) -> None:
+def show_compiled(settings: RunSettings, run: build.Components, machine: Machine, findings: Findings) -> None:
     """Prints what the compiled step takes of a TPU core, and the largest batch that fits."""
     if not topology.can_compile(machine):
         what = "pip install libtpu" if machine.kind.startswith("TPU") else "TPUs only"

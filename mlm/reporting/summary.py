@@ -14,7 +14,7 @@ from mlm.run.workdir import WorkDir
 from mlm.settings import RunSettings
 
 
-def log_run_summary(settings: RunSettings, run: build.Run, state: steps.TrainState, start: int) -> None:
+def log_run_summary(settings: RunSettings, run: build.Components, state: steps.TrainState, start: int) -> None:
     """Logs the model, the data and the devices; each process, which text it reads."""
     for line in run.text.describe_shares(run.stream):
         logging.info("process %d of %d reads %s", jax.process_index(), jax.process_count(), line)
@@ -41,7 +41,7 @@ def log_run_summary(settings: RunSettings, run: build.Run, state: steps.TrainSta
         logging.info("going on after update %d", start)
 
 
-def warn_batch_size_changed(place: WorkDir, run: build.Run) -> None:
+def warn_batch_size_changed(place: WorkDir, run: build.Components) -> None:
     """An update's rows follow the number of devices: a run that goes on with others is not what it was."""
     layout = place.last_topology()
     rows = jax.process_count() * run.text.batch_rows

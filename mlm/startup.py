@@ -1,0 +1,228 @@
+"""From settings to a run that is ready for its next step: work directory, restored state, batches, reporter."""
+
+import contextlib
+import dataclasses
+import functools
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+from absl import logging
+
+from mlm import build, memory, parallel, steps
+from mlm.build import Components
+from mlm.data.packing import CONCATENATING
+from mlm.data.prefetch import Batch, Prefetcher
+from mlm.errors import UserError
+from mlm.evaluate import Evaluator
+from mlm.export import model_directory
+from mlm.export.hub import Hub
+from mlm.models.flops import flops_per_token
+from mlm.reporting.reporter import Reporter
+from mlm.reporting.summary import log_run_summary, warn_batch_size_changed
+from mlm.run.checkpoint import Checkpointer, CorruptCheckpointError
+from mlm.run.signals import Interrupt
+from mlm.run.workdir import WorkDir
+from mlm.settings import RunSettings
+from mlm.steps import TrainState, init_state
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A run that is ready for step `start_step` + 1.
+
+    Attributes:
+      settings: those of the run, with the batch size that was found if it was 0.
+      components: what the settings determine.
+      state: parameters and optimizer state, stacked over local devices.
+      start_step: the number of steps done.
+      is_evaluated: whether the state has been evaluated, if its step is one to evaluate.
+      train_step: the compiled step, (state, tokens) -> (state, metrics).
+      batches: the prefetched batches; `prefetcher` is the thread behind them.
+      hub: the repository to push to; None on other processes than the first, or if nothing is to be pushed.
+    """
+
+    settings: RunSettings
+    workdir: WorkDir
+    components: Components
+    state: TrainState
+    start_step: int
+    is_evaluated: bool
+    train_step: Any
+    evaluator: Evaluator
+    batches: Iterator[Batch]
+    prefetcher: Prefetcher
+    checkpointer: Checkpointer
+    reporter: Reporter
+    hub: Hub | None
+
+
+def open_run(
+    settings: RunSettings, workdir_path: str, *, stack: contextlib.ExitStack, interrupt: Interrupt, overwrite: bool
+) -> Run | None:
+    """Builds a run and restores its newest intact checkpoint; None if the run is finished.
+
+    Args:
+      settings: those of the run.
+      workdir_path: the run's directory.
+      stack: closes what is opened here.
+      interrupt: is checked while a batch is awaited.
+      overwrite: start a new run after renaming the existing work directory.
+
+    Raises:
+      UserError: the run cannot be built from these settings, or cannot be resumed.
+    """
+    workdir = WorkDir(workdir_path)
+    if overwrite:
+        if jax.process_index() == 0 and (renamed := workdir.move_aside()):
+            logging.info("renamed the existing work directory %s to %s", workdir.display_path, renamed)
+        parallel.barrier("work directory renamed")
+        workdir.pull()
+    if settings.per_device_train_batch_size == 0 and workdir.last_topology() is not None:
+        found = workdir.read_config()["per_device_train_batch_size"]
+        settings = settings.replace({"per_device_train_batch_size": found})
+    workdir.check_same_run(settings.to_dict())
+    if _is_finished(settings, workdir):
+        return None
+    build.check_device(settings)
+
+    stack.callback(workdir.close)
+    if jax.process_index() == 0:
+        workdir.lock()
+    components = build.build(settings, workdir)
+    if settings.per_device_train_batch_size == 0:
+        length, microbatches = settings.data.max_seq_length, settings.gradient_accumulation_steps
+        found = memory.find_batch_size(components.step_config, length=length, microbatches=microbatches)
+        settings = settings.replace({"per_device_train_batch_size": found})
+        components = components.with_batch_size(settings)
+    keep = settings.checkpoint
+    checkpointer = stack.enter_context(
+        Checkpointer(
+            workdir.checkpoints, keep_checkpoints=keep.keep_checkpoints, keep_every_steps=keep.keep_every_steps
+        )
+    )
+    state, loop_state = _restore(components, checkpointer)
+    start_step = loop_state["step"] if loop_state else 0
+    # Other processes would not know that one has stopped waiting for a batch.
+    check_interrupt = interrupt.check if jax.process_count() == 1 else lambda: None
+    prefetcher = stack.enter_context(
+        Prefetcher(components.stream, depth=settings.data.prefetch_batches, interrupted=check_interrupt)
+    )
+    # Text that is too short for a batch is reported here, before anything is written or compiled.
+    batches = itertools.chain([next(prefetcher)], prefetcher)
+    hub = build.open_hub(settings, workdir)
+    if jax.process_index() == 0:
+        _write_workdir(settings, workdir, components, start_step)
+        checkpointer.remove_partial()
+    parallel.barrier("work directory written")
+    reporter = stack.enter_context(_create_reporter(settings, workdir, components, start_step, loop_state))
+    log_run_summary(settings, components, state, start_step)
+    step_options = {"step_config": components.step_config, "axis_name": parallel.AXIS}
+    return Run(
+        settings=settings,
+        workdir=workdir,
+        components=components,
+        state=state,
+        start_step=start_step,
+        is_evaluated=loop_state is None or loop_state["evaluated"],
+        train_step=parallel.data_parallel(functools.partial(steps.train_step, **step_options), donate_argnums=(0,)),
+        evaluator=Evaluator(
+            parallel.data_parallel(functools.partial(steps.eval_step, **step_options)),
+            components.text.eval_rows_RxL,
+            per_device_batch_size=settings.per_device_eval_batch_size,
+            pad_id=components.tokenizer.pad_id,
+            counts=components.text.eval_counts,
+        ),
+        batches=batches,
+        prefetcher=prefetcher,
+        checkpointer=checkpointer,
+        reporter=reporter,
+        hub=hub,
+    )
+
+
+def _is_finished(settings: RunSettings, workdir: WorkDir) -> bool:
+    """Returns whether the last step is exported; pushes it to the hub if that has not happened."""
+    if jax.process_index() == 0:
+        model_directory.recover(workdir.model)
+    exported = workdir.exported_step()
+    if exported is None or exported < settings.num_train_steps:
+        return False
+    logging.info("nothing to do: all %d steps are done; the model is in %s/model", exported, workdir.display_path)
+    build.push_finished_model(settings, workdir, step=exported)
+    return True
+
+
+def _write_workdir(settings: RunSettings, workdir: WorkDir, components: Components, start_step: int) -> None:
+    warn_batch_size_changed(workdir, components)
+    changed = workdir.create(
+        settings.to_dict(),
+        save_tokenizer=components.tokenizer.save,
+        processes=jax.process_count(),
+        rows_per_process=components.text.batch_rows,
+        step=start_step,
+    )
+    for key, (before, now) in changed.items():
+        logging.info("changed since the last start: %s from %r to %r", key, before, now)
+    workdir.lock()
+
+
+def _restore(components: Components, checkpointer: Checkpointer) -> tuple[TrainState, dict[str, Any] | None]:
+    """Returns the stacked state to start with, and the loop state that was saved with it; None for a new run.
+
+    Moves the data stream to the position that belongs to the state. A corrupt checkpoint is quarantined, and the one
+    before it is restored.
+    """
+    newest = checkpointer.latest_step()
+
+    def initial_state() -> TrainState:
+        return init_state(components.step_config, components.initial_params())
+
+    if newest is None:
+        return parallel.replicate(initial_state()), None
+    like = parallel.global_like(jax.eval_shape(initial_state))
+    while (step := checkpointer.latest_step()) is not None:
+        restored, problem = None, "another process cannot read it"
+        try:
+            restored = checkpointer.restore(step, like=like)
+        except CorruptCheckpointError as error:
+            problem = str(error)
+        if not parallel.on_any_process(restored is None):
+            components.stream.restore(restored.streams)
+            return parallel.from_global(restored.state), restored.loop
+        if jax.process_index() == 0:
+            logging.warning("checkpoint %d is corrupt (%s): moved to %s", step, problem, checkpointer.quarantine(step))
+        parallel.barrier(f"checkpoint {step} quarantined")
+        checkpointer.reload()
+    raise UserError(
+        f"--workdir: none of the checkpoints up to {newest} can be read; they are in {checkpointer.damaged}; restore "
+        "intact ones, or start a new run with --overwrite"
+    )
+
+
+def _create_reporter(
+    settings: RunSettings,
+    workdir: WorkDir,
+    components: Components,
+    start_step: int,
+    loop_state: dict[str, Any] | None,
+) -> Reporter:
+    length = settings.data.max_seq_length
+    predictions = components.step_config.masking.max_predictions_per_seq(length)
+    reporter = Reporter(
+        workdir,
+        num_train_steps=settings.num_train_steps,
+        vocab_size=components.encoder.vocab_size,
+        flops_per_token=flops_per_token(components.encoder, length=length, max_predictions_per_seq=predictions),
+        profile=settings.profile,
+        max_skipped_steps=settings.optimizer.max_skipped_steps,
+        restored=loop_state,
+        step=start_step,
+        pad_id=None if settings.data.packing in CONCATENATING else components.tokenizer.pad_id,
+    )
+    if start_step == 0:
+        reporter.write_hparams(settings.flat())
+        lines = "\n".join(f"{key} = {value!r}" for key, value in settings.flat().items())
+        reporter.write_texts(0, {"config": f"```\n{lines}\n```"})
+    return reporter
