@@ -1,6 +1,6 @@
-"""Masked cross-entropy as sums and counts. Whoever reports a mean divides once, at the very end.
+"""Softmax cross-entropy of the masked tokens, as a sum and a count: whoever reports a mean divides once, at the end.
 
-Legend: B rows, K predicted tokens of a row, V vocabulary.
+Legend: B rows, K predicted tokens per row, V vocabulary size.
 """
 
 import flax.struct
@@ -10,12 +10,12 @@ import jax.numpy as jnp
 
 @flax.struct.dataclass
 class LossSums:
-    """Sums over predicted tokens; they add over batches, devices and hosts.
+    """Sums over predicted tokens, which add up over batches, devices and hosts.
 
     Attributes:
       loss: float32, summed cross-entropy in nats.
-      correct: float32, how many tokens the model puts first.
-      count: float32, how many tokens there are.
+      correct: float32, number of tokens whose label has the largest logit.
+      count: float32, number of predicted tokens.
     """
 
     loss: jax.Array
@@ -24,15 +24,18 @@ class LossSums:
 
 
 def masked_cross_entropy(logits_BxKxV: jax.Array, labels_BxK: jax.Array, label_weights_BxK: jax.Array) -> LossSums:
-    """Sums -log softmax(logits)[target] over the slots in use.
+    """Returns the sum over b and k of `weight * -log softmax(logits)[label]` (Devlin et al., 2019, section 3.1).
+
+    To change the loss, compute another `loss_BxK` here, in plain jnp: JAX derives the gradient.
 
     Args:
-      logits_BxKxV: float32 or bfloat16; sums are float32 all the same.
-      targets_BxK: int32 ids.
-      weights_BxK: float32, 0 leaves a slot out. A logit that is not finite shows even there: the model is broken.
+      logits_BxKxV: float32 or bfloat16; the sums are float32 either way.
+      labels_BxK: int32 token ids.
+      label_weights_BxK: float32, 1 for a predicted token, 0 for padding. A logit that is not finite makes the loss NaN
+        even where the weight is 0, because it means that the model is broken.
 
     Returns:
-      The sums. With no slot in use all are 0. Of equal logits the one with the smallest id counts as first.
+      The sums, all 0 if no token is predicted. If several logits are the largest, the smallest id counts as predicted.
     """
     loss_BxK, correct_BxK = _cross_entropy(logits_BxKxV, labels_BxK)
     return LossSums(
@@ -42,37 +45,46 @@ def masked_cross_entropy(logits_BxKxV: jax.Array, labels_BxK: jax.Array, label_w
     )
 
 
-# Derived by hand: logits are the largest array of a step. They are read once for their maximum, once for all sums,
-# and the backward pass computes their gradient from them where it is read.
 @jax.custom_vjp
 def _cross_entropy(logits_BxKxV: jax.Array, labels_BxK: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns the cross-entropy and, as float32, whether the label has the largest logit: [B, K] each.
+
+    The same values in plain jnp, which tests/test_loss.py compares:
+
+        loss_BxK = -jnp.take_along_axis(jax.nn.log_softmax(logits_BxKxV), labels_BxK[..., None], axis=-1)[..., 0]
+        correct_BxK = jnp.argmax(logits_BxKxV, axis=-1) == labels_BxK
+
+    The gradient is written by hand because the logits are the largest array of a step: here they are read twice in the
+    forward pass (maximum, then all sums together) and their gradient is never stored, but computed where it is used.
+    """
     return _forward(logits_BxKxV, labels_BxK)[0]
 
 
 def _forward(logits_BxKxV, labels_BxK):
-    largest_BxKx1 = jnp.max(logits_BxKxV, axis=-1, keepdims=True).astype(jnp.float32)
+    max_BxKx1 = jnp.max(logits_BxKxV, axis=-1, keepdims=True).astype(jnp.float32)
     values_BxKxV = logits_BxKxV.astype(jnp.float32)
     ids_1x1xV = jnp.arange(logits_BxKxV.shape[-1], dtype=labels_BxK.dtype)[None, None]
-    targets_BxKx1 = labels_BxK[..., None]
-    sum_BxK = jnp.sum(jnp.exp(values_BxKxV - largest_BxKx1), axis=-1)
-    # A sum of one term, for it shares the pass over the logits; a lookup would be another.
-    target_BxK = jnp.sum(jnp.where(ids_1x1xV == targets_BxKx1, values_BxKxV, 0.0), axis=-1)
-    # Of floats as well: a sum of integers would be a pass of its own.
-    equals_before_BxKxV = (values_BxKxV == largest_BxKx1) & (ids_1x1xV < targets_BxKx1)
-    equals_before_BxK = jnp.sum(equals_before_BxKxV.astype(jnp.float32), axis=-1)
-    log_sum_BxK = largest_BxKx1[..., 0] + jnp.log(sum_BxK)
-    correct_BxK = (target_BxK == largest_BxKx1[..., 0]) & (equals_before_BxK == 0)
-    # A sum of which a NaN is no part must not hide it: log_sum_BxK has them all.
-    return (log_sum_BxK - target_BxK, correct_BxK.astype(jnp.float32)), (logits_BxKxV, labels_BxK, log_sum_BxK)
+    labels_BxKx1 = labels_BxK[..., None]
+    sum_exp_BxK = jnp.sum(jnp.exp(values_BxKxV - max_BxKx1), axis=-1)
+    # A sum with one nonzero term instead of a lookup: it fuses with the sum above, a lookup reads the logits again.
+    label_logit_BxK = jnp.sum(jnp.where(ids_1x1xV == labels_BxKx1, values_BxKxV, 0.0), axis=-1)
+    # Float32 rather than bool or int32, for the same reason.
+    earlier_max_BxKxV = (values_BxKxV == max_BxKx1) & (ids_1x1xV < labels_BxKx1)
+    earlier_max_BxK = jnp.sum(earlier_max_BxKxV.astype(jnp.float32), axis=-1)
+    log_sum_exp_BxK = max_BxKx1[..., 0] + jnp.log(sum_exp_BxK)
+    correct_BxK = (label_logit_BxK == max_BxKx1[..., 0]) & (earlier_max_BxK == 0)
+    outputs = (log_sum_exp_BxK - label_logit_BxK, correct_BxK.astype(jnp.float32))
+    return outputs, (logits_BxKxV, labels_BxK, log_sum_exp_BxK)
 
 
-def _backward(saved, gradients):
-    logits_BxKxV, labels_BxK, log_sum_BxK = saved
-    softmax_BxKxV = jnp.exp(logits_BxKxV.astype(jnp.float32) - log_sum_BxK[..., None])
+def _backward(residuals, cotangents):
+    """d loss / d logits = softmax(logits) - one_hot(label)."""
+    logits_BxKxV, labels_BxK, log_sum_exp_BxK = residuals
+    softmax_BxKxV = jnp.exp(logits_BxKxV.astype(jnp.float32) - log_sum_exp_BxK[..., None])
     ids_1x1xV = jnp.arange(logits_BxKxV.shape[-1], dtype=labels_BxK.dtype)[None, None]
-    is_target_BxKxV = ids_1x1xV == labels_BxK[..., None]
-    gradient_BxKxV = (softmax_BxKxV - is_target_BxKxV) * gradients[0][..., None]
-    return gradient_BxKxV.astype(logits_BxKxV.dtype), None
+    is_label_BxKxV = ids_1x1xV == labels_BxK[..., None]
+    d_logits_BxKxV = (softmax_BxKxV - is_label_BxKxV) * cotangents[0][..., None]
+    return d_logits_BxKxV.astype(logits_BxKxV.dtype), None
 
 
 _cross_entropy.defvjp(_forward, _backward)

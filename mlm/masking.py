@@ -1,9 +1,10 @@
-"""Choosing, hiding and remembering tokens: BERT's 80/10/10 rule (Devlin et al., 2019), on the device.
+"""BERT's masking (Devlin et al., 2019, arXiv:1810.04805, section 3.1), on the device.
 
-Pure and stateless: the masks of a row depend on a key and on the row's number alone. Whoever numbers rows by their
-place in the global batch gets the same masks on any number of devices and hosts, and after any restart.
+A fraction `mlm_probability` of the tokens is predicted; of these, 80 % are replaced by the mask token, 10 % by a random
+token, and 10 % stay as they are. The function is pure: the masks of a row depend on the key and the row's number only.
+With numbers that count rows over the global batch, masks are the same on any number of devices and after any restart.
 
-Legend: B rows, L tokens of a row, K slots for tokens to predict, R ids that may replace a token.
+Legend: B rows, L tokens per row, K max_predictions_per_seq, S special ids, R ids that may replace a token.
 """
 
 import dataclasses
@@ -17,15 +18,15 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class MaskingSpec:
-    """What is masked, and with what.
+    """Probabilities and token ids of the masking.
 
     Attributes:
-      mlm_probability: share of the maskable tokens to predict, in (0, 1].
-      mask_replace_prob: share of those replaced by the mask id.
-      random_replace_prob: share of those replaced by a random id that is not special.
-      mask_id: the mask token.
-      special_ids: ids that are never masked and never drawn: begin, end, padding, mask, unknown, ...
-      num_ids: ids are below this.
+      mlm_probability: probability that a token is predicted, in (0, 1]; special tokens never are.
+      mask_replace_prob: probability that a predicted token is replaced by the mask token.
+      random_replace_prob: probability that it is replaced by a random token that is not special.
+      mask_id: id of the mask token.
+      special_ids: ids that are neither predicted nor drawn as replacements: begin, end, padding, mask, unknown, ...
+      num_ids: size of the vocabulary; random tokens have ids below it.
     """
 
     mlm_probability: float
@@ -36,20 +37,20 @@ class MaskingSpec:
     num_ids: int
 
     def max_predictions_per_seq(self, length: int) -> int:
-        """The largest number of tokens that a row of `length` tokens has to predict (K)."""
-        # 1e-6: 0.07 * 100 is a little over 7 in floating point.
+        """Returns K, the largest number of tokens that are predicted in a row of `length` tokens."""
+        # 1e-6: in floating point, 0.07 * 100 is slightly more than 7.
         return max(1, math.ceil(self.mlm_probability * length - 1e-6))
 
 
 @flax.struct.dataclass
 class MaskedBatch:
-    """What the model sees, and what it has to say.
+    """The model's inputs and labels.
 
     Attributes:
-      inputs_BxL: int32, the tokens with some hidden.
-      positions_BxK: int32, the places to predict, no place twice in a row.
-      targets_BxK: int32, the tokens that stood there.
-      weights_BxK: float32, 1 for a token to predict, 0 for an unused slot.
+      inputs_BxL: int32, token ids after masking.
+      masked_positions_BxK: int32, positions of the predicted tokens, all different within a row.
+      labels_BxK: int32, the original token ids at these positions.
+      label_weights_BxK: float32, 1 for a predicted token, 0 for padding.
     """
 
     inputs_BxL: jax.Array
@@ -59,52 +60,46 @@ class MaskedBatch:
 
 
 def mask_tokens(tokens_BxL: jax.Array, *, rows_B: jax.Array, key: jax.Array, spec: MaskingSpec) -> MaskedBatch:
-    """Masks every row on its own.
+    """Masks each row independently.
 
-    A row with n maskable tokens gets floor(mlm_probability * n + u) of them, u uniform in [0, 1): the expected
-    share is exact for every n, and the number never exceeds K = ceil(mlm_probability * L), so shapes are fixed and
-    no token drawn is thrown away.
+    Of n tokens that are not special, floor(mlm_probability * n + u) are predicted, with u uniform in [0, 1). Their
+    expected number is mlm_probability * n, and they are never more than K = ceil(mlm_probability * L): fixed shapes.
 
     Args:
-      tokens_BxL: int32 ids.
-      rows_B: int32, the number of each row, folded into the key.
-      key: a threefry key (others do not give the batch of single draws under `vmap`).
-      spec: what to mask.
+      tokens_BxL: int32 token ids.
+      rows_B: int32, number of each row, which is folded into the key.
+      key: a threefry key; other kinds give different bits under `vmap`.
+      spec: probabilities and ids.
 
     Returns:
-      The masked rows. A row without maskable tokens has weight 0 everywhere.
+      The masked batch. A row without tokens to predict has label weight 0 everywhere.
     """
-    max_predictions_per_seq = spec.max_predictions_per_seq(tokens_BxL.shape[1])
-    is_special_R = np.zeros(spec.num_ids, bool)
-    is_special_R[[i for i in spec.special_ids if i < spec.num_ids]] = True
-    replacements_R = jnp.asarray(np.flatnonzero(~is_special_R), jnp.int32)
+    max_predictions = spec.max_predictions_per_seq(tokens_BxL.shape[1])
+    replacements_R = jnp.asarray(np.setdiff1d(np.arange(spec.num_ids), spec.special_ids), jnp.int32)
     special_S = jnp.asarray(spec.special_ids, jnp.int32)
     maskable_BxL = ~jnp.isin(tokens_BxL, special_S)
 
     def mask_row(tokens_L: jax.Array, maskable_L: jax.Array, row: jax.Array) -> MaskedBatch:
-        # One draw for all that the row needs: every call of the generator costs a kernel.
-        bits = jax.random.bits(
-            jax.random.fold_in(key, row), (tokens_L.shape[0] + 2 * max_predictions_per_seq + 1,), jnp.uint32
-        )
-        bits_L, action_bits_K, random_bits_K, rounding_bits = jnp.split(
-            bits, np.cumsum([tokens_L.shape[0], max_predictions_per_seq, max_predictions_per_seq])
-        )
-        # The K largest of random numbers are a uniform draw without replacement.
-        rank_L = jnp.where(maskable_L, (bits_L >> 1).astype(jnp.int32), -1)
-        _, positions_K = jax.lax.top_k(rank_L, max_predictions_per_seq)
-        number = jnp.floor(spec.mlm_probability * maskable_L.sum() + uniform(rounding_bits[0]))
-        chosen_K = (jnp.arange(max_predictions_per_seq) < number) & maskable_L[positions_K]
+        # All random bits of a row in one call, since each call is a kernel.
+        sizes = [tokens_L.shape[0], max_predictions, max_predictions, 1]
+        bits = jax.random.bits(jax.random.fold_in(key, row), (sum(sizes),), jnp.uint32)
+        rank_bits_L, action_bits_K, random_bits_K, rounding_bits_1 = jnp.split(bits, np.cumsum(sizes)[:-1])
 
-        targets_K = tokens_L[positions_K]
+        # Positions of the K largest random numbers: a uniform draw without replacement.
+        rank_L = jnp.where(maskable_L, (rank_bits_L >> 1).astype(jnp.int32), -1)
+        _, positions_K = jax.lax.top_k(rank_L, max_predictions)
+        num_predicted = jnp.floor(spec.mlm_probability * maskable_L.sum() + uniform(rounding_bits_1[0]))
+        is_predicted_K = (jnp.arange(max_predictions) < num_predicted) & maskable_L[positions_K]
+
+        labels_K = tokens_L[positions_K]
         action_K = uniform(action_bits_K)
-        # The remainder favours small ids by R / 2^32, one part in 80,000 for a vocabulary of 50,000.
+        # The modulus favours small ids by R / 2^32: one part in 80,000 for a vocabulary of 50,000.
         random_K = replacements_R[random_bits_K % replacements_R.shape[0]]
-        shown_K = jnp.where(action_K < spec.mask_replace_prob + spec.random_replace_prob, random_K, targets_K)
-        shown_K = jnp.where(action_K < spec.mask_replace_prob, spec.mask_id, shown_K)
-        inputs_L = tokens_L.at[positions_K].set(
-            jnp.where(chosen_K, shown_K, targets_K), unique_indices=True, mode="promise_in_bounds"
-        )
-        return MaskedBatch(inputs_L, positions_K, targets_K, chosen_K.astype(jnp.float32))
+        inputs_K = jnp.where(action_K < spec.mask_replace_prob + spec.random_replace_prob, random_K, labels_K)
+        inputs_K = jnp.where(action_K < spec.mask_replace_prob, spec.mask_id, inputs_K)
+        inputs_K = jnp.where(is_predicted_K, inputs_K, labels_K)
+        inputs_L = tokens_L.at[positions_K].set(inputs_K, unique_indices=True, mode="promise_in_bounds")
+        return MaskedBatch(inputs_L, positions_K, labels_K, is_predicted_K.astype(jnp.float32))
 
     return jax.vmap(mask_row)(tokens_BxL, maskable_BxL, rows_B)
 

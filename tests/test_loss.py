@@ -1,4 +1,4 @@
-"""The loss's sums against NumPy."""
+"""masked_cross_entropy against plain NumPy and plain jnp."""
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +14,10 @@ B, K, V = 3, 5, 11
 def batch():
     rng = np.random.default_rng(0)
     logits = rng.normal(0, 3, (B, K, V)).astype(np.float32)
-    targets = rng.integers(0, V, (B, K)).astype(np.int32)
-    targets[:, 0] = logits[:, 0].argmax(-1)  # These are right, the first of them not in use.
+    labels = rng.integers(0, V, (B, K)).astype(np.int32)
+    labels[:, 0] = logits[:, 0].argmax(-1)  # Correct predictions, the first of which has weight 0.
     weights = (rng.random((B, K)) < 0.6).astype(np.float32)
-    return logits, targets, weights
+    return logits, labels, weights
 
 
 def log_softmax(logits):
@@ -25,20 +25,44 @@ def log_softmax(logits):
     return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
 
 
-def test_sums_are_those_of_numpy(batch):
-    logits, targets, weights = batch
+def reference_loss(logits, labels, weights):
+    losses = -jnp.take_along_axis(jax.nn.log_softmax(logits), labels[..., None], axis=-1)[..., 0]
+    return jnp.sum(losses * weights)
+
+
+def reference_correct(logits, labels, weights):
+    return jnp.sum((jnp.argmax(logits, axis=-1) == labels) * weights)
+
+
+def test_sums_match_numpy(batch):
+    logits, labels, weights = batch
     sums = masked_cross_entropy(*batch)
-    losses = -np.take_along_axis(log_softmax(logits), targets[..., None], -1)[..., 0]
+    losses = -np.take_along_axis(log_softmax(logits), labels[..., None], -1)[..., 0]
     # 2^-24 relative to the largest term, for each of 15 terms.
     np.testing.assert_allclose(sums.loss, losses[weights == 1].sum(), rtol=2e-6)
-    assert sums.correct == (logits.argmax(-1) == targets)[weights == 1].sum() > 0
+    assert sums.correct == (logits.argmax(-1) == labels)[weights == 1].sum() > 0
     assert sums.count == weights.sum() < B * K
 
 
-def test_gradient_is_softmax_minus_target_where_in_use(batch):
-    logits, targets, weights = batch
-    grad = jax.grad(lambda x: masked_cross_entropy(x, targets, weights).loss)(jnp.asarray(logits))
-    expected = (np.exp(log_softmax(logits)) - np.eye(V)[targets]) * weights[..., None]
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_values_and_gradients_match_plain_jnp(batch, dtype):
+    logits, labels, weights = batch
+    logits = jnp.asarray(logits, dtype).at[1, 2].set(1.0)  # Ties: the smallest id counts as predicted.
+    sums = masked_cross_entropy(logits, labels, weights)
+    np.testing.assert_allclose(sums.loss, reference_loss(logits.astype(jnp.float32), labels, weights), rtol=2e-6)
+    assert sums.correct == reference_correct(logits, labels, weights)
+    grad = jax.grad(lambda x: masked_cross_entropy(x, labels, weights).loss)(logits)
+    expected = jax.grad(lambda x: reference_loss(x.astype(jnp.float32), labels, weights))(logits)
+    assert grad.dtype == dtype
+    np.testing.assert_allclose(
+        grad.astype(jnp.float32), expected.astype(jnp.float32), rtol=0, atol=4 * float(jnp.finfo(dtype).eps)
+    )
+
+
+def test_gradient_is_softmax_minus_one_hot_where_the_weight_is_one(batch):
+    logits, labels, weights = batch
+    grad = jax.grad(lambda x: masked_cross_entropy(x, labels, weights).loss)(jnp.asarray(logits))
+    expected = (np.exp(log_softmax(logits)) - np.eye(V)[labels]) * weights[..., None]
     np.testing.assert_allclose(grad, expected, rtol=0, atol=1e-6)
     np.testing.assert_array_equal(np.asarray(grad)[weights == 0], 0)
 
@@ -49,24 +73,24 @@ def test_large_logits_do_not_overflow():
     assert sums.loss == 2e4
 
 
-def test_no_slot_in_use_gives_zeros(batch):
-    logits, targets, _ = batch
-    value = jax.value_and_grad(lambda x: masked_cross_entropy(x, targets, jnp.zeros((B, K))).loss)
+def test_sums_are_zero_without_predicted_tokens(batch):
+    logits, labels, _ = batch
+    value = jax.value_and_grad(lambda x: masked_cross_entropy(x, labels, jnp.zeros((B, K))).loss)
     loss, grad = value(jnp.asarray(logits))
     assert loss == 0
     np.testing.assert_array_equal(grad, 0)
-    sums = masked_cross_entropy(logits, targets, np.zeros((B, K), np.float32))
+    sums = masked_cross_entropy(logits, labels, np.zeros((B, K), np.float32))
     assert sums.correct == sums.count == 0
 
 
 def test_nan_is_not_hidden_by_a_weight_of_zero(batch):
-    logits, targets, weights = batch
+    logits, labels, weights = batch
     logits[weights == 0] = np.nan
-    assert np.isnan(masked_cross_entropy(logits, targets, weights).loss)
+    assert np.isnan(masked_cross_entropy(logits, labels, weights).loss)
 
 
 def test_sums_of_parts_add_up(batch):
-    whole = masked_cross_entropy(*batch)
+    total = masked_cross_entropy(*batch)
     parts = [masked_cross_entropy(*(array[i : i + 1] for array in batch)) for i in range(B)]
-    total = jax.tree.map(lambda *leaves: sum(leaves), *parts)
-    np.testing.assert_allclose(jax.tree.leaves(total), jax.tree.leaves(whole), rtol=1e-6)
+    added = jax.tree.map(lambda *leaves: sum(leaves), *parts)
+    np.testing.assert_allclose(jax.tree.leaves(added), jax.tree.leaves(total), rtol=1e-6)

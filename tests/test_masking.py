@@ -1,4 +1,4 @@
-"""Masks: each share within five standard deviations of what it should be; draws are fixed by the key."""
+"""Masking: every frequency is within five standard deviations of its probability; the key determines all draws."""
 
 import dataclasses
 import fractions
@@ -55,15 +55,15 @@ def assert_uniform(counts):
     assert ((counts - expected) ** 2 / expected).sum() < freedom + 5 * math.sqrt(2 * freedom)
 
 
-def assert_whole(tokens, masked):
-    """What holds for every row, whatever is drawn."""
+def assert_valid(tokens, masked):
+    """Properties of every row, whatever is drawn."""
     maskable = ~np.isin(tokens, SPECIAL)
     used = masked.label_weights_BxK == 1
     np.testing.assert_array_equal(masked.label_weights_BxK[~used], 0)
-    assert (np.diff(np.sort(masked.masked_positions_BxK)) > 0).all()  # No place twice in a row.
+    assert (np.diff(np.sort(masked.masked_positions_BxK)) > 0).all()  # Positions of a row differ.
     np.testing.assert_array_equal(masked.labels_BxK, np.take_along_axis(tokens, masked.masked_positions_BxK, 1))
     assert not np.isin(masked.labels_BxK[used], SPECIAL).any()
-    # Only places in use may change, and no special id is drawn for them but the mask.
+    # Only predicted tokens may change, and their replacements are never special, except the mask.
     chosen = np.zeros(tokens.shape, bool)
     np.put_along_axis(chosen, masked.masked_positions_BxK, used, 1)
     assert not (chosen & ~maskable).any()
@@ -72,40 +72,40 @@ def assert_whole(tokens, masked):
     assert np.isin(shown, [*ORDINARY, MASK]).all()
 
 
-@pytest.mark.parametrize(("mask_share", "random_share"), [(0.8, 0.1), (0.0, 0.0), (0.5, 0.5)])
-def test_shares_of_hidden_random_and_kept(mask_share, random_share):
+@pytest.mark.parametrize(("mask_prob", "random_prob"), [(0.8, 0.1), (0.0, 0.0), (0.5, 0.5)])
+def test_fractions_of_masked_random_and_unchanged_tokens(mask_prob, random_prob):
     tokens = ordinary_rows(8192, 32)
-    masked = mask(tokens, mask_replace_prob=mask_share, random_replace_prob=random_share)
+    masked = mask(tokens, mask_replace_prob=mask_prob, random_replace_prob=random_prob)
     used = masked.label_weights_BxK == 1
     shown = np.take_along_axis(masked.inputs_BxL, masked.masked_positions_BxK, 1)[used]
-    targets = masked.labels_BxK[used]
-    # A random token is the one that stood there once in len(ORDINARY) draws.
-    changed = random_share * (1 - 1 / len(ORDINARY))
-    assert_binomial((shown == MASK).sum(), used.sum(), mask_share)
-    assert_binomial(((shown != MASK) & (shown != targets)).sum(), used.sum(), changed)
-    assert_binomial((shown == targets).sum(), used.sum(), 1 - mask_share - changed)
+    labels = masked.labels_BxK[used]
+    # One of len(ORDINARY) random tokens equals the original.
+    changed = random_prob * (1 - 1 / len(ORDINARY))
+    assert_binomial((shown == MASK).sum(), used.sum(), mask_prob)
+    assert_binomial(((shown != MASK) & (shown != labels)).sum(), used.sum(), changed)
+    assert_binomial((shown == labels).sum(), used.sum(), 1 - mask_prob - changed)
 
 
 @pytest.mark.parametrize(("length", "probability"), [(100, 0.15), (20, 0.5), (8, 1.0), (5, 0.01)])
-def test_the_expected_number_is_exactly_the_share_of_every_number_of_tokens(length, probability):
+def test_expected_number_of_predictions_is_exact_for_any_number_of_tokens(length, probability):
     tokens = ordinary_rows(300 * (length + 1), length)
     maskable = np.arange(len(tokens)) % (length + 1)
-    # Special tokens at the end, the others shuffled over the row, so that places do not matter.
+    # A given number of special tokens, at random positions.
     tokens[np.arange(length) >= maskable[:, None]] = PAD
     tokens = np.random.default_rng(1).permuted(tokens, axis=1)
     masked = mask(tokens, mlm_probability=probability)
-    assert_whole(tokens, masked)
+    assert_valid(tokens, masked)
     numbers = masked.label_weights_BxK.sum(1)
     for n in range(length + 1):
         expected = fractions.Fraction(str(probability)) * n
         drawn = numbers[maskable == n]
-        # floor(expected + u): one of two neighbours, the upper one with the fraction's probability.
+        # floor(expected + u): one of the two nearest integers, the upper one with the fractional part as probability.
         low = math.floor(expected)
         assert set(drawn) <= {low, math.ceil(expected)}
         assert_binomial((drawn - low).sum(), len(drawn), float(expected - low))
 
 
-def test_a_row_without_maskable_tokens_is_left_alone():
+def test_row_of_special_tokens_is_unchanged():
     tokens = np.array([[0, 18, 49, PAD], [PAD] * 4, [MASK] * 4], np.int32)
     masked = mask(tokens, mlm_probability=1.0)
     np.testing.assert_array_equal(masked.inputs_BxL, tokens)
@@ -116,7 +116,7 @@ def test_probability_one_predicts_every_token_once():
     tokens = ordinary_rows(500, 8)
     tokens[:, 0], tokens[::2, 5:] = 0, PAD
     masked = mask(tokens, mlm_probability=1.0)
-    assert_whole(tokens, masked)
+    assert_valid(tokens, masked)
     np.testing.assert_array_equal(masked.label_weights_BxK.sum(1), (~np.isin(tokens, SPECIAL)).sum(1))
 
 
@@ -125,13 +125,13 @@ def test_probability_one_predicts_every_token_once():
     tokens=hnp.arrays(np.int32, (4, 12), elements={"min_value": 0, "max_value": VOCAB - 1}),
     seed=hnp.arrays(np.uint32, ()),
 )
-def test_any_tokens_stay_whole(tokens, seed):
-    assert_whole(tokens, mask(tokens, seed=int(seed), mlm_probability=0.4, mask_replace_prob=0.1))
+def test_any_tokens_give_a_valid_batch(tokens, seed):
+    assert_valid(tokens, mask(tokens, seed=int(seed), mlm_probability=0.4, mask_replace_prob=0.1))
 
 
-def test_places_are_uniform():
+def test_positions_are_uniform():
     masked = mask(ordinary_rows(8192, 32))
-    # The slots in use, and the first alone: a place must not be more likely to be chosen first either.
+    # All predicted positions, and the first of each row: no position may be more likely to come first either.
     for used in (
         masked.label_weights_BxK == 1,
         masked.label_weights_BxK * (np.arange(masked.label_weights_BxK.shape[1]) == 0) == 1,
@@ -148,45 +148,45 @@ def test_replacements_are_uniform_over_ordinary_ids():
     assert_uniform(counts[ORDINARY])
 
 
-def test_the_kind_of_replacement_does_not_depend_on_slot_or_place():
+def test_replacement_does_not_depend_on_the_position():
     masked = mask(ordinary_rows(8192, 32))
     used = masked.label_weights_BxK == 1
     hidden = np.take_along_axis(masked.inputs_BxL, masked.masked_positions_BxK, 1) == MASK
-    for slot in range(used.shape[1]):
-        assert_binomial((hidden & used)[:, slot].sum(), used[:, slot].sum(), 0.8)
-    for place in range(32):
-        here = used & (masked.masked_positions_BxK == place)
+    for k in range(used.shape[1]):
+        assert_binomial((hidden & used)[:, k].sum(), used[:, k].sum(), 0.8)
+    for position in range(32):
+        here = used & (masked.masked_positions_BxK == position)
         assert_binomial((hidden & here).sum(), here.sum(), 0.8)
 
 
-def test_the_rows_number_decides_not_its_batch():
+def test_masks_depend_on_the_row_number_not_on_the_batch():
     tokens = ordinary_rows(8, 24)
-    whole = mask(tokens, rows=np.arange(8) + 5)
+    together = mask(tokens, rows=np.arange(8) + 5)
     order = np.array([3, 0, 7, 5, 1, 2, 6, 4])
     for batches in ([order], np.split(order, 4)):
         parts = [mask(tokens[rows], rows=rows + 5) for rows in batches]
         joined = jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
-        jax.tree.map(np.testing.assert_array_equal, joined, jax.tree.map(lambda leaf: leaf[order], whole))
+        jax.tree.map(np.testing.assert_array_equal, joined, jax.tree.map(lambda leaf: leaf[order], together))
 
 
-def test_every_row_and_key_draws_its_own():
+def test_masks_differ_by_row_and_key():
     tokens = np.repeat(ordinary_rows(1, 64), 40, axis=0)
     masks = []
     for seed in range(3):
         masked = mask(tokens, seed=seed)
         masks += [tuple(sorted(row)) for row in masked.masked_positions_BxK]
-    # 120 draws of 10 places of 64: two are alike with a probability of 120^2 / 2 / 1.5e11.
+    # 120 draws of 10 positions of 64: the probability that two are equal is 120^2 / 2 / 1.5e11.
     assert len(set(masks)) == 120
 
 
-def test_slots_are_the_ceiling_of_the_share():
+def test_max_predictions_per_seq_is_the_ceiling_of_probability_times_length():
     for probability in ("0.15", "0.07", "0.55", "0.3", "0.1", "0.2", "0.7", "0.5", "1.0", "0.01"):
         spec = dataclasses.replace(SPEC, mlm_probability=float(probability))
         for length in range(1, 513):
             assert spec.max_predictions_per_seq(length) == math.ceil(fractions.Fraction(probability) * length)
 
 
-def test_special_ids_past_the_tokenizers_range_do_no_harm():
+def test_special_ids_past_num_ids_are_ignored():
     tokens = ordinary_rows(200, 16)
     masked = mask(tokens, num_ids=30, special_ids=(0, MASK, 35), random_replace_prob=1.0, mask_replace_prob=0.0)
     shown = np.take_along_axis(masked.inputs_BxL, masked.masked_positions_BxK, 1)[masked.label_weights_BxK == 1]
