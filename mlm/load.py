@@ -1,6 +1,6 @@
-"""A run's models as they were saved: any checkpoint as a Hugging Face directory, and what a model says to a sentence.
+"""Loads trained models from a run's checkpoints or from an exported model directory.
 
-Nothing here needs the run's devices, its text or its training step; a run that goes on is not disturbed.
+Loading needs neither the run's devices nor its data, and does not disturb a run in progress.
 """
 
 import dataclasses
@@ -21,20 +21,17 @@ from mlm.run.checkpoint import Checkpointer, CorruptCheckpointError
 from mlm.run.workdir import WorkDir
 from mlm.settings import RunSettings
 
-# Sentences of a file or a pipe that are filled in together.
-_SENTENCES_AT_ONCE = 64
-
 
 @dataclasses.dataclass(frozen=True)
 class LoadedModel:
     """A model on the host.
 
     Attributes:
-      steps: the checkpoints it is the mean of, most often one.
-      params: float32, unstacked.
-      encoder: its config.
-      tokenizer: its tokenizer.
-      tokens_seen: by the updates up to the last of `steps`.
+      steps: the checkpoints whose parameters are averaged, usually one; empty for an exported model.
+      params: float32 parameters, without a device axis.
+      encoder: the encoder's config.
+      tokenizer: the tokenizer.
+      tokens_seen: number of training tokens up to the last of `steps`; 0 for an exported model.
     """
 
     steps: tuple[int, ...]
@@ -44,60 +41,69 @@ class LoadedModel:
     tokens_seen: int
 
 
-def load_checkpoint(settings: RunSettings, place: WorkDir, *, step: int | None, average: int = 1) -> LoadedModel:
-    """Reads the parameters of a checkpoint, or the mean of some.
+def load_checkpoint(settings: RunSettings, workdir: WorkDir, *, step: int | None, average: int = 1) -> LoadedModel:
+    """Loads a checkpoint, or the mean of the parameters of several.
+
+    Args:
+      settings: those of the run.
+      workdir: its work directory.
+      step: the last checkpoint to use; None for the newest.
+      average: number of checkpoints to average.
 
     Raises:
-      UserError: there are no such checkpoints, or they cannot be read.
+      UserError: such checkpoints do not exist or cannot be read.
     """
     if average < 1:
-        raise UserError(f"--average={average} must be at least 1")
-    with Checkpointer(place.checkpoints, keep_checkpoints=settings.checkpoint.keep_checkpoints) as checkpointer:
-        there = checkpointer.steps()
-        if not there:
+        raise UserError(f"--average={average}: must be at least 1")
+    with Checkpointer(workdir.checkpoints, keep_checkpoints=settings.checkpoint.keep_checkpoints) as checkpointer:
+        available = checkpointer.steps()
+        if not available:
             raise UserError(
-                f"{place.display_path} has no checkpoints; name the work directory of a run that has saved one"
+                f"--workdir={workdir.display_path}: has no checkpoints; name the directory of a run that has saved one"
             )
-        step = there[-1] if step is None else step
-        if step not in there:
-            raise UserError(f"--step={step}: there is no such checkpoint; there are {', '.join(map(str, there))}")
-        steps = [other for other in there if other <= step][-average:]
+        step = available[-1] if step is None else step
+        if step not in available:
+            raise UserError(f"--step={step}: no such checkpoint; choose one of {', '.join(map(str, available))}")
+        steps = [other for other in available if other <= step][-average:]
         if len(steps) < average:
             raise UserError(
-                f"--average={average}: up to update {step} there are only the checkpoints "
-                f"{', '.join(map(str, steps))}; checkpoint.keep_checkpoints and checkpoint.keep_every_steps keep more"
+                f"--average={average}: up to step {step} there are only the checkpoints "
+                f"{', '.join(map(str, steps))}; lower it, or keep more with checkpoint.keep_checkpoints or "
+                "checkpoint.keep_every_steps"
             )
         try:
             mean, tokens_seen = None, 0
             for other in steps:
                 params, loop = checkpointer.restore_params(other)
                 tokens_seen = loop["tokens_seen"]
-                # In float64, so that the mean of equal ones is the same to the bit.
+                # In float64, so that the mean of equal parameters is bitwise equal to them.
                 params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64) / len(steps), params)
                 mean = params if mean is None else jax.tree.map(np.add, mean, params)
         except CorruptCheckpointError as error:
             raise UserError(
-                f"checkpoint {other} in {place.display_path} cannot be read ({error}); choose another --step"
+                f"--workdir={workdir.display_path}: cannot read checkpoint {other} ({error}); choose another --step"
             ) from None
-    tokenizer = load_tokenizer(place.tokenizer)
-    path = os.path.join(place.model, "config.json")
+    tokenizer = load_tokenizer(workdir.tokenizer)
+    path = os.path.join(workdir.model, "config.json")
     encoder = _read_encoder(path) if os.path.exists(path) else build.open_encoder(settings, tokenizer)
     params = jax.tree.map(lambda leaf: leaf.astype(np.float32), mean)
     return LoadedModel(tuple(steps), params, encoder, tokenizer, tokens_seen)
 
 
-def load_model(directory: str, *, shown: str | None = None) -> LoadedModel:
-    """Reads an exported model directory, called `shown` where that is not its name.
+def load_model(directory: str, *, display_path: str | None = None) -> LoadedModel:
+    """Loads an exported model directory; messages call it `display_path`.
 
     Raises:
-      UserError: there is none.
+      UserError: the directory has no model.
     """
-    shown = shown or directory
+    display_path = display_path or directory
+    # An export that was killed between its two renames leaves the old model here.
     directory = directory if os.path.exists(directory) else directory + ".old"
     names = os.listdir(directory) if os.path.isdir(directory) else []
     if not {"config.json", "model.safetensors"} <= set(names):
         raise UserError(
-            f"there is no model in {shown}: the run has not evaluated yet; --mode=export makes one of a checkpoint"
+            f"{display_path}: there is no model, since the run has not evaluated yet; export a checkpoint with "
+            "--mode=export"
         )
     encoder = _read_encoder(os.path.join(directory, "config.json"))
     tensors = safetensors.numpy.load_file(os.path.join(directory, "model.safetensors"))
@@ -109,4 +115,4 @@ def _read_encoder(path: str) -> EncoderConfig:
         with open(path, encoding="utf-8") as file:
             return EncoderConfig.from_hf(json.load(file))
     except ValueError:
-        raise UserError(f"{path} is not JSON; --mode=export writes it anew") from None
+        raise UserError(f"{path}: is not JSON; export the model again with --mode=export") from None

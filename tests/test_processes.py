@@ -136,9 +136,9 @@ def test_two_processes_train_then_one_then_four(tmp_path):
     assert WorkDir(workdir).last_topology() == (4, 4)
     used = collections.Counter()
     for (step, process), batch in rows.items():
-        update = show_data.replay(settings_of(config), workdir, step=step, process_index=process)
-        assert update.tokens_RxL.tolist() == batch
-        used.update({(d.epoch, d.shard, d.row) for d in update.documents})
+        data = show_data.replay(settings_of(config), workdir, step=step, process_index=process)
+        assert data.tokens_BxL.tolist() == batch
+        used.update({(d.epoch, d.shard, d.row) for d in data.documents})
     # A document that is cut by a row or a batch comes in two updates; no other comes twice.
     assert {epoch for epoch, *_ in used} == {0}
     assert max(used.values()) <= 2

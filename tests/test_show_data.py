@@ -1,4 +1,4 @@
-"""The ledger shows what the training loop used."""
+"""--mode=show_data recomputes what the training loop used."""
 
 import glob
 import json
@@ -10,11 +10,12 @@ import jax
 import numpy as np
 import pytest
 
-from mlm import steps
+from mlm import build, steps
 from mlm.errors import UserError
 from mlm.masking import mask_tokens
 from mlm.modes import show_data
 from mlm.reporting import reporter
+from mlm.run.workdir import WorkDir
 from mlm.train import train_and_evaluate
 from tests.tiny import settings_of, tiny_config, write_corpus
 
@@ -24,7 +25,7 @@ REPO = Path(__file__).parent.parent
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """(config, work directory, rows by step, inputs and targets by row number and step) of a run that was cut off."""
+    """(config, work directory, rows by step, masked rows by key and row number) of a run of 8 steps."""
     corpus = write_corpus(tmp_path_factory.mktemp("corpus"), documents=160)
     config = tiny_config(corpus)
     config.gradient_accumulation_steps = 2
@@ -59,53 +60,49 @@ def run(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("step", range(1, STEPS + 1))
-def test_the_rows_shown_are_those_the_loop_used(run, step):
-    """Steps before the first checkpoint kept, right after one, and between."""
+def test_recomputed_rows_and_masks_equal_those_of_the_loop(run, step):
+    """For steps before the first checkpoint that is still there, right after one, and in between."""
     config, workdir, rows, inputs = run
-    update = show_data.replay(settings_of(config), workdir, step=step)
-    assert update.tokens_RxL.tolist() == rows[step].tolist()
-    assert update.number == (step if step < 5 else step + 2)
+    data = show_data.replay(settings_of(config), workdir, step=step)
+    assert data.tokens_BxL.tolist() == rows[step].tolist()
+    assert data.batch_number == (step if step < 5 else step + 2)
     key = jax.random.fold_in(steps.random_key(config.seed, steps.TRAIN_MASKS), step - 1)
     key = tuple(jax.random.key_data(key).tolist())
-    for n in range(len(update.tokens_RxL)):
+    for n in range(len(data.tokens_BxL)):
         used = inputs[key, n]
-        shown = [leaf[n] for leaf in jax.tree.leaves(update.masked)]
+        shown = [leaf[n] for leaf in jax.tree.leaves(data.masked)]
         assert all(np.array_equal(a, b) for a, b in zip(used, shown, strict=True))
 
 
-def test_documents_are_those_of_the_rows(run):
+def test_documents_contain_the_text_of_the_rows(run):
     config, workdir, *_ = run
     paths = sorted(glob.glob(config.data.data_files))
     lines = [[json.loads(line)["text"] for line in Path(path).read_text().splitlines()] for path in paths]
     for step in (1, 5, STEPS):
-        update = show_data.replay(settings_of(config), workdir, step=step)
-        hf = update.text.tokenizer.hf
-        texts = [[] for _ in update.tokens_RxL]
-        for document in update.documents:
-            assert update.text.shard_name(document.source, document.shard) == repr(paths[document.shard])
+        data = show_data.replay(settings_of(config), workdir, step=step)
+        hf = data.text.tokenizer.hf
+        texts = [[] for _ in data.tokens_BxL]
+        for document in data.documents:
+            assert data.text.shard_name(document.source, document.shard) == repr(paths[document.shard])
             for row in document.batch_rows:
                 texts[row].append(lines[document.shard][document.row])
-        for tokens, parts in zip(update.tokens_RxL.tolist(), texts, strict=True):
-            # The row is a stretch of its documents, and of no fewer.
+        for tokens, parts in zip(data.tokens_BxL.tolist(), texts, strict=True):
+            # The row is part of its documents, and needs every one of them.
             whole = "".join(f"<s>{text}</s>" for text in parts)
             shown = hf.decode(tokens)
             assert shown in whole
             assert all(shown not in "".join(f"<s>{text}</s>" for text in part) for part in (parts[1:], parts[:-1]))
 
 
-def test_a_run_on_two_processes_that_went_on_as_three(run, tmp_path, monkeypatch):
-    """The history of processes is in the stream's state: any update of any process is made again."""
+def test_a_run_of_two_processes_that_resumed_with_three(run, tmp_path, monkeypatch):
+    """The stream state records the numbers of processes: any step of any process is recomputed."""
     config, _, *_ = run
     config = config.copy_and_resolve_references()
     config.data.skip_steps = ()
-    workdir = str(tmp_path)
-    from mlm import build
-    from mlm.run import workdir as workdirs
-
-    place = workdirs.WorkDir(workdir)
-    built = build.build(settings_of(config), place)
+    workdir = WorkDir(str(tmp_path))
+    built = build.build(settings_of(config), workdir)
     text = built.text
-    place.create(config.to_dict(), save_tokenizer=built.tokenizer.save, processes=3, rows_per_process=8, step=0)
+    workdir.create(config.to_dict(), save_tokenizer=built.tokenizer.save, processes=3, rows_per_process=8, step=0)
     used = {}
 
     def make(streams, first, last):
@@ -127,34 +124,34 @@ def test_a_run_on_two_processes_that_went_on_as_three(run, tmp_path, monkeypatch
         monkeypatch.setattr(show_data.Checkpointer, "steps", lambda self, kept=kept: kept)
         for step, process in [(2, 1), (4, 0), (5, 2), (6, 0), (8, 1)] if len(kept) == 1 else [(3, 0), (5, 1)]:
             rows = used[step, process]
-            update = show_data.replay(settings_of(config), workdir, step=step, process_index=process)
-            assert update.tokens_RxL.tolist() == rows.tolist()
-            assert (update.process_count, update.first_row) == ((2, 12 * process) if step <= 4 else (3, 8 * process))
-    with pytest.raises(UserError, match="--process=2: update 4 had processes 0 to 1"):
-        show_data.replay(settings_of(config), workdir, step=4, process_index=2)
+            data = show_data.replay(settings_of(config), str(tmp_path), step=step, process_index=process)
+            assert data.tokens_BxL.tolist() == rows.tolist()
+            assert (data.process_count, data.first_row) == ((2, 12 * process) if step <= 4 else (3, 8 * process))
+    with pytest.raises(UserError, match="--process=2: step 4 had processes 0 to 1"):
+        show_data.replay(settings_of(config), str(tmp_path), step=4, process_index=2)
 
 
-def test_what_is_printed(run, capsys):
+def test_the_printed_sequences(run, capsys):
     config, workdir, *_ = run
     show_data.run(settings_of(config), workdir, step=5, sequences=2, process=0)
     shown = capsys.readouterr().out
     total = config.per_device_train_batch_size * 2 * jax.local_device_count()
-    update = show_data.replay(settings_of(config), workdir, step=5)
-    assert f"step 5: batch 7 of the data, epoch {update.epoch}; 2 of the {total} sequences of process 0 of 1\n" in shown
+    data = show_data.replay(settings_of(config), workdir, step=5)
+    assert f"step 5: batch 7 of the data, epoch {data.epoch}; 2 of the {total} sequences of process 0 of 1\n" in shown
     assert "\nsequence 1\n" in shown
     assert "\nsequence 2\n" not in shown
-    assert ".jsonl', row " in shown
-    tokenizer = update.text.tokenizer
-    assert show_data.decode_masked(tokenizer, update.masked, 0) in shown
-    # With its targets in place it is the row.
-    text = show_data.decode_masked(tokenizer, update.masked, 1)
-    assert "[<mask>=" in "".join(show_data.decode_masked(tokenizer, update.masked, n) for n in range(8))
-    masked = update.masked
-    places = sorted(masked.masked_positions_BxK[1][masked.label_weights_BxK[1] > 0].tolist())
-    for place in places:
-        word, was = (tokenizer.hf.decode([ids[1, place]]) for ids in (masked.inputs_BxL, update.tokens_RxL))
-        text = text.replace(f"[{word}={was}]", was, 1)
-    assert text == tokenizer.hf.decode(update.tokens_RxL[1])
+    assert ".jsonl', document " in shown
+    tokenizer = data.text.tokenizer
+    assert show_data.decode_masked(tokenizer, data.masked, 0) in shown
+    # With the labels in place of [input=label] it is the row.
+    text = show_data.decode_masked(tokenizer, data.masked, 1)
+    assert "[<mask>=" in "".join(show_data.decode_masked(tokenizer, data.masked, n) for n in range(8))
+    masked = data.masked
+    positions = sorted(masked.masked_positions_BxK[1][masked.label_weights_BxK[1] > 0].tolist())
+    for position in positions:
+        token, label = (tokenizer.hf.decode([ids[1, position]]) for ids in (masked.inputs_BxL, data.tokens_BxL))
+        text = text.replace(f"[{token}={label}]", label, 1)
+    assert text == tokenizer.hf.decode(data.tokens_BxL[1])
 
 
 @pytest.mark.slow
@@ -168,24 +165,26 @@ def test_the_command_line(run, tmp_path, capsys):
     )
     command = [sys.executable, "main.py", f"--config={tmp_path / 'config.py'}", f"--workdir={workdir}"]
     command += ["--config.data.skip_steps=((5, 6),)", "--mode=show_data"]
-    result = subprocess.run([*command, "--step=7", "--rows=3"], cwd=REPO, capture_output=True, text=True, check=False)
+    result = subprocess.run(
+        [*command, "--step=7", "--sequences=3"], cwd=REPO, capture_output=True, text=True, check=False
+    )
     assert result.returncode == 0, result.stderr
     show_data.run(settings_of(config), workdir, step=7, sequences=3, process=0)
     assert result.stdout == capsys.readouterr().out
     result = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=False)
     assert (result.returncode, result.stderr) == (
         2,
-        "error: --mode=show_data needs the update to show, such as --step=100\n",
+        "error: --step: missing; --mode=show_data needs it, such as --step=100\n",
     )
 
 
-def test_what_cannot_be_shown_is_told(run, tmp_path):
+def test_errors(run, tmp_path):
     config, workdir, *_ = run
     with pytest.raises(UserError, match="there is no run"):
         show_data.replay(settings_of(config), str(tmp_path / "none"), step=1)
-    with pytest.raises(UserError, match="updates are numbered from 1"):
+    with pytest.raises(UserError, match="--step=0: must be at least 1"):
         show_data.replay(settings_of(config), workdir, step=0)
-    with pytest.raises(UserError, match="--process=1: update 2 had processes 0 to 0"):
+    with pytest.raises(UserError, match="--process=1: step 2 had processes 0 to 0"):
         show_data.replay(settings_of(config), workdir, step=2, process_index=1)
     other = config.copy_and_resolve_references()
     other.seed = 7

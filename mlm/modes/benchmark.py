@@ -1,4 +1,4 @@
-"""Where the time of an update goes: the loop as it is, beside the step alone."""
+"""--mode=benchmark: prints the time per step in the training loop, by part, and of the training step alone."""
 
 import functools
 import os
@@ -15,24 +15,24 @@ from mlm.run.workdir import WorkDir
 from mlm.settings import RunSettings
 from mlm.train import train_and_evaluate
 
-# Parts of an update in the loop; they add up to it.
+# Parts of the time per step in the loop; they add up to it.
 _PARTS = {
     "input_wait": "waiting for a batch",
-    "transfer": "sending it to the devices",
+    "transfer": "copying it to the devices",
     "device": "waiting for the devices",
-    "host": "the host's own work",
+    "host": "other work of the host",
 }
-# Pauses between steps, once in so many.
+# Pauses between steps -> the key that says how often.
 _PAUSES = {"evaluation": "eval_steps", "save": "save_steps", "export": "eval_steps"}
 
 
 def run(settings: RunSettings, workdir: None, *, steps: int) -> None:
-    """Prints milliseconds of an update in the loop, by part, and against the step alone on one batch.
+    """Prints milliseconds per step in the training loop, by part, and of the training step alone on one batch.
 
-    Both are timed over `steps` steps after as many that are not, in one process, the step alone before and after
-    the loop: its mean counts, and its change says how far the ratio is to be trusted. Nothing of the run is kept.
+    Both are timed over `steps` steps, after as many untimed ones, in one process. The step alone is timed before and
+    after the loop: its mean is compared, and the difference is the uncertainty of the ratio. All files are temporary.
     """
-    # Lines after the first and the second half; evaluation, checkpoint and export come between, and count apart.
+    # One log line after each half; the pauses for evaluation, checkpoint and export are between them, timed apart.
     settings = settings.replace(
         {
             "hub.push_to_hub": False,
@@ -44,34 +44,34 @@ def run(settings: RunSettings, workdir: None, *, steps: int) -> None:
         }
     )
     alone = [_step_ms(settings, num_steps=steps)]
-    with tempfile.TemporaryDirectory(prefix="mlm-benchmark") as workdir:
-        train_and_evaluate(settings, os.path.join(workdir, "run"))
-        line = read_metrics(os.path.join(workdir, "run", "metrics.jsonl"))[-1]
+    with tempfile.TemporaryDirectory(prefix="mlm-benchmark") as directory:
+        train_and_evaluate(settings, os.path.join(directory, "run"))
+        line = read_metrics(os.path.join(directory, "run", "metrics.jsonl"))[-1]
     alone.append(_step_ms(settings, num_steps=steps))
     mean = sum(alone) / 2
 
     total = line["perf/step_ms"]
-    print(f"\nAn update in the loop {total:10.2f} ms   {line['perf/tokens_per_second']:,.0f} tokens/s")
+    print(f"\ntime per step         {total:10.2f} ms   {line['perf/tokens_per_second']:,.0f} tokens/s")
     for part, meaning in _PARTS.items():
         print(f"  {meaning:<28}{line[f'perf/{part}_ms']:10.2f} ms   {line[f'perf/{part}_ms'] / total:6.1%}")
     for name, key in _PAUSES.items():
-        print(f"Every {key:<13} {name:<12}{line[f'perf/{name}_ms']:8.0f} ms")
-    print(f"The step alone        {mean:10.2f} ms   (before and after: {alone[0]:.2f}, {alone[1]:.2f})")
+        print(f"every {key:<13} {name:<12}{line[f'perf/{name}_ms']:8.0f} ms")
+    print(f"training step alone   {mean:10.2f} ms   (before and after: {alone[0]:.2f}, {alone[1]:.2f})")
     print(f"loop / step alone     {total / mean:10.3f}      (± {abs(alone[1] - alone[0]) / (2 * mean):.3f})")
 
 
 def _step_ms(settings: RunSettings, *, num_steps: int) -> float:
-    """Of the step alone, over and over on one batch that is on the devices."""
-    with tempfile.TemporaryDirectory(prefix="mlm-benchmark") as workdir:
-        run = build.build(settings, WorkDir(workdir))
-    logging.info("timing the step alone")
+    """Returns milliseconds per call of the training step, repeated on one batch that is on the devices."""
+    with tempfile.TemporaryDirectory(prefix="mlm-benchmark") as directory:
+        run = build.build(settings, WorkDir(directory))
+    logging.info("timing the training step alone")
     step = parallel.data_parallel(
         functools.partial(steps.train_step, step_config=run.step_config, axis_name=parallel.AXIS), donate_argnums=(0,)
     )
     state = parallel.replicate(steps.init_state(run.step_config, run.initial_params()))
     tokens = parallel.shard(np.asarray(next(run.stream)), shape=(settings.gradient_accumulation_steps,))
     times = []
-    for _ in range(2):  # The first time, what is not timed.
+    for _ in range(2):  # The first half is the warm-up.
         start = time.monotonic()
         for _ in range(num_steps):
             state, metrics = step(state, tokens)

@@ -19,7 +19,7 @@ from mlm.settings import EXPORT_DTYPES, RunSettings
 
 def run(
     settings: RunSettings,
-    workdir: str,
+    workdir_path: str,
     *,
     step: int | None = None,
     average: int = 1,
@@ -30,84 +30,85 @@ def run(
 
     Args:
       settings: those of the run.
-      workdir: the run's.
-      step: which checkpoint; None for the newest.
-      average: of how many checkpoints, up to that one, the parameters' mean is taken.
-      output: where to; None for the run's own `model/`.
-      dtype: of the weights written; None for the run's export.dtype.
+      workdir_path: the run's work directory.
+      step: the checkpoint; None for the newest.
+      average: number of checkpoints, the last of them `step`, whose parameters are averaged.
+      output: the directory to write; None for the run's own `model/`.
+      dtype: dtype of the weights; None for the run's export.dtype.
 
     Returns:
       The directory.
 
     Raises:
-      UserError: there is no such checkpoint, or something else stands at `output`.
+      UserError: the checkpoint does not exist, or `output` is something else than a model directory.
     """
     dtype = dtype or settings.export.dtype
     if dtype not in EXPORT_DTYPES:
-        raise UserError(f"--dtype={dtype} is not one of {', '.join(EXPORT_DTYPES)}")
+        raise UserError(f"--dtype={dtype}: must be one of {', '.join(EXPORT_DTYPES)}")
     if output is not None and is_url(output):
-        raise UserError(f"--output={output}: URLs are not supported; name a directory here and copy it there")
-    place = WorkDir(workdir)
-    directory = os.path.abspath(os.path.expanduser(output)) if output is not None else place.model
+        raise UserError(f"--output={output}: URLs are not supported; name a local directory and copy it to the URL")
+    workdir = WorkDir(workdir_path)
+    directory = os.path.abspath(os.path.expanduser(output)) if output is not None else workdir.model
     if os.path.exists(directory) and not os.path.isdir(directory):
-        raise UserError(f"--output={output}: there is a file; name a directory, or one that can be made")
+        raise UserError(f"--output={output}: is a file; name a directory")
     if os.path.isdir(directory) and os.listdir(directory) and "trainer_state.json" not in os.listdir(directory):
-        raise UserError(f"--output={output}: there is something else than a model; name another directory")
+        raise UserError(f"--output={output}: has files that are not a model's; name another directory")
     if output is None:
-        place.lock()  # A run writes there, too.
+        workdir.lock()  # A run in progress writes there, too.
     try:
-        saved = load_checkpoint(settings, place, step=step, average=average)
-        last = saved.steps[-1]
-        title = os.path.basename(place.path)
+        loaded = load_checkpoint(settings, workdir, step=step, average=average)
+        last = loaded.steps[-1]
+        title = os.path.basename(workdir.path)
         if average > 1:
-            title += f", mean of the checkpoints {', '.join(map(str, saved.steps))}"
-        processes, rows_per_process = place.last_topology()
+            title += f", mean of the checkpoints {', '.join(map(str, loaded.steps))}"
+        processes, sequences_per_process = workdir.last_topology()
         card = build_card(
             settings,
             title=title,
-            model_type=saved.encoder.model_type,
+            model_type=loaded.encoder.model_type,
             step=last,
-            rows=processes * rows_per_process,
-            tokens_seen=saved.tokens_seen,
-            hardware=_hardware(place),
+            sequences_per_step=processes * sequences_per_process,
+            tokens_seen=loaded.tokens_seen,
+            hardware=_hardware(workdir),
         )
         os.makedirs(os.path.dirname(directory), exist_ok=True)
         model_directory.export_model(
             directory,
             step=last,
-            params=saved.params,
-            config=saved.encoder,
-            tokenizer=saved.tokenizer,
+            params=loaded.params,
+            config=loaded.encoder,
+            tokenizer=loaded.tokenizer,
             card=card,
-            # Those of a checkpoint are not those of a mean.
-            metrics=_evaluation(place, last) if average == 1 else {},
-            predictions=fill_mask(MaskedLM(saved.encoder), saved.params, saved.tokenizer, settings.report.sentences),
-            metrics_path=place.metrics,
+            # A mean of checkpoints was not evaluated.
+            metrics=_eval_metrics(workdir, last) if average == 1 else {},
+            predictions=fill_mask(MaskedLM(loaded.encoder), loaded.params, loaded.tokenizer, settings.report.sentences),
+            metrics_path=workdir.metrics,
             dtype=dtype,
         )
         if output is None:
-            place.push()
+            workdir.push()
     except OSError as error:
-        raise UserError(f"{error}; make room, or mend that, and export again") from None
+        raise UserError(f"--mode=export: {error}; free some space or fix the disk, and export again") from None
     finally:
-        place.unlock()
-    shown = directory if output is not None else os.path.join(place.display_path, "model")
-    logging.info("exported update %s to %s", " + ".join(map(str, saved.steps)), shown)
-    return shown
+        workdir.unlock()
+    display_path = directory if output is not None else os.path.join(workdir.display_path, "model")
+    names = " + ".join(map(str, loaded.steps))
+    logging.info("exported step%s %s to %s", "s" * (average > 1), names, display_path)
+    return display_path
 
 
-def _hardware(place: WorkDir) -> str:
-    """What the run's own export says; empty where there is none."""
+def _hardware(workdir: WorkDir) -> str:
+    """Returns the hardware that the run's own export names; empty without an export."""
     try:
-        with open(os.path.join(place.model, "trainer_state.json"), encoding="utf-8") as file:
+        with open(os.path.join(workdir.model, "trainer_state.json"), encoding="utf-8") as file:
             return json.load(file)["hardware"]
     except (FileNotFoundError, NotADirectoryError, ValueError, KeyError):
         return ""
 
 
-def _evaluation(place: WorkDir, step: int) -> dict[str, float]:
-    """The metrics of the evaluation after update `step`, empty if there was none."""
-    for line in read_metrics(place.metrics):
+def _eval_metrics(workdir: WorkDir, step: int) -> dict[str, float]:
+    """Returns the metrics of the evaluation after `step`; empty without an evaluation."""
+    for line in read_metrics(workdir.metrics):
         if line["step"] == step:
             return {name: value for name, value in line.items() if name.startswith("eval/")}
     return {}
