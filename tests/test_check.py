@@ -1,4 +1,4 @@
-"""--mode=check: what it prints is true, and what is wrong is told, all at once."""
+"""--mode=check: what it prints is true, and all problems are reported at once."""
 
 import itertools
 import math
@@ -66,7 +66,7 @@ def test_names_that_no_machine_has(name):
         parse_topology(name)
 
 
-def test_a_run_that_is_ready_is_shown_as_it_will_be(config, tmp_path, capsys):
+def test_the_output_of_a_run_that_is_ready(config, tmp_path, capsys):
     assert check(config, tmp_path / "run", parse_topology("v3-8")) == []
     output = capsys.readouterr().out
     assert not (tmp_path / "run").exists()
@@ -75,23 +75,23 @@ def test_a_run_that_is_ready_is_shown_as_it_will_be(config, tmp_path, capsys):
     assert re.search(r"^  seed +42$", output, re.MULTILINE)
     assert len(re.findall(r"^[* ] \w[\w.]+ {2,}\S", output.split("Text\n")[0], re.MULTILINE)) == len(DEFAULTS)
 
-    documents = re.findall(r"^document \d, of .*\n  (Number \d+: .*)$", output, re.MULTILINE)
+    documents = re.findall(r"^document \d of .*\n  (Number \d+: .*)$", output, re.MULTILINE)
     first = (tmp_path / "corpus" / "part-0.jsonl").read_text().splitlines()[:3]
     assert len(documents) == 3
     assert all(document in line for document, line in zip(documents, first, strict=True))
 
-    # The rows and the masks are those of update 1: what the stream gives, and what show_data would print.
+    # The sequences and masks are those of step 1.
     run = build.build(settings_of(config), WorkDir(str(tmp_path / "run")))
     rows_BxL = next(run.text.batches(process_index=0, process_count=1, batch_rows=32))
-    shown = re.findall(r"^row (\d) of update 1 .*\n  (.*)$", output, re.MULTILINE)
+    shown = re.findall(r"^row (\d) of step 1 .*\n  (.*)$", output, re.MULTILINE)
     assert shown == [(str(row), " ".join(run.tokenizer.hf.decode(rows_BxL[row]).split())) for row in (0, 1)]
-    masked = re.search(r"to predict, (\d+) of them\n  (.*)$", output, re.MULTILINE)
+    masked = re.search(r"^row 0 after masking; \[input=label\], (\d+) masked\n  (.*)$", output, re.MULTILINE)
     assert masked[2].count("=") == int(masked[1])
     restored = re.sub(r"\[[^\]=]*=([^\]]*)\]", r"\1", masked[2])
     assert restored == shown[0][1]
 
-    assert "an update     32 rows of 16 tokens: 4 a device x 1 passes x 8 devices" in output
-    assert "tokens        4,096 in 8 updates" in output
+    assert "step          32 sequences of 16 tokens: 4 per device x 1 microbatches x 8 devices" in output
+    assert "tokens        4,096 in 8 steps" in output
     parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(run.initial_params()))
     assert f"parameters    {parameters:,}\n" in output
     assert "machine       v3-8: 8 x TPU v3, on 1 host\n" in output
@@ -119,7 +119,7 @@ def test_a_corpus_too_large_to_read_is_estimated(config, tmp_path, monkeypatch):
     def source(parts):
         return Source("s", "text", 10, lambda shard, row: itertools.repeat(texts, parts), str)
 
-    # A look at the clock a part: five parts before the time is up.
+    # The clock is read once per part: five parts before the time is up.
     assert check_mode.tokens_of_epoch(source(2), run.tokenizer, seconds=5) == (10 * 2 * one_part, False)
     assert check_mode.tokens_of_epoch(source(99), run.tokenizer, seconds=5) == (10 * 6 * one_part, True)
 
@@ -133,12 +133,12 @@ def test_time_to_finish_follows_from_peak_and_utilization(config, tmp_path, caps
     assert "time          unknown: no peak rate of a cpu is known" in capsys.readouterr().out
 
 
-def test_what_may_not_be_meant_is_a_note(config, tmp_path, capsys):
+def test_notes(config, tmp_path, capsys):
     sentences = "note          report.sentences are the English defaults"
     config.num_train_steps = 10_000
     assert check(config, tmp_path / "run") == []
     output = capsys.readouterr().out
-    assert "note          text seen more than 40 times" in output
+    assert "note          more than 40 epochs" in output
     assert sentences not in output
     config.num_train_steps = 8
     config.model.overrides.max_position_embeddings = 100
@@ -146,13 +146,13 @@ def test_what_may_not_be_meant_is_a_note(config, tmp_path, capsys):
     assert check(config, tmp_path / "run") == []
     output = capsys.readouterr().out
     assert sentences in output
-    assert "text seen" not in output
+    assert "epochs give" not in output
     # The documentation of Python packages is English.
     assert not check_mode.has_english_sentences(settings_of(default.get_config()), DEFAULTS)
 
 
 @pytest.mark.parametrize(("model_type", "needed"), [("roberta", 514), ("bert", 512)])
-def test_rows_past_the_positions_are_told_with_what_to_set_before_a_tokenizer_is_trained(
+def test_sequences_longer_than_the_model_are_an_error_before_a_tokenizer_is_trained(
     config, tmp_path, monkeypatch, model_type, needed
 ):
     config.model.model_type = model_type
@@ -170,7 +170,7 @@ def test_every_problem_is_reported_at_once(config, tmp_path, monkeypatch):
     config.hub.push_to_hub = True
     config.model.overrides.vocab_size = 100
     problems = check(config, tmp_path / "run")
-    assert [problem.split(" ")[0] for problem in problems] == ["hub.push_to_hub=True", "the"]
+    assert [problem.split(" ")[0] for problem in problems] == ["hub.push_to_hub=True:", "the"]
 
 
 @pytest.mark.parametrize(
@@ -189,18 +189,18 @@ def test_problems(config, tmp_path, changes, problem):
     assert problem in found[0]
 
 
-def test_a_batch_that_the_run_will_find(config, tmp_path, monkeypatch, capsys):
+def test_a_batch_size_that_is_found_when_the_run_starts(config, tmp_path, monkeypatch, capsys):
     config.per_device_train_batch_size = 0
     assert check(config, tmp_path / "run", parse_topology("h100-8")) == []
     output = capsys.readouterr().out
     assert "per_device_train_batch_size=0 is found when the run starts; counted as 8 here" in output
-    assert "an update     64 rows of 16 tokens: 8 a device" in output
+    assert "step          64 sequences of 16 tokens: 8 per device" in output
     monkeypatch.setattr(topology, "can_compile", lambda machine: True)
     monkeypatch.setattr(topology, "devices_of", lambda machine: jax.devices())
     monkeypatch.setattr(topology, "largest_batch", lambda *args, **options: 24)
     monkeypatch.setattr(topology, "try_batch", lambda *args, **options: topology.MemoryEstimate(24, 10**6, 24, 24))
     assert check(config, tmp_path / "run", parse_topology("v3-8")) == []
-    assert "an update     192 rows of 16 tokens: 24 a device" in capsys.readouterr().out
+    assert "step          192 sequences of 16 tokens: 24 per device" in capsys.readouterr().out
 
 
 def test_a_disk_and_a_device_that_are_too_small(config, tmp_path, monkeypatch, capsys):
@@ -208,15 +208,15 @@ def test_a_disk_and_a_device_that_are_too_small(config, tmp_path, monkeypatch, c
     monkeypatch.setattr("shutil.disk_usage", lambda path: Usage(0, 0, 1000))
     config.checkpoint.keep_every_steps = 4
     found = check(config, tmp_path / "run", Machine("toy", "TPU v3", 1, 1, memory_bytes=1000))
-    assert found[0].startswith("parameters, gradients and optimizer take 0.2 MB, a TPU v3 has 0.0 MB")
+    assert "gradients and optimizer need 0.2 MB per device, a TPU v3 has 0.0 MB" in found[0]
     assert "lower checkpoint.keep_checkpoints" in found[1]
-    # Two kept ones, one under way, and those of updates 4 and 8.
+    # keep_checkpoints=2, one that is being written, and those of steps 4 and 8.
     assert "for 5 checkpoints of" in capsys.readouterr().out
 
 
-def test_another_run_in_the_directory_is_told(config, tmp_path):
-    place = WorkDir(str(tmp_path / "run"))
-    place.create(
+def test_another_run_in_the_directory_is_a_problem(config, tmp_path):
+    workdir = WorkDir(str(tmp_path / "run"))
+    workdir.create(
         config.to_dict(), save_tokenizer=lambda path: Path(path).mkdir(), processes=1, rows_per_process=1, step=0
     )
     config.seed = 7
@@ -224,7 +224,7 @@ def test_another_run_in_the_directory_is_told(config, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_command_line_ends_in_one_line(config, tmp_path):
+def test_the_command_line_prints_ready_or_one_line(config, tmp_path):
     file = tmp_path / "config.py"
     file.write_text(
         f"from tests import tiny\n\n\ndef get_config():\n    return tiny.tiny_config({config.data.data_files!r})\n"
@@ -239,4 +239,4 @@ def test_the_command_line_ends_in_one_line(config, tmp_path):
     assert done.stdout.endswith("\nready\n")
     done = run("--config.seed=-1")
     assert done.returncode == 2
-    assert done.stderr == "error: not ready; seed=-1 must lie between 0 and 2**32 - 1\n"
+    assert done.stderr == "error: seed=-1: must lie between 0 and 2**32 - 1\n"

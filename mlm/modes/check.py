@@ -1,6 +1,6 @@
-"""--mode=check: looks through a run before it begins, on any machine, and trains nothing and writes nothing.
+"""--mode=check: a dry run, on any machine, that trains nothing and writes nothing.
 
-What it prints is what the run would be made of: the same functions open the text, the tokenizer and the model.
+It opens text, tokenizer and model with the functions that training uses, so what it prints is what the run would use.
 """
 
 import contextlib
@@ -32,25 +32,25 @@ from mlm.reporting.reporter import PEAK_FLOPS
 from mlm.run.workdir import WorkDir
 from mlm.settings import RunSettings
 
-# Of text read to estimate what an epoch holds.
+# Time for reading text to estimate the tokens of an epoch.
 _SAMPLE_SECONDS = 5.0
-# Documents tokenized at once then.
+# Documents tokenized at once for that estimate.
 _SAMPLE_DOCUMENTS = 500
-# Muennighoff et al. 2023, "Scaling Data-Constrained Language Models": past about 40 epochs more gain nothing.
+# Muennighoff et al. 2023, "Scaling Data-Constrained Language Models": no gain beyond about 40 epochs.
 _MANY_EPOCHS = 40
-# Characters shown of a document or a row.
-_SHOWN = 400
+# Characters printed of a document or a sequence.
+_MAX_CHARACTERS = 400
 
 
 @dataclasses.dataclass
 class Findings:
-    """What is wrong, a line each."""
+    """The problems found, one line each."""
 
     problems: list[str] = dataclasses.field(default_factory=list)
 
     @contextlib.contextmanager
     def collect(self) -> Iterator[None]:
-        """Takes a UserError of its block as one of them."""
+        """Records a UserError of the block as a problem."""
         try:
             yield
         except UserError as error:
@@ -116,9 +116,9 @@ def check(
         _heading("Text")
         show_documents(run.text)
         with findings.collect():
-            show_rows(local, run, here)
+            show_sequences(local, run, here)
         _heading("Tokenizer and model")
-        show_fit(run)
+        show_tokenizer(run)
         _heading("The run")
         show_size(local, run, place, here, findings, utilization=utilization)
         if has_english_sentences(settings, defaults):
@@ -133,7 +133,7 @@ def _heading(title: str) -> None:
 
 
 def show_config(settings: RunSettings, defaults: Mapping[str, Any]) -> None:
-    """Prints every key with its value, and the default where the value is another."""
+    """Prints every config key with its value, and with the default if that differs."""
     values = settings.flat()
     width = max(map(len, values))
     for key, value in values.items():
@@ -144,21 +144,20 @@ def show_config(settings: RunSettings, defaults: Mapping[str, Any]) -> None:
 
 
 def show_documents(text: text_lib.Text, *, count: int = 3) -> None:
-    """Prints the first documents, of several sources in turn, and what there is to read."""
+    """Prints the sources with their shards and the first documents, of several sources in turn."""
     for source in text.sources:
         shards = source.train.num_shards
         print(f"{source.train.name}: {shards:,} shard{'s' * (shards > 1)}, column {source.train.text_column!r}")
     heads = [text_lib.head(source.train, count) for source in text.sources]
     for number in range(1, count + 1):
-        # Of a mixture, a document of each of the first sources.
         source = text.sources[(number - 1) % len(text.sources)].train
         document = next(heads[(number - 1) % len(heads)], None)
         if document is not None:
-            print(f"\ndocument {number}, of {source.name}\n  {_shortened(document)}")
+            print(f"\ndocument {number} of {source.name}\n  {_shortened(document)}")
 
 
-def show_rows(settings: RunSettings, run: build.Components, machine: Machine) -> None:
-    """Prints two rows of the first batch of the first host, and one of them masked.
+def show_sequences(settings: RunSettings, run: build.Components, machine: Machine) -> None:
+    """Prints two sequences of the first batch of the first host, and one of them masked.
 
     Raises:
       UserError: there is not enough text for a batch.
@@ -167,36 +166,32 @@ def show_rows(settings: RunSettings, run: build.Components, machine: Machine) ->
         run.text.batches(
             process_index=0,
             process_count=machine.hosts,
-            batch_rows=_rows_a_device(settings) * machine.devices // machine.hosts,
+            batch_rows=_sequences_per_device(settings) * machine.devices // machine.hosts,
         )
     )
     decode = functools.partial(run.tokenizer.hf.decode, clean_up_tokenization_spaces=False)
     for number, tokens_L in enumerate(tokens_BxL[:2]):
-        print(f"\nrow {number} of update 1 (data.packing={settings.data.packing!r})\n  {_shortened(decode(tokens_L))}")
+        print(f"\nrow {number} of step 1 (data.packing={settings.data.packing!r})\n  {_shortened(decode(tokens_L))}")
     key = jax.random.fold_in(steps.random_key(settings.seed, steps.TRAIN_MASKS), 0)
     rows_B = np.arange(1, dtype=np.int32)
     masked = jax.jit(functools.partial(mask_tokens, spec=run.step_config.masking))(
         tokens_BxL[:1], rows_B=rows_B, key=key
     )
     masked = jax.device_get(masked)
-    print(
-        f"\nrow 0 as the model sees it; [shown=target] is a token to predict, {masked.label_weights_BxK.sum():.0f} of them"
-    )
-    print(f"  {_shortened(decode_masked(run.tokenizer, masked, 0), shown=2 * _SHOWN)}")
+    print(f"\nrow 0 after masking; [input=label], {masked.label_weights_BxK.sum():.0f} masked")
+    print(f"  {_shortened(decode_masked(run.tokenizer, masked, 0), limit=2 * _MAX_CHARACTERS)}")
 
 
-def show_fit(run: build.Components) -> None:
-    """Prints what tokenizer and model must agree in; `setup.build` has seen to it that they do."""
+def show_tokenizer(run: build.Components) -> None:
+    """Prints the ids, special tokens and lengths of tokenizer and model; `build.build` has checked that they match."""
     tokenizer, encoder = run.tokenizer, run.encoder
-    print(f"tokenizer {tokenizer.name}, by {tokenizer.backend}; model {encoder.model_type}")
+    print(f"tokenizer {tokenizer.name} (backend {tokenizer.backend}), model {encoder.model_type}")
     unused = encoder.vocab_size - tokenizer.num_ids
-    print(
-        f"  ids         {tokenizer.num_ids:,} of the tokenizer, {encoder.vocab_size:,} of the model ({unused:,} unused)"
-    )
+    print(f"  ids         tokenizer {tokenizer.num_ids:,}, model {encoder.vocab_size:,} ({unused:,} unused)")
     roles = ("bos", tokenizer.bos_id), ("eos", tokenizer.eos_id), ("pad", tokenizer.pad_id), ("mask", tokenizer.mask_id)
     named = ", ".join(f"{role} {tokenizer.hf.convert_ids_to_tokens(id)} {id}" for role, id in roles)
     print(f"  special     {named}")
-    print(f"  positions   rows of {run.text.eval_rows_RxL.shape[1]}, the model takes {encoder.max_seq_length}")
+    print(f"  length      sequences {run.text.eval_rows_RxL.shape[1]} tokens, model at most {encoder.max_seq_length}")
 
 
 def show_size(
@@ -208,23 +203,23 @@ def show_size(
     *,
     utilization: float,
 ) -> None:
-    """Prints batch, shards, tokens, epochs, parameters, memory, disk and time; adds what does not fit."""
+    """Prints batch, shards, parameters, tokens, epochs, memory, disk and time; records what does not fit."""
     length = settings.data.max_seq_length
-    rows = _rows_a_device(settings) * machine.devices
-    tokens = settings.num_train_steps * rows * length
+    sequences = _sequences_per_device(settings) * machine.devices
+    tokens = settings.num_train_steps * sequences * length
     state = jax.eval_shape(lambda: steps.init_state(run.step_config, steps.init_params(run.step_config, length=length)))
     parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state.params))
     state_bytes = _bytes(state)
 
     print(f"machine       {machine.name}: {machine.devices} x {machine.kind}, on {_hosts(machine.hosts)}")
     print(
-        f"an update     {rows:,} rows of {length} tokens: {settings.per_device_train_batch_size} a device x "
-        f"{settings.gradient_accumulation_steps} passes x {machine.devices} devices"
+        f"step          {sequences:,} sequences of {length} tokens: {settings.per_device_train_batch_size} per device "
+        f"x {settings.gradient_accumulation_steps} microbatches x {machine.devices} devices"
     )
     for source in run.text.sources:
         print(f"shards        {_describe_shards(source.train, machine.hosts)}")
     print(f"parameters    {parameters:,}")
-    print(f"tokens        {tokens:,} in {settings.num_train_steps:,} updates")
+    print(f"tokens        {tokens:,} in {settings.num_train_steps:,} steps")
     total = sum(source.weight for source in run.text.sources)
     for source in run.text.sources:
         epoch, is_bound = tokens_of_epoch(source.train, run.tokenizer, seconds=_SAMPLE_SECONDS / len(run.text.sources))
@@ -234,10 +229,7 @@ def show_size(
             f"epochs        {about} {epochs:,.2f} of {source.train.name}, {_count(epoch)} tokens{' or more' * is_bound}"
         )
         if epochs > _MANY_EPOCHS and not is_bound:
-            print(
-                f"note          text seen more than {_MANY_EPOCHS} times teaches little more: lower num_train_steps, "
-                "or add text"
-            )
+            print(f"note          more than {_MANY_EPOCHS} epochs give little gain: lower num_train_steps, or add text")
     _show_memory(state_bytes + _bytes(state.params), machine, findings)
     _show_disk(settings, place, state_bytes, _bytes(state.params), findings)
     _show_time(settings, run, tokens, machine, utilization)
@@ -245,7 +237,7 @@ def show_size(
 
 def _show_memory(needed: int, machine: Machine, findings: Findings) -> None:
     print(
-        f"memory        {_gigabytes(needed)} a device for parameters, gradients and optimizer, without activations",
+        f"memory        {_gigabytes(needed)} per device for parameters, gradients and optimizer, without activations",
         end="",
     )
     if machine.memory_bytes is None:
@@ -254,14 +246,14 @@ def _show_memory(needed: int, machine: Machine, findings: Findings) -> None:
     print(f", of {_gigabytes(machine.memory_bytes)}")
     if needed > machine.memory_bytes:
         findings.problems.append(
-            f"parameters, gradients and optimizer take {_gigabytes(needed)}, a {machine.kind} has "
-            f"{_gigabytes(machine.memory_bytes)}: choose a smaller model"
+            f"--topology={machine.name}: parameters, gradients and optimizer need {_gigabytes(needed)} per device, a "
+            f"{machine.kind} has {_gigabytes(machine.memory_bytes)}; choose a smaller model"
         )
 
 
 def _show_disk(settings: RunSettings, place: WorkDir, state_bytes: int, model_bytes: int, findings: Findings) -> None:
     every = settings.checkpoint.keep_every_steps
-    # One more while the oldest is still there; the model twice, while the new one takes the old one's place.
+    # One more checkpoint while the oldest is not yet removed, and the model twice while it is replaced.
     kept = settings.checkpoint.keep_checkpoints + 1 + (settings.num_train_steps // every if every else 0)
     needed = kept * state_bytes + 2 * model_bytes
     if place.is_remote:
@@ -301,7 +293,7 @@ def _show_time(settings: RunSettings, run: build.Components, tokens: int, machin
 
 
 def has_english_sentences(settings: RunSettings, defaults: Mapping[str, Any]) -> bool:
-    """Whether the finished model is to fill in the default sentences, though the text is the user's own."""
+    """Returns True if the examples are the English defaults, but the data is the user's own."""
     data = settings.data
     is_own = data.mixture or data.data_files is not None or data.dataset_name not in ("docstrings", synthetic.NAME)
     return bool(is_own) and tuple(settings.report.sentences) == tuple(defaults["report.sentences"])
@@ -365,25 +357,25 @@ def show_compiled(settings: RunSettings, run: build.Components, machine: Machine
 
 
 def tokens_of_epoch(source: Source, tokenizer: Tokenizer, *, seconds: float) -> tuple[float, bool]:
-    """Tokens of all documents, each with its end token, from shards picked at random and read whole within `seconds`.
+    """Estimates the tokens of an epoch, with end tokens, from random shards that are read within `seconds`.
 
     Returns:
-      The number, and whether it is only a lower bound: not a single shard was read to its end.
+      The number of tokens, and True if it is only a lower bound because no shard was read to its end.
     """
     deadline = time.monotonic() + seconds
-    whole: list[int] = []
+    complete: list[int] = []
     for shard in np.random.default_rng(0).permutation(source.num_shards).tolist():
         count = 0
-        for texts in _parts(source, shard):
+        for texts in _samples(source, shard):
             count += len(tokenizer.encode(texts)[0]) + len(texts)
             if time.monotonic() > deadline:
-                # As if the shards were alike.
-                return (float(np.mean(whole or [count])) * source.num_shards, not whole)
-        whole.append(count)
-    return float(sum(whole)), False
+                # The other shards are assumed to have as many tokens.
+                return (float(np.mean(complete or [count])) * source.num_shards, not complete)
+        complete.append(count)
+    return float(sum(complete)), False
 
 
-def _parts(source: Source, shard: int) -> Iterator[pa.LargeStringArray]:
+def _samples(source: Source, shard: int) -> Iterator[pa.LargeStringArray]:
     for column in source.read(shard):
         texts = column.drop_null()
         for start in range(0, len(texts), _SAMPLE_DOCUMENTS):
@@ -393,7 +385,7 @@ def _parts(source: Source, shard: int) -> Iterator[pa.LargeStringArray]:
 def _describe_shards(source: Source, hosts: int) -> str:
     count = f"{source.num_shards:,} of {source.name}, for {_hosts(hosts)}"
     if source.num_shards < hosts:
-        return f"{count}: they share, each reading all of a shard for some of its rows; more shards are faster"
+        return f"{count}: several hosts read all of a shard and use a part of it; more shards are faster"
     return count
 
 
@@ -401,7 +393,7 @@ def _hosts(count: int) -> str:
     return f"{count} host{'s' * (count > 1)}"
 
 
-def _rows_a_device(settings: RunSettings) -> int:
+def _sequences_per_device(settings: RunSettings) -> int:
     return settings.per_device_train_batch_size * settings.gradient_accumulation_steps
 
 
@@ -414,13 +406,13 @@ def _gigabytes(count: int) -> str:
 
 
 def _count(number: float) -> str:
-    """ "12.3 million", as exact as an estimate deserves."""
+    """Returns a number with three digits, such as "12.3 million"."""
     for size, word in ((1e9, " billion"), (1e6, " million"), (1e3, " thousand")):
         if number >= size:
             return f"{number / size:.3g}{word}"
     return f"{number:.0f}"
 
 
-def _shortened(text: str, *, shown: int = _SHOWN) -> str:
+def _shortened(text: str, *, limit: int = _MAX_CHARACTERS) -> str:
     text = " ".join(text.split())
-    return text if len(text) <= shown else text[:shown] + " ..."
+    return text if len(text) <= limit else text[:limit] + " ..."
