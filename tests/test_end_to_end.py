@@ -1,4 +1,4 @@
-"""Whole runs: what they leave behind, going on, finishing twice, failing."""
+"""Complete runs: the files they write, resuming, finishing twice, failing."""
 
 import filecmp
 import json
@@ -23,8 +23,8 @@ from tests.tiny import settings_of, tiny_config, write_corpus
 REPO = Path(__file__).parent.parent
 
 
-# Runs a command and prints its processor seconds and its largest resident KiB. A process of its own: a child's figure
-# begins with what its parent held when it was started, and the tests hold gigabytes.
+# Runs a command and prints its CPU seconds and its peak memory in KiB. A separate process, because a child's peak memory
+# starts at that of its parent, and the tests hold gigabytes.
 LAUNCHER = """
 import resource, subprocess, sys
 code = subprocess.run(sys.argv[1:]).returncode
@@ -35,7 +35,7 @@ sys.exit(code)
 
 
 def run_main(*flags: str, launcher: str | None = None, **variables: str) -> subprocess.CompletedProcess:
-    """Runs main.py in a process of its own, on one device."""
+    """Runs main.py in a new process, on one device."""
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", **variables}
     command = [sys.executable, "main.py", *flags]
     if launcher is not None:
@@ -52,7 +52,7 @@ def metrics_of(workdir: Path) -> list[dict]:
 
 
 def assert_same_run(one: Path, other: Path) -> None:
-    """Metrics and exported models are equal, bit for bit."""
+    """Metrics and exported models are bitwise identical."""
     assert metrics_of(one) == metrics_of(other)
     for name in ("model.safetensors", "config.json", "tokenizer.json", "trainer_state.json"):
         assert filecmp.cmp(one / "model" / name, other / "model" / name, shallow=False), name
@@ -65,7 +65,7 @@ def corpus(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="module")
 def finished(corpus, tmp_path_factory) -> Path:
-    """The work directory of an uninterrupted run of 8 updates."""
+    """The work directory of an uninterrupted run of 8 steps."""
     workdir = tmp_path_factory.mktemp("runs") / "straight"
     train_and_evaluate(settings_of(tiny_config(corpus)), str(workdir))
     return workdir
@@ -97,7 +97,7 @@ def test_main_trains_exports_and_does_not_train_twice(corpus, tmp_path):
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")} == before
 
 
-def test_work_directory_has_what_the_plan_names(finished):
+def test_files_of_a_work_directory(finished):
     assert {path.name for path in finished.iterdir() if not path.name.startswith(("events.out.tfevents", "."))} == {
         "config.json",
         "tokenizer",
@@ -105,7 +105,7 @@ def test_work_directory_has_what_the_plan_names(finished):
         "metrics.jsonl",
         "model",
     }
-    # Scalars and texts; and how tensorboard is to lay them out.
+    # One file has scalars and texts, the other TensorBoard's layout of charts.
     assert sorted(path.suffix for path in finished.glob("events.out.tfevents.*")) == [".layout", ".v2"]
     assert sorted(int(path.name) for path in (finished / "checkpoints").iterdir()) == [4, 8]
     assert {path.name for path in (finished / "model").iterdir()} >= {
@@ -119,7 +119,7 @@ def test_work_directory_has_what_the_plan_names(finished):
     }
 
 
-def test_metrics_have_the_planned_names_at_the_planned_steps(finished):
+def test_metrics_have_the_documented_names_at_the_configured_steps(finished):
     lines = {line["step"]: set(line) for line in read_metrics(str(finished / "metrics.jsonl"))}
     train = {"train/loss", "train/accuracy", "train/learning_rate", "train/grad_norm", "train/skipped_updates"}
     train |= {"data/epoch", "data/documents", "data/skipped_rows", "data/held_out_documents", "data/failed_shards"}
@@ -135,7 +135,7 @@ def test_metrics_have_the_planned_names_at_the_planned_steps(finished):
     }
 
 
-def test_exported_directory_loads_and_holds_the_trained_weights(finished):
+def test_the_exported_directory_loads_and_has_the_trained_weights(finished):
     config = AutoConfig.from_pretrained(finished / "model")
     assert config.model_type == "roberta"
     assert config.architectures == ["RobertaForMaskedLM"]
@@ -145,7 +145,7 @@ def test_exported_directory_loads_and_holds_the_trained_weights(finished):
     assert tokenizer("the cat")["input_ids"] == original("the cat")["input_ids"]
     tensors = safetensors.numpy.load_file(finished / "model" / "model.safetensors")
     assert tensors["roberta.embeddings.word_embeddings.weight"].shape == (config.vocab_size, 16)
-    # Trained, not as drawn: the output bias starts at 0.
+    # The output bias starts at 0.
     assert np.abs(tensors["lm_head.bias"]).max() > 1e-3
     card = (finished / "model" / "README.md").read_text()
     assert "pipeline_tag: fill-mask" in card
@@ -154,16 +154,16 @@ def test_exported_directory_loads_and_holds_the_trained_weights(finished):
 
 
 @pytest.mark.slow
-def test_stopping_and_going_on_gives_the_same_run(corpus, finished, tmp_path):
-    # 5 is off the steps of logging (3), evaluating and saving (4): it is saved because it is the last, and the sums
-    # of the metrics' interval go on from the middle. A shorter run evaluates at its end, a longer one does not.
+def test_a_run_that_is_stopped_and_resumed_is_identical(corpus, finished, tmp_path):
+    # 5 is no multiple of logging_steps (3), eval_steps or save_steps (4): it is evaluated and saved as the last step, and
+    # the resumed run continues the interval of the metrics in its middle.
     config = tiny_config(corpus)
     config.num_train_steps = 5
     train_and_evaluate(settings_of(config), str(tmp_path))
     train_and_evaluate(settings_of(tiny_config(corpus)), str(tmp_path))
     lines = [line for line in metrics_of(tmp_path) if line["step"] != 5]
     straight = metrics_of(finished)
-    # The interval 4..6 was cut in two by the line at 5.
+    # The line at 5 divides the interval 4 to 6.
     assert [line for line in lines if line["step"] != 6] == [line for line in straight if line["step"] != 6]
     for name in ("model.safetensors", "config.json", "tokenizer.json", "trainer_state.json"):
         assert filecmp.cmp(tmp_path / "model" / name, finished / "model" / name, shallow=False), name
@@ -178,7 +178,7 @@ def test_stopping_and_going_on_gives_the_same_run(corpus, finished, tmp_path):
         pytest.param(8, marks=pytest.mark.slow),
     ],
 )
-def test_crashing_anywhere_gives_the_same_run(corpus, finished, tmp_path, monkeypatch, crash_at):
+def test_a_run_that_crashes_and_resumes_is_identical(corpus, finished, tmp_path, monkeypatch, crash_at):
     real = reporter.Reporter.update
 
     def crash(self, step, *args, **kwargs):
@@ -195,7 +195,7 @@ def test_crashing_anywhere_gives_the_same_run(corpus, finished, tmp_path, monkey
 
 
 @pytest.mark.slow
-def test_crashing_between_last_checkpoint_and_export_gives_the_same_run(corpus, finished, tmp_path, monkeypatch):
+def test_a_crash_between_the_last_checkpoint_and_the_export(corpus, finished, tmp_path, monkeypatch):
     from mlm.export import model_directory
 
     real = model_directory.export_model
@@ -213,19 +213,19 @@ def test_crashing_between_last_checkpoint_and_export_gives_the_same_run(corpus, 
     assert_same_run(tmp_path, finished)
 
 
-def test_too_many_bad_updates_stop_the_run_and_keep_the_checkpoint(corpus, tmp_path, monkeypatch):
+def test_too_many_skipped_steps_end_the_run_and_keep_the_checkpoint(corpus, tmp_path, monkeypatch):
     real = parallel.first_replica
 
-    def poisoned(tree):
+    def with_nan_losses(tree):
         tree = real(tree)
         if isinstance(tree, steps.TrainMetrics):
-            poisoned.updates += 1
-            if poisoned.updates in (2, 5, 6):
+            with_nan_losses.steps += 1
+            if with_nan_losses.steps in (2, 5, 6):
                 return tree.replace(sums=tree.sums.replace(loss=np.float32("nan")), skipped=np.float32(1))
         return tree
 
-    poisoned.updates = 0
-    monkeypatch.setattr(parallel, "first_replica", poisoned)
+    with_nan_losses.steps = 0
+    monkeypatch.setattr(parallel, "first_replica", with_nan_losses)
     config = tiny_config(corpus)
     config.optimizer.max_skipped_steps = 1
     with pytest.raises(UserError, match=r"updates 5 to 6 went wrong .* its loss is nan"):
@@ -235,7 +235,7 @@ def test_too_many_bad_updates_stop_the_run_and_keep_the_checkpoint(corpus, tmp_p
 
 
 @pytest.mark.slow
-def test_text_that_breaks_off_ends_the_run_with_a_checkpoint(corpus, finished, tmp_path, monkeypatch):
+def test_data_that_ends_early_ends_the_run_with_a_checkpoint(corpus, finished, tmp_path, monkeypatch):
     real = prefetch.Prefetcher.__next__
 
     def broken(self):
@@ -256,13 +256,13 @@ def test_text_that_breaks_off_ends_the_run_with_a_checkpoint(corpus, finished, t
 
 @pytest.mark.slow
 def test_quickstart(tmp_path):
-    """The README's first command, as it stands: its promises on loss, time and memory."""
+    """The README's first command keeps its promises on loss, time and memory."""
     flags = ("--config=configs/quickstart.py", f"--workdir={tmp_path / 'run'}")
     result = run_main(*flags, launcher=LAUNCHER, JAX_DISABLE_MOST_OPTIMIZATIONS="0")
     assert result.returncode == 0, result.stderr
     seconds, kibibytes = map(float, result.stdout.splitlines()[-1].split())
     assert "warn" not in result.stderr.lower()
-    # Five minutes of two cores, in processor time: other work on the machine does not count.
+    # Five minutes of two cores, in CPU time, so that other work on the machine does not count.
     assert seconds < 2 * 300
     assert kibibytes < 3 * 2**20
     line = read_metrics(str(tmp_path / "run" / "metrics.jsonl"))[-1]

@@ -38,7 +38,7 @@ REPO = Path(__file__).parent.parent
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """(config, work directory, copies of exports by step) of 8 steps: checkpoints at 2, 4, 6, 8, evaluations at 4, 8."""
+    """(config, work directory, copies of exports by step) of 8 steps: checkpoints at 2, 4, 6, 8, evals at 4, 8."""
     config = tiny_config(write_corpus(tmp_path_factory.mktemp("corpus")))
     config.save_steps = 2
     config.checkpoint.keep_checkpoints = 9
