@@ -1,7 +1,4 @@
-"""Machines by the names that clouds give them: how many devices and hosts, and what a device has.
-
-Figures are those of cloud.google.com/tpu/docs and of NVIDIA's data sheets.
-"""
+"""Accelerators: what one device has, and the devices and hosts of a machine such as "v3-8"."""
 
 import dataclasses
 import re
@@ -11,16 +8,116 @@ from mlm.errors import UserError
 _GIB = 1 << 30
 
 
-@dataclasses.dataclass(frozen=True)
-class Machine:
-    """Some devices on some hosts.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Device:
+    """One device as jax counts them: a core of a TPU v2 or v3 chip, a chip of a later TPU, or a GPU.
 
     Attributes:
-      name: as clouds say it, such as "v3-8".
-      kind: of a device, as `jax.Device.device_kind` begins.
-      devices: how many jax sees, over all hosts.
-      hosts: how many processes there are.
-      memory_bytes: of one device; None where nothing is known of it.
+      kind: name that `jax.Device.device_kind` contains.
+      memory_bytes: memory of the device.
+      peak_flops: peak bfloat16 FLOP/s, without sparsity.
+      bandwidth: peak memory bandwidth, bytes/s.
+      devices_per_host: devices of a machine that is one host.
+      devices_per_pod_host: devices per host of a machine of several hosts, where that differs.
+      units_per_device: what a machine's name counts per device: names of v4 and v5p machines count cores.
+      topology: libtpu's name for (part of) one host, to compile for it without a TPU; None for GPUs.
+    """
+
+    kind: str
+    memory_bytes: int
+    peak_flops: float
+    bandwidth: float
+    devices_per_host: int
+    devices_per_pod_host: int | None = None
+    units_per_device: int = 1
+    topology: str | None = None
+
+
+# By the first part of a machine's name. Sources:
+#   TPU v3 to v6e: docs.cloud.google.com/tpu/docs/v3, /v4, /v5e, /v5p and /v6e, per chip; half of it per v3 core.
+#   TPU v2: 180 TFLOP/s per four chips (Google's announcement); 700 GB/s per chip (Jouppi et al. 2020, "A
+#   Domain-Specific Supercomputer for Training Deep Neural Networks"); half of it per core.
+#   GPUs: NVIDIA's data sheets of the SXM versions (the A100 with 80 GB), dense FLOP/s.
+DEVICES = {
+    "v2": Device(
+        kind="TPU v2",
+        memory_bytes=8 * _GIB,
+        peak_flops=22.5e12,
+        bandwidth=350e9,
+        devices_per_host=8,
+        topology="v2:2x2",
+    ),
+    "v3": Device(
+        kind="TPU v3",
+        memory_bytes=16 * _GIB,
+        peak_flops=61.5e12,
+        bandwidth=450e9,
+        devices_per_host=8,
+        topology="v3:2x2",
+    ),
+    "v4": Device(
+        kind="TPU v4",
+        memory_bytes=32 * _GIB,
+        peak_flops=275e12,
+        bandwidth=1200e9,
+        devices_per_host=4,
+        units_per_device=2,
+        topology="v4:2x2x1",
+    ),
+    "v5e": Device(
+        kind="TPU v5 lite",
+        memory_bytes=16 * _GIB,
+        peak_flops=197e12,
+        bandwidth=819e9,
+        devices_per_host=8,
+        devices_per_pod_host=4,
+        topology="v5e:2x2",
+    ),
+    "v5p": Device(
+        kind="TPU v5",
+        memory_bytes=95 * _GIB,
+        peak_flops=459e12,
+        bandwidth=2765e9,
+        devices_per_host=4,
+        units_per_device=2,
+        topology="v5p:2x2x1",
+    ),
+    "v6e": Device(
+        kind="TPU v6 lite",
+        memory_bytes=32 * _GIB,
+        peak_flops=918e12,
+        bandwidth=1640e9,
+        devices_per_host=8,
+        devices_per_pod_host=4,
+        topology="v6e:2x2",
+    ),
+    "a100": Device(
+        kind="NVIDIA A100", memory_bytes=80 * 10**9, peak_flops=312e12, bandwidth=2039e9, devices_per_host=8
+    ),
+    "h100": Device(
+        kind="NVIDIA H100", memory_bytes=80 * 10**9, peak_flops=989e12, bandwidth=3350e9, devices_per_host=8
+    ),
+    "h200": Device(
+        kind="NVIDIA H200", memory_bytes=141 * 10**9, peak_flops=989e12, bandwidth=4800e9, devices_per_host=8
+    ),
+    "b200": Device(
+        kind="NVIDIA B200", memory_bytes=180 * 10**9, peak_flops=2250e12, bandwidth=8000e9, devices_per_host=8
+    ),
+}
+# Another name of the same machines.
+DEVICES["v5litepod"] = DEVICES["v5e"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Machine:
+    """Devices on one or more hosts.
+
+    Attributes:
+      name: machine type, such as "v3-8".
+      kind: kind of a device, as `jax.Device.device_kind`.
+      devices: devices over all hosts.
+      hosts: hosts, with one process each.
+      memory_bytes: memory of one device; None if it is unknown.
     """
 
     name: str
@@ -30,54 +127,38 @@ class Machine:
     memory_bytes: int | None = None
 
 
-@dataclasses.dataclass(frozen=True)
-class _Family:
-    kind: str
-    memory_bytes: int
-    devices_per_host: int
-    # Of a machine of more than one host, where that differs.
-    devices_per_pod_host: int | None = None
-    # What the number in the name counts: a v4 or v5p device is a chip of two cores.
-    counted_per_device: int = 1
-
-
-_FAMILIES = {
-    "v2": _Family("TPU v2", 8 * _GIB, 8),
-    "v3": _Family("TPU v3", 16 * _GIB, 8),
-    "v4": _Family("TPU v4", 32 * _GIB, 4, counted_per_device=2),
-    "v5e": _Family("TPU v5 lite", 16 * _GIB, 8, devices_per_pod_host=4),
-    "v5litepod": _Family("TPU v5 lite", 16 * _GIB, 8, devices_per_pod_host=4),
-    "v5p": _Family("TPU v5", 95 * _GIB, 4, counted_per_device=2),
-    "v6e": _Family("TPU v6 lite", 32 * _GIB, 8, devices_per_pod_host=4),
-    "a100": _Family("NVIDIA A100", 80 * 10**9, 8),
-    "h100": _Family("NVIDIA H100", 80 * 10**9, 8),
-    "h200": _Family("NVIDIA H200", 141 * 10**9, 8),
-    "b200": _Family("NVIDIA B200", 180 * 10**9, 8),
-}
+def find_device(kind: str) -> Device | None:
+    """Returns the table's row for a `jax.Device.device_kind`; None for kinds that are not in it, such as CPUs."""
+    # The longest name counts: "TPU v5 lite" contains "TPU v5".
+    matches = [device for device in DEVICES.values() if device.kind in kind]
+    return max(matches, key=lambda device: len(device.kind), default=None)
 
 
 def parse_topology(name: str) -> Machine:
-    """ "v3-8" -> eight devices of one host.
+    """Returns the machine of a name: "v3-8" is eight devices of one host.
 
     Raises:
-      UserError: no machine has such a name.
+      UserError: there is no such machine.
     """
     match = re.fullmatch(r"([a-z0-9]+)-(\d+)", name.lower())
-    family = _FAMILIES.get(match[1]) if match else None
-    if family is None:
-        known = ", ".join(_FAMILIES)
-        raise UserError(f"--topology={name}: write a kind and a number, such as v3-8; the kinds are {known}")
-    counted = int(match[2])
-    devices, rest = divmod(counted, family.counted_per_device)
-    if devices < 1 or rest:
-        counts = "devices" if family.counted_per_device == 1 else f"cores, {family.counted_per_device} a device"
+    device = DEVICES.get(match[1]) if match else None
+    if device is None:
         raise UserError(
-            f"--topology={name}: the number must be a multiple of {family.counted_per_device} and not 0; that of "
-            f"{match[1]} counts {counts}"
+            f"--topology={name}: unknown machine; set a kind and a number, such as v3-8. The kinds are "
+            f"{', '.join(DEVICES)}"
         )
-    per_host = family.devices_per_host
-    if devices > per_host and family.devices_per_pod_host:
-        per_host = family.devices_per_pod_host
+    devices, rest = divmod(int(match[2]), device.units_per_device)
+    if devices < 1 or rest:
+        unit = "devices" if device.units_per_device == 1 else f"cores, {device.units_per_device} per device"
+        raise UserError(
+            f"--topology={name}: the number counts {unit}; set a positive multiple of {device.units_per_device}"
+        )
+    per_host = device.devices_per_host
+    if devices > per_host and device.devices_per_pod_host:
+        per_host = device.devices_per_pod_host
     if devices > per_host and devices % per_host:
-        raise UserError(f"--topology={name}: {devices} devices do not make whole hosts of {per_host}; take a multiple")
-    return Machine(name.lower(), family.kind, devices, -(-devices // per_host), family.memory_bytes)
+        raise UserError(
+            f"--topology={name}: {devices} devices do not fill hosts of {per_host}; set a multiple of {per_host} "
+            "devices"
+        )
+    return Machine(name.lower(), device.kind, devices, -(-devices // per_host), device.memory_bytes)

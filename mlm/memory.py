@@ -1,109 +1,203 @@
-"""The largest batch that a device takes, found by compiling the step, not by running out of memory."""
+"""Memory of a training step, as its compiler reports it, and the largest batch that fits a device.
 
+Nothing runs, so the devices can be those of another machine: libtpu, which is on every TPU VM and comes with
+`pip install libtpu` elsewhere, compiles for TPUs without a TPU.
+"""
+
+import bisect
+import contextlib
+import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+import importlib.util
+import os
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
 from absl import logging
+from jax.experimental import topologies
+from jax.experimental.compilation_cache import compilation_cache
 
-from mlm import parallel, steps
-from mlm.errors import UserError
+from mlm import hardware, parallel, steps
+from mlm.errors import UserError, one_line
 
-# Batches are multiples of this: rows are laid out by eights on TPUs and GPUs.
-MULTIPLE = 8
-# Of a device's memory; the rest is for what fragments it.
+# Batch sizes that a search tries: TPUs and GPUs lay rows out in groups of eight, so only long sequences need fewer.
+BATCH_SIZES = (1, 2, 4, *range(8, (1 << 16) + 1, 8))
+# Where a search starts.
+FIRST_BATCH = 8
+# A guess is at most so many times the largest batch that is known.
+_MAX_GROWTH = 64
+# Fraction of the available memory that a chosen batch may use; the rest is for fragmentation.
 USABLE = 0.95
-# The search gives up past it.
-LARGEST = 1 << 16
+# Fraction of a TPU's memory that libtpu leaves to programs: 15.75 of 16 GiB.
+AVAILABLE = 15.75 / 16
 
 
-def largest_batch(bytes_of: Callable[[int], int], *, limit: float) -> int:
-    """The largest multiple of MULTIPLE whose `bytes_of` is at most `limit`; 0 if there is none.
+@dataclasses.dataclass(frozen=True)
+class MemoryEstimate:
+    """How a batch fits a device's memory.
 
-    A step's memory grows by much the same for every row: each guess is on the line through the largest batch known to
-    fit and the smallest known not to, or the next one up. It calls `bytes_of`, which compiles, some four times.
+    Attributes:
+      needed_bytes: memory of the step; None if it does not fit.
+      largest_batch: largest batch that fits; 0 if none does.
     """
-    known: dict[int, int] = {}
 
-    def fits(batch: int) -> bool:
-        if batch not in known:
-            known[batch] = bytes_of(batch)
-        return known[batch] <= limit
+    needed_bytes: int | None
+    largest_batch: int
 
-    if not fits(MULTIPLE):
-        return 0
-    low, high = MULTIPLE, 2 * MULTIPLE
-    while fits(high):
-        slope = max(1.0, (known[high] - known[low]) / (high - low))
-        low = high
-        if low >= LARGEST:
-            return low
-        guess = int(low + (limit - known[low]) / slope)
-        high = min(LARGEST, max(low + MULTIPLE, guess // MULTIPLE * MULTIPLE))
-    while high - low > MULTIPLE:
-        slope = (known[high] - known[low]) / (high - low)
-        guess = int(low + (limit - known[low]) / slope) // MULTIPLE * MULTIPLE
-        guess = min(max(guess, low + MULTIPLE), high - MULTIPLE)
-        if fits(guess):
+
+def find_batch_size(
+    step_config: steps.StepConfig, *, length: int, microbatches: int, machine: hardware.Machine | None = None
+) -> int:
+    """Returns the largest `per_device_train_batch_size` for the devices of `machine`, by default of this machine.
+
+    Raises:
+      UserError: the memory of the devices is unknown, or not even one sequence fits.
+    """
+    if machine is None:
+        devices = jax.local_devices()
+        kind, available = devices[0].device_kind, _local_memory_bytes(devices[0])
+    else:
+        devices = topology_devices(machine)
+        kind, available = machine.kind, AVAILABLE * machine.memory_bytes
+    if available is None:
+        raise UserError(
+            f"per_device_train_batch_size=0: the memory of a {kind} device is unknown, so the largest batch that fits "
+            "cannot be found; set a number"
+        )
+    batch_bytes = functools.partial(step_bytes, step_config, devices, length=length, microbatches=microbatches)
+    found = largest_batch(batch_bytes, limit=USABLE * available)
+    if found == 0:
+        raise UserError(
+            f"per_device_train_batch_size=0: not even one sequence of {length} tokens fits the "
+            f"{available / 2**30:.1f} GiB of a {kind} device; lower data.max_seq_length, set model.remat='full', or "
+            "choose a smaller model"
+        )
+    logging.info("per_device_train_batch_size=%d: the largest that fits %.1f GiB", found, available / 2**30)
+    return found
+
+
+def estimate_memory(
+    step_config: steps.StepConfig, machine: hardware.Machine, *, length: int, microbatches: int, batch: int
+) -> MemoryEstimate:
+    """Compiles the step for a machine: does `batch` fit, and which is the largest batch that does?"""
+    available = AVAILABLE * machine.memory_bytes
+    batch_bytes = functools.cache(
+        functools.partial(step_bytes, step_config, topology_devices(machine), length=length, microbatches=microbatches)
+    )
+    needed = batch_bytes(batch)
+    return MemoryEstimate(
+        needed_bytes=needed if needed is not None and needed <= available else None,
+        largest_batch=largest_batch(batch_bytes, limit=available, first=batch),
+    )
+
+
+def largest_batch(batch_bytes: Callable[[int], float | None], *, limit: float, first: int = FIRST_BATCH) -> int:
+    """Returns the largest batch size that fits, out of BATCH_SIZES and `first`; 0 if none does.
+
+    A step's memory grows by nearly the same number of bytes per sequence, so each guess is on the line through the two
+    largest batches that are known. About four steps are compiled.
+
+    Args:
+      batch_bytes: memory of a step by its batch size, in bytes; None if the compiler reports that it does not fit.
+      limit: bytes that are available.
+      first: batch size to start with.
+    """
+    sizes = sorted({*BATCH_SIZES, first})
+    known: list[tuple[int, float]] = []  # (batch size, bytes), sorted
+    low, high = -1, len(sizes)  # indices of the largest size that fits and of the smallest that does not
+    guess = sizes.index(first)
+    while high - low > 1:
+        size, needed = sizes[guess], batch_bytes(sizes[guess])
+        if needed is not None:
+            bisect.insort(known, (size, needed))
+        if needed is not None and needed <= limit:
             low = guess
         else:
             high = guess
-    return low
+        if len(known) < 2:
+            guess = bisect.bisect_left(sizes, 2 * sizes[low]) if low >= 0 else high // 2
+        else:
+            (x, x_bytes), (y, y_bytes) = known[-2:]
+            slope = max((y_bytes - x_bytes) / (y - x), 1e-9)
+            # Small batches are padded, so a line through two of them says little about much larger ones.
+            guess = bisect.bisect_right(sizes, min(x + (limit - x_bytes) / slope, _MAX_GROWTH * y)) - 1
+        guess = max(guess, low + 1)
+        if guess >= high:  # The line is wrong.
+            guess = (low + high) // 2
+    return sizes[low] if low >= 0 else 0
 
 
 def step_bytes(
-    step_config: steps.StepConfig,
-    *,
-    length: int,
-    microbatches: int,
-    batch: int,
-    topology: Sequence[jax.Device] | None = None,
-) -> int:
-    """What a training step of `batch` rows a pass and device holds in the memory of a device, by its compiler.
+    step_config: steps.StepConfig, devices: Sequence[jax.Device], batch: int, *, length: int, microbatches: int
+) -> int | None:
+    """Returns the bytes that a training step holds in one device's memory; None if the compiler says that it is full.
 
-    Of this machine's devices, or of those of a `topology`, which need not be there.
+    Args:
+      step_config: model, masking and optimizer.
+      devices: devices to compile for.
+      batch: sequences per microbatch and device.
+      length: tokens per sequence.
+      microbatches: microbatches per step.
+
+    Raises:
+      UserError: the step does not compile for another reason.
     """
-    step = functools.partial(steps.train_step, step_config=step_config, axis_name=parallel.AXIS)
-    if topology is None:
-        step, devices = parallel.data_parallel(step, donate_argnums=(0,)), jax.local_device_count()
-    else:
-        step, devices = parallel.over_mesh(step, topology, donate_argnums=(0,)), len(topology)
+    step = parallel.over_mesh(
+        functools.partial(steps.train_step, step_config=step_config, axis_name=parallel.AXIS),
+        devices,
+        donate_argnums=(0,),
+    )
     state = jax.eval_shape(lambda: steps.init_state(step_config, steps.init_params(step_config, length=length)))
-    stacked = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((devices, *leaf.shape), leaf.dtype), state)
-    tokens = jax.ShapeDtypeStruct((devices, microbatches, batch, length), jnp.int32)
-    memory = step.lower(stacked, tokens).compile().memory_analysis()
-    # What is donated is counted as an argument and as an output.
+    stacked = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((len(devices), *leaf.shape), leaf.dtype), state)
+    tokens = jax.ShapeDtypeStruct((len(devices), microbatches, batch, length), jnp.int32)
+    try:
+        with _without_compilation_cache():
+            memory = step.lower(stacked, tokens).compile().memory_analysis()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" in str(error):
+            return None
+        raise UserError(f"the step does not compile for {devices[0].device_kind}: {one_line(error)}") from None
+    # Donated buffers are counted twice, as arguments and as outputs.
     used = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     return used + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
 
 
-def find_batch_size(step_config: steps.StepConfig, *, length: int, microbatches: int) -> int:
-    """The largest `per_device_train_batch_size` for this machine's devices.
-
-    Raises:
-      UserError: the devices do not tell how much memory they have, or not even the smallest batch fits.
-    """
-    device = jax.local_devices()[0]
-    limit = _memory(device)
-    if limit is None:
-        raise UserError(
-            f"per_device_train_batch_size=0 finds the largest that fits, but a {device.device_kind} device does not "
-            "tell its memory; set a number"
-        )
-    found = largest_batch(
-        lambda batch: step_bytes(step_config, length=length, microbatches=microbatches, batch=batch),
-        limit=USABLE * limit,
-    )
-    if found == 0:
-        raise UserError(
-            f"not even {MULTIPLE} rows of {length} tokens fit into the {limit / 2**30:.1f} GiB of a "
-            f"{device.device_kind}; take shorter rows, model.remat='full', or a smaller model"
-        )
-    logging.info("per_device_train_batch_size is %d: the largest that fits %.1f GiB", found, limit / 2**30)
-    return found
+def can_compile_for(machine: hardware.Machine) -> bool:
+    """True if the machine has TPUs and libtpu is installed."""
+    device = hardware.find_device(machine.kind)
+    return device is not None and device.topology is not None and importlib.util.find_spec("libtpu") is not None
 
 
-def _memory(device: jax.Device) -> int | None:
-    """Its bytes, as far as they are this process's to use; None where it does not tell (CPU)."""
+def topology_devices(machine: hardware.Machine) -> Sequence[jax.Device]:
+    """Devices of one host of a TPU machine, to compile for. More hosts do not change the memory of a device."""
+    # libtpu must not touch a TPU of this machine, which may be in use, nor ask the metadata server about it.
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", machine.name)
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")
+    os.environ.setdefault("TPU_MIN_LOG_LEVEL", "3")
+    # Without it, libtpu makes two devices of the two cores of a v4 chip.
+    options = {"chip_config_name": "megacore"} if machine.kind == "TPU v4" else {}
+    device = hardware.find_device(machine.kind)
+    return topologies.get_topology_desc(device.topology, platform="tpu", **options).devices
+
+
+def _local_memory_bytes(device: jax.Device) -> int | None:
+    """Memory that this process may use; None for devices that do not report it, such as CPUs."""
     return (device.memory_stats() or {}).get("bytes_limit")
+
+
+@contextlib.contextmanager
+def _without_compilation_cache() -> Iterator[None]:
+    """Keeps programs out of jax's compilation cache: jax warns about those for devices that this machine lacks."""
+    enabled = jax.config.jax_enable_compilation_cache
+    # jax checks once per process whether the cache is enabled, until a reset.
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", enabled)
+        compilation_cache.reset_cache()

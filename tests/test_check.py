@@ -14,7 +14,7 @@ import pyarrow as pa
 import pytest
 
 from configs import default
-from mlm import build, topology
+from mlm import build, memory
 from mlm.data.sources.source import Source
 from mlm.errors import UserError
 from mlm.hardware import Machine, parse_topology
@@ -36,34 +36,6 @@ def config(tmp_path):
 
 def check(config, workdir, machine=None):
     return check_mode.check(settings_of(config), str(workdir), defaults=DEFAULTS, machine=machine, utilization=0.4)
-
-
-@pytest.mark.parametrize(
-    ("name", "kind", "devices", "hosts", "gib"),
-    [
-        ("v2-8", "TPU v2", 8, 1, 8),
-        ("v3-8", "TPU v3", 8, 1, 16),
-        ("v3-32", "TPU v3", 32, 4, 16),
-        ("v4-8", "TPU v4", 4, 1, 32),
-        ("v4-16", "TPU v4", 8, 2, 32),
-        ("v5e-8", "TPU v5 lite", 8, 1, 16),
-        ("v5litepod-16", "TPU v5 lite", 16, 4, 16),
-        ("v5p-16", "TPU v5", 8, 2, 95),
-        ("V6E-8", "TPU v6 lite", 8, 1, 32),
-    ],
-)
-def test_machines(name, kind, devices, hosts, gib):
-    assert parse_topology(name) == Machine(name.lower(), kind, devices, hosts, gib << 30)
-
-
-def test_gpu_machines():
-    assert parse_topology("h100-16") == Machine("h100-16", "NVIDIA H100", 16, 2, 80 * 10**9)
-
-
-@pytest.mark.parametrize("name", ["v3", "v9-8", "8", "v3-x", "v4-7", "v3-12", "v5p-1"])
-def test_names_that_no_machine_has(name):
-    with pytest.raises(UserError, match=f"--topology={name}: "):
-        parse_topology(name)
 
 
 def test_the_output_of_a_run_that_is_ready(config, tmp_path, capsys):
@@ -193,12 +165,10 @@ def test_a_batch_size_that_is_found_when_the_run_starts(config, tmp_path, monkey
     config.per_device_train_batch_size = 0
     assert check(config, tmp_path / "run", parse_topology("h100-8")) == []
     output = capsys.readouterr().out
-    assert "per_device_train_batch_size=0 is found when the run starts; counted as 8 here" in output
+    assert "per_device_train_batch_size=0 is found when the run starts; 8 is assumed here" in output
     assert "step          64 sequences of 16 tokens: 8 per device" in output
-    monkeypatch.setattr(topology, "can_compile", lambda machine: True)
-    monkeypatch.setattr(topology, "devices_of", lambda machine: jax.devices())
-    monkeypatch.setattr(topology, "largest_batch", lambda *args, **options: 24)
-    monkeypatch.setattr(topology, "try_batch", lambda *args, **options: topology.MemoryEstimate(24, 10**6, 24, 24))
+    monkeypatch.setattr(memory, "can_compile_for", lambda machine: True)
+    monkeypatch.setattr(memory, "find_batch_size", lambda *args, **options: 24)
     assert check(config, tmp_path / "run", parse_topology("v3-8")) == []
     assert "step          192 sequences of 16 tokens: 24 per device" in capsys.readouterr().out
 

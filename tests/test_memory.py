@@ -1,58 +1,204 @@
-"""The largest batch that fits, by what compiling says."""
+"""The memory of a compiled step and the largest batch that fits. The devices are the CPU's, which compile the same way;
+libtpu itself is tried by hand."""
+
+import functools
+import importlib.util
 
 import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
-from mlm import memory
+from configs import default
+from mlm import memory, parallel
 from mlm.errors import UserError
-from mlm.memory import MULTIPLE, largest_batch
+from mlm.hardware import parse_topology
+from mlm.memory import BATCH_SIZES, MemoryEstimate, largest_batch
+from mlm.modes import check
 from mlm.run.workdir import WorkDir
 from mlm.train import train_and_evaluate
-from tests.tiny import settings_of, tiny_config, write_corpus
+from tests.tiny import settings_of, tiny_settings, write_corpus
 
 
-@pytest.mark.parametrize("per_row", [1, 7, 1000.0, 12345.6])
+@pytest.mark.parametrize("row_bytes", [1, 7, 1000.0, 12345.6])
 @pytest.mark.parametrize("fixed", [0, 500, 10_000])
-@pytest.mark.parametrize("wobble", [0, 300])
+@pytest.mark.parametrize("padding", [0, 300])
 @pytest.mark.parametrize("limit", [7_000, 10_000, 1_000_000, 123_456_789])
-def test_the_largest_is_found_in_few_compilations(per_row, fixed, wobble, limit):
-    asked = []
+@pytest.mark.parametrize("first", [1, 8, 20, 512])
+@pytest.mark.parametrize("is_reported", [True, False])
+def test_the_largest_batch_is_found_in_few_compilations(row_bytes, fixed, padding, limit, first, is_reported):
+    compiled = []
 
-    def bytes_of(batch):
-        asked.append(batch)
-        # What is padded to tiles grows in steps, and never shrinks.
-        return fixed + per_row * batch + wobble * (batch // 64)
+    def exact_bytes(batch):
+        # Padding to tiles grows in steps.
+        return fixed + row_bytes * batch + padding * (batch // 64)
 
-    found = largest_batch(bytes_of, limit=limit)
-    assert found % MULTIPLE == 0
-    assert len(set(asked)) == len(asked) <= 12
-    if found:
-        assert bytes_of(found) <= limit
-    if found < memory.LARGEST:
-        assert bytes_of(found + MULTIPLE) > limit
+    def batch_bytes(batch):
+        compiled.append(batch)
+        needed = exact_bytes(batch)
+        # Some compilers report what does not fit, some only that it does not.
+        return needed if needed <= limit or is_reported else None
+
+    found = largest_batch(batch_bytes, limit=limit, first=first)
+    assert len(set(compiled)) == len(compiled) <= 13
+    sizes = sorted({*BATCH_SIZES, first})
+    assert found == max((size for size in sizes if exact_bytes(size) <= limit), default=0)
+
+
+def test_small_batches_that_are_padded_do_not_lead_the_search_far_off():
+    """Batches up to 8 take the same memory, so a line through 1 and 2 has no slope."""
+    compiled = []
+
+    def batch_bytes(batch):
+        compiled.append(batch)
+        needed = 1_000 * max(batch, 8)
+        return needed if needed <= 100_000 else None
+
+    assert largest_batch(batch_bytes, limit=100_000, first=1) == 96
+    assert len(compiled) <= 10
+    assert max(compiled) <= 128
+
+
+def test_the_memory_of_a_step_grows_with_the_batch(bag_step_config, bag_state):
+    few, many = (
+        memory.step_bytes(bag_step_config, jax.devices()[:1], batch, length=16, microbatches=1) for batch in (2, 64)
+    )
+    assert few >= sum(leaf.nbytes for leaf in jax.tree.leaves(bag_state))
+    # At least one hidden state of 16 floats per token.
+    assert many - few >= 62 * 16 * 16 * 4
 
 
 @pytest.mark.slow
-def test_a_steps_bytes_grow_by_the_row(encoder_step_config):
-    sizes = [memory.step_bytes(encoder_step_config, length=16, microbatches=1, batch=batch) for batch in (8, 64)]
-    assert sizes[0] < sizes[1] < 8 * sizes[0]
+def test_the_memory_of_a_step_is_nearly_linear_in_the_batch(encoder_step_config):
+    step_bytes = functools.partial(memory.step_bytes, encoder_step_config, length=16, microbatches=1)
+    few, many = (step_bytes(jax.local_devices(), batch) for batch in (8, 64))
+    assert few < many < 8 * few
+
+
+def test_programs_for_other_devices_are_not_cached(bag_step_config, tmp_path):
+    # jax would warn about each: it cannot be loaded where no such device is.
+    before = jax.config.jax_compilation_cache_dir, jax.config.jax_persistent_cache_min_compile_time_secs
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    compilation_cache.reset_cache()
+    try:
+        memory.step_bytes(bag_step_config, jax.devices()[:1], 4, length=16, microbatches=1)
+        assert list(tmp_path.iterdir()) == []
+        jax.jit(lambda x: x + 0.125)(1.0)
+        assert list(tmp_path.iterdir()) != []
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before[0])
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", before[1])
+        compilation_cache.reset_cache()
+
+
+def test_a_compiler_out_of_memory_is_no_error_and_other_failures_are(bag_step_config, monkeypatch):
+    class Step:
+        def lower(self, *shapes):
+            return self
+
+        def compile(self):
+            raise jax.errors.JaxRuntimeError(self.message)
+
+    monkeypatch.setattr(parallel, "over_mesh", lambda *args, **options: Step())
+    step_bytes = functools.partial(memory.step_bytes, bag_step_config, jax.devices()[:1], 2, length=16, microbatches=1)
+    Step.message = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 17.3G of 15.75G hbm."
+    assert step_bytes() is None
+    Step.message = "INTERNAL: no\nsuch luck"
+    with pytest.raises(UserError, match=r"does not compile for cpu: INTERNAL: no such luck$"):
+        step_bytes()
+
+
+@pytest.fixture
+def v3(monkeypatch):
+    """A v3-8 whose step needs 2 GB, and 100 MB per row; of its 17.2 GB, 16.9 GB are available."""
+
+    def step_bytes(step_config, devices, batch, *, length, microbatches):
+        needed = 2 * 10**9 + batch * 10**8
+        return needed if needed < 17 * 10**9 else None
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(memory, "topology_devices", lambda machine: jax.devices()[:1])
+    monkeypatch.setattr(memory, "step_bytes", step_bytes)
+    return parse_topology("v3-8")
+
+
+@pytest.mark.parametrize(
+    ("batch", "needed_bytes", "largest"), [(128, 14_800_000_000, 144), (148, 16_800_000_000, 148), (256, None, 144)]
+)
+def test_the_estimate_for_a_batch(v3, batch, needed_bytes, largest):
+    estimate = memory.estimate_memory(None, v3, length=8, microbatches=1, batch=batch)
+    assert estimate == MemoryEstimate(needed_bytes=needed_bytes, largest_batch=largest)
+
+
+def test_a_chosen_batch_leaves_memory_for_fragmentation(v3):
+    # 95 % of 16.9 GB are 16.06 GB, so 136 rows and not 144.
+    assert memory.find_batch_size(None, length=8, microbatches=1, machine=v3) == 136
+
+
+def test_a_model_that_never_fits_is_an_error(v3, monkeypatch):
+    monkeypatch.setattr(memory, "step_bytes", lambda *args, **options: None)
+    assert memory.estimate_memory(None, v3, length=8, microbatches=1, batch=64).largest_batch == 0
+    with pytest.raises(UserError, match=r"not even one sequence of 8 tokens fits the 15.8 GiB of a TPU v3 device"):
+        memory.find_batch_size(None, length=8, microbatches=1, machine=v3)
+
+
+def test_compiling_ahead_of_time_needs_a_tpu_machine_and_libtpu(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    assert memory.can_compile_for(parse_topology("v3-8"))
+    assert not memory.can_compile_for(parse_topology("h100-8"))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert not memory.can_compile_for(parse_topology("v3-8"))
+
+
+@pytest.mark.parametrize(
+    ("estimate", "printed", "problems"),
+    [
+        (
+            MemoryEstimate(2 * 10**9, 40),
+            "compiled      the step takes 2.0 GB of the 17.2 GB of a TPU v3 device; up to 40 sequences per microbatch "
+            "fit\n",
+            [],
+        ),
+        (
+            MemoryEstimate(None, 24),
+            "compiled      the step does not fit the 17.2 GB of a TPU v3 device\n",
+            ["per_device_train_batch_size=64: does not fit a TPU v3 device; set 24 and gradient_accumulation_steps=6"],
+        ),
+        (
+            MemoryEstimate(None, 0),
+            "compiled      the step does not fit the 17.2 GB of a TPU v3 device\n",
+            [
+                "per_device_train_batch_size=64: does not fit a TPU v3 device; lower data.max_seq_length, set "
+                "model.remat='full', or choose a smaller model"
+            ],
+        ),
+    ],
+)
+def test_check_prints_the_estimate(estimate, printed, problems, v3, encoder_step_config, monkeypatch, capsys):
+    monkeypatch.setattr(memory, "estimate_memory", lambda *args, **options: estimate)
+    settings = settings_of(default.get_config()).replace(
+        {"per_device_train_batch_size": 64, "gradient_accumulation_steps": 2}
+    )
+    findings = check.Findings()
+    run = type("Run", (), {"step_config": encoder_step_config})
+    check.show_compiled(settings, run, v3, findings)
+    assert capsys.readouterr().out == "compiling     the step for TPU v3, minutes at real size\n" + printed
+    assert findings.problems == problems
 
 
 @pytest.mark.slow
-def test_a_run_finds_its_batch_and_keeps_it(tmp_path, monkeypatch):
-    config = tiny_config(write_corpus(tmp_path))
-    config.per_device_train_batch_size = 0
-    with pytest.raises(UserError, match=r"a cpu device does not tell its memory; set a number"):
-        train_and_evaluate(settings_of(config), str(tmp_path / "run"))
+def test_a_run_finds_its_batch_size_and_keeps_it_when_resumed(tmp_path, monkeypatch):
+    settings = tiny_settings(write_corpus(tmp_path), per_device_train_batch_size=0)
+    workdir = WorkDir(str(tmp_path / "run"))
+    with pytest.raises(UserError, match="per_device_train_batch_size=0: the memory of a cpu device is unknown"):
+        train_and_evaluate(settings, workdir.path)
     assert not (tmp_path / "run").exists()
     with monkeypatch.context() as patch:
-        patch.setattr(memory, "step_bytes", lambda step_config, *, length, microbatches, batch: batch * length)
-        patch.setattr(memory, "_memory", lambda device: 16 * 16 / memory.USABLE + 1)
-        config.num_train_steps = 4
-        train_and_evaluate(settings_of(config), str(tmp_path / "run"))
-    assert WorkDir(str(tmp_path / "run")).read_config()["per_device_train_batch_size"] == 16
-    assert WorkDir(str(tmp_path / "run")).last_topology() == (1, 16 * jax.local_device_count())
-    # The same command goes on with what was found, whatever would be found now.
-    config.num_train_steps = 8
-    train_and_evaluate(settings_of(config), str(tmp_path / "run"))
-    assert WorkDir(str(tmp_path / "run")).read_config()["per_device_train_batch_size"] == 16
+        patch.setattr(memory, "step_bytes", lambda step_config, devices, batch, *, length, microbatches: batch * length)
+        patch.setattr(memory, "_local_memory_bytes", lambda device: 16 * 16 / memory.USABLE + 1)
+        train_and_evaluate(settings.replace({"num_train_steps": 4}), workdir.path)
+    assert workdir.read_config()["per_device_train_batch_size"] == 16
+    assert workdir.last_topology() == (1, 16 * jax.local_device_count())
+    # A resumed run uses the stored batch size, whatever would be found now.
+    train_and_evaluate(settings, workdir.path)
+    assert workdir.read_config()["per_device_train_batch_size"] == 16

@@ -309,7 +309,7 @@ def test_a_run_on_a_terminal_shows_itself_and_leaves_it_clean_after_ctrl_c(tmp_p
     )
     # A CPU has no peak rate in a data sheet.
     code = "import fcntl, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); from mlm.reporting import reporter as report; "
-    code += "report.PEAK_FLOPS['cpu'] = 1e9; import main; main.command_line.run(lambda: main.app.run(main.main, flags_parser=main.parse_flags))"
+    code += "report.peak_flops = lambda: 1e9; import main; main.command_line.run(lambda: main.app.run(main.main, flags_parser=main.parse_flags))"
     screen = Screen(100)
     command = [sys.executable, "-c", code, f"--config={tmp_path / 'config.py'}", f"--workdir={tmp_path / 'run'}"]
     env = {**os.environ, "TERM": "xterm", "XLA_FLAGS": ""}

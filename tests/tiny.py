@@ -68,8 +68,8 @@ def settings_of(config: ConfigDict) -> RunSettings:
 
 
 def tiny_settings(data_files: str, **changes: Any) -> RunSettings:
-    """The settings of `tiny_config`; `changes` replace top-level keys."""
-    return dataclasses.replace(settings_of(tiny_config(data_files)), **changes)
+    """The settings of `tiny_config`; `changes` replace keys, such as **{"data.packing": "pad"}."""
+    return settings_of(tiny_config(data_files)).replace(changes)
 
 
 def optimizer_settings(**changes: Any) -> OptimizerSettings:

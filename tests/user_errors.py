@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import transformers
 from ml_collections import ConfigDict
 
-from mlm import build, load, memory, topology, train
+from mlm import build, load, memory, train
 from mlm.data import tokenizer
 from mlm.data.sources import source as sources
 from mlm.hardware import parse_topology
@@ -430,7 +430,7 @@ VALUES = [
     ),
     (
         {"per_device_train_batch_size": 0},
-        "per_device_train_batch_size=0 finds the largest that fits, but a cpu device does not tell its memory; set a number",
+        "per_device_train_batch_size=0: the memory of a cpu device is unknown, so the largest batch that fits cannot be found; set a number",
     ),
 ]
 
@@ -574,17 +574,17 @@ def processes_that_do_not_meet(config: ConfigDict, world: Path) -> None:
 
 def a_batch_that_never_fits(config: ConfigDict, world: Path) -> None:
     with (
-        mock.patch.object(memory, "_memory", return_value=2**30),
-        mock.patch.object(memory, "step_bytes", return_value=2**40),
+        mock.patch.object(memory, "_local_memory_bytes", return_value=2**30),
+        mock.patch.object(memory, "step_bytes", return_value=None),
     ):
         memory.find_batch_size(None, length=512, microbatches=1)
 
 
 def a_batch_that_never_fits_a_machine(config: ConfigDict, world: Path) -> None:
     with (
-        mock.patch.object(topology, "can_compile", return_value=True),
-        mock.patch.object(topology, "devices_of", return_value=[]),
-        mock.patch.object(topology, "largest_batch", return_value=0),
+        mock.patch.object(memory, "can_compile_for", return_value=True),
+        mock.patch.object(memory, "topology_devices", return_value=[]),
+        mock.patch.object(memory, "step_bytes", return_value=None),
         mock.patch.object(check, "_for_tpu", return_value=None),
     ):
         check.find_batch(settings_of(config), None, parse_topology("v3-8"))
@@ -675,13 +675,13 @@ CALLS = [
     (train_a_tokenizer_on_nothing, "tokenizer.train_documents=0 must be at least 1"),
     (
         a_machine_without_a_number,
-        "--topology=v3: write a kind and a number, such as v3-8; the kinds are v2, v3, v4, v5e, v5litepod, v5p, v6e, a100, h100, h200, b200",
+        "--topology=v3: unknown machine; set a kind and a number, such as v3-8. The kinds are v2, v3, v4, v5e, v5p, v6e, a100, h100, h200, b200, v5litepod",
     ),
     (
         a_machine_of_half_a_device,
-        "--topology=v4-7: the number must be a multiple of 2 and not 0; that of v4 counts cores, 2 a device",
+        "--topology=v4-7: the number counts cores, 2 per device; set a positive multiple of 2",
     ),
-    (a_machine_of_parts_of_hosts, "--topology=v5e-14: 14 devices do not make whole hosts of 4; take a multiple"),
+    (a_machine_of_parts_of_hosts, "--topology=v5e-14: 14 devices do not fill hosts of 4; set a multiple of 4 devices"),
     (
         a_work_directory_that_is_a_file,
         "--workdir={world}/file: {world}/file is a file; name a directory, or one that can be made",
@@ -736,11 +736,11 @@ CALLS = [
     ),
     (
         a_batch_that_never_fits,
-        "not even 8 rows of 512 tokens fit into the 1.0 GiB of a cpu; take shorter rows, model.remat='full', or a smaller model",
+        "per_device_train_batch_size=0: not even one sequence of 512 tokens fits the 1.0 GiB of a cpu device; lower data.max_seq_length, set model.remat='full', or choose a smaller model",
     ),
     (
         a_batch_that_never_fits_a_machine,
-        "per_device_train_batch_size=0: nothing fits a TPU v3 device; choose a smaller model",
+        "per_device_train_batch_size=0: not even one sequence of 16 tokens fits the 15.8 GiB of a TPU v3 device; lower data.max_seq_length, set model.remat='full', or choose a smaller model",
     ),
     (
         rows_past_the_positions,
@@ -832,8 +832,8 @@ ELSEWHERE = {
     "mlm/modes/show_data.py": {
         "--process={}: update {} had processes 0 to {}": "tests/test_show_data.py::test_what_cannot_be_shown_is_told",
     },
-    "mlm/topology.py": {
-        "the step does not compile for {}: {}": "tests/test_topology.py::test_what_the_compiler_says",
+    "mlm/memory.py": {
+        "the step does not compile for {}: {}": "tests/test_memory.py::test_a_compiler_out_of_memory_is_no_error_and_other_failures_are",
     },
     "mlm/train.py": {
         "none of the checkpoints up to {} can be read; they are in {}. Put whole ones back, or start anew with --overwrite": "tests/test_bad_input.py::test_damaged_work_directories",

@@ -17,18 +17,17 @@ import jax
 import numpy as np
 import pyarrow as pa
 
-from mlm import build, memory, steps, topology
+from mlm import build, memory, steps
 from mlm.data import pipeline as text_lib
 from mlm.data import synthetic
 from mlm.data.sources.source import Source
 from mlm.data.tokenizer import Tokenizer
 from mlm.errors import UserError
-from mlm.hardware import Machine, parse_topology
+from mlm.hardware import Machine, find_device, parse_topology
 from mlm.masking import mask_tokens
 from mlm.models.flops import flops_per_token
 from mlm.modes.show_data import decode_masked
 from mlm.reporting.progress import duration
-from mlm.reporting.reporter import PEAK_FLOPS
 from mlm.run.workdir import WorkDir
 from mlm.settings import RunSettings
 
@@ -123,7 +122,7 @@ def check(
         show_size(local, run, place, here, findings, utilization=utilization)
         if has_english_sentences(settings, defaults):
             print("note          report.sentences are the English defaults; give sentences in your text's language")
-        if machine is not None:
+        if machine is not None and settings.per_device_train_batch_size > 0:
             show_compiled(local, run, machine, findings)
     return findings.problems
 
@@ -279,13 +278,13 @@ def _show_time(settings: RunSettings, run: build.Components, tokens: int, machin
     flops = flops_per_token(
         run.encoder, length=length, max_predictions_per_seq=run.step_config.masking.max_predictions_per_seq(length)
     )
-    peak = next((peak for name, peak in PEAK_FLOPS.items() if name in machine.kind), None)
-    if peak is None:
+    device = find_device(machine.kind)
+    if device is None:
         print(
             f"time          unknown: no peak rate of a {machine.kind} is known; name a machine, such as --topology=v3-8"
         )
         return
-    rate = peak * machine.devices * utilization / flops
+    rate = device.peak_flops * machine.devices * utilization / flops
     print(
         f"time          {duration(tokens / rate)} at {utilization:.0%} of the peak rate, {rate:,.0f} tokens/s "
         f"({flops / 1e6:,.0f} MFLOP a token), without evaluations"
@@ -300,24 +299,21 @@ def has_english_sentences(settings: RunSettings, defaults: Mapping[str, Any]) ->
 
 
 def find_batch(settings: RunSettings, run: build.Components, machine: Machine | None) -> int:
-    """What per_device_train_batch_size=0 will be on a machine, or a small one to go on with.
+    """Returns what per_device_train_batch_size=0 will be on a machine, or a small batch if that is not known here.
 
     Raises:
-      UserError: nothing fits.
+      UserError: not even one sequence fits.
     """
-    if machine is None or not topology.can_compile(machine):
-        print(f"\nper_device_train_batch_size=0 is found when the run starts; counted as {memory.MULTIPLE} here")
-        return memory.MULTIPLE
+    if machine is None or not memory.can_compile_for(machine):
+        print(f"\nper_device_train_batch_size=0 is found when the run starts; {memory.FIRST_BATCH} is assumed here")
+        return memory.FIRST_BATCH
     print(f"\nper_device_train_batch_size=0: compiling the step for {machine.kind}, minutes at real size", flush=True)
-    found = topology.largest_batch(
+    found = memory.find_batch_size(
         _for_tpu(settings, run),
-        topology.devices_of(machine),
-        microbatches=settings.gradient_accumulation_steps,
         length=settings.data.max_seq_length,
-        memory_bytes=machine.memory_bytes,
+        microbatches=settings.gradient_accumulation_steps,
+        machine=machine,
     )
-    if found == 0:
-        raise UserError(f"per_device_train_batch_size=0: nothing fits a {machine.kind} device; choose a smaller model")
     print(f"per_device_train_batch_size=0 will be {found}: the largest that fits a {machine.kind} device")
     return found
 
@@ -328,32 +324,33 @@ def _for_tpu(settings: RunSettings, run: build.Components) -> steps.StepConfig:
 
 
 def show_compiled(settings: RunSettings, run: build.Components, machine: Machine, findings: Findings) -> None:
-    """Prints what the compiled step takes of a TPU core, and the largest batch that fits."""
-    if not topology.can_compile(machine):
-        what = "pip install libtpu" if machine.kind.startswith("TPU") else "TPUs only"
-        print(f"compiled      not: that takes libtpu ({what})")
+    """Prints the memory of the compiled step on a TPU device, and the largest batch that fits."""
+    if not memory.can_compile_for(machine):
+        reason = "install libtpu: pip install libtpu" if machine.kind.startswith("TPU") else "possible for TPUs only"
+        print(f"compiled      no; {reason}")
         return
-    # Also for who reads a pipe: what is above has been waiting for more to come with it.
-    print(f"compiling     the step for {machine.kind}, minutes at real size; all else is said above", flush=True)
-    found = topology.try_batch(
+    # Flushed, so that a reader of a pipe sees everything above before the long wait.
+    print(f"compiling     the step for {machine.kind}, minutes at real size", flush=True)
+    batch, microbatches = settings.per_device_train_batch_size, settings.gradient_accumulation_steps
+    estimate = memory.estimate_memory(
         _for_tpu(settings, run),
-        topology.devices_of(machine),
-        rows=settings.per_device_train_batch_size,
-        microbatches=settings.gradient_accumulation_steps,
+        machine,
         length=settings.data.max_seq_length,
-        memory_bytes=machine.memory_bytes,
+        microbatches=microbatches,
+        batch=batch,
     )
-    place = f"the {_gigabytes(machine.memory_bytes)} of a {machine.kind} device"
-    if found.compiled_rows == found.rows:
-        needed = _gigabytes(found.needed_bytes)
-        print(f"compiled      the step takes {needed} of {place}; about {found.largest_rows:,} rows a pass fit")
+    device = f"the {_gigabytes(machine.memory_bytes)} of a {machine.kind} device"
+    largest = estimate.largest_batch
+    if estimate.needed_bytes is not None:
+        needed = _gigabytes(estimate.needed_bytes)
+        print(f"compiled      the step takes {needed} of {device}; up to {largest:,} sequences per microbatch fit")
         return
-    print(f"compiled      the step does not fit into {place}")
-    fits = f"about {found.largest_rows} do" if found.largest_rows else "choose a smaller model"
-    findings.problems.append(
-        f"per_device_train_batch_size={found.rows} does not fit into a {machine.kind} device; {fits}, and "
-        "gradient_accumulation_steps makes up for it"
-    )
+    print(f"compiled      the step does not fit {device}")
+    if largest:
+        advice = f"set {largest} and gradient_accumulation_steps={math.ceil(batch * microbatches / largest)}"
+    else:
+        advice = "lower data.max_seq_length, set model.remat='full', or choose a smaller model"
+    findings.problems.append(f"per_device_train_batch_size={batch}: does not fit a {machine.kind} device; {advice}")
 
 
 def tokens_of_epoch(source: Source, tokenizer: Tokenizer, *, seconds: float) -> tuple[float, bool]:

@@ -14,26 +14,12 @@ from clu import periodic_actions
 from mlm import parallel
 from mlm.data.prefetch import Batch
 from mlm.errors import UserError
+from mlm.hardware import find_device
 from mlm.reporting import writers
 from mlm.reporting.progress import LiveLine, Progress, evaluation_line
 from mlm.run.workdir import WorkDir
 from mlm.settings import ProfileSettings
 from mlm.steps import TrainMetrics
-
-# Peak bfloat16 rate of one device, FLOP/s, from the vendors' data sheets, by `jax.Device.device_kind`; the first
-# entry whose name occurs in the kind counts. A v2 or v3 device is one core of a chip.
-PEAK_FLOPS = {
-    "TPU v6 lite": 918e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5": 459e12,
-    "TPU v4": 275e12,
-    "TPU v3": 61.5e12,
-    "TPU v2": 22.5e12,
-    "B200": 2250e12,
-    "H200": 989e12,
-    "H100": 989e12,
-    "A100": 312e12,
-}
 
 # Fewer say little about speed.
 _MIN_RATE_WINDOW_SECONDS = 1.0
@@ -349,6 +335,6 @@ class Reporter:
 
 
 def peak_flops() -> float | None:
-    """The peak rate of this run's kind of device, FLOP/s; None where no data sheet gives one (CPU)."""
-    kind = jax.devices()[0].device_kind
-    return next((peak for name, peak in PEAK_FLOPS.items() if name in kind), None)
+    """Peak FLOP/s of this run's devices; None where no data sheet gives it (CPU)."""
+    device = find_device(jax.devices()[0].device_kind)
+    return None if device is None else device.peak_flops
