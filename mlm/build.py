@@ -191,13 +191,13 @@ def _encoder_config(
     encoder = encoder.replace(**overrides)
     if tokenizer.num_ids > encoder.vocab_size:
         raise UserError(
-            f"the tokenizer {tokenizer.name} has ids up to {tokenizer.num_ids - 1}, the model's vocab_size is "
-            f"{encoder.vocab_size}; set --config.model.overrides.vocab_size={tokenizer.num_ids}"
+            f"model.overrides.vocab_size={encoder.vocab_size}: the tokenizer {tokenizer.name} has ids up to "
+            f"{tokenizer.num_ids - 1}; set it to {tokenizer.num_ids}"
         )
     if tokenizer.pad_id != encoder.pad_token_id:
         raise UserError(
-            f"the tokenizer {tokenizer.name} pads with id {tokenizer.pad_id}, the model's pad_token_id is "
-            f"{encoder.pad_token_id}; use the model's own tokenizer"
+            f"tokenizer.tokenizer_name={tokenizer.name!r}: pads with id {tokenizer.pad_id}, but the model's pad_token_id "
+            f"is {encoder.pad_token_id}; use the model's own tokenizer"
         )
     _check_positions(settings, encoder)
     return encoder
@@ -209,8 +209,8 @@ def _check_positions(settings: RunSettings, encoder: EncoderConfig) -> None:
         # Some families have positions before that of the first token.
         needed = length + encoder.max_position_embeddings - encoder.max_seq_length
         raise UserError(
-            f"data.max_seq_length={length} is past the model's positions, which end at {encoder.max_seq_length}; "
-            f"lower it, or set --config.model.overrides.max_position_embeddings={needed}"
+            f"data.max_seq_length={length}: is longer than the model's {encoder.max_seq_length} positions; lower it, or "
+            f"set model.overrides.max_position_embeddings={needed}"
         )
 
 

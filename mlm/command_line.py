@@ -89,7 +89,14 @@ def flag_error(error: Exception, path: str | None) -> UserError:
         declared = _declared_type(match[1])
         if declared in _TYPE_NAMES:
             return UserError(f"--config.{match[1]}={match[2]}: must be {_TYPE_NAMES[declared]}")
-    return UserError(" ".join(message.split()))
+    message = " ".join(message.split())
+    if match := re.fullmatch(r"Unknown command line flag '(\w+)'\.?(?: Did you mean: (\w+).*)?", message):
+        return UserError(f"--{match[1]}: unknown flag" + (f"; did you mean --{match[2]}?" if match[2] else ""))
+    if match := re.fullmatch(r"flag (--\w+=.*): value should be one of <(.*)>", message):
+        return UserError(f"{match[1]}: must be one of {match[2].replace('|', ', ')}")
+    if match := re.match(r"flag (--\w+=.*): (invalid literal for int|could not convert string to float)", message):
+        return UserError(f"{match[1]}: must be {_TYPE_NAMES[int if 'int' in match[2] else float]}")
+    return UserError(message.removeprefix("flag "))
 
 
 def config_file_error(error: Exception, path: str | None) -> UserError:

@@ -142,7 +142,7 @@ def test_every_problem_is_reported_at_once(config, tmp_path, monkeypatch):
     config.hub.push_to_hub = True
     config.model.overrides.vocab_size = 100
     problems = check(config, tmp_path / "run")
-    assert [problem.split(" ")[0] for problem in problems] == ["hub.push_to_hub=True:", "the"]
+    assert [problem.split(" ")[0] for problem in problems] == ["hub.push_to_hub=True:", "model.overrides.vocab_size=100:"]
 
 
 @pytest.mark.parametrize(
