@@ -49,10 +49,10 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 from absl import app, flags
 from ml_collections import config_flags
 
-from configs import default
+from configs import compat, default
 from mlm import command_line
 from mlm.errors import UserError
-from mlm.run.workdir import WorkDir
+from mlm.run.workdir import KeyChanges, WorkDir
 from mlm.settings import RunSettings
 
 
@@ -78,18 +78,29 @@ class Mode:
 
 MODES = {
     "train": Mode(
-        options=("command", "overwrite", "multihost", "coordinator_address", "num_processes", "process_id"),
+        options=(
+            "command",
+            "overwrite",
+            "multihost",
+            "coordinator_address",
+            "num_processes",
+            "process_id",
+            "key_changes",
+        ),
     ),
-    "check": Mode(options=("defaults", "topology", "utilization"), on_cpu=True),
+    "check": Mode(options=("defaults", "topology", "utilization", "key_changes"), on_cpu=True),
     "explain": Mode(options=("arguments", "defaults", "defaults_file"), config="optional", workdirs="none"),
     "benchmark": Mode(options=("steps",), workdirs="none"),
     "train_tokenizer": Mode(options=("output",), workdirs="none", required=(("output", "tokenizers/mine"),)),
     "show_data": Mode(
-        options=("step", "sequences", "process"), config="workdir", required=(("step", "100"),), on_cpu=True
+        options=("step", "sequences", "process", "key_changes"),
+        config="workdir",
+        required=(("step", "100"),),
+        on_cpu=True,
     ),
     "export": Mode(options=("step", "average", "output", "dtype"), config="workdir", on_cpu=True),
     "fill_mask": Mode(options=("arguments", "step"), config="workdir", on_cpu="JAX_PLATFORMS" not in os.environ),
-    "report": Mode(options=("defaults", "output"), config="none", workdirs="many", on_cpu=True),
+    "report": Mode(options=("defaults", "output", "key_changes"), config="none", workdirs="many", on_cpu=True),
 }
 
 FLAGS = flags.FLAGS
@@ -129,18 +140,21 @@ def main(argv: list[str]) -> None:
     command_line.set_up_logging(verbose=FLAGS.verbosity > 0)
     if mode.on_cpu:
         os.environ["JAX_PLATFORMS"] = "cpu"
+    key_changes = KeyChanges(
+        compat.ADDED_KEYS, compat.RENAMED_KEYS, compat.REMOVED_KEYS, given=command_line.given_keys(sys.argv)
+    )
     defaults = RunSettings.from_dict(default.get_config().to_dict())
     if FLAGS.config is not None:
         settings = RunSettings.from_dict(FLAGS.config.to_dict())
     elif mode.config == "workdir":
-        settings = WorkDir(workdirs[0]).read_settings(defaults=defaults)
+        settings = WorkDir(workdirs[0], key_changes=key_changes).read_settings()
     elif mode.config == "flag":
         raise UserError(f"--config: missing; there are {', '.join(command_line.known_configs())}")
     else:
         settings = None
     command = shlex.join(["python", *sys.argv])
     values = FLAGS.flag_values_dict() | {"arguments": argv[1:], "command": command}
-    values |= {"defaults": defaults.flat(), "defaults_file": default.__file__}
+    values |= {"defaults": defaults.flat(), "defaults_file": default.__file__, "key_changes": key_changes}
     # Imported here: jax and TensorFlow take seconds, which an error on the command line need not wait for.
     module = importlib.import_module(f"mlm.modes.{FLAGS.mode}")
     workdir = workdirs if mode.workdirs == "many" else next(iter(workdirs), None)

@@ -211,7 +211,7 @@ def campaign(
             if code != 0:
                 raise AssertionError(f"exit code {code} by itself:\n{text[-3000:]}")
             break
-        if number != signal.SIGKILL and text.count("the same command goes on") != 1:
+        if number != signal.SIGKILL and text.count("rerun the same command to resume") != 1:
             raise AssertionError(f"the last line does not say what happened:\n{text[-3000:]}")
         done.append(killed)
         hit[killed.phase] += 1

@@ -141,7 +141,7 @@ def open_hub(settings: RunSettings, workdir: WorkDir) -> Hub | None:
         private=settings.hub.private,
         workdir=workdir.path,
         retry_policy=pipeline.retry_policy(settings),
-        url=workdir.display_path if workdir.is_remote else None,
+        download_command=workdir.storage.download_command("model"),
     )
 
 

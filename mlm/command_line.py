@@ -59,6 +59,11 @@ def config_path(argv: Sequence[str]) -> str | None:
     return None
 
 
+def given_keys(argv: Sequence[str]) -> frozenset[str]:
+    """Returns the config keys that the command line sets."""
+    return frozenset(match[1] for match in (re.match(r"--?(?:no)?config\.([^=]+)", item) for item in argv) if match)
+
+
 def known_configs() -> list[str]:
     """Returns the config files of this repository, such as "configs/quickstart.py"."""
     names = glob.glob("configs/*.py", root_dir=_ROOT)
@@ -75,9 +80,8 @@ def check_arguments(argv: Sequence[str]) -> None:
     if path is not None and not os.path.isfile(path.split(":")[0]):
         nearest = difflib.get_close_matches(path, known_configs(), n=1, cutoff=0.0)[0]
         raise UserError(f"--config={path}: no such file; did you mean {nearest}?")
-    for argument in argv[1:]:
-        if match := re.match(r"--?(?:no)?config\.([^=]+)", argument):
-            check_key(match[1], shown=f"--config.{match[1]}")
+    for key in sorted(given_keys(argv)):
+        check_key(key, shown=f"--config.{key}")
 
 
 def flag_error(error: Exception, path: str | None) -> UserError:

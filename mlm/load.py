@@ -55,7 +55,7 @@ def load_checkpoint(settings: RunSettings, workdir: WorkDir, *, step: int | None
     """
     if average < 1:
         raise UserError(f"--average={average}: must be at least 1")
-    with Checkpointer(workdir.checkpoints, keep_checkpoints=settings.checkpoint.keep_checkpoints) as checkpointer:
+    with Checkpointer(workdir.storage, keep_checkpoints=settings.checkpoint.keep_checkpoints) as checkpointer:
         available = checkpointer.steps()
         if not available:
             raise UserError(

@@ -9,7 +9,6 @@ import dataclasses
 import difflib
 import functools
 import math
-import operator
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -522,17 +521,22 @@ class RunSettings:
         check_keys(nested)
         return _build(cls, nested)
 
+    @classmethod
+    def from_flat(cls, keys: Mapping[str, Any]) -> Self:
+        """Builds the settings from keys with dots, as `flat` returns them. Raises UserError as `from_dict` does."""
+        nested: dict[str, Any] = {}
+        for key, value in keys.items():
+            *groups, name = key.split(".")
+            functools.reduce(lambda group, part: group.setdefault(part, {}), groups, nested)[name] = value
+        return cls.from_dict(nested)
+
     def to_dict(self) -> dict[str, Any]:
         """Returns the keys as nested dicts, in the order of `configs/default.py`."""
         return dataclasses.asdict(self)
 
     def replace(self, changes: Mapping[str, Any]) -> Self:
         """Returns settings with some values changed, by keys with dots: `replace({"hub.push_to_hub": False})`."""
-        nested = self.to_dict()
-        for key, value in changes.items():
-            *groups, name = key.split(".")
-            functools.reduce(operator.getitem, groups, nested)[name] = value
-        return self.from_dict(nested)
+        return self.from_flat({**self.flat(), **changes})
 
     def flat(self) -> dict[str, Any]:
         """Returns the keys with dots, such as "optimizer.learning_rate", in the order of `configs/default.py`."""
@@ -686,18 +690,19 @@ def _converted(key: str, value: Any, declared: Any) -> Any:
             if isinstance(value, list | tuple) and (
                 kind == tuple[Any, ...] or all(isinstance(item, str) for item in value)
             ):
-                return _as_tuples(value)
+                return as_tuples(value)
         elif isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
             return value
     words = [_WORDS.get(kind, getattr(kind, "__name__", "")) for kind in kinds]
     raise _error(key, value, f"must be {' or '.join(words)}")
 
 
-def _as_tuples(value: Any) -> Any:
+def as_tuples(value: Any) -> Any:
+    """Returns a value as settings have it, such as one that was read from JSON: lists become tuples."""
     if isinstance(value, list | tuple):
-        return tuple(_as_tuples(item) for item in value)
+        return tuple(as_tuples(item) for item in value)
     if isinstance(value, Mapping):
-        return {name: _as_tuples(item) for name, item in value.items()}
+        return {name: as_tuples(item) for name, item in value.items()}
     return value
 
 

@@ -23,7 +23,7 @@ from mlm.reporting.reporter import Reporter
 from mlm.reporting.summary import log_run_summary, warn_batch_size_changed
 from mlm.run.checkpoint import Checkpointer, CorruptCheckpointError
 from mlm.run.signals import Interrupt
-from mlm.run.workdir import WorkDir
+from mlm.run.workdir import KeyChanges, WorkDir
 from mlm.settings import RunSettings
 from mlm.steps import TrainState, init_state
 
@@ -59,7 +59,13 @@ class Run:
 
 
 def open_run(
-    settings: RunSettings, workdir_path: str, *, stack: contextlib.ExitStack, interrupt: Interrupt, overwrite: bool
+    settings: RunSettings,
+    workdir_path: str,
+    *,
+    stack: contextlib.ExitStack,
+    interrupt: Interrupt,
+    overwrite: bool,
+    key_changes: KeyChanges | None,
 ) -> Run | None:
     """Builds a run and restores its newest intact checkpoint; None if the run is finished.
 
@@ -69,20 +75,18 @@ def open_run(
       stack: closes what is opened here.
       interrupt: is checked while a batch is awaited.
       overwrite: start a new run after renaming the existing work directory.
+      key_changes: how config keys have changed since earlier versions; None for no changes.
 
     Raises:
       UserError: the run cannot be built from these settings, or cannot be resumed.
     """
-    workdir = WorkDir(workdir_path)
+    workdir = WorkDir(workdir_path, key_changes=key_changes)
     if overwrite:
         if jax.process_index() == 0 and (renamed := workdir.move_aside()):
             logging.info("renamed the existing work directory %s to %s", workdir.display_path, renamed)
         parallel.barrier("work directory renamed")
         workdir.pull()
-    if settings.per_device_train_batch_size == 0 and workdir.last_topology() is not None:
-        found = workdir.read_config()["per_device_train_batch_size"]
-        settings = settings.replace({"per_device_train_batch_size": found})
-    workdir.check_same_run(settings.to_dict())
+    settings = workdir.resume(settings)
     if _is_finished(settings, workdir):
         return None
     build.check_device(settings)
@@ -98,9 +102,7 @@ def open_run(
         components = components.with_batch_size(settings)
     keep = settings.checkpoint
     checkpointer = stack.enter_context(
-        Checkpointer(
-            workdir.checkpoints, keep_checkpoints=keep.keep_checkpoints, keep_every_steps=keep.keep_every_steps
-        )
+        Checkpointer(workdir.storage, keep_checkpoints=keep.keep_checkpoints, keep_every_steps=keep.keep_every_steps)
     )
     state, loop_state = _restore(components, checkpointer)
     start_step = loop_state["step"] if loop_state else 0
@@ -157,7 +159,7 @@ def _is_finished(settings: RunSettings, workdir: WorkDir) -> bool:
 def _write_workdir(settings: RunSettings, workdir: WorkDir, components: Components, start_step: int) -> None:
     warn_batch_size_changed(workdir, components)
     changed = workdir.create(
-        settings.to_dict(),
+        settings,
         save_tokenizer=components.tokenizer.save,
         processes=jax.process_count(),
         rows_per_process=components.text.batch_rows,

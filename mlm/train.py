@@ -17,6 +17,7 @@ from mlm.export.model_directory import export_model
 from mlm.reporting.summary import show
 from mlm.run.checkpoint import Checkpointer, DiskFullError, SaveError
 from mlm.run.signals import Interrupt, Interrupted
+from mlm.run.workdir import KeyChanges
 from mlm.settings import RunSettings
 from mlm.startup import Run, open_run
 
@@ -28,6 +29,7 @@ def train_and_evaluate(
     command: str = "python main.py ...",
     interrupt: Interrupt | None = None,
     overwrite: bool = False,
+    key_changes: KeyChanges | None = None,
 ) -> None:
     """Trains up to step `num_train_steps`, from the newest intact checkpoint in `workdir` if there is one.
 
@@ -37,6 +39,7 @@ def train_and_evaluate(
       command: the command that started the run, for the hint how to train for longer.
       interrupt: receives signals; None for a run that signals do not stop.
       overwrite: start a new run after renaming the existing work directory.
+      key_changes: how config keys have changed since earlier versions; None for no changes.
 
     Raises:
       UserError: the run cannot be started or resumed, or training failed in a way the user can fix.
@@ -44,7 +47,9 @@ def train_and_evaluate(
     """
     interrupt = interrupt or Interrupt()
     with contextlib.ExitStack() as stack:
-        run = open_run(settings, workdir, stack=stack, interrupt=interrupt, overwrite=overwrite)
+        run = open_run(
+            settings, workdir, stack=stack, interrupt=interrupt, overwrite=overwrite, key_changes=key_changes
+        )
         if run is None:
             return
         settings, reporter, state = run.settings, run.reporter, run.state
@@ -112,7 +117,7 @@ def train_and_evaluate(
                     # An exported last step means that the run is finished: its checkpoint must be complete by then.
                     save(step, batch.state, is_evaluated=not (evaluates and stops), wait=stops or step == last_step)
                 if stops:
-                    raise Interrupted(f"stopped after step {step}, which is saved", together=True)
+                    raise Interrupted(f"stopped after step {step}, which is saved", on_all_processes=True)
                 if evaluates:
                     export(step, eval_metrics)
         reporter.flush()
@@ -143,7 +148,7 @@ class StopConsensus:
 
 def _log(run: Run, step: int) -> None:
     run.reporter.log_updates(step)
-    if run.workdir.is_remote and jax.process_index() == 0:
+    if run.workdir.storage.needs_upload and jax.process_index() == 0:
         with run.reporter.timed("upload"), _log_and_retry_later():
             run.reporter.flush()
             run.workdir.push()
@@ -183,7 +188,7 @@ def _require_room(checkpointer: Checkpointer, state: Any, *, before_save: Callab
     """Raises DiskFullError on all processes if one of them has no room: all take part in a save."""
     problem = None
     try:
-        checkpointer.require_room(state)
+        checkpointer.check_space(state)
         if jax.process_index() == 0:
             before_save()
     except DiskFullError as error:

@@ -187,7 +187,7 @@ def test_a_disk_and_a_device_that_are_too_small(config, tmp_path, monkeypatch, c
 def test_another_run_in_the_directory_is_a_problem(config, tmp_path):
     workdir = WorkDir(str(tmp_path / "run"))
     workdir.create(
-        config.to_dict(), save_tokenizer=lambda path: Path(path).mkdir(), processes=1, rows_per_process=1, step=0
+        settings_of(config), save_tokenizer=lambda path: Path(path).mkdir(), processes=1, rows_per_process=1, step=0
     )
     config.seed = 7
     assert "holds a run with another config: seed" in check(config, tmp_path / "run")[0]

@@ -190,7 +190,7 @@ def test_waits_grow_and_the_end_of_the_run_cuts_them_short(server, workdir, monk
 
 
 def test_the_upload_command_for_a_model_in_a_bucket(server, workdir):
-    hub = open_hub(workdir, url="gs://bucket/runs/it's")
+    hub = open_hub(workdir, download_command="gcloud storage cp --recursive 'gs://bucket/runs/it'\"'\"'s/model' .")
     server.always[COMMIT] = 403
     with pytest.raises(UserError) as error:
         hub.finish(step=1)

@@ -1,4 +1,4 @@
-"""Runs that are killed, or asked to stop, at any time: the run that comes back is the run that would have been."""
+"""Runs that are killed or stopped at any time: a resumed run is bitwise identical to an uninterrupted one."""
 
 import collections
 import json
@@ -19,6 +19,7 @@ from mlm import parallel
 from mlm.reporting.curves import read_metrics
 from mlm.run.checkpoint import Checkpointer
 from mlm.run.signals import EXIT_AT_ONCE, EXIT_INTERRUPTED, Interrupt, Interrupted
+from mlm.run.storage import LocalStorage
 from tests.bad_server import Server, encode
 from tests.tiny import sentences, write_corpus
 
@@ -144,19 +145,19 @@ def test_a_signal_while_the_text_stalls(tmp_path):
     finally:
         server.close()
     lines = Path(log).read_text().splitlines()
-    assert lines[-1].endswith("; the same command goes on")
-    with Checkpointer(f"{workdir}/checkpoints", keep_checkpoints=2) as checkpointer:
+    assert lines[-1].endswith("; rerun the same command to resume")
+    with Checkpointer(LocalStorage(workdir), keep_checkpoints=2) as checkpointer:
         saved = checkpointer.latest_step()
     # The last update that had its text.
     assert saved >= read_metrics(f"{workdir}/metrics.jsonl")[-1]["step"]
     assert saved < 100_000
 
 
-# Long, in C, with other threads allowed, as compiling is; blind to the first signal until it is over.
+# Runs for long in C code that releases the GIL, as a compilation does: Python handles no signal until it returns.
 BUSY = """
 import hashlib, sys
-from mlm.interrupt import Interrupt, leave_at_once
-leave_at_once()
+from mlm.run.signals import Interrupt, exit_on_signal
+exit_on_signal()
 print("early", flush=True)
 if sys.argv[1] == "early":
     sys.stdin.read()
@@ -189,7 +190,7 @@ def test_a_second_signal_stops_at_once_whatever_the_main_thread_does(first):
         process.send_signal(first)
         assert "a second signal stops at once" in process.stderr.readline()
         with pytest.raises(subprocess.TimeoutExpired):
-            process.wait(1.5)  # Sooner it would be the same wish.
+            process.wait(1.5)  # Sooner it would count as a duplicate.
         start = time.monotonic()
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == EXIT_AT_ONCE
@@ -206,9 +207,9 @@ def test_the_first_signal_waits_for_the_main_thread():
     assert (process.returncode, output) == (0, "SIGINT\n")
 
 
-def test_one_wish_that_comes_twice_at_once_is_one():
+def test_a_duplicate_signal_is_ignored():
     process = start_busy(str(10**6))
-    # As a Ctrl-C does under `timeout`: from the terminal, and from there.
+    # Under `timeout` a Ctrl-C arrives twice.
     process.send_signal(signal.SIGINT)
     assert "a second signal stops at once" in process.stderr.readline()
     process.send_signal(signal.SIGTERM)
@@ -216,7 +217,7 @@ def test_one_wish_that_comes_twice_at_once_is_one():
     assert (process.returncode, output, errors) == (0, "SIGINT\n", "")
 
 
-def test_what_comes_again_at_once_does_not_break_off_the_way_out():
+def test_a_second_signal_does_not_interrupt_the_clean_up_after_the_first():
     with Interrupt() as interrupt:
         with pytest.raises(Interrupted, match="stopped by SIGINT"):
             signal.raise_signal(signal.SIGINT)
@@ -224,15 +225,15 @@ def test_what_comes_again_at_once_does_not_break_off_the_way_out():
         assert interrupt.requested == "SIGINT"
 
 
-def test_before_training_one_signal_is_enough():
+def test_before_training_one_signal_ends_the_process():
     process = start_busy("early")
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == EXIT_INTERRUPTED
-    assert errors == "stopped by SIGTERM; the same command goes on\n"
+    assert errors == "stopped by SIGTERM; rerun the same command to resume\n"
 
 
-def test_a_signal_is_raised_where_it_may_be_and_handlers_are_given_back():
+def test_signals_raise_only_outside_deferred_and_handlers_are_restored():
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     with Interrupt(), pytest.raises(Interrupted, match="stopped by SIGTERM"):
         signal.raise_signal(signal.SIGTERM)
@@ -241,7 +242,7 @@ def test_a_signal_is_raised_where_it_may_be_and_handlers_are_given_back():
             signal.raise_signal(signal.SIGINT)
             assert interrupt.requested == "SIGINT"
         with pytest.raises(Interrupted), interrupt.deferred():
-            raise AssertionError("it is not entered")
+            raise AssertionError("must not be entered")
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
 
 
@@ -256,7 +257,7 @@ def make_run(run: Path, *, weight: float = 1.0, row: int = 5, loss: float = 2.0,
     state = parallel.to_global(parallel.replicate({"weight": np.full(3, weight, np.float32)}))
     loop = {"counts_V": [1], "tokens_seen": 2, "skipped": [0, 0], "evaluated": True, "hours": seconds}
     loop["interval"] = {"loss": loss, "seconds": seconds, "apart_seconds": {"save": seconds}}
-    with Checkpointer(str(run / "checkpoints"), keep_checkpoints=1) as checkpointer:
+    with Checkpointer(LocalStorage(str(run)), keep_checkpoints=1) as checkpointer:
         checkpointer.save(4, state=state, loop=loop, stream={"row": row})
 
 

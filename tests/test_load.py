@@ -17,7 +17,6 @@ import safetensors
 import safetensors.numpy
 from transformers import AutoTokenizer
 
-from configs import default
 from mlm import build, load, steps
 from mlm.errors import UserError
 from mlm.export import model_directory
@@ -351,13 +350,6 @@ def test_train_tokenizer_on_the_command_line(tmp_path):
         assert message in result.stderr.splitlines()[-1]
 
 
-def test_keys_that_are_newer_than_a_run_have_their_defaults(run, tmp_path):
+def test_the_settings_of_a_run_are_read_from_its_work_directory(run):
     config, workdir, _ = run
-    defaults = settings_of(default.get_config())
-    assert WorkDir(str(workdir)).read_settings(defaults=defaults) == settings_of(config)
-    copy = tmp_path / "run"
-    copy.mkdir()
-    content = json.loads((workdir / "config.json").read_text())
-    del content["config"]["export"], content["config"]["hub"]["license"]
-    (copy / "config.json").write_text(json.dumps(content))
-    assert WorkDir(str(copy)).read_settings(defaults=defaults).export.dtype == "float32"
+    assert WorkDir(str(workdir)).read_settings() == settings_of(config)

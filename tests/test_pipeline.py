@@ -11,7 +11,7 @@ from mlm.data import pipeline as text_lib
 from mlm.data.train_tokenizer import train_tokenizer
 from mlm.errors import UserError
 from mlm.reporting.curves import read_metrics
-from mlm.run.workdir import WorkDir, flatten
+from mlm.run.workdir import WorkDir
 from mlm.train import train_and_evaluate
 from tests.tiny import sentences, settings_of, tiny_config, write_corpus
 
@@ -88,20 +88,19 @@ def test_a_mixture_trains_evaluates_each_source_and_goes_on_exactly(mixed, tmp_p
 def test_a_run_knows_its_mixture_and_may_leave_out_other_steps(mixed, tmp_path):
     place = WorkDir(str(tmp_path / "run"))
     place.create(
-        mixed.to_dict(),
+        settings_of(mixed),
         save_tokenizer=lambda path: (tmp_path / path).mkdir(),
         processes=2,
         rows_per_process=8,
         step=0,
     )
-    place.check_same_run(mixed.to_dict())
+    place.resume(settings_of(mixed))
     assert place.last_topology() == (2, 8)
     mixed.data.skip_steps = ((2, 3),)
-    place.check_same_run(mixed.to_dict())
+    place.resume(settings_of(mixed))
     mixed.data.mixture = (("sentences", 2), ("numbers", 1))
     with pytest.raises(UserError, match=r"data\.mixture"):
-        place.check_same_run(mixed.to_dict())
-    assert flatten({"a": {"b": ((1, 2),)}}) == {"a.b": [[1, 2]]}
+        place.resume(settings_of(mixed))
 
 
 def test_shares_of_rows():

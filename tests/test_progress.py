@@ -332,7 +332,7 @@ def test_a_run_on_a_terminal_shows_itself_and_leaves_it_clean_after_ctrl_c(tmp_p
     assert child.wait(60) == 75, output
     *lines, last = shown(output.replace("^C", ""))
     assert last == ""
-    assert re.fullmatch(r"stopped after update \d+, which is saved; the same command goes on", lines[-1])
+    assert re.fullmatch(r"stopped after update \d+, which is saved; rerun the same command to resume", lines[-1])
     assert [line for line in lines if "tok/s" in line and not re.match(r"\d\d:\d\d:\d\d  ", line)] == []
     assert any(re.match(r"\d\d:\d\d:\d\d +50/1000000 +loss ", line) for line in lines)
 

@@ -16,10 +16,11 @@ from mlm import train
 from mlm.errors import UserError
 from mlm.modes import report
 from mlm.reporting import writers
-from mlm.run.workdir import WorkDir, flatten
+from mlm.run.workdir import WorkDir
+from tests.tiny import settings_of
 
 ROOT = Path(__file__).parent.parent
-DEFAULTS = flatten(default.get_config().to_dict())
+DEFAULTS = settings_of(default.get_config()).flat()
 
 
 def write_run(folder, *, steps=40, skipped=None, restarts=(), values=None, loss=5.0):
@@ -34,7 +35,8 @@ def write_run(folder, *, steps=40, skipped=None, restarts=(), values=None, loss=
         {"step": step, "time": "2026-11-22T10:00:00+00:00", "event": event, "changed": changed}
         for step, event, changed in starts
     ]
-    (folder / "config.json").write_text(json.dumps({"config": config.to_dict(), "history": history}))
+    content = {"format_version": 1, "config": settings_of(config).flat(), "history": history}
+    (folder / "config.json").write_text(json.dumps(content))
     lines = []
     for step in range(10, steps + 1, 10):
         line = {

@@ -102,7 +102,7 @@ def test_a_run_of_two_processes_that_resumed_with_three(run, tmp_path, monkeypat
     workdir = WorkDir(str(tmp_path))
     built = build.build(settings_of(config), workdir)
     text = built.text
-    workdir.create(config.to_dict(), save_tokenizer=built.tokenizer.save, processes=3, rows_per_process=8, step=0)
+    workdir.create(settings_of(config), save_tokenizer=built.tokenizer.save, processes=3, rows_per_process=8, step=0)
     used = {}
 
     def make(streams, first, last):

@@ -98,7 +98,7 @@ def world(tmp_path_factory) -> Path:
     for name in ("started", "logged", "garbled"):
         place = WorkDir(str(world / name))
         place.create(
-            tiny_config(str(world / "data" / "part-*.jsonl")).to_dict(),
+            settings_of(tiny_config(str(world / "data" / "part-*.jsonl"))),
             save_tokenizer=lambda path: Path(path).mkdir(),
             processes=1,
             rows_per_process=4,

@@ -58,7 +58,7 @@ class Hub:
         workdir: str,
         retry_policy: RetryPolicy,
         first_wait_seconds: float = 5.0,
-        url: str | None = None,
+        download_command: str | None = None,
     ):
         """Creates the repository if it does not exist, and removes leftovers of an interrupted upload in `workdir`.
 
@@ -68,7 +68,7 @@ class Hub:
           workdir: path of the work directory on this machine.
           retry_policy: for the network; its timeout also ends a silent upload.
           first_wait_seconds: wait before an upload is retried; it doubles up to five minutes.
-          url: the work directory's gs:// URL, if `workdir` is the local mirror of it.
+          download_command: the shell command that copies `model/` from a bucket; None if the run is local.
 
         Raises:
           UserError: the repository cannot be created, or the token cannot write to it.
@@ -76,7 +76,7 @@ class Hub:
         for leftover in glob.glob(os.path.join(glob.escape(workdir), "push.*")):
             shutil.rmtree(leftover, ignore_errors=True)
         self._name = name
-        self._workdir, self._url = workdir, url
+        self._workdir, self._download_command = workdir, download_command
         self._first_wait = first_wait_seconds
         self._api = huggingface_hub.HfApi()
         self.repo_id = self._create(
@@ -184,9 +184,8 @@ class Hub:
         self._thread.join()
         if not is_pushed(self._workdir, name=self._name, step=step):
             upload = f"hf upload {self.repo_id} {shlex.quote(os.path.join(self._workdir, 'model'))}"
-            if self._url is not None:
-                model = shlex.quote(os.path.join(self._url, "model"))
-                upload = f"gcloud storage cp --recursive {model} . && hf upload {self.repo_id} model"
+            if self._download_command is not None:
+                upload = f"{self._download_command} && hf upload {self.repo_id} model"
             raise UserError(
                 f"hub.push_to_hub=True: the run is finished, but uploading the model to {self.repo_id} failed "
                 f"({self._failure or 'see above'}); rerun the same command, or upload it yourself: {upload}"

@@ -7,8 +7,6 @@ import contextlib
 import dataclasses
 import functools
 import math
-import os
-import shutil
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -28,7 +26,7 @@ from mlm.masking import mask_tokens
 from mlm.models.flops import flops_per_token
 from mlm.modes.show_data import decode_masked
 from mlm.reporting.progress import duration
-from mlm.run.workdir import WorkDir
+from mlm.run.workdir import KeyChanges, WorkDir
 from mlm.settings import RunSettings
 
 # Time for reading text to estimate the tokens of an epoch.
@@ -57,7 +55,13 @@ class Findings:
 
 
 def run(
-    settings: RunSettings, workdir: str, *, defaults: Mapping[str, Any], topology: str | None, utilization: float
+    settings: RunSettings,
+    workdir: str,
+    *,
+    defaults: Mapping[str, Any],
+    topology: str | None,
+    utilization: float,
+    key_changes: KeyChanges,
 ) -> None:
     """Prints a dry run of a training run.
 
@@ -67,19 +71,28 @@ def run(
       defaults: the values of `configs/default.py`, by keys with dots.
       topology: the machine the run is meant for, such as "v3-8"; None for the devices here.
       utilization: the assumed fraction of the devices' peak rate.
+      key_changes: how config keys have changed since earlier versions.
 
     Raises:
       UserError: the run is not ready; the message lists every problem found.
     """
     machine = parse_topology(topology) if topology else None
-    problems = check(settings, workdir, defaults=defaults, machine=machine, utilization=utilization)
+    problems = check(
+        settings, workdir, defaults=defaults, machine=machine, utilization=utilization, key_changes=key_changes
+    )
     if problems:
         raise UserError("; ".join(["not ready", *problems]))
     print("\nready")
 
 
 def check(
-    settings: RunSettings, workdir: str, *, defaults: Mapping[str, Any], machine: Machine | None, utilization: float
+    settings: RunSettings,
+    workdir: str,
+    *,
+    defaults: Mapping[str, Any],
+    machine: Machine | None,
+    utilization: float,
+    key_changes: KeyChanges | None = None,
 ) -> list[str]:
     """Prints what the run would be; returns what is wrong with it, a line each.
 
@@ -89,6 +102,7 @@ def check(
       defaults: key -> value of `configs/default.py`, flat.
       machine: that the run is meant for; None for the devices here.
       utilization: the share of the devices' peak rate to count on.
+      key_changes: how config keys have changed since earlier versions; None for no changes.
     """
     findings = Findings()
     here = machine or Machine("this machine", jax.devices()[0].device_kind, jax.device_count(), 1)
@@ -96,10 +110,9 @@ def check(
     show_config(settings, defaults)
     place = None
     with findings.collect():
-        place = WorkDir(workdir)
-        place.check_same_run(settings.to_dict())
-        if place.is_remote:
-            place.lock()  # Whether it can be written to; of a directory that is known.
+        place = WorkDir(workdir, key_changes=key_changes)
+        settings = place.resume(settings)
+        place.storage.check_writable()
     with findings.collect():
         build.check_device(settings)
     if place is None or findings.problems:
@@ -255,21 +268,15 @@ def _show_disk(settings: RunSettings, place: WorkDir, state_bytes: int, model_by
     # One more checkpoint while the oldest is not yet removed, and the model twice while it is replaced.
     kept = settings.checkpoint.keep_checkpoints + 1 + (settings.num_train_steps // every if every else 0)
     needed = kept * state_bytes + 2 * model_bytes
-    if place.is_remote:
-        print(f"storage       {_gigabytes(needed)} for {kept} checkpoints of {_gigabytes(state_bytes)} and the model")
-        return
-    existing = place.path
-    while not os.path.exists(existing):
-        existing = os.path.dirname(existing)
-    free = shutil.disk_usage(existing).free
+    free = place.storage.free_bytes()
     print(
-        f"disk          {_gigabytes(needed)} for {kept} checkpoints of {_gigabytes(state_bytes)} and the model; "
-        f"{_gigabytes(free)} are free at {existing}"
+        f"disk          {_gigabytes(needed)} for {kept} checkpoints of {_gigabytes(state_bytes)} and the model"
+        + ("" if free is None else f"; {_gigabytes(free)} are free")
     )
-    if needed > free:
+    if free is not None and needed > free:
         findings.problems.append(
-            f"{place.path} needs {_gigabytes(needed)} and {existing} has {_gigabytes(free)} free: choose another "
-            "--workdir, or lower checkpoint.keep_checkpoints"
+            f"--workdir={place.display_path}: has {_gigabytes(free)} free and needs {_gigabytes(needed)}; choose "
+            "another, or lower checkpoint.keep_checkpoints"
         )
 
 

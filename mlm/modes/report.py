@@ -15,7 +15,7 @@ from plotly.offline import get_plotlyjs
 
 from mlm.errors import UserError
 from mlm.reporting.curves import read_metrics
-from mlm.run.workdir import WorkDir, flatten
+from mlm.run.workdir import KeyChanges, WorkDir
 
 # Points of a curve, at most: more are not to be told apart on a screen, and make a page slow.
 MAX_POINTS = 4000
@@ -38,7 +38,14 @@ PANELS = (
 SOURCES_TITLE = "Evaluation loss of the sources"
 
 
-def run(settings: None, workdir: Sequence[str], *, output: str | None, defaults: Mapping[str, Any]) -> None:
+def run(
+    settings: None,
+    workdir: Sequence[str],
+    *,
+    output: str | None,
+    defaults: Mapping[str, Any],
+    key_changes: KeyChanges | None = None,
+) -> None:
     """Writes the page to `output`.
 
     Args:
@@ -46,12 +53,13 @@ def run(settings: None, workdir: Sequence[str], *, output: str | None, defaults:
       workdir: the directories of one or more runs.
       output: the file to write, replaced if it exists; None for report.html.
       defaults: key -> value of `configs/default.py`, flat; what differs from it is shown.
+      key_changes: how config keys have changed since earlier versions; None for no changes.
 
     Raises:
       UserError: a directory holds no run or has no metrics yet, two are the same, or the file cannot be written.
     """
     output = output or "report.html"
-    places = [WorkDir(path) for path in workdir]
+    places = [WorkDir(path, key_changes=key_changes) for path in workdir]
     if len({place.display_path for place in places}) < len(places):
         raise UserError("--workdir: two of the runs are the same; name each once")
     names = _names([place.display_path for place in places])
@@ -85,14 +93,12 @@ def read_run(place: WorkDir, name: str) -> dict[str, Any]:
     Raises:
       UserError: there is no run, or it has no metrics yet.
     """
-    if not os.path.exists(place.config):
-        raise UserError(f"--workdir={place.display_path}: there is no run; name the work directory of one")
+    config, history = place.read_config(), place.read_history()
     lines = read_metrics(place.metrics)
     if not lines:
         raise UserError(
             f"--workdir={place.display_path}: no metrics yet; come back after the first evaluation or checkpoint"
         )
-    config, history = flatten(place.read_config()), place.read_history()
     clock = _Clock(lines)
     curves = {}
     for metric in sorted({metric for line in lines for metric in line} - {"step"}):

@@ -19,7 +19,7 @@ from mlm.data.tokenizer import Tokenizer
 from mlm.errors import UserError
 from mlm.masking import MaskedBatch, mask_tokens
 from mlm.run.checkpoint import Checkpointer
-from mlm.run.workdir import WorkDir
+from mlm.run.workdir import KeyChanges, WorkDir
 from mlm.settings import RunSettings
 
 
@@ -48,7 +48,15 @@ class StepData:
     documents: list[Document]
 
 
-def run(settings: RunSettings, workdir_path: str, *, step: int, sequences: int, process: int) -> None:
+def run(
+    settings: RunSettings,
+    workdir_path: str,
+    *,
+    step: int,
+    sequences: int,
+    process: int,
+    key_changes: KeyChanges | None = None,
+) -> None:
     """Prints masked sequences of a step and the documents that they come from.
 
     Args:
@@ -57,11 +65,12 @@ def run(settings: RunSettings, workdir_path: str, *, step: int, sequences: int, 
       step: the step, from 1 on.
       sequences: number of sequences to print.
       process: index of the process whose sequences are printed.
+      key_changes: how config keys have changed since earlier versions; None for no changes.
 
     Raises:
       UserError: the run does not exist, or its config differs in a key that must not change.
     """
-    data = replay(settings, workdir_path, step=step, process_index=process)
+    data = replay(settings, workdir_path, step=step, process_index=process, key_changes=key_changes)
     total = len(data.tokens_BxL)
     print(
         f"step {step}: batch {data.batch_number} of the data, epoch {data.epoch}; "
@@ -77,20 +86,27 @@ def run(settings: RunSettings, workdir_path: str, *, step: int, sequences: int, 
         print(f"  {decode_masked(data.text.tokenizer, data.masked, row)}")
 
 
-def replay(settings: RunSettings, workdir_path: str, *, step: int, process_index: int = 0) -> StepData:
+def replay(
+    settings: RunSettings,
+    workdir_path: str,
+    *,
+    step: int,
+    process_index: int = 0,
+    key_changes: KeyChanges | None = None,
+) -> StepData:
     """Recomputes the batch of a process in a step; arguments and errors as in `run`."""
-    workdir = WorkDir(workdir_path)
+    workdir = WorkDir(workdir_path, key_changes=key_changes)
     if workdir.last_topology() is None:
         raise UserError(f"--workdir={workdir_path}: there is no run; name the directory of one")
     if step < 1:
         raise UserError(f"--step={step}: must be at least 1, the first step")
-    workdir.check_same_run(settings.to_dict())
+    settings = workdir.resume(settings)
     sources = text_lib.open_sources(settings)
     tokenizer = text_lib.open_tokenizer(settings, workdir, sources, model_type=settings.model.model_type)
     text = text_lib.open_text(settings, sources, tokenizer)
 
     states, runs = None, [[0, *workdir.last_topology()]]
-    with Checkpointer(workdir.checkpoints, keep_checkpoints=settings.checkpoint.keep_checkpoints) as checkpointer:
+    with Checkpointer(workdir.storage, keep_checkpoints=settings.checkpoint.keep_checkpoints) as checkpointer:
         saved = checkpointer.steps()
         if saved:
             runs = checkpointer.streams(saved[-1])[0]["runs"]

@@ -2,6 +2,7 @@
 
 from mlm.run import multihost as multihost_lib
 from mlm.run import signals
+from mlm.run.workdir import KeyChanges
 from mlm.settings import RunSettings
 
 
@@ -15,6 +16,7 @@ def run(
     coordinator_address: str | None,
     num_processes: int | None,
     process_id: int | None,
+    key_changes: KeyChanges,
 ) -> None:
     """Trains a run, or resumes it.
 
@@ -25,6 +27,7 @@ def run(
       overwrite: start a new run after renaming the existing work directory.
       multihost: run as one of several processes; None for automatic detection of a TPU pod.
       coordinator_address, num_processes, process_id: of the processes, as `jax.distributed.initialize` takes them.
+      key_changes: how config keys have changed since earlier versions.
 
     Raises:
       UserError: the run cannot be started or resumed, or training failed in a way the user can fix.
@@ -34,8 +37,11 @@ def run(
     if multihost or (multihost is None and multihost_lib.on_tpu_pod()):
         multihost_lib.start(coordinator_address=coordinator_address, num_processes=num_processes, process_id=process_id)
     # Imported after jax.distributed is set up, and after exit_on_signal: it takes seconds.
+    from mlm.reporting.progress import erasing
     from mlm.train import train_and_evaluate
 
     # After jax.distributed, which installs a signal handler of its own.
-    with signals.Interrupt() as interrupt, multihost_lib.propagate_failures():
-        train_and_evaluate(settings, workdir, command=command, interrupt=interrupt, overwrite=overwrite)
+    with signals.Interrupt(erase_line=erasing) as interrupt, multihost_lib.propagate_failures():
+        train_and_evaluate(
+            settings, workdir, command=command, interrupt=interrupt, overwrite=overwrite, key_changes=key_changes
+        )

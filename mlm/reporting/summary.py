@@ -62,13 +62,14 @@ def show(settings: RunSettings, place: WorkDir, predictions: list[MaskPrediction
     longer = re.sub(r" --config\.num_train_steps[= ]\S+", "", command)
     path = place.raw_path
     model = os.path.join(path, "model")
-    copied = f"; after: gcloud storage cp --recursive {shlex.quote(model)} ." if place.is_remote else ""
+    download = place.storage.download_command("model")
+    copied = f"; after: {download}" if download else ""
     print(f"""
 Model      {model}
 Curves     {os.path.join(model, "curves.png")}
 Look at    tensorboard --logdir {shlex.quote(path)}
 Resume     {longer} --config.num_train_steps={2 * settings.num_train_steps}
 Use        from transformers import pipeline  # needs PyTorch: pip install torch{copied}
-           pipeline("fill-mask", model={"model" if place.is_remote else model!r})
+           pipeline("fill-mask", model={"model" if download else model!r})
 Or         python main.py --mode=fill_mask --workdir={shlex.quote(path)}
 """)

@@ -1,18 +1,15 @@
 """Checkpoints: the only file that imports Orbax.
 
-A checkpoint named N holds N updates: the train state, what the loop has summed up since its last line of metrics,
-and every process's place in its stream. All are written together, in the background, and count only once complete.
+Checkpoint N contains N steps: the train state; what the loop has accumulated since its last line of metrics; and the
+stream state of every process. All are written together, in the background, and count only when complete.
 
-Checksums of all of it are written with it: those of the state are taken on the device, before the way to the disk.
+Checksums of all content are written with it. Those of the train state are computed on the device, before the copy to
+the host.
 """
 
 import contextlib
 import dataclasses
 import json
-import os
-import re
-import shutil
-import tempfile
 import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -26,14 +23,18 @@ from etils import epath
 from orbax.checkpoint import future
 
 from mlm.errors import UserError, one_line
-from mlm.run import gcs
+from mlm.run.gcs import GcsStorage
+from mlm.run.storage import LocalStorage
+
+# Version of the layout of a checkpoint. Raise it when code of an earlier version would misread it.
+FORMAT_VERSION = 1
 
 
 class ProcessJsonHandler(ocp.AsyncCheckpointHandler):
-    """Writes one JSON file per process; Orbax's own handler writes the first process's only."""
+    """Writes one JSON file per process. Orbax's own handler writes only that of process 0."""
 
     async def async_save(self, directory: epath.Path, args: "ProcessJsonSave") -> list[future.Future]:
-        """Writes this process's value once Orbax has made the directory."""
+        """Writes this process's value after Orbax has created the directory."""
 
         async def write() -> None:
             self.save(directory, args)
@@ -63,10 +64,10 @@ def _with_checksum(item: Mapping[str, Any]) -> dict[str, Any]:
     return {"item": dict(item), "crc32": zlib.crc32(json.dumps(item).encode())}
 
 
-def _without_checksum(sealed: Mapping[str, Any]) -> dict[str, Any]:
-    if _with_checksum(sealed["item"]) != sealed:
+def _without_checksum(content: Mapping[str, Any]) -> dict[str, Any]:
+    if _with_checksum(content["item"]) != content:
         raise ValueError("a checksum does not match")
-    return sealed["item"]
+    return content["item"]
 
 
 @ocp.args.register_with_handler(ProcessJsonHandler, for_save=True)
@@ -80,39 +81,29 @@ class ProcessJsonSave(ocp.args.CheckpointArgs):
 @ocp.args.register_with_handler(ProcessJsonHandler, for_restore=True)
 @dataclasses.dataclass
 class ProcessJsonRestore(ocp.args.CheckpointArgs):
-    """Asks for the values of all processes."""
-
-
-# By which Orbax tells that a checkpoint in a bucket is whole.
-_COMMITTED = re.compile(r"checkpoints/[^/]+/commit_success.txt")
-
-
-# Of TensorStore's words for errors those that are none of what is stored.
-_TRANSIENT_STATUS = re.compile(
-    r"\b(UNAVAILABLE|DEADLINE_EXCEEDED|PERMISSION_DENIED|UNAUTHENTICATED|ABORTED|RESOURCE_EXHAUSTED|INTERNAL)\b"
-)
+    """Requests the values of all processes."""
 
 
 class SaveError(Exception):
-    """A checkpoint was not written. Those before it are as they were, and the next one may be."""
+    """A checkpoint could not be written. Earlier ones are unaffected, and the next one may succeed."""
 
 
 class DiskFullError(SaveError):
-    """It was not even begun."""
+    """The save was not started: there is too little space, or the directory cannot be written."""
 
 
 class CorruptCheckpointError(Exception):
-    """A checkpoint cannot be read, or is not what was written."""
+    """A checkpoint cannot be read, or differs from what was written."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Restored:
-    """A checkpoint's content.
+    """The content of a checkpoint.
 
     Attributes:
-      step: updates in it.
+      step: steps in it.
       state: the train state, global arrays.
-      loop: what the loop saved.
+      loop: what the loop has saved.
       streams: the stream state of each process of the run that saved it.
     """
 
@@ -123,42 +114,42 @@ class Restored:
 
 
 class Checkpointer:
-    """Saves and restores under one directory. A context manager: leaving it waits for what is being written.
+    """Saves and restores the checkpoints of a work directory. A context manager: leaving it waits for a save."""
 
-    Attributes:
-      damaged: where checkpoints go that cannot be read.
-    """
+    def __init__(self, storage: LocalStorage | GcsStorage, *, keep_checkpoints: int, keep_every_steps: int = 0):
+        """Opens the checkpoints; there may be none.
 
-    def __init__(self, directory: str, *, keep_checkpoints: int, keep_every_steps: int = 0):
-        """Keeps the newest `keep_checkpoints`, and those at multiples of `keep_every_steps` unless it is 0."""
-        self._directory = directory if gcs.is_url(directory) else os.path.abspath(directory)
-        self.damaged = os.path.join(os.path.dirname(self._directory), "damaged")
-        # Where it is in a bucket: that of the run.
-        self._folder = gcs.GcsPrefix(os.path.dirname(directory)) if gcs.is_url(directory) else None
+        Args:
+          storage: that of the work directory.
+          keep_checkpoints: number of newest checkpoints to keep.
+          keep_every_steps: older checkpoints at multiples of this are kept too; 0 for none.
+
+        Raises:
+          UserError: the checkpoints cannot be listed.
+        """
+        self._storage = storage
+        self._exceptions = (OSError, ValueError, *storage.exceptions)
         self._options = ocp.CheckpointManagerOptions(
             max_to_keep=keep_checkpoints,
             keep_period=keep_every_steps or None,
-            # The loop alone knows when to save; Orbax would silently skip steps off its own interval.
+            # Only the loop decides when to save: Orbax would silently skip steps off its own interval.
             save_interval_steps=1,
             enable_async_checkpointing=True,
-            # The work directory is made once all is known to be well.
+            # The work directory is created after all checks have passed.
             create=False,
         )
-        unreachable = gcs.failures() if self._folder else ()
         try:
             self._manager = self._open()
-        except unreachable as error:
-            raise UserError(f"the checkpoints in {directory} cannot be read ({one_line(error)}); mend that") from None
-        # Whether an error that was told of still sticks to the manager, for another could not be made.
+        except storage.exceptions as error:
+            raise UserError(
+                f"{storage.checkpoints}: cannot be read ({one_line(error)}); fix that, then rerun the same command"
+            ) from None
+        # Whether the manager would raise the error of an earlier save again, and could not be replaced yet.
         self._is_stale = False
-
-    def _failures(self) -> tuple[type[Exception], ...]:
-        """What Orbax and its storage raise when they cannot write."""
-        return (OSError, ValueError) if self._folder is None else (OSError, ValueError, *gcs.failures())
 
     def _open(self) -> ocp.CheckpointManager:
         return ocp.CheckpointManager(
-            self._directory,
+            self._storage.checkpoints,
             options=self._options,
             item_handlers={
                 "state": ocp.StandardCheckpointHandler(),
@@ -167,221 +158,212 @@ class Checkpointer:
             },
         )
 
+    @property
+    def damaged(self) -> str:
+        """The directory of quarantined checkpoints."""
+        return self._storage.damaged
+
     def latest_step(self) -> int | None:
-        """The newest complete checkpoint's step."""
+        """Returns the step of the newest complete checkpoint; None if there is none."""
         return self._manager.latest_step()
 
     def save(self, step: int, *, state: Any, loop: Mapping[str, Any], stream: Mapping[str, Any]) -> None:
-        """Copies the state off the devices, then writes in the background, once the save before it is done.
+        """Waits for the previous save, copies the state off the devices, then writes in the background.
 
         Args:
-          step: updates in the state.
+          step: steps in the state.
           state: global arrays (`parallel.to_global`).
           loop: JSON-serializable, the same on every process.
-          stream: JSON-serializable, this process's own.
+          stream: JSON-serializable, this process's stream state.
 
         Raises:
-          SaveError: it cannot be written, as far as is known by now. One before it that failed is only told of.
+          SaveError: the checkpoint cannot be written. A failure of the previous save is only logged.
         """
         try:
             self.wait()
         except SaveError as error:
             logging.warning("%s", error)
         if jax.process_count() == 1:
-            # Orbax has every device write a slice of what all of them hold: a program for each shape and device, which
-            # takes longer than it saves where one process writes them all.
+            # Orbax would make every device write a slice of the replicated arrays, with a program for each shape and
+            # device, which takes longer than it saves where one process writes them all.
             state = jax.tree.map(lambda leaf: leaf.addressable_data(0), state)
-        loop = {"loop": dict(loop), "checksums": checksums(state)}
-        with self._translate_errors():
+        content = {"format_version": FORMAT_VERSION, "loop": dict(loop), "checksums": checksums(state)}
+        with self._as_save_error():
             if self._is_stale:
                 self._manager, self._is_stale = self._open(), False
             saved = self._manager.save(
                 step,
                 args=ocp.args.Composite(
                     state=ocp.args.StandardSave(state),
-                    loop=ocp.args.JsonSave(_with_checksum(loop)),
+                    loop=ocp.args.JsonSave(_with_checksum(content)),
                     stream=ProcessJsonSave(dict(stream)),
                 ),
             )
             if not saved:
-                # Orbax says no more than False, for a step that is not past the newest one.
+                # Orbax returns False without a reason for a step that is not after the newest one.
                 raise AssertionError(f"Orbax did not save step {step}; the newest is {self.latest_step()}")
 
-    def require_room(self, state: Any) -> None:
-        """Finds out what it can before a save: a directory that is gone, a disk that is full or cannot be written to.
+    def check_space(self, state: Any) -> None:
+        """Detects before a save what would make it fail: a missing directory, a full or read-only disk.
 
         Raises:
-          NoRoomError: the state cannot be saved.
+          DiskFullError: the state cannot be saved.
         """
-        if self._folder is not None:
-            return  # A bucket is never full.
         try:
-            needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
-            free = shutil.disk_usage(self._directory).free
-            if free < needed:
-                raise OSError(f"{free / 1e6:,.0f} MB are free in {self._directory}, and {needed / 1e6:,.0f} are needed")
-            tempfile.TemporaryFile(dir=self._directory).close()
+            self._storage.check_space(sum(leaf.nbytes for leaf in jax.tree.leaves(state)))
         except OSError as error:
-            raise DiskFullError(f"a checkpoint could not be written ({error})") from None
+            raise DiskFullError(f"a checkpoint could not be written ({one_line(error)})") from None
 
     def check(self) -> None:
-        """Raises SaveError if the save under way has failed by now; waits for nothing."""
-        with self._translate_errors():
+        """Raises SaveError if the save in progress has failed; does not wait."""
+        with self._as_save_error():
             self._manager.check_for_errors()
 
     def wait(self) -> None:
-        """Blocks until everything saved is on disk.
-
-        Raises:
-          SaveError: it is not.
-        """
-        with self._translate_errors():
+        """Blocks until the save in progress is complete. Raises SaveError if it fails."""
+        with self._as_save_error():
             self._manager.wait_until_finished()
 
     @contextlib.contextmanager
-    def _translate_errors(self) -> Iterator[None]:
-        """What Orbax and its storage raise when they cannot write -> SaveError, and a clean slate."""
+    def _as_save_error(self) -> Iterator[None]:
+        """Turns exceptions of Orbax and its storage into SaveError, and replaces the manager."""
         try:
             yield
-        except self._failures() as error:
-            # Its parts keep the error, and would raise it again at the next save.
+        except self._exceptions as error:
+            # The manager's threads keep the error and would raise it again at the next save.
             self._is_stale = True
-            with contextlib.suppress(*self._failures()):
+            with contextlib.suppress(*self._exceptions):
                 self._manager, self._is_stale = self._open(), False
                 if jax.process_index() == 0:
                     self.remove_partial()
             raise SaveError(f"a checkpoint could not be written ({one_line(error)})") from None
 
     def remove_partial(self) -> None:
-        """Removes what a save that failed, or was cut off, has left. Not while one is under way."""
-        if self._folder is not None:
-            # No rename ends a save in a bucket, but an object of this name.
-            with contextlib.suppress(OSError):  # Nobody takes it for a checkpoint, and the next start tries again.
-                names = self._folder.generations(under="checkpoints/")
-                whole = {name.split("/")[1] for name in names if _COMMITTED.fullmatch(name)}
-                self._folder.remove([name for name in names if name.split("/")[1] not in whole])
-            return
-        for name in os.listdir(self._directory) if os.path.isdir(self._directory) else ():
-            if ".orbax-checkpoint-tmp" in name:
-                shutil.rmtree(os.path.join(self._directory, name), ignore_errors=True)
+        """Removes what a failed or interrupted save has left. Must not be called during a save."""
+        self._storage.remove_partial_checkpoints()
 
     def restore(self, step: int, *, like: Any) -> Restored:
         """Reads checkpoint `step`; `like` is a tree of `jax.ShapeDtypeStruct` with shardings.
 
         Raises:
-          DamagedError: it cannot be read, or is not what was written.
-          UserError: it holds another state than `like`.
+          CorruptCheckpointError: it cannot be read, or differs from what was written.
+          UserError: its format version or its tree of arrays is not that of `like`; or the storage is unreachable.
         """
         with self._reading(step):
-            head = self._manager.restore(
+            small = self._manager.restore(
                 step, args=ocp.args.Composite(loop=ocp.args.JsonRestore(), stream=ProcessJsonRestore())
             )
-            loop = _without_checksum(head.loop)
-            written = loop["checksums"]
-        names = list(_paths(like))
-        if sorted(names) != sorted(written):
+            content = self._checked_content(step, small.loop)
+        expected = content["checksums"]
+        names = list(_by_path(like))
+        if sorted(names) != sorted(expected):
             raise UserError(
-                f"checkpoint {step} in {self._directory} holds a state of other parts than this run's: it is of "
-                "another version of the code, or of another model; choose another --workdir"
+                f"{self._storage.checkpoints}/{step}: the checkpoint structure does not match the model; use the "
+                "version of the code that wrote it, or choose another --workdir"
             )
         with self._reading(step):
             state = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(like))).state
-            found = checksums(state)
-            if differing := [name for name in names if found[name] != written[name]]:
-                raise ValueError(f"the checksum of {differing[0]} does not match")
-        return Restored(step=step, state=state, loop=loop["loop"], streams=head.stream)
+            _compare_checksums(expected, checksums(state))
+        return Restored(step=step, state=state, loop=content["loop"], streams=small.stream)
 
     def restore_params(self, step: int) -> tuple[Any, dict[str, Any]]:
-        """Reads the parameters of checkpoint `step`, NumPy arrays, and what the loop saved; whatever devices wrote it.
+        """Reads the parameters of checkpoint `step`, as NumPy arrays, and what the loop has saved.
 
         Raises:
-          DamagedError: it cannot be read, or is not what was written.
+          CorruptCheckpointError: it cannot be read, or differs from what was written.
+          UserError: its format version is another; or the storage is unreachable.
         """
-        directory = epath.Path(self._directory) / str(step) / "state"
+        directory = epath.Path(self._storage.checkpoints) / str(step) / "state"
         handler = ocp.PyTreeCheckpointHandler()
         with self._reading(step):
-            head = self._manager.restore(step, args=ocp.args.Composite(loop=ocp.args.JsonRestore()))
-            loop = _without_checksum(head.loop)
+            small = self._manager.restore(step, args=ocp.args.Composite(loop=ocp.args.JsonRestore()))
+            content = self._checked_content(step, small.loop)
             wanted = {"params": handler.metadata(directory).tree["params"]}
-            kinds = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
-            arguments = ocp.args.PyTreeRestore(item=wanted, restore_args=kinds, partial_restore=True)
-            params = handler.restore(directory, args=arguments)["params"]
-            found = {f".params{name}": value for name, value in checksums(params).items()}
-            if differing := [name for name, value in found.items() if loop["checksums"].get(name) != value]:
-                raise ValueError(f"the checksum of {differing[0]} does not match")
-        return params, loop["loop"]
+            as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
+            args = ocp.args.PyTreeRestore(item=wanted, restore_args=as_numpy, partial_restore=True)
+            params = handler.restore(directory, args=args)["params"]
+            _compare_checksums(
+                content["checksums"], {f".params{name}": value for name, value in checksums(params).items()}
+            )
+        return params, content["loop"]
+
+    def _checked_content(self, step: int, loop: Mapping[str, Any]) -> dict[str, Any]:
+        content = _without_checksum(loop)
+        if (version := content.get("format_version", 0)) != FORMAT_VERSION:
+            raise UserError(
+                f"{self._storage.checkpoints}/{step}: format_version={version} is not supported, this version of the "
+                f"code reads {FORMAT_VERSION}; use the version that wrote the checkpoint, or choose another --workdir"
+            )
+        return content
 
     def quarantine(self, step: int) -> str:
-        """Moves a damaged checkpoint out of the way, on process 0. Call `reload` on all after it.
+        """Moves a corrupt checkpoint to `damaged/`; returns its new path. Call it on process 0, then `reload` on all.
 
-        Returns:
-          Where to.
+        Raises:
+          UserError: the storage is unreachable.
         """
-        if self._folder is not None:
-            with self._reading(step):
-                return self._folder.quarantine(f"checkpoints/{step}", to=f"damaged/{step}")
-        os.makedirs(self.damaged, exist_ok=True)
-        number = 0
-        while os.path.exists(target := os.path.join(self.damaged, f"{step}" + f".{number}" * (number > 0))):
-            number += 1
-        os.rename(os.path.join(self._directory, str(step)), target)
-        return target
+        with self._reading(step):
+            return self._storage.quarantine(step)
 
     def reload(self) -> None:
-        """Looks again which checkpoints there are."""
+        """Lists the checkpoints again."""
         self._manager.reload()
 
     def steps(self) -> list[int]:
-        """The steps of the complete checkpoints, in order."""
+        """Returns the steps of the complete checkpoints, in order."""
         return sorted(self._manager.all_steps())
 
     def streams(self, step: int) -> list[dict[str, Any]]:
-        """Reads the stream states of checkpoint `step`, by process, and nothing else."""
+        """Reads only the stream states of checkpoint `step`, by process."""
         return self._manager.restore(step, args=ocp.args.Composite(stream=ProcessJsonRestore())).stream
 
     @contextlib.contextmanager
     def _reading(self, step: int) -> Iterator[None]:
-        """What they raise when they cannot read -> DamagedError; UserError where it is the way to the bucket."""
+        """Turns exceptions of reads into CorruptCheckpointError, or UserError where the storage is unreachable."""
         try:
             yield
+        except UserError:
+            raise
         except Exception as error:
-            if self._is_unreachable(error):
+            if self._storage.is_unreachable(error):
                 raise UserError(
-                    f"checkpoint {step} in {self._directory} cannot be read now ({one_line(error)}); mend the network "
-                    "or the rights: the same command goes on"
+                    f"{self._storage.checkpoints}/{step}: cannot be read now ({one_line(error)}); check the network "
+                    "and the permissions, then rerun the same command to resume"
                 ) from None
-            # Where a part of an array cannot be read Orbax raises a plain Exception.
+            # Orbax raises a plain Exception where a part of an array cannot be read.
             if type(error) is Exception or isinstance(error, KeyError | TypeError | ValueError | OSError):
                 raise CorruptCheckpointError(f"{type(error).__name__}: {one_line(error)}") from None
             raise
-
-    def _is_unreachable(self, error: Exception) -> bool:
-        if self._folder is None or isinstance(error, FileNotFoundError):
-            return False
-        return isinstance(error, gcs.failures()) or _TRANSIENT_STATUS.search(str(error)) is not None
 
     def __enter__(self) -> "Checkpointer":
         return self
 
     def __exit__(self, *exc: object) -> None:
-        # What failed by now was told, or does not matter beside what ends the run.
+        # Failures up to here were logged, or matter less than the exception that ends the run.
         with contextlib.suppress(SaveError):
             self.wait()
         self._manager.close()
 
 
 def checksums(state: Any) -> dict[str, int]:
-    """A number for each leaf, by path, that changes with any bit of it; computed where the leaf is."""
-    return {name: int(value) for name, value in jax.device_get({k: _sum(v) for k, v in _paths(state).items()}).items()}
+    """Returns path -> checksum of each leaf, which changes with any bit; computed on the leaf's device."""
+    sums = jax.device_get({path: _checksum(leaf) for path, leaf in _by_path(state).items()})
+    return {path: int(value) for path, value in sums.items()}
 
 
-def _paths(tree: Any) -> dict[str, Any]:
+def _compare_checksums(expected: Mapping[str, int], found: Mapping[str, int]) -> None:
+    for path, value in found.items():
+        if expected.get(path) != value:
+            raise ValueError(f"the checksum of {path} does not match")
+
+
+def _by_path(tree: Any) -> dict[str, Any]:
     return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 @jax.jit
-def _sum(leaf: jax.Array) -> jax.Array:
-    """The sum of all words, each times an odd number of its own, modulo 2^32: a change of one word always shows."""
+def _checksum(leaf: jax.Array) -> jax.Array:
+    """Returns the sum of all words, each times a different odd number, modulo 2^32: a change of one word shows."""
     unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[leaf.dtype.itemsize]
     words = jax.lax.bitcast_convert_type(leaf, unsigned).ravel().astype(jnp.uint32)
     return jnp.sum(words * (2 * jnp.arange(words.size, dtype=jnp.uint32) + 1), dtype=jnp.uint32)

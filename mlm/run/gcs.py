@@ -1,12 +1,12 @@
-"""A work directory in a Google Cloud Storage bucket: its objects, and its double on this machine's disk.
+"""Work directories in Google Cloud Storage.
 
-A bucket has no append, no rename and no locks; an object is there whole or not at all. So checkpoints go straight to
-the bucket, by Orbax, and all other files are written to a double of the directory on the disk, from where what has
-changed is carried to the bucket. Whoever opens the directory makes a double of its own, of what is in the bucket:
-nothing depends on what a machine had before.
+A bucket has no append, no rename and no locks, but every object is complete or absent. Orbax therefore writes
+checkpoints directly to the bucket. All other files are written to a local mirror of the work directory, and changed
+files are uploaded from there. Every process that opens the work directory makes a new mirror from the bucket, so
+nothing depends on files of an earlier process.
 
-What stands for a lock is `config.json`, for every start of a run writes it anew: a run that finds another's there was
-started again elsewhere, and ends.
+`config.json` replaces a lock: every start of a run rewrites it. A run that finds another's version was restarted
+elsewhere, and ends.
 """
 
 import contextlib
@@ -14,6 +14,7 @@ import fcntl
 import functools
 import os
 import re
+import shlex
 import shutil
 import tempfile
 import weakref
@@ -22,31 +23,42 @@ from typing import IO, Any
 
 from mlm.errors import UserError, one_line
 
-# Read once, by etils and gcsfs, which Orbax goes to the bucket by. Through TensorFlow it could neither be told of
-# a stand-in for the bucket nor would errors be OSErrors; what gcsfs would find out about a bucket is no use here.
+# Read once by etils and gcsfs, through which Orbax accesses the bucket. TensorFlow's file system has no setting for an
+# emulated bucket and raises other exceptions than OSError; what gcsfs would query about hierarchical namespaces is not
+# needed here.
 os.environ.setdefault("EPATH_USE_TF", "0")
 os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
 
-# Seconds after which a request that fails again and again is given up: training waits for it.
-_DEADLINE = 60.0
-# Orbax keeps these in the bucket itself.
-_NOT_DOUBLED = ("checkpoints/", "damaged/")
-# Large, and not wanted by most who open a run: fetched when it is.
+# Seconds of retries before a request fails. Training waits for it.
+_RETRY_DEADLINE_SECONDS = 60.0
+# Orbax keeps these in the bucket; they are not mirrored.
+_CHECKPOINT_PREFIXES = ("checkpoints/", "damaged/")
+# Large, and rarely needed: downloaded on request.
 _WEIGHTS = "model/model.safetensors"
-# Half-written, or of this machine alone.
-_NOT_CARRIED = re.compile(r"(^|/)(push\.[^/]*|\.lock|[^/]*\.tmp|[^/]*\.old)(/|$)")
-# Each says that what it tells of is there: they come after that.
-_LAST = ("config.json", "model/trainer_state.json")
+# Partial or machine-specific files, which are never uploaded.
+_NOT_UPLOADED = re.compile(r"(^|/)(push\.[^/]*|\.lock|[^/]*\.tmp|[^/]*\.old)(/|$)")
+# Files that mark others as complete; uploaded after them.
+_UPLOADED_LAST = ("config.json", "model/trainer_state.json")
+# The object by which Orbax marks a checkpoint in a bucket as complete.
+_COMMITTED = re.compile(r"checkpoints/[^/]+/commit_success.txt")
+# TensorStore status codes that mean I/O trouble, not corruption.
+_TRANSIENT_STATUS = re.compile(
+    r"\b(UNAVAILABLE|DEADLINE_EXCEEDED|PERMISSION_DENIED|UNAUTHENTICATED|ABORTED|RESOURCE_EXHAUSTED|INTERNAL)\b"
+)
+_ROLES = (
+    "grant the account roles/storage.objectAdmin and roles/storage.legacyBucketReader on the bucket (gcloud storage "
+    "buckets add-iam-policy-binding)"
+)
 
 
 def is_url(path: str) -> bool:
-    """Whether a path is not one of this machine's."""
+    """Returns whether a path is a URL."""
     return "://" in path
 
 
 @functools.cache
-def failures() -> tuple[type[Exception], ...]:
-    """What network, bucket and their clients raise, ours and those that Orbax uses."""
+def exceptions() -> tuple[type[Exception], ...]:
+    """Returns the types of exceptions that our client and those of Orbax raise for failed requests."""
     import aiohttp
     import gcsfs.retry
     from google.api_core.exceptions import GoogleAPIError
@@ -58,271 +70,326 @@ def failures() -> tuple[type[Exception], ...]:
 
 
 class GcsPrefix:
-    """The objects below gs://BUCKET/PATH/, by their names from there on. Its methods raise OSError, or what is said.
+    """The objects below gs://BUCKET/PATH/, named relative to it. Methods raise OSError for failed requests.
 
     Attributes:
-      url: without a slash at its end.
+      url: gs://BUCKET/PATH, without a trailing slash.
     """
 
     def __init__(self, url: str):
-        """Opens it; it need not be there.
+        """Opens the bucket; there may be no objects yet.
 
         Raises:
-          UserError: the URL is no such, or the bucket cannot be reached.
+          UserError: the URL is invalid, or the bucket cannot be read.
         """
         if not url.startswith("gs://"):
-            raise UserError(f"--workdir={url}: of URLs only gs://BUCKET/PATH can be a work directory; mount others")
+            raise UserError(f"--workdir={url}: is no supported URL; use gs://BUCKET/PATH, or mount the storage")
         match = re.fullmatch(r"gs://([^/]+)/(.*[^/])/*", url)
         if match is None:
-            raise UserError(f"--workdir={url} names no path in a bucket; it must be gs://BUCKET/PATH")
+            raise UserError(f"--workdir={url}: names no path in a bucket; use gs://BUCKET/PATH")
         if re.search(r"[*?\[\]#]|(^|/)(\.{0,2})(/|$)", match[2]):
             raise UserError(
-                f"--workdir={url}: a path with *, ?, [, #, // or .. cannot hold checkpoints; choose another"
+                f"--workdir={url}: *, ?, [, #, // and .. are not supported in checkpoint paths; choose another path"
             )
         self.url = f"gs://{match[1]}/{match[2]}"
         self._prefix = match[2] + "/"
         self._bucket = _open_bucket(match[1], url=self.url)
 
     def generations(self, *, under: str = "") -> dict[str, int]:
-        """The names of the objects below `under`, each with a number that changes with its content."""
+        """Returns name -> generation, a number that changes with the content, of all objects below `under`."""
         with _as_os_error(f"{self.url} could not be read"):
             blobs = self._bucket.list_blobs(prefix=self._prefix + under, **_retry_policy())
-            # A name that ends in / is a folder's, such as the console makes.
+            # The web console creates objects whose name ends in / for folders.
             return {blob.name.removeprefix(self._prefix): blob.generation for blob in blobs if blob.name[-1] != "/"}
 
     def generation(self, name: str) -> int:
-        """That of one object; 0 where there is none."""
+        """Returns the generation of one object; 0 if it does not exist."""
         with _as_os_error(f"{self.url} could not be read"):
             blob = self._bucket.get_blob(self._prefix + name, **_retry_policy())
         return 0 if blob is None else blob.generation
 
     def download(self, name: str, path: str) -> None:
-        """Copies an object to a file, whose directory is made."""
+        """Copies an object to a file; creates its directory."""
         os.makedirs(os.path.dirname(path), exist_ok=True)
         with _as_os_error(f"{self.url}/{name} could not be read"):
             self._bucket.blob(self._prefix + name).download_to_filename(path, **_retry_policy())
 
-    def upload(self, name: str, path: str, *, over: int | None = None) -> int:
-        """Copies a file to an object. With `over` only where the object is of that generation, else FileExistsError.
+    def upload(self, name: str, path: str, *, if_generation: int | None = None) -> int:
+        """Copies a file to an object and returns the new generation.
 
-        Returns:
-          Its new generation.
+        Raises:
+          FileExistsError: the object's generation is not `if_generation`; nothing was written.
         """
         from google.api_core.exceptions import PreconditionFailed
 
         blob = self._bucket.blob(self._prefix + name)
         with _as_os_error(f"{self.url}/{name} could not be written"):
             try:
-                blob.upload_from_filename(path, if_generation_match=over, **_retry_policy())
+                blob.upload_from_filename(path, if_generation_match=if_generation, **_retry_policy())
             except PreconditionFailed:
-                raise FileExistsError(f"{self.url}/{name} is not what it was") from None
+                raise FileExistsError(f"{self.url}/{name} was changed by another process") from None
         return blob.generation
 
-    def remove(self, names: Iterable[str]) -> None:
-        """Removes objects; what makes a checkpoint count before what is in it."""
+    def delete(self, names: Iterable[str]) -> None:
+        """Deletes objects; of a checkpoint the mark that it is complete first."""
         from google.api_core.exceptions import NotFound
 
         for name in sorted(names, key=lambda name: not name.endswith("commit_success.txt")):
-            with _as_os_error(f"{self.url}/{name} could not be removed"), contextlib.suppress(NotFound):
+            with _as_os_error(f"{self.url}/{name} could not be deleted"), contextlib.suppress(NotFound):
                 self._bucket.delete_blob(self._prefix + name, **_retry_policy())
 
     def move(self, target: str, *, under: str = "") -> None:
-        """Moves the objects below `under` to the path `target` in the bucket, which copies them by itself.
+        """Moves the objects below `under` to the path `target` of the bucket, by server-side copies.
 
-        Wherever it is broken off, every object is whole in one of the two places.
+        Objects are deleted after all copies are made, so an interrupted move loses nothing.
         """
         names = self.generations(under=under)
         with _as_os_error(f"{self.url}/{under} could not be copied to {target}"):
             for name in names:
                 copy = self._bucket.blob(f"{target}/{name.removeprefix(under)}")
                 token, *_ = copy.rewrite(self._bucket.blob(self._prefix + name), **_retry_policy())
-                while token is not None:  # Of a large one it tells how far it is.
+                while token is not None:  # A large object takes several requests.
                     token, *_ = copy.rewrite(self._bucket.blob(self._prefix + name), token=token, **_retry_policy())
-        self.remove(names)
+        self.delete(names)
 
     def move_aside(self) -> str | None:
-        """Moves everything to the first free gs://BUCKET/PATH.old-N, and returns that; None if there is nothing."""
+        """Moves all objects to the first unused gs://BUCKET/PATH.old-N and returns it; None if there are none."""
         if not self.generations():
             return None
-        number = 1
-        while self._is_there(f"{self._prefix.removesuffix('/')}.old-{number}/"):
+        path, number = self._prefix.removesuffix("/"), 1
+        while self._exists(f"{path}.old-{number}/"):
             number += 1
-        self.move(f"{self._prefix.removesuffix('/')}.old-{number}")
+        self.move(f"{path}.old-{number}")
         return f"{self.url}.old-{number}"
 
-    def _is_there(self, prefix: str) -> bool:
-        with _as_os_error(f"{self.url} could not be read"):
-            return any(True for _ in self._bucket.list_blobs(prefix=prefix, max_results=1, **_retry_policy()))
-
     def quarantine(self, under: str, *, to: str) -> str:
-        """Moves what is below `under` to `to`, or `to`.1, `to`.2, ..., whichever is free; returns that."""
-        number = 0
-        while self._is_there(f"{self._prefix}{(target := to + f'.{number}' * (number > 0))}/"):
+        """Moves the objects below `under` to the first unused of `to`, `to`.1, `to`.2, ...; returns its URL."""
+        target, number = to, 0
+        while self._exists(f"{self._prefix}{target}/"):
             number += 1
+            target = f"{to}.{number}"
         self.move(self._prefix + target, under=under + "/")
         return f"{self.url}/{target}"
 
+    def _exists(self, prefix: str) -> bool:
+        with _as_os_error(f"{self.url} could not be read"):
+            return any(True for _ in self._bucket.list_blobs(prefix=prefix, max_results=1, **_retry_policy()))
 
-class LocalMirror:
-    """A directory on this disk that stands for one in a bucket. It goes with the object, at the latest when the process
-    ends, or is killed and another one makes a double.
 
-    Attributes:
-      folder: the one in the bucket.
-      path: the directory; its last name is that of the URL.
+class GcsStorage:
+    """A work directory in a bucket, with a mirror on the local disk; the counterpart of `storage.LocalStorage`.
+
+    The mirror is deleted with this object or at the end of the process; after a kill, by the next process that makes
+    one.
+
+    Attributes: as those of `storage.LocalStorage`; `path` is the mirror.
     """
 
+    needs_upload = True
+
     def __init__(self, url: str):
-        """Makes it, of what is in the bucket.
+        """Downloads the mirror.
 
         Raises:
-          UserError: the URL is no such, the bucket cannot be read, or there is no room.
+          UserError: the URL is invalid, the bucket cannot be read, or the local disk is full.
         """
-        self.folder = GcsPrefix(url)
-        try:
-            home, lock = _make_home()
-            weakref.finalize(self, _remove_home, home, lock, os.getpid())
-            self.path = os.path.join(home, self.folder.url.rsplit("/", 1)[1])
-            self.pull()
-        except OSError as error:
-            raise UserError(f"--workdir={url}: {error}; mend that, or choose another") from None
+        self._prefix = GcsPrefix(url)
+        self.display_path = self._prefix.url
+        self.checkpoints = f"{self.display_path}/checkpoints"
+        self.damaged = f"{self.display_path}/damaged"
+        self.exceptions = exceptions()
+        self._is_writable = False
+        with self._as_user_error():
+            home, lock = _make_mirror_home()
+            weakref.finalize(self, _remove_mirror_home, home, lock, os.getpid())
+            self.path = os.path.join(home, self.display_path.rsplit("/", 1)[1])
+        self.pull()
 
     def pull(self) -> None:
-        """Makes it what is in the bucket, again. Raises OSError."""
+        """Downloads the mirror again. Raises UserError if that fails."""
         shutil.rmtree(self.path, ignore_errors=True)
-        os.makedirs(self.path)
-        # As it was when it was last the same in both places.
-        self._carried: dict[str, tuple[int, ...]] = {}
-        self._there = self.folder.generations()
-        for name in self._there:
-            if not name.startswith(_NOT_DOUBLED) and not _NOT_CARRIED.search(name) and name != _WEIGHTS:
-                self._fetch(name)
-
-    def has_checkpoints(self) -> bool:
-        """Whether there were any when it was pulled."""
-        return any(name.startswith("checkpoints/") for name in self._there)
+        # name -> stamp of the local file when it was last identical to the object.
+        self._synced: dict[str, tuple[int, ...]] = {}
+        with self._as_user_error():
+            os.makedirs(self.path)
+            # name -> generation of the object when it was last read or written here.
+            self._generations = self._prefix.generations()
+            for name in self._generations:
+                if not name.startswith(_CHECKPOINT_PREFIXES) and not _NOT_UPLOADED.search(name) and name != _WEIGHTS:
+                    self._fetch(name)
 
     def fetch_weights(self) -> None:
-        """Copies the model's weights here, which `pull` does not, if there are any. Raises OSError."""
-        if _WEIGHTS in self._there and not os.path.exists(os.path.join(self.path, _WEIGHTS)):
-            self._fetch(_WEIGHTS)
+        """Downloads the weights of the exported model, which `pull` leaves out. Raises UserError if that fails."""
+        if _WEIGHTS in self._generations and not os.path.exists(os.path.join(self.path, _WEIGHTS)):
+            with self._as_user_error():
+                self._fetch(_WEIGHTS)
 
     def _fetch(self, name: str) -> None:
         path = os.path.join(self.path, name)
-        self.folder.download(name, path)
-        self._carried[name] = _stamp(path)
+        self._prefix.download(name, path)
+        self._synced[name] = _stamp(path)
 
     def push(self) -> None:
-        """Carries to the bucket what has changed here, and removes there what was removed here.
+        """Uploads changed files, and deletes the objects of deleted files.
 
         Raises:
-          OSError: it cannot be written. What is missing comes the next time.
-          UserError: the run was started again elsewhere.
+          OSError: an upload failed. The next call repeats it.
+          UserError: the run was restarted elsewhere.
         """
-        here = dict(self._files())
-        changed = [name for name, stamp in here.items() if self._carried.get(name) != stamp]
-        gone = self._carried.keys() - here.keys()
-        if not changed and not gone:
+        local = dict(self._local_files())
+        changed = [name for name, stamp in local.items() if self._synced.get(name) != stamp]
+        deleted = self._synced.keys() - local.keys()
+        if not changed and not deleted:
             return
-        of_start = self._there.get("config.json", 0)
-        if self.folder.generation("config.json") != of_start:
-            self._end()
-        for name in sorted(changed, key=lambda name: (name in _LAST, name)):
-            over = of_start if name == "config.json" else None
+        own_config = self._generations.get("config.json", 0)
+        if self._prefix.generation("config.json") != own_config:
+            self._raise_restarted_elsewhere()
+        for name in sorted(changed, key=lambda name: (name in _UPLOADED_LAST, name)):
+            if_generation = own_config if name == "config.json" else None
+            path = os.path.join(self.path, name)
             try:
-                self._there[name] = self.folder.upload(name, os.path.join(self.path, name), over=over)
+                self._generations[name] = self._prefix.upload(name, path, if_generation=if_generation)
             except FileExistsError:
-                self._end()
-            self._carried[name] = here[name]
-        self.folder.remove(gone)
-        for name in gone:
-            del self._carried[name], self._there[name]
+                self._raise_restarted_elsewhere()
+            self._synced[name] = local[name]
+        self._prefix.delete(deleted)
+        for name in deleted:
+            del self._synced[name], self._generations[name]
 
-    def _end(self) -> None:
+    def _raise_restarted_elsewhere(self) -> None:
         raise UserError(
-            f"{self.folder.url} is another run's by now: it was started again elsewhere, or removed; this one ends. "
-            "Run one at a time, or choose another --workdir"
+            f"--workdir={self.display_path}: the run was restarted or removed elsewhere, so this process ends; start "
+            "one run at a time, or choose another --workdir"
         )
 
-    def _files(self) -> Iterator[tuple[str, tuple[int, ...]]]:
-        for at, _, names in os.walk(self.path):
+    def _local_files(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        for directory, _, names in os.walk(self.path):
             for name in names:
-                path = os.path.join(at, name)
+                path = os.path.join(directory, name)
                 name = os.path.relpath(path, self.path)
-                if not _NOT_CARRIED.search(name):
+                if not _NOT_UPLOADED.search(name):
                     yield name, _stamp(path)
 
-    def check_writable(self) -> None:
-        """Writes an object and removes it.
+    def create(self) -> None:
+        """Does nothing: objects need no directories."""
 
-        Raises:
-          UserError: that cannot be.
-        """
+    def check_writable(self) -> None:
+        """Writes and deletes an object. Raises UserError if that fails."""
         path = os.path.join(os.path.dirname(self.path), ".lock")
         try:
-            self.folder.upload(".lock", path)
-            self.folder.remove([".lock"])
+            self._prefix.upload(".lock", path)
+            self._prefix.delete([".lock"])
         except OSError as error:
-            raise UserError(f"--workdir={self.folder.url}: {error}; {_ROLES}") from None
+            raise UserError(f"--workdir={self.display_path}: {error}; {_ROLES}") from None
 
+    def lock(self) -> None:
+        """Checks once that the bucket is writable. There are no locks in a bucket: see `push`."""
+        if not self._is_writable:
+            self.check_writable()
+            self._is_writable = True
 
-_ROLES = (
-    "the account needs roles/storage.objectAdmin and roles/storage.legacyBucketReader on the bucket (gcloud storage "
-    "buckets add-iam-policy-binding)"
-)
+    def unlock(self) -> None:
+        """Does nothing."""
+
+    def check_space(self, num_bytes: int) -> None:
+        """Does nothing: a bucket is never full."""
+
+    def free_bytes(self) -> int | None:
+        """Returns None: space is unlimited."""
+        return None
+
+    def has_checkpoints(self) -> bool:
+        """Returns whether there were any at the last `pull`."""
+        return any(name.startswith("checkpoints/") for name in self._generations)
+
+    def remove_partial_checkpoints(self) -> None:
+        """Deletes what an unfinished save has left. Must not be called during a save."""
+        # Partial checkpoints are ignored, and the next start tries again.
+        with contextlib.suppress(OSError):
+            names = self._prefix.generations(under="checkpoints/")
+            complete = {name.split("/")[1] for name in names if _COMMITTED.fullmatch(name)}
+            self._prefix.delete([name for name in names if name.split("/")[1] not in complete])
+
+    def quarantine(self, step: int) -> str:
+        """Moves a checkpoint to `damaged/`; returns its new URL."""
+        return self._prefix.quarantine(f"checkpoints/{step}", to=f"damaged/{step}")
+
+    def move_aside(self) -> str | None:
+        """Moves everything to URL.old-N and returns that URL; None if there was nothing. Raises UserError."""
+        with self._as_user_error():
+            target = self._prefix.move_aside()
+        self.pull()
+        return target
+
+    def is_unreachable(self, error: Exception) -> bool:
+        """Returns whether a read failed because of the network or missing rights, rather than damage."""
+        if isinstance(error, FileNotFoundError):
+            return False
+        return isinstance(error, self.exceptions) or _TRANSIENT_STATUS.search(str(error)) is not None
+
+    def download_command(self, name: str) -> str | None:
+        """Returns the shell command that copies a file or directory to the current directory."""
+        return f"gcloud storage cp --recursive {shlex.quote(f'{self.display_path}/{name}')} ."
+
+    @contextlib.contextmanager
+    def _as_user_error(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(f"--workdir={self.display_path}: {error}; fix that, then rerun the same command") from None
 
 
 def _open_bucket(name: str, *, url: str) -> Any:
     import fsspec
     import google.auth.exceptions
-    from google.api_core import exceptions
+    from google.api_core import exceptions as api_exceptions
     from google.cloud import storage
 
-    # Other processes write there, too: what was listed a while ago tells nothing.
+    # Other processes write to the bucket, so a cached listing may be outdated.
     fsspec.config.conf.setdefault("gcs", {}).setdefault("use_listings_cache", False)
     try:
         return storage.Client().get_bucket(name, **_retry_policy())
     except google.auth.exceptions.DefaultCredentialsError:
-        reason = "there are no Google Cloud credentials here; run `gcloud auth application-default login`"
-    except exceptions.NotFound:
-        reason = f"there is no bucket {name}; make it (gcloud storage buckets create gs://{name}), or name another"
-    except (exceptions.Forbidden, exceptions.Unauthorized) as error:
-        reason = f"the bucket {name} may not be read ({one_line(error)}); {_ROLES}"
+        reason = "found no Google Cloud credentials; run `gcloud auth application-default login`"
+    except api_exceptions.NotFound:
+        reason = f"there is no bucket {name}; create it (gcloud storage buckets create gs://{name}), or name another"
+    except (api_exceptions.Forbidden, api_exceptions.Unauthorized) as error:
+        reason = f"no permission to read the bucket {name} ({one_line(error)}); {_ROLES}"
     except ValueError as error:
         reason = f"{one_line(error)}; name another bucket"
-    except failures() as error:
-        reason = f"the bucket {name} cannot be reached ({one_line(error)}); mend that, or choose another"
+    except exceptions() as error:
+        reason = f"the bucket {name} cannot be reached ({one_line(error)}); check the network, or name another bucket"
         if "Project was not passed" in str(error):
-            reason = "there is no Google Cloud project here; set GOOGLE_CLOUD_PROJECT to the name of yours"
+            reason = "found no Google Cloud project; set GOOGLE_CLOUD_PROJECT to the name of yours"
     raise UserError(f"--workdir={url}: {reason}")
 
 
 def _retry_policy() -> dict[str, Any]:
-    """How long a call of the client is tried, in its own words."""
+    """Returns the client's keyword arguments for retries."""
     from google.cloud.storage.retry import DEFAULT_RETRY
 
-    return {"retry": DEFAULT_RETRY.with_timeout(_DEADLINE)}
+    return {"retry": DEFAULT_RETRY.with_timeout(_RETRY_DEADLINE_SECONDS)}
 
 
 @contextlib.contextmanager
-def _as_os_error(what: str) -> Iterator[None]:
-    """What clients raise -> OSError, as of a disk."""
+def _as_os_error(message: str) -> Iterator[None]:
+    """Turns exceptions of the clients into OSError, as a disk raises it."""
     try:
         yield
     except FileExistsError:
         raise
-    except failures() as error:
-        raise OSError(f"{what} ({one_line(error)})") from None
+    except exceptions() as error:
+        raise OSError(f"{message} ({one_line(error)})") from None
 
 
 def _stamp(path: str) -> tuple[int, ...]:
-    """Changes with the file."""
-    found = os.stat(path)
-    return found.st_ino, found.st_size, found.st_mtime_ns
+    """Returns numbers that change when the file is rewritten."""
+    stat = os.stat(path)
+    return stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
-def _make_home() -> tuple[str, IO[str]]:
-    """A new directory for a double, and the lock on it; removes those whose processes are no more."""
+def _make_mirror_home() -> tuple[str, IO[str]]:
+    """Creates a directory for a mirror and locks it; deletes those whose processes have ended."""
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     homes = os.path.join(cache, "mlm", "workdirs")
     os.makedirs(homes, exist_ok=True)
@@ -331,8 +398,8 @@ def _make_home() -> tuple[str, IO[str]]:
         for name in os.listdir(homes):
             home = os.path.join(homes, name)
             if os.path.isdir(home):
-                with open(os.path.join(home, ".lock"), "w") as left:
-                    if _lock(left, fcntl.LOCK_EX | fcntl.LOCK_NB):
+                with open(os.path.join(home, ".lock"), "w") as stale:
+                    if _lock(stale, fcntl.LOCK_EX | fcntl.LOCK_NB):
                         shutil.rmtree(home, ignore_errors=True)
         home = tempfile.mkdtemp(dir=homes)
         lock = open(os.path.join(home, ".lock"), "w")  # noqa: SIM115
@@ -340,16 +407,16 @@ def _make_home() -> tuple[str, IO[str]]:
     return home, lock
 
 
-def _lock(file: IO[str], how: int) -> bool:
-    """False where another has it, or where the file system, such as some network mounts, has no locks."""
+def _lock(file: IO[str], operation: int) -> bool:
+    """Returns False if another process holds the lock, or the file system (some network mounts) has no locks."""
     try:
-        fcntl.flock(file, how)
+        fcntl.flock(file, operation)
     except OSError:
         return False
     return True
 
 
-def _remove_home(home: str, lock: IO[str], process: int) -> None:
-    if process == os.getpid():  # Not in a fork.
+def _remove_mirror_home(home: str, lock: IO[str], process_id: int) -> None:
+    if process_id == os.getpid():  # Not in a fork.
         shutil.rmtree(home, ignore_errors=True)
         lock.close()

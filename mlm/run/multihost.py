@@ -1,4 +1,4 @@
-"""Several processes as one run: how they find each other, and that they end together."""
+"""Several processes as one run: how they find each other, and how one failure ends them all."""
 
 import contextlib
 import faulthandler
@@ -13,38 +13,38 @@ import traceback
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 from absl import logging
 
-# The client of the coordination service; jax has no public name for it.
-from jax._src import distributed
-
 from mlm.errors import UserError, one_line
 from mlm.run.signals import EXIT_INTERRUPTED, Interrupted, signal_listener
 
-# A process that has not been heard of for so long is given up, and so is the run.
+# A process without a heartbeat for this long counts as lost, which ends the run.
 HEARTBEAT_TIMEOUT_SECONDS = 30
-# The first process may still be uploading when the others are done.
+# Process 0 may still be uploading when the others have finished.
 SHUTDOWN_TIMEOUT_SECONDS = 24 * 3600
-_FAILURE = "mlm/failure"
-# How the coordination service says it.
+# Key in the coordination service for the first failure: "<exit code> <process> <cause>".
+_FAILURE_KEY = "mlm/failure"
+# Messages of the coordination service when another process is gone.
 _PEER_LOST = re.compile(r"heartbeat timeout|Barrier failed|coordination service", re.IGNORECASE)
 
 
 def start(
     *, coordinator_address: str | None = None, num_processes: int | None = None, process_id: int | None = None
 ) -> None:
-    """Starts `jax.distributed`, before any other use of jax. What is None is found by itself on a TPU pod, under
-    Slurm, Open MPI or Kubernetes.
+    """Starts `jax.distributed`, before any other use of jax.
+
+    An argument that is None is detected on a TPU pod and under Slurm, Open MPI or Kubernetes.
 
     Raises:
-      UserError: the others cannot be found.
+      UserError: the processes cannot find each other.
     """
-    # jax ends a process whose run has lost another one by itself, and says which: where every thread of this one was
-    # standing then would be the last hundred lines of the log.
+    # jax aborts a process whose run has lost another one, and logs which one. faulthandler would add a hundred lines of
+    # stack traces below that message.
     faulthandler.disable()
-    # The only one that CPU processes have; others do not look at it.
+    # The only collectives between CPU processes; ignored on other devices.
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     at = f" at {coordinator_address}" if coordinator_address else ""
     logging.info("waiting for the other processes%s; start the same command on every host", at)
@@ -59,23 +59,23 @@ def start(
             )
     except (ValueError, RuntimeError) as error:
         raise UserError(
-            f"--multihost: the processes do not find each other ({one_line(error)}); give each "
-            "--coordinator_address=HOST:PORT --num_processes=N --process_id=I, or leave --multihost out"
+            f"--multihost: the processes cannot find each other ({one_line(error)}); give each "
+            "--coordinator_address=HOST:PORT --num_processes=N --process_id=I, or omit --multihost"
         ) from None
 
 
 def _leave(number: int) -> None:
-    os.write(2, f"stopped by {signal.Signals(number).name} before all processes were there\n".encode())
+    os.write(2, f"stopped by {signal.Signals(number).name} while waiting for the other processes\n".encode())
     os._exit(EXIT_INTERRUPTED)
 
 
 def on_tpu_pod() -> bool:
-    """Whether this is one of several hosts of a TPU slice, as its environment or its metadata server says."""
+    """Returns whether this is one of several hosts of a TPU slice, from the environment or the metadata server."""
     if importlib.util.find_spec("libtpu") is None:
         return False
     workers = os.environ.get("TPU_WORKER_HOSTNAMES")
     if workers is None and (os.path.exists("/dev/accel0") or os.path.exists("/dev/vfio")):
-        # The same variable as in jax, and the same entry that it reads.
+        # The variable and the metadata entry that jax reads.
         host = os.environ.get("GCE_METADATA_IP", "metadata.google.internal")
         request = urllib.request.Request(
             f"http://{host}/computeMetadata/v1/instance/attributes/worker-network-endpoints",
@@ -91,64 +91,75 @@ def on_tpu_pod() -> bool:
 
 @contextlib.contextmanager
 def propagate_failures() -> Iterator[None]:
-    """Inside, what ends one process ends all: each prints the first cause as its last line.
+    """Inside, an exception in one process ends all processes, and each prints the first cause as its last line.
 
-    A process that fails does not clean up: others may be waiting for it in what it would wait for, and all that is
-    written to the work directory is whole at any moment anyway. Nothing is done where there is only one process.
+    The failed process skips its clean-up: the other processes may be waiting for it in a collective, and files in the
+    work directory are complete at every moment. Does nothing where there is only one process.
     """
     if jax.process_count() == 1:
         yield
         return
-    client = distributed.global_state.client
+    client = _coordination_client()
     done = threading.Event()
-    watcher = threading.Thread(target=_watch, args=(client, done), name="mlm-hosts", daemon=True)
+    watcher = threading.Thread(target=_watch, args=(client, done), name="mlm-multihost", daemon=True)
     watcher.start()
     try:
         yield
     except Interrupted as interrupted:
-        if not interrupted.together:
-            _end(client, str(interrupted), EXIT_INTERRUPTED)
+        if not interrupted.on_all_processes:
+            _end_all(client, str(interrupted), EXIT_INTERRUPTED)
         raise
     except UserError as error:
-        _end(client, str(error), 2)
+        _end_all(client, str(error), 2)
     except BaseException as error:
         if isinstance(error, jax.errors.JaxRuntimeError) and _PEER_LOST.search(str(error)):
             print(
-                f"error: another process of the run has not been heard of for {HEARTBEAT_TIMEOUT_SECONDS} s, or is "
-                "gone; its log may say why. The same command on all goes on from the last checkpoint",
+                f"error: another process has ended or has sent no heartbeat for {HEARTBEAT_TIMEOUT_SECONDS} s; see its "
+                "log, then rerun the same command on all hosts to resume from the last checkpoint",
                 file=sys.stderr,
                 flush=True,
             )
             os._exit(1)
         traceback.print_exc()
-        _end(client, f"{type(error).__name__}: {one_line(error)}", 1)
+        _end_all(client, f"{type(error).__name__}: {one_line(error)}", 1)
     finally:
         done.set()
         watcher.join()
 
 
-def _end(client: "jax._src.lib._jax.DistributedRuntimeClient", cause: str, code: int) -> None:
-    """Tells the other processes, and ends this one; what another has told before is the first cause."""
+def _coordination_client() -> Any:
+    """Returns this process's client of the coordination service: a key-value store that needs no device.
+
+    jax 0.10.2 has no public name for it, and its public collectives run on devices, where the processes of a failed
+    run may be waiting for each other.
+    """
+    from jax._src import distributed
+
+    return distributed.global_state.client
+
+
+def _end_all(client: Any, cause: str, code: int) -> None:
+    """Publishes the cause for the other processes and ends this one. The first published cause stays."""
     try:
-        client.key_value_set(_FAILURE, f"{code} {jax.process_index()} {cause}")
+        client.key_value_set(_FAILURE_KEY, f"{code} {jax.process_index()} {cause}")
     except jax.errors.JaxRuntimeError:
-        # There is one already, which the watcher is printing; or nobody is left to tell.
+        # Another process has failed before, and the watcher is printing its cause; or process 0 is gone.
         time.sleep(5)
     print(f"error: {cause}", file=sys.stderr, flush=True)
-    # The first process keeps what the others are about to read.
+    # Process 0 serves the key, which the others are about to read.
     time.sleep(2)
     os._exit(code)
 
 
-def _watch(client: "jax._src.lib._jax.DistributedRuntimeClient", done: threading.Event) -> None:
+def _watch(client: Any, done: threading.Event) -> None:
     while not done.is_set():
         try:
-            told = client.blocking_key_value_get(_FAILURE, 1000)
+            message = client.blocking_key_value_get(_FAILURE_KEY, 1000)
         except jax.errors.JaxRuntimeError:
-            # Nobody has failed in the last second.
+            # No process has failed within the last second.
             time.sleep(0.1)
             continue
-        code, process, cause = told.split(" ", 2)
+        code, process, cause = message.split(" ", 2)
         if int(process) == jax.process_index():
             return
         print(f"error: process {process} failed first: {cause}", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""Stopping on request: SIGTERM, as machines are told that they are taken away, and SIGINT, as a person says it."""
+"""Stopping on request: SIGTERM, which machines send before they are taken away, and SIGINT, which Ctrl-C sends."""
 
 import contextlib
 import logging
@@ -10,22 +10,20 @@ import time
 from collections.abc import Callable, Iterator
 from types import FrameType
 
-from mlm.reporting import progress
-
-# What main.py exits with: EX_TEMPFAIL of sysexits.h, "the user is invited to retry". A launch script starts again.
+# Exit code of main.py: EX_TEMPFAIL of sysexits.h, "the user is invited to retry". The launch scripts restart the run.
 EXIT_INTERRUPTED = 75
-# After a second signal, as a shell says of what SIGINT ended.
+# Exit code after a second signal: 128 + SIGINT, as a shell reports it.
 EXIT_AT_ONCE = 130
-# One Ctrl-C reaches a program under `timeout` twice, from the terminal and from there: so soon after the first signal
-# another is the same wish. Nobody reads what the first one says, and means another, in less.
+# Under `timeout` one Ctrl-C reaches the program twice, from the terminal and from `timeout`. A signal that follows the
+# first one this quickly is a duplicate: nobody reads the first message and presses Ctrl-C again in less time.
 _DUPLICATE_SIGNAL_SECONDS = 1.0
 
 
 def exit_on_signal() -> None:
-    """Has either signal end the process, until an `Interrupt` is entered: there is nothing to lose before that."""
+    """Makes both signals end the process, until an `Interrupt` is entered: before that there is nothing to save."""
 
     def leave(number: int, frame: FrameType | None) -> None:
-        os.write(2, f"stopped by {signal.Signals(number).name}; the same command goes on\n".encode())
+        os.write(2, f"stopped by {signal.Signals(number).name}; rerun the same command to resume\n".encode())
         os._exit(EXIT_INTERRUPTED)
 
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -33,11 +31,12 @@ def exit_on_signal() -> None:
 
 
 @contextlib.contextmanager
-def signal_listener(hear: Callable[[int], None]) -> Iterator[None]:
-    """Inside, a thread calls `hear` with the number of every SIGTERM and SIGINT, at once. Enter it on the main thread.
+def signal_listener(callback: Callable[[int], None]) -> Iterator[None]:
+    """Inside, a thread calls `callback` with the number of every SIGTERM and SIGINT. Enter it on the main thread.
 
-    Python runs a signal's handler only between two of its own instructions, so not while the main thread compiles or
-    waits for a device or another host. The thread listens to the descriptor that Python writes a signal's number to.
+    Python runs a signal's handler only between two bytecode instructions of the main thread, so not while that compiles
+    or waits for a device or another host. The thread reads from the file descriptor that Python writes signal numbers
+    to as soon as they arrive.
     """
     reader, writer = socket.socketpair()
     writer.setblocking(False)
@@ -47,9 +46,9 @@ def signal_listener(hear: Callable[[int], None]) -> Iterator[None]:
         with reader:
             while received := reader.recv(1):
                 if received[0] in (signal.SIGTERM, signal.SIGINT):
-                    hear(received[0])
+                    callback(received[0])
 
-    threading.Thread(target=listen, name="mlm-interrupt", daemon=True).start()
+    threading.Thread(target=listen, name="mlm-signals", daemon=True).start()
     try:
         yield
     finally:
@@ -57,65 +56,74 @@ def signal_listener(hear: Callable[[int], None]) -> Iterator[None]:
         writer.close()  # Ends the thread, which closes the other end.
 
 
-class Interrupted(Exception):  # noqa: N818, it is no error
-    """The run was asked to stop, and does; `together` if all its processes do, at the same update."""
+class Interrupted(Exception):  # noqa: N818, not an error
+    """The run stops because it was asked to.
 
-    def __init__(self, message: str, *, together: bool = False):
+    Attributes:
+      on_all_processes: whether all processes stop, after the same step.
+    """
+
+    def __init__(self, message: str, *, on_all_processes: bool = False):
         super().__init__(message)
-        self.together = together
+        self.on_all_processes = on_all_processes
 
 
 class Interrupt:
-    """Takes both signals while it is entered, on the main thread. The first one asks; the second one ends the process,
-    if it does not come at the same time as the first.
+    """Handles both signals while it is entered, on the main thread.
 
-    The second signal must not wait until Python runs its handler: see `hearing`.
+    The first signal requests a stop. A second one ends the process at once, even where Python cannot run a signal
+    handler (see `signal_listener`), unless it is a duplicate of the first.
+
+    Attributes:
+      requested: name of the signal that requested a stop; None before that.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, erase_line: Callable[[], bytes] = bytes):
+        """`erase_line` returns the bytes that erase a progress line on the terminal, written before a last message."""
         self.requested: str | None = None
-        self._deferred = False
-        self._first: float | None = None  # When the first signal was heard.
+        self._erase_line = erase_line
+        self._is_deferred = False
+        self._first_time: float | None = None
 
     def __enter__(self) -> "Interrupt":
         self._handlers = {number: signal.signal(number, self._handle) for number in (signal.SIGTERM, signal.SIGINT)}
-        self._hearing = signal_listener(self._hear)
-        self._hearing.__enter__()
+        self._listener = signal_listener(self._on_signal)
+        self._listener.__enter__()
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self._hearing.__exit__(None, None, None)
+        self._listener.__exit__(None, None, None)
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
-        """Inside, a signal only sets `requested`; elsewhere it raises `Interrupted` wherever the program is."""
-        self._deferred = True
+        """Inside, a signal only sets `requested`; outside it raises `Interrupted` wherever the program is."""
+        self._is_deferred = True
         try:
-            # One that came just before.
+            # A signal may have arrived just before.
             self.check()
             yield
         finally:
-            self._deferred = False
+            self._is_deferred = False
 
     def check(self) -> None:
-        """Raises Interrupted if a signal has come."""
+        """Raises Interrupted if a signal has arrived."""
         if self.requested:
             raise Interrupted(f"stopped by {self.requested}")
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         is_first = self.requested is None
         self.requested = self.requested or signal.Signals(number).name
-        # Raised again, it would break off what the program does on its way out.
-        if is_first and not self._deferred:
+        # Raising again would interrupt the clean-up after the first exception.
+        if is_first and not self._is_deferred:
             self.check()
 
-    def _hear(self, number: int) -> None:
-        if self._first is None:
-            self._first = time.monotonic()
-            logging.getLogger("absl").warning("asked to stop; a second signal stops at once")
-        elif time.monotonic() - self._first > _DUPLICATE_SIGNAL_SECONDS:
-            last_words = b"second signal: stopped at once; the same command goes on from the last checkpoint\n"
-            os.write(2, progress.erasing() + last_words)
+    def _on_signal(self, number: int) -> None:
+        if self._first_time is None:
+            self._first_time = time.monotonic()
+            logging.getLogger("absl").warning("stop requested; a second signal stops at once")
+        elif time.monotonic() - self._first_time > _DUPLICATE_SIGNAL_SECONDS:
+            message = b"second signal: stopped at once; rerun the same command to resume from the last checkpoint\n"
+            os.write(2, self._erase_line() + message)
             os._exit(EXIT_AT_ONCE)

@@ -1,161 +1,200 @@
-"""The work directory: where its files are, and whether a run may go on in it.
+"""The work directory: its files, the history of the run, and whether a config may resume it.
 
-One in a bucket has a double on this machine's disk, where all files but the checkpoints are read and written: see
-`bucket`. What is carried there, and when, is `push`'s callers' to say.
+A work directory in Google Cloud Storage has a local mirror, where all files but the checkpoints are read and written;
+`push` uploads what has changed. See `storage`.
 """
 
 import contextlib
+import dataclasses
 import datetime
-import fcntl
-import glob
 import json
 import os
 import shutil
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
+from absl import logging
+
 from mlm.errors import UserError
-from mlm.run.gcs import LocalMirror, is_url
-from mlm.settings import MUTABLE_KEYS, RunSettings
+from mlm.run.storage import open_storage
+from mlm.settings import MUTABLE_KEYS, RunSettings, as_tuples
+
+# Version of the layout of config.json. Raise it when code of an earlier version would misread the file.
+FORMAT_VERSION = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class KeyChanges:
+    """How config keys have changed since format version 1; `configs/compat.py` has the tables and explains them.
+
+    Attributes:
+      added: key -> the value that reproduces the behavior from before the key existed.
+      renamed: old key -> new key.
+      removed: key -> the only value with which a run can be resumed without the key.
+      given: keys that the user has set on the command line.
+    """
+
+    added: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    renamed: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    removed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    given: Collection[str] = ()
+
+    def update(self, stored: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns the keys that `config.json` has, renamed, without those removed."""
+        return {
+            self.renamed.get(key, key): as_tuples(value)
+            for key, value in stored.items()
+            if key not in self.removed or as_tuples(value) != self.removed[key]
+        }
 
 
 class WorkDir:
-    """Paths of a run's files; making one touches nothing.
+    """The files of a run. Opening it creates nothing.
 
     Attributes:
-      path: a directory on this machine, where all that is not a checkpoint is read and written.
-      typed: as it was given.
-      shown: what people call the work directory: `path`, or the URL that `path` is the double of.
-      is_remote: whether it is a URL.
+      storage: where the files are.
+      path: the local directory of all files but the checkpoints.
+      display_path: the work directory in messages: an absolute path or a URL.
+      raw_path: the work directory as the user wrote it.
 
     Raises:
-      UserError: the path cannot be a work directory.
+      UserError: the path is invalid, or the bucket cannot be read.
     """
 
-    def __init__(self, path: str):
-        self.is_remote = is_url(path)
-        self.raw_path = path if self.is_remote else os.path.expanduser(path)
-        self._double = LocalMirror(path) if self.is_remote else None
-        self.path = self._double.path if self._double else os.path.abspath(os.path.expanduser(path))
-        self.display_path = self._double.folder.url if self._double else self.path
-        if glob.has_magic(self.path):
-            # Orbax lists its files by glob, and would write checkpoints that it cannot find.
-            raise UserError(f"--workdir={path}: a path with *, ? or [ cannot hold checkpoints; choose another")
+    def __init__(self, path: str, *, key_changes: KeyChanges | None = None):
+        self.storage = open_storage(path)
+        self.raw_path = os.path.expanduser(path)
+        self.path, self.display_path = self.storage.path, self.storage.display_path
         self.config = os.path.join(self.path, "config.json")
         self.tokenizer = os.path.join(self.path, "tokenizer")
-        self.checkpoints = os.path.join(self.display_path, "checkpoints")
         self.metrics = os.path.join(self.path, "metrics.jsonl")
         self.model = os.path.join(self.path, "model")
-
-        self._lock = None
+        self._key_changes = key_changes or KeyChanges()
         self._has_started = False
-        if self._double is not None:
-            return
-
-        existing = self.path
-        while not os.path.lexists(existing):
-            existing = os.path.dirname(existing)
-        if not os.path.isdir(existing):
-            raise UserError(f"--workdir={path}: {existing} is a file; name a directory, or one that can be made")
-        try:
-            # Rights do not tell: root has them all, and a read-only disk has none.
-            tempfile.TemporaryFile(dir=existing).close()
-        except OSError as error:
-            raise UserError(
-                f"--workdir={path}: {existing} is not writable ({error.strerror}); choose another"
-            ) from None
-
-    def check_same_run(self, config: dict[str, Any]) -> None:
-        """Refuses a config that differs from the directory's own in a key that changes the run's result."""
-        if not os.path.exists(self.config):
-            if self._has_checkpoints():
-                raise UserError(
-                    f"{self.display_path} has checkpoints but no config.json; put it back, or choose another --workdir"
-                )
-            return
-        old, new = flatten(self.read_config()), flatten(config)
-        differing = [
-            f"{key} (there {old.get(key, 'absent')!r}, here {new.get(key, 'absent')!r})"
-            for key in sorted(old.keys() | new.keys())
-            if old.get(key, "absent") != new.get(key, "absent") and key not in MUTABLE_KEYS
-        ]
-        if differing:
-            raise UserError(
-                f"{self.display_path} holds a run with another config: {'; '.join(differing)}. "
-                "Use the same values to go on with it, another --workdir, or --overwrite to start anew here"
-            )
-
-    def _has_checkpoints(self) -> bool:
-        if self._double is not None:
-            return self._double.has_checkpoints()
-        return os.path.isdir(self.checkpoints) and bool(os.listdir(self.checkpoints))
 
     def read_config(self) -> dict[str, Any]:
-        """The config of the run in this directory.
+        """Returns the run's value of every config key; those younger than the run have their earlier behavior.
 
         Raises:
-          UserError: `config.json` is not one of ours.
+          UserError: there is no run, or `config.json` is damaged or has another format version.
         """
-        return self._read()["config"]
+        return {**self._key_changes.added, **self._stored_keys()}
 
-    def read_settings(self, *, defaults: RunSettings) -> RunSettings:
-        """Returns the settings of the run in this directory; keys that are newer than the run have their defaults."""
+    def read_settings(self) -> RunSettings:
+        """Returns the settings of the run, with `read_config`'s values and errors."""
+        keys = self.read_config()
+        try:
+            return RunSettings.from_flat(keys)
+        except UserError as error:
+            raise UserError(f"{self.display_path}/config.json: {error}") from None
+
+    def resume(self, settings: RunSettings) -> RunSettings:
+        """Returns the settings to resume the run with; `settings` itself if there is no run.
+
+        Keys younger than the run keep their earlier behavior, unless the user has set them on the command line.
+        `per_device_train_batch_size=0` becomes the size that the run has found.
+
+        Raises:
+          UserError: the settings differ from the run's in a key that must not change during a run.
+        """
         if not os.path.exists(self.config):
-            raise UserError(f"--workdir={self.display_path}: there is no run; name the work directory of one")
-        return defaults.replace(flatten(self.read_config()))
+            if self.storage.has_checkpoints():
+                raise UserError(
+                    f"--workdir={self.display_path}: has checkpoints but no config.json; restore it, or choose another"
+                )
+            return settings
+        stored, config = self._stored_keys(), settings.flat()
+        old = {
+            key: value
+            for key, value in self._key_changes.added.items()
+            if key not in stored and key not in self._key_changes.given and config[key] != value
+        }
+        for key, value in old.items():
+            logging.info("%s=%r, not %r: the run was started before the key existed", key, value, config[key])
+        if settings.per_device_train_batch_size == 0:
+            old["per_device_train_batch_size"] = stored["per_device_train_batch_size"]
+        settings = settings.replace(old)
+        differing = {key: pair for key, pair in self._changes(settings).items() if key not in MUTABLE_KEYS}
+        if differing:
+            details = "; ".join(f"{key} (there {there!r}, here {here!r})" for key, (there, here) in differing.items())
+            raise UserError(
+                f"--workdir={self.display_path}: holds a run with another config: {details}; use the same values to "
+                "resume it, choose another --workdir, or start a new run with --overwrite"
+            )
+        return settings
+
+    def _stored_keys(self) -> dict[str, Any]:
+        return self._key_changes.update(self._read()["config"])
+
+    def _changes(self, settings: RunSettings) -> dict[str, list[Any]]:
+        """Returns key -> [old value, new value] of the keys that differ, "absent" where a version has no such key."""
+        old, new = self.read_config(), settings.flat()
+        return {
+            key: [old.get(key, "absent"), new.get(key, "absent")]
+            for key in sorted(old.keys() | new.keys())
+            if old.get(key, "absent") != new.get(key, "absent")
+        }
 
     def last_topology(self) -> tuple[int, int] | None:
-        """(processes, rows of an update on each) of the last start of the run; None where there is none."""
+        """Returns (processes, sequences of a step per process) at the last start; None if there is no run."""
         if not os.path.exists(self.config):
             return None
         last = self._read()["history"][-1]
         return last["processes"], last["rows_per_process"]
 
     def read_history(self) -> list[dict[str, Any]]:
-        """Every start of the run here, as `create` noted it."""
+        """Returns an entry for each start of the run, as `create` wrote it."""
         return self._read()["history"]
 
     def _read(self) -> dict[str, Any]:
+        path = os.path.join(self.display_path, "config.json")
         try:
             with open(self.config, encoding="utf-8") as file:
                 content = json.load(file)
+        except FileNotFoundError:
+            raise UserError(f"--workdir={self.display_path}: there is no run; name the work directory of one") from None
         except ValueError:
             content = None
         if not (isinstance(content, dict) and isinstance(content.get("config"), dict) and content.get("history")):
-            config = os.path.join(self.display_path, "config.json")
-            raise UserError(f"{config} is damaged or not a run's config; mend it, or choose another --workdir")
+            raise UserError(f"{path}: is damaged, or not the config of a run; restore it, or choose another --workdir")
+        if (version := content.get("format_version", 0)) != FORMAT_VERSION:
+            raise UserError(
+                f"{path}: format_version={version} is not supported, this version of the code reads {FORMAT_VERSION}; "
+                "use the version that started the run, or choose another --workdir"
+            )
         return content
 
     def create(
         self,
-        config: dict[str, Any],
+        settings: RunSettings,
         *,
         save_tokenizer: Callable[[str], None],
         processes: int,
         rows_per_process: int,
         step: int,
     ) -> dict[str, list[Any]]:
-        """Makes the directory, the config and the tokenizer, each whole or not at all.
+        """Writes the tokenizer, and `config.json` with an entry for this start in its history.
 
-        `config.json` also keeps the run's history: when it was started, after which update, with which keys changed.
+        Args:
+          settings: as `resume` returns them.
+          save_tokenizer: writes the tokenizer to a directory.
+          processes: number of processes.
+          rows_per_process: sequences of a step per process.
+          step: steps in the checkpoint that the run resumes from; 0 for a new run.
 
         Returns:
-          Those keys: name -> [value before, value now].
+          key -> [old value, new value] of the keys changed since the last start.
 
         Raises:
-          UserError: a bucket does not take it, or has taken another start meanwhile.
+          UserError: the upload failed, or the run was restarted elsewhere.
         """
-        history, changed = [], {}
+        history, changed, keys = [], {}, settings.flat()
         if os.path.exists(self.config):
-            before = self._read()
-            history = before["history"]
-            old, new = flatten(before["config"]), flatten(config)
-            changed = {
-                key: [old.get(key), new.get(key)]
-                for key in sorted(old.keys() | new.keys())
-                if old.get(key) != new.get(key)
-            }
+            history, changed, stored = self.read_history(), self._changes(settings), self._stored_keys()
+            # A key younger than the run that keeps its earlier behavior stays absent: every later start must complete
+            # it again.
+            added = self._key_changes.added
+            keys = {key: value for key, value in keys.items() if key in stored or (key, value) not in added.items()}
         history.append(
             {
                 "step": step,
@@ -166,20 +205,21 @@ class WorkDir:
                 "changed": changed,
             }
         )
-        if not self.is_remote:
-            os.makedirs(self.checkpoints, exist_ok=True)
+        self.storage.create()
         if not os.path.exists(self.config):
-            # Of a run that was killed before it had a config: it may be another's.
+            # Left by a start that was killed before it wrote a config: the tokenizer may be another one.
             shutil.rmtree(self.tokenizer, ignore_errors=True)
         if not os.path.isdir(self.tokenizer):
             shutil.rmtree(self.tokenizer + ".tmp", ignore_errors=True)
             save_tokenizer(self.tokenizer + ".tmp")
-            # On the disk before it counts, as all that follows: a machine that loses its power forgets the rest.
+            # Files are synced before the rename makes them count: after a power failure the rename may be on the disk
+            # and the contents not.
             for name in (*os.listdir(self.tokenizer + ".tmp"), "."):
                 sync(os.path.join(self.tokenizer + ".tmp", name))
             os.rename(self.tokenizer + ".tmp", self.tokenizer)
         with open(self.config + ".tmp", "w", encoding="utf-8") as file:
-            json.dump({"config": config, "history": history}, file, indent=2)
+            content = {"format_version": FORMAT_VERSION, "config": keys, "history": history}
+            json.dump(content, file, indent=2)
             file.write("\n")
         sync(self.config + ".tmp")
         os.replace(self.config + ".tmp", self.config)
@@ -188,139 +228,70 @@ class WorkDir:
         try:
             self.push()
         except OSError as error:
-            raise UserError(f"{error}; mend that: the same command goes on") from None
+            raise UserError(f"--workdir={self.display_path}: {error}; fix that, then rerun the same command") from None
         return changed
 
     def push(self) -> None:
-        """Carries what has changed to the bucket, if the directory is in one. On process 0.
+        """Uploads changed files where the work directory is in a bucket. Call it on process 0.
 
         Raises:
-          OSError: it cannot be written; it is, the next time.
-          UserError: the run was started again elsewhere.
+          OSError: an upload failed. The next call repeats it.
+          UserError: the run was restarted elsewhere.
         """
-        if self._double is not None:
-            self._double.push()
+        self.storage.push()
 
     def pull(self) -> None:
-        """Looks again what is in the bucket, after another process has changed it."""
-        if self._double is not None:
-            with _reading(self.display_path):
-                self._double.pull()
+        """Reads the directory again after another process has changed it. Raises UserError if that fails."""
+        self.storage.pull()
 
     def fetch_weights(self) -> None:
-        """Has the weights in `model/`, if there are any: of a bucket's they are not here before."""
-        if self._double is not None:
-            with _reading(self.display_path):
-                self._double.fetch_weights()
+        """Makes the weights in `model/` available locally, if there are any. Raises UserError if that fails."""
+        self.storage.fetch_weights()
+
+    def lock(self) -> None:
+        """Locks the directory, if it exists, until `unlock` or the end of the process.
+
+        Raises:
+          UserError: another process holds the lock, or the directory is not writable.
+        """
+        self.storage.lock()
+
+    def unlock(self) -> None:
+        """Releases the lock."""
+        self.storage.unlock()
 
     def close(self) -> None:
-        """Lets the directory go; on the process that has made it, what is left is carried to the bucket, if it can."""
+        """Releases the lock; after `create` it also uploads what remains, if it can."""
         self.unlock()
         if self._has_started:
             with contextlib.suppress(OSError, UserError):
                 self.push()
 
+    def move_aside(self) -> str | None:
+        """Moves an existing run to PATH.old-N; returns the new path, None if there was no run.
+
+        Raises:
+          UserError: the run is in progress, or cannot be moved.
+        """
+        return self.storage.move_aside()
+
     def has_tokenizer(self) -> bool:
-        """Whether the run here has made its tokenizer. One without a config is left of a start that was killed."""
+        """Returns whether the run has its tokenizer. One without a config was left by a start that was killed."""
         return os.path.isdir(self.tokenizer) and os.path.exists(self.config)
 
     def exported_step(self) -> int | None:
-        """The step of the model in `model/`, None when there is no complete one."""
+        """Returns the step of the model in `model/`; None if there is no complete one."""
         try:
             with open(os.path.join(self.model, "trainer_state.json"), encoding="utf-8") as file:
                 return json.load(file)["global_step"]
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             return None
 
-    def move_aside(self) -> str | None:
-        """Makes room for a new run; returns where the old one is now, None if there was none.
-
-        Raises:
-          UserError: it is under way, or cannot be moved.
-        """
-        if self._double is not None:
-            with _reading(self.display_path):
-                target = self._double.folder.move_aside()
-                self._double.pull()
-            return target
-        if not os.path.isdir(self.path) or not os.listdir(self.path):
-            return None
-        self.lock()
-        number = 1
-        while os.path.lexists(target := f"{self.path}.old-{number}"):
-            number += 1
-        try:
-            os.rename(self.path, target)
-        except OSError as error:
-            raise UserError(
-                f"--overwrite: {self.path} cannot be moved to {target} ({error.strerror}); choose another --workdir"
-            ) from None
-        finally:
-            self.unlock()
-        return target
-
-    def lock(self) -> None:
-        """Holds the directory, if it is there, until `unlock` or until this process ends, however it ends.
-
-        A bucket cannot be held, see `push`; that it can be written to shows here.
-
-        Raises:
-          UserError: another process holds it, or the bucket cannot be written to.
-        """
-        if self._double is not None and not self._has_started:
-            self._double.check_writable()
-        if self._double is not None:
-            return
-        if self._lock is not None or not os.path.isdir(self.path):
-            return
-        self._lock = open(os.path.join(self.path, ".lock"), "w")  # noqa: SIM115
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self.unlock()
-            raise UserError(f"{self.path} is in use by another run; wait for it, or choose another --workdir") from None
-        except OSError:
-            pass  # A file system without locks, such as some network mounts.
-
-    def unlock(self) -> None:
-        """Lets the directory go. The file stays: removing it could take another run's lock away."""
-        if self._lock is not None:
-            self._lock.close()
-            self._lock = None
-
-
-@contextlib.contextmanager
-def _reading(shown: str) -> Iterator[None]:
-    """What a bucket does not give, or take, where there is no next time -> UserError."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"--workdir={shown}: {error}; mend that: the same command goes on") from None
-
 
 def sync(path: str) -> None:
-    """Waits until a file, or a directory's list of names, is on the disk."""
+    """Waits until a file, or the list of names in a directory, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}, tuples as the lists JSON makes of them."""
-    flat = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = _as_json(value)
-    return flat
-
-
-def _as_json(value: Any) -> Any:
-    if isinstance(value, list | tuple):
-        return [_as_json(part) for part in value]
-    if isinstance(value, dict):
-        return {key: _as_json(part) for key, part in value.items()}
-    return value
