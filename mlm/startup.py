@@ -109,7 +109,7 @@ def open_run(
     # Other processes would not know that one has stopped waiting for a batch.
     check_interrupt = interrupt.check if jax.process_count() == 1 else lambda: None
     prefetcher = stack.enter_context(
-        Prefetcher(components.stream, depth=settings.data.prefetch_batches, interrupted=check_interrupt)
+        Prefetcher(components.stream, depth=settings.data.prefetch_batches, on_wait=check_interrupt)
     )
     # Text that is too short for a batch is reported here, before anything is written or compiled.
     batches = itertools.chain([next(prefetcher)], prefetcher)

@@ -1,10 +1,10 @@
-"""A tokenizer for the eye."""
+"""A tokenizer whose ids are readable."""
 
 import numpy as np
 
 
 class Letters:
-    """A letter is its code point."""
+    """The id of a letter is its code point."""
 
     bos_id, eos_id, pad_id = 1, 2, 0
 

@@ -9,7 +9,7 @@ from mlm.errors import UserError
 
 
 class Count:
-    """A stream of 1, 2, 3... that can be held up and can end in an error."""
+    """A stream of 1, 2, 3... that can be paused and can end in an error."""
 
     epoch = 0
 
@@ -17,14 +17,14 @@ class Count:
         self.n = 0
         self.error = error
         self.after = after
-        self.may_go = threading.Event()
-        self.may_go.set()
+        self.resume = threading.Event()
+        self.resume.set()
 
     def __iter__(self):
         return self
 
     def __next__(self):
-        assert self.may_go.wait(30)
+        assert self.resume.wait(30)
         if self.error is not None and self.n == self.after:
             raise self.error
         self.n += 1
@@ -58,26 +58,26 @@ def test_batches_come_in_order_with_their_own_state():
     assert threads() == []
 
 
-def test_it_works_ahead_no_further_than_its_depth():
+def test_at_most_depth_batches_are_made_ahead():
     stream = Count()
     with prefetch.Prefetcher(stream, depth=3) as batches:
-        wait_until(lambda: stream.n == 4)  # three in the queue, one in hand
+        wait_until(lambda: stream.n == 4)  # Three in the queue, one about to be put there.
         time.sleep(0.05)
         assert stream.n == 4
         next(batches)
         wait_until(lambda: stream.n == 5)
 
 
-def test_the_time_waited_is_measured():
+def test_waiting_time_is_measured():
     stream = Count()
-    stream.may_go.clear()
+    stream.resume.clear()
     with prefetch.Prefetcher(stream, depth=1) as batches:
-        threading.Timer(0.2, stream.may_go.set).start()
+        threading.Timer(0.2, stream.resume.set).start()
         next(batches)
         assert 0.15 < batches.wait_seconds < 5
         waited = batches.wait_seconds
         wait_until(lambda: stream.n == 3)
-        next(batches)  # there already
+        next(batches)  # It is ready.
         assert batches.wait_seconds - waited < 0.1
 
 
@@ -92,7 +92,7 @@ def test_an_error_reaches_the_caller_after_the_batches_before_it(error):
     assert threads() == []
 
 
-def test_a_stream_that_ends_ends():
+def test_a_stream_that_ends_ends_the_iteration():
     assert [batch.state["n"] for batch in prefetch.Prefetcher(Count(error=StopIteration(), after=3), depth=1)] == [
         1,
         2,
@@ -113,18 +113,18 @@ def test_closing_is_prompt_with_a_full_queue():
         next(batches)
 
 
-def test_closing_gives_up_on_a_read_that_hangs():
+def test_closing_abandons_a_read_that_hangs():
     stream = Count()
-    stream.may_go.clear()
+    stream.resume.clear()
     batches = prefetch.Prefetcher(stream, depth=2)
     start = time.monotonic()
     batches.close(timeout=0.1)
     assert time.monotonic() - start < 1
-    stream.may_go.set()
+    stream.resume.set()
     wait_until(lambda: threads() == [])
 
 
-def test_an_error_in_the_loop_closes_it():
+def test_an_error_in_the_loop_stops_the_thread():
     def loop():
         with prefetch.Prefetcher(Count(), depth=2) as batches:
             next(batches)
@@ -135,6 +135,13 @@ def test_an_error_in_the_loop_closes_it():
     assert threads() == []
 
 
-def test_depth_must_be_positive():
-    with pytest.raises(ValueError, match="at least 1"):
-        prefetch.Prefetcher(Count(), depth=0)
+def test_an_error_of_on_wait_ends_the_wait():
+    def interrupt():
+        raise KeyboardInterrupt
+
+    stream = Count()
+    stream.resume.clear()
+    with prefetch.Prefetcher(stream, depth=1, on_wait=interrupt) as batches:
+        with pytest.raises(KeyboardInterrupt):
+            next(batches)
+        stream.resume.set()

@@ -1,4 +1,4 @@
-"""Runs of real processes: who reads what, and going on with another number of them."""
+"""Runs of real processes: which one reads what, and resuming on another number of them."""
 
 import collections
 import json
@@ -22,7 +22,7 @@ REPO = Path(__file__).parent.parent
 
 READ = """
 import json, sys
-from mlm.data import sources
+from mlm.data.sources import source as sources
 from tests.test_stream import rows_of
 index, count, files = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 stream = rows_of(sources.open_source(dataset_name=None, data_files=files), batch_rows=1,
@@ -61,7 +61,7 @@ open(out, "w").write(json.dumps(rows))
 
 
 def run_all(code: str, arguments: list[list[str]], *, devices: int = 2) -> list[subprocess.CompletedProcess]:
-    """Runs processes at the same time, of so many devices each, to their end."""
+    """Runs one process per list of arguments at the same time, each with `devices` devices, to the end."""
     env = {
         **os.environ,
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
@@ -90,7 +90,7 @@ def run_all(code: str, arguments: list[list[str]], *, devices: int = 2) -> list[
 
 
 @pytest.mark.slow
-def test_processes_share_an_epoch(tmp_path):
+def test_processes_divide_an_epoch(tmp_path):
     shards = split(words(120), 4)
     for n, part in enumerate(shards):
         (tmp_path / f"{n}.txt").write_text("".join(f"{text}\n" for text in part))
@@ -104,7 +104,7 @@ def test_processes_share_an_epoch(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_train_then_one_then_four(tmp_path):
+def test_a_run_resumes_on_fewer_and_on_more_processes(tmp_path):
     corpus, workdir = write_corpus(tmp_path), str(tmp_path / "run")
     rows = {}
     for count, devices, last in ((2, 2, 5), (1, 2, 8), (4, 1, 10)):
@@ -121,11 +121,10 @@ def test_two_processes_train_then_one_then_four(tmp_path):
             assert result.returncode == 0, result.stderr
             assert f"process {n} of {count} reads " in result.stderr
             rows |= {(int(step), n): batch for step, batch in json.loads(Path(outs[n]).read_text()).items()}
-    # One file and two of three, then what is left of all.
     processes = {step: 2 if step <= 5 else 1 if step <= 8 else 4 for step in range(1, 11)}
     assert set(rows) == {(step, n) for step, count in processes.items() for n in range(count)}
     assert {(step > 8, len(batch)) for (step, _), batch in rows.items()} == {(False, 8), (True, 4)}
-    # No jump in the curve.
+    # The loss does not jump at a restart.
     losses = [line["train/loss"] for line in read_metrics(f"{workdir}/metrics.jsonl") if "train/loss" in line]
     assert np.abs(np.diff(losses)).max() < 0.6
     assert losses[-1] < losses[0]
@@ -139,7 +138,7 @@ def test_two_processes_train_then_one_then_four(tmp_path):
         data = show_data.replay(settings_of(config), workdir, step=step, process_index=process)
         assert data.tokens_BxL.tolist() == batch
         used.update({(d.epoch, d.shard, d.row) for d in data.documents})
-    # A document that is cut by a row or a batch comes in two updates; no other comes twice.
+    # Only a document cut by the end of a row or batch is in two steps.
     assert {epoch for epoch, *_ in used} == {0}
     assert max(used.values()) <= 2
     assert sum(number == 2 for number in used.values()) <= len(rows)

@@ -1,4 +1,4 @@
-"""Shards that the network does not give: what the stream goes on with, and what a resume makes of it."""
+"""Shards that the network stops delivering: what the stream skips, and how such a run resumes."""
 
 import filecmp
 import json
@@ -17,14 +17,14 @@ from tests.tiny import settings_of, tiny_config, write_corpus
 
 @pytest.fixture
 def server():
-    """Behaves well until told otherwise."""
+    """Serves files without failures, until a test adds some."""
     server = Server()
     yield server
     server.close()
 
 
 SHARDS = [f"{n}.txt" for n in range(4)]
-# Short documents, so that a row of 8 holds one, and every one of them tells its shard and row.
+# Documents short enough for a row of 8 tokens; each names its shard and row.
 SHARD_TEXTS = {name: [f"{name[0]}.{row}" for row in range(40)] for name in SHARDS}
 
 
@@ -43,28 +43,28 @@ def take(rows, count):
     return [next(rows).tolist() for _ in range(count)]
 
 
-def break_off(server, name, row):
-    """From this row on the shard does not come any more."""
+def fail_from(server, name, row):
+    """Makes the shard unreadable from this row on."""
     server.always[f"/{name}"] = ("stop", len(encode(name, SHARD_TEXTS[name][:row])))
 
 
 @pytest.fixture
 def tiny_reads(monkeypatch):
-    """A few rows each."""
+    """Reads of a few rows each."""
     monkeypatch.setattr(files, "_NETWORK_BYTES", 16)
     monkeypatch.setattr(files, "_BLOCK_BYTES", 16)
 
 
 def end_of(state, shard):
-    """The row from which a shard was set aside, None where it was not."""
-    return next((end for number, *_, end in state["pieces"] or () if number == shard), None)
+    """The row from which a shard is skipped; None if it is not."""
+    return next((end for number, *_, end in state["slices"] or () if number == shard), None)
 
 
 @pytest.mark.parametrize(("process_count", "readers"), [(1, 1), (3, 1), (6, 2)])
-def test_a_failed_shard_is_set_aside_for_the_rest_of_the_epoch(server, tiny_reads, monkeypatch, process_count, readers):
-    """A resume from any batch after that gives the same batches, though the network is well by then."""
+def test_a_failed_shard_is_skipped_for_the_rest_of_the_epoch(server, tiny_reads, monkeypatch, process_count, readers):
+    """Resuming from any batch after it gives the same batches, although the network works again."""
     impatient, patient = serve_shards(server, retry_policy=IMPATIENCE), serve_shards(server)
-    break_off(server, "0.txt", 17)
+    fail_from(server, "0.txt", 17)
     runs = []
     for index in range(process_count):
         rows = row_stream(impatient, process_index=index, process_count=process_count, batch_rows=1)
@@ -77,28 +77,28 @@ def test_a_failed_shard_is_set_aside_for_the_rest_of_the_epoch(server, tiny_read
             states.append(json.loads(json.dumps(rows.state_dict())))
         runs.append((index, batches[:-1], [(document.shard, document.row) for document in used], states))
     server.heal()
-    monkeypatch.setattr(files, "_BLOCK_BYTES", 1000)  # other arrays, the same rows
-    losses = 0
+    monkeypatch.setattr(files, "_BLOCK_BYTES", 1000)  # Other arrays, the same rows.
+    num_failed = 0
     for index, batches, used, states in runs:
-        place = {"process_index": index, "process_count": process_count, "batch_rows": 1}
+        process = {"process_index": index, "process_count": process_count, "batch_rows": 1}
         end = end_of(states[-1], 0)
-        losses += end is not None
+        num_failed += end is not None
         assert end is None or 10 < end <= 17
-        share = row_stream(patient, **place).share()
-        mine = [(piece.shard, row) for piece in share for row in range(piece.first, 40, piece.step)]
+        assignment = row_stream(patient, **process).assignment()
+        mine = [(part.shard, row) for part in assignment for row in range(part.offset, 40, part.stride)]
         assert sorted(used) == sorted((shard, row) for shard, row in mine if end is None or shard or row < end)
         for n in range(len(states) - 1, -1, -7):
             if end_of(states[n], 0) == end:
-                resumed = row_stream(patient, **place)
-                resumed.load_state_dict(states[n])
+                resumed = row_stream(patient, **process)
+                resumed.restore([states[n]] * process_count)
                 assert take(resumed, len(batches) - n) == batches[n:]
                 assert resumed.counters["failed_shards"] == (end is not None)
-    assert losses == readers
+    assert num_failed == readers
 
 
-def test_the_next_epoch_reads_it_whole(server, tiny_reads):
+def test_the_next_epoch_reads_the_complete_shard(server, tiny_reads):
     rows = row_stream(serve_shards(server, retry_policy=IMPATIENCE), batch_rows=1)
-    break_off(server, "0.txt", 17)
+    fail_from(server, "0.txt", 17)
     seen = {0: [], 1: []}
     while rows.epoch < 2:
         [used] = (next(rows), rows.documents())[1]
@@ -111,11 +111,11 @@ def test_the_next_epoch_reads_it_whole(server, tiny_reads):
     assert rows.counters["failed_shards"] == 1
 
 
-def test_a_restart_on_another_number_of_processes(server, tiny_reads):
-    """What was set aside stays so; of all else nothing is lost and nothing comes twice."""
+def test_skipped_rows_stay_skipped_on_another_number_of_processes(server, tiny_reads):
+    """All other documents are used exactly once."""
     impatient, patient = serve_shards(server, retry_policy=IMPATIENCE), serve_shards(server)
-    broken = row_stream(patient, process_index=0, process_count=2).share()[0].shard
-    break_off(server, SHARDS[broken], 17)
+    broken = row_stream(patient, process_index=0, process_count=2).assignment()[0].shard
+    fail_from(server, SHARDS[broken], 17)
     used, states, ends = [], [], []
     for index in range(2):
         rows = row_stream(impatient, process_index=index, process_count=2, batch_rows=1)
@@ -134,12 +134,12 @@ def test_a_restart_on_another_number_of_processes(server, tiny_reads):
             if rows.epoch:
                 break
             used += rows.documents()
-    places = [(document.shard, document.row) for document in used if document.epoch == 0]
-    kept = {(shard, row) for shard in range(4) for row in range(40) if shard != broken or row < end}
-    assert sorted(places) == sorted(kept)
+    locations = [(document.shard, document.row) for document in used if document.epoch == 0]
+    expected = {(shard, row) for shard in range(4) for row in range(40) if shard != broken or row < end}
+    assert sorted(locations) == sorted(expected)
 
 
-def test_a_window_that_was_begun_must_come_whole(server, tiny_reads):
+def test_a_partly_used_window_must_be_read_completely_on_resuming(server, tiny_reads):
     source = serve_shards(server, retry_policy=IMPATIENCE)
     rows = row_stream(source)
     next(rows)
@@ -147,20 +147,20 @@ def test_a_window_that_was_begun_must_come_whole(server, tiny_reads):
     for name in SHARDS:
         server.always[f"/{name}"] = 503
     resumed = row_stream(source)
-    resumed.load_state_dict(state)
+    resumed.restore([state])
     with pytest.raises(UserError, match=r"^cannot resume the data stream: cannot read '.*txt' from row 0 on: .* 503"):
         next(resumed)
     server.heal()
     resumed = row_stream(source)
-    resumed.load_state_dict(state)
+    resumed.restore([state])
     assert take(resumed, 30) == take(rows, 30)
 
 
-def test_past_the_budget_the_stream_ends_after_its_batches(server, tiny_reads):
+def test_with_too_many_failed_shards_the_stream_ends_after_its_batches(server, tiny_reads):
     healthy = take(row_stream(serve_shards(server)), 40)
     source = serve_shards(server, retry_policy=IMPATIENCE)
     for name in ("0.txt", "3.txt"):
-        break_off(server, name, 17)
+        fail_from(server, name, 17)
     with Prefetcher(row_stream(source, max_failed_shards=1), depth=2) as batches:
         found = []
 
@@ -169,17 +169,17 @@ def test_past_the_budget_the_stream_ends_after_its_batches(server, tiny_reads):
                 found.append(batch)
 
         with pytest.raises(
-            UserError, match=r"^cannot read '.*[03].txt' from row .*data.max_failed_shards=1: .*"
+            UserError, match=r"^cannot read '.*[03].txt' from row .*data.max_failed_shards=1\)$"
         ) as error:
             run()
     assert "\n" not in str(error.value)
     assert found[-1].counters["failed_shards"] == 1
-    first_loss = next(n for n, batch in enumerate(found) if batch.counters["failed_shards"])
-    assert [batch.tokens.tolist() for batch in found[:first_loss]] == healthy[:first_loss]
+    first_failure = next(n for n, batch in enumerate(found) if batch.counters["failed_shards"])
+    assert [batch.tokens.tolist() for batch in found[:first_failure]] == healthy[:first_failure]
 
 
 @pytest.mark.parametrize("count", [1, 4])
-def test_a_server_that_is_gone_ends_the_stream(server, tiny_reads, count):
+def test_a_server_that_stops_answering_ends_the_stream(server, tiny_reads, count):
     serve_shards(server)
     names = SHARDS[:count]
     source = open_url(server, *names, retry_policy=IMPATIENCE)
@@ -192,13 +192,12 @@ def test_a_server_that_is_gone_ends_the_stream(server, tiny_reads, count):
         while True:
             next(rows)
 
-    with pytest.raises(UserError, match=r"number 6 of the shards to fail and data.max_failed_shards=5"):
+    with pytest.raises(UserError, match=r"failed shard 6, data.max_failed_shards=5"):
         run()
 
 
 @pytest.mark.slow
-def test_a_run_that_the_network_stops_goes_on_from_its_checkpoint(server, tmp_path):
-    """And what comes out is the run that would have been."""
+def test_a_run_stopped_by_the_network_resumes_bitwise_identical(server, tmp_path):
     (tmp_path / "corpus").mkdir()
     write_corpus(tmp_path / "corpus", documents=150)
     names = [f"part-{n}.jsonl" for n in range(3)]
@@ -212,7 +211,7 @@ def test_a_run_that_the_network_stops_goes_on_from_its_checkpoint(server, tmp_pa
     config.num_train_steps = 12
     config.logging_steps = config.eval_steps = 12
     train_and_evaluate(settings_of(config), str(tmp_path / "straight"))
-    # It reads a shard with one request. The last two are for the batches of the second epoch.
+    # A shard is one request. The last two are for batches of the second epoch.
     server.limit = len(server.requests) - 2
     server.requests.clear()
     with pytest.raises(UserError, match=r"cannot read '.*jsonl' from row .*data.max_failed_shards=0"):

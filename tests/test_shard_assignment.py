@@ -1,6 +1,7 @@
-"""Going on with another number of processes: what comes once, and what is given up."""
+"""Assignment of shards to processes, and reassignment to another number of them."""
 
 import collections
+import itertools
 import json
 
 import hypothesis
@@ -14,12 +15,12 @@ from tests.test_stream import memory_source, rows_of, split, words
 
 
 def processes(source, count, **kwargs):
-    """The streams of a run."""
+    """The streams of all processes of a run."""
     return [rows_of(source, process_index=n, process_count=count, **kwargs) for n in range(count)]
 
 
 def step(streams, used, batches):
-    """Makes updates, and counts the units of every (epoch, shard, row) in `used`."""
+    """Takes batches from every stream, and counts the units of every (epoch, shard, row) in `used`."""
     for stream in streams:
         for _ in range(batches):
             next(stream)
@@ -27,13 +28,13 @@ def step(streams, used, batches):
                 used[document[:3]] += document.end - document.begin
 
 
-def dealt_anew(source, streams, count, **kwargs):
-    """The streams of the run that goes on, by way of a checkpoint."""
+def resume(source, streams, count, **kwargs):
+    """The streams of `count` processes that resume from a checkpoint of these."""
     states = json.loads(json.dumps([stream.state_dict() for stream in streams]))
-    anew = processes(source, count, **kwargs)
-    for stream in anew:
+    resumed = processes(source, count, **kwargs)
+    for stream in resumed:
         stream.restore(states)
-    return anew
+    return resumed
 
 
 def counters(streams):
@@ -41,35 +42,37 @@ def counters(streams):
 
 
 def finish_epoch(streams, used, epoch):
-    """Goes on until every process is past it."""
+    """Takes batches until every process is past the epoch."""
     for stream in streams:
         while stream.state_dict()["next_epoch"] <= epoch + 1:
             step([stream], used, 1)
 
 
 def units(shards, held_out=()):
-    """(shard, row) -> the tokens of a document."""
+    """(shard, row) -> number of tokens of the document."""
     texts = {(s, r): text for s, shard in enumerate(shards) for r, text in enumerate(shard)}
-    return {place: len(text) + 2 for place, text in texts.items() if text and text.strip() and text not in held_out}
+    return {
+        location: len(text) + 2 for location, text in texts.items() if text and text.strip() and text not in held_out
+    }
 
 
 def of_epoch(used, epoch):
-    return {place[1:]: number for place, number in used.items() if place[0] == epoch}
+    return {key[1:]: number for key, number in used.items() if key[0] == epoch}
 
 
 def next_epochs(streams):
     return [stream.state_dict()["next_epoch"] for stream in streams]
 
 
-def given_up(streams):
-    """The epochs that a deal anew leaves out for some process."""
+def incomplete_epochs(streams):
+    """The epochs that a reassignment skips for some process."""
     return {epoch for own in next_epochs(streams) for epoch in range(own, max(next_epochs(streams)) - 1)}
 
 
 @pytest.mark.parametrize("counts", [(2, 1), (2, 4), (8, 3), (1, 8), (2, 4, 3), (8, 3, 8, 1)])
 @pytest.mark.parametrize("num_shards", [1, 4, 7, 16])
 @pytest.mark.parametrize("shuffle_buffer_size", [0, 7])
-def test_every_document_of_the_epoch_comes_once(counts, num_shards, shuffle_buffer_size):
+def test_every_document_of_an_epoch_is_used_once_after_reassignments(counts, num_shards, shuffle_buffer_size):
     corpus = [*words(160), None, " "]
     shards = split(corpus, num_shards)
     source = memory_source(shards)
@@ -81,11 +84,11 @@ def test_every_document_of_the_epoch_comes_once(counts, num_shards, shuffle_buff
         step(streams, used, first)
         for count in counts[1:]:
             before = counters(streams)
-            assert given_up(streams) == set()
-            streams = dealt_anew(source, streams, count, **options)
+            assert incomplete_epochs(streams) == set()
+            streams = resume(source, streams, count, **options)
             assert counters(streams) == before
             step(streams, used, 2)
-        # Past the end of the lanes the next epoch is dealt fresh.
+        # After the work items the next epoch starts with its initial assignment.
         newest = max(next_epochs(streams))
         finish_epoch(streams, used, newest)
         for epoch in range(newest + 1):
@@ -103,31 +106,33 @@ TEXTS = st.one_of(st.none(), st.text(st.sampled_from("ab "), max_size=9))
     batch_rows=st.integers(1, 2),
     runs=st.lists(st.tuples(st.integers(1, 5), st.integers(0, 5)), min_size=2, max_size=5),
 )
-def test_restarts_of_restarts_anywhere(shards, array_rows, shuffle_buffer_size, batch_rows, runs):
-    """`runs` are (processes, updates). Nothing twice; each epoch whole, but those that are given up."""
+def test_repeated_reassignments_after_any_batches_use_no_document_twice(
+    shards, array_rows, shuffle_buffer_size, batch_rows, runs
+):
+    """`runs` are (processes, batches). Epochs are complete, except those that a process far behind skips."""
     source = memory_source(shards, array_rows)
     options = {"shuffle_buffer_size": shuffle_buffer_size, "batch_rows": batch_rows, "max_seq_length": 4}
     expected = units(shards)
-    used, gone, streams = collections.Counter(), set(), processes(source, runs[0][0], **options)
+    used, incomplete, streams = collections.Counter(), set(), processes(source, runs[0][0], **options)
     try:
         for count, batches in runs:
             if count != len(streams):
-                gone |= given_up(streams)
-            streams = dealt_anew(source, streams, count, **options)
+                incomplete |= incomplete_epochs(streams)
+            streams = resume(source, streams, count, **options)
             step(streams, used, batches)
         newest = max(next_epochs(streams))
         finish_epoch(streams, used, newest)
     except UserError:
-        hypothesis.reject()  # too small for so many processes
+        hypothesis.reject()  # Too small for so many processes.
     for epoch in range(newest + 1):
-        if epoch in gone:
-            assert all(number <= expected[place] for place, number in of_epoch(used, epoch).items())
+        if epoch in incomplete:
+            assert all(number <= expected[location] for location, number in of_epoch(used, epoch).items())
         else:
             assert of_epoch(used, epoch) == expected
 
 
-def test_what_a_process_far_behind_gives_up():
-    # Process 0 has 60 documents an epoch, process 1 has 2: it is 4 epochs ahead when 0 is in its first.
+def test_a_process_more_than_one_epoch_behind_skips_the_epochs_between():
+    # Process 0 has 60 documents per epoch and process 1 has 2: it is 4 epochs ahead when 0 is in its first.
     shards = [words(60), ["ab", "cd"]]
     source = memory_source(shards)
     options = {"shuffle_buffer_size": 0, "batch_rows": 1, "max_seq_length": 4}
@@ -135,45 +140,45 @@ def test_what_a_process_far_behind_gives_up():
     streams = processes(source, 2, **options)
     step(streams, used, 9)
     assert [stream.epoch for stream in streams] == [0, 4]
-    streams = dealt_anew(source, streams, 1, **options)
+    streams = resume(source, streams, 1, **options)
     finish_epoch(streams, used, 4)
-    large, small = ({place: n for place, n in units(shards).items() if place[0] == s} for s in (0, 1))
+    large, small = ({key: n for key, n in units(shards).items() if key[0] == s} for s in (0, 1))
     assert of_epoch(used, 0) == of_epoch(used, 4) == large | small
     for epoch in (1, 2, 3):
         assert of_epoch(used, epoch) == small
 
 
-def test_states_stay_small_and_resume_exactly():
+def test_states_after_a_reassignment_are_small_and_resume_exactly():
     shards = split(words(200), 16)
     source = memory_source(shards)
     streams = processes(source, 8, batch_rows=1)
     step(streams, collections.Counter(), 5)
-    streams = dealt_anew(source, streams, 3, batch_rows=1)
-    for _ in range(60):  # past the end of the lanes
+    streams = resume(source, streams, 3, batch_rows=1)
+    for _ in range(60):  # Past the last work item.
         state = json.loads(json.dumps(streams[1].state_dict()))
-        assert len(json.dumps(state)) < 1200
+        assert len(json.dumps(state)) < 1300
         again = rows_of(source, batch_rows=1, process_index=1, process_count=3)
         again.restore([{}, state, {}])
         batches = [next(streams[1]).tolist() for _ in range(2)]
         assert [next(again).tolist() for _ in range(2)] == batches
         assert again.state_dict() == streams[1].state_dict()
-    assert streams[1].state_dict()["pieces"] is None
-    assert len(json.dumps(streams[1].state_dict())) < 500
+    assert streams[1].state_dict()["slices"] is None
+    assert len(json.dumps(streams[1].state_dict())) < 600
 
 
-def test_a_state_of_another_order_is_refused_anew():
+def test_reassigning_states_of_another_order_is_refused():
     source = memory_source([words(50)])
     streams = processes(source, 2)
     step(streams, collections.Counter(), 1)
     states = [stream.state_dict() for stream in streams]
-    with pytest.raises(UserError, match="seed=1 and is now 2"):
+    with pytest.raises(UserError, match="seed=2, but the checkpoint was saved with 1"):
         rows_of(source, seed=2).restore(states)
-    with pytest.raises(UserError, match="process_index=1 and is now 0"):
+    with pytest.raises(UserError, match="process_index=0, but the checkpoint was saved with 1"):
         rows_of(source).restore(states[::-1])
 
 
-def test_no_step_lacks_a_batch_on_one_process_only():
-    """A share of 2 documents beside one of 400: each process has a batch for every step."""
+def test_every_process_has_a_batch_for_every_step():
+    """Also with an assignment of 2 documents beside one of 400."""
     source = memory_source([words(400), ["ab", "cd"]])
     streams = processes(source, 2, shuffle_buffer_size=0, batch_rows=2, max_seq_length=4)
     for _ in range(50):
@@ -181,8 +186,7 @@ def test_no_step_lacks_a_batch_on_one_process_only():
     assert [stream.epoch for stream in streams] == [0, 49]
 
 
-def test_a_small_share_is_followed_by_others():
-    """With another share in each epoch, one that is too small for a batch, or empty, stops no process."""
+def test_an_assignment_too_small_for_a_batch_is_accepted_if_the_next_epochs_differ():
     shards = [words(30), [], ["a"], words(30, start=30), [], []]
     source = memory_source(shards)
     streams = processes(source, 3, batch_rows=4, seed=4)
@@ -191,21 +195,44 @@ def test_a_small_share_is_followed_by_others():
     finish_epoch(streams, used, 2)
     for epoch in range(3):
         assert of_epoch(used, epoch) == units(shards)
-    # Without shuffling it is the same in every epoch, and told at once.
+    # Without shuffling it is the same in every epoch, and the first batch is an error.
     with pytest.raises(UserError, match="no documents to train on for process 1 of 3"):
         next(rows_of(source, shuffle_buffer_size=0, process_index=1, process_count=3))
 
 
-def test_deal():
-    pieces = [shard_assignment.ShardSlice(shard, start=2) for shard in range(5)]
+def test_assign_gives_every_row_to_one_process():
+    slices = [shard_assignment.ShardSlice(shard, start=2) for shard in range(5)]
     for count in (1, 2, 3, 5, 8, 13):
-        parts = [shard_assignment.assign(pieces, process_index=n, process_count=count) for n in range(count)]
+        assigned = [shard_assignment.assign(slices, process_index=n, process_count=count) for n in range(count)]
         rows = [
-            (piece.shard, row)
-            for part in parts
-            for piece in part
-            for row in range(piece.start, 40)
-            if row % piece.step == piece.first
+            (part.shard, row)
+            for part in itertools.chain(*assigned)
+            for row in range(part.start, 40)
+            if row % part.stride == part.offset
         ]
         assert sorted(rows) == [(shard, row) for shard in range(5) for row in range(2, 40)]
     assert shard_assignment.assign([], process_index=1, process_count=2) == ()
+
+
+def test_the_examples_of_the_module_docstring():
+    def shards(process_index, process_count):
+        slices = shard_assignment.assign_shards(
+            4, seed=0, epoch=0, shuffled=False, process_index=process_index, process_count=process_count
+        )
+        return [(part.shard, part.start, part.offset, part.stride) for part in slices]
+
+    assert shards(0, 2) == [(0, 0, 0, 1), (2, 0, 0, 1)]
+    assert shards(1, 2) == [(1, 0, 0, 1), (3, 0, 0, 1)]
+    assert shards(5, 8) == [(1, 0, 1, 2)]
+
+    positions = [shard_assignment.Position(slice_index=0, row=row) for row in (7, 5)]
+    position = shard_assignment.reassign(
+        positions,
+        process_index=0,
+        process_count=1,
+        initial_assignment=lambda epoch, index, count: shard_assignment.assign_shards(
+            4, seed=0, epoch=epoch, shuffled=False, process_index=index, process_count=count
+        ),
+    )
+    assert (position.epoch, position.next_epoch, position.work_items) == (0, 1, ())
+    assert [(part.shard, part.start) for part in position.slices] == [(0, 7), (2, 0), (1, 5), (3, 0)]

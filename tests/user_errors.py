@@ -181,11 +181,11 @@ VALUES = [
     ),
     (
         {"data.num_eval_samples": 1000000},
-        "the data set '{world}/data/part-*.jsonl' has ... rows of 16 tokens, fewer than the 1000000 to evaluate on: lower data.num_eval_samples, or add text",
+        "the data set '{world}/data/part-*.jsonl' has ... sequences of 16 tokens, fewer than the 1000000 to evaluate on; lower data.num_eval_samples, or add text",
     ),
     (
         {"per_device_train_batch_size": 100000},
-        "the data set '{world}/data/part-*.jsonl' is too small: an epoch has ... rows of 16 tokens and a batch needs 400000 (0 blank rows, ... held-out documents); lower per_device_train_batch_size or data.max_seq_length, or add data",
+        "the data set '{world}/data/part-*.jsonl' is too small: an epoch has ... sequences of 16 tokens and a batch needs 400000 (0 blank rows, ... held-out documents); lower per_device_train_batch_size or data.max_seq_length, or add data",
     ),
     ({"data.data_files": "{world}/data/absent.txt"}, "no data file '{world}/data/absent.txt': check data.data_files"),
     (
@@ -214,11 +214,11 @@ VALUES = [
     ),
     (
         {"data.data_files": "{world}/data/blank.txt"},
-        "the data set '{world}/data/blank.txt' has 0 rows of 16 tokens, fewer than the 30 to evaluate on: lower data.num_eval_samples, or add text",
+        "the data set '{world}/data/blank.txt' has 0 sequences of 16 tokens, fewer than the 30 to evaluate on; lower data.num_eval_samples, or add text",
     ),
     (
         {"data.data_files": "{world}/data/short.txt"},
-        "the data set '{world}/data/short.txt' has 0 rows of 16 tokens, fewer than the 30 to evaluate on: lower data.num_eval_samples, or add text",
+        "the data set '{world}/data/short.txt' has 0 sequences of 16 tokens, fewer than the 30 to evaluate on; lower data.num_eval_samples, or add text",
     ),
     (
         {"data.data_files": "{world}/data/"},
@@ -791,25 +791,21 @@ ELSEWHERE = {
         "checkpoint {} in {} cannot be read now ({}); mend the network or the rights: the same command goes on": "tests/test_gcs.py::test_a_checkpoint_that_is_damaged_is_set_aside_and_one_that_is_out_of_reach_is_not",
     },
     "mlm/data/mixture.py": {
-        "cannot resume the data stream: it was saved with the sources {}, and now there are {}; restore them, or start in a new work directory": "tests/test_mixture.py::test_a_mixture_of_other_sources_is_refused",
-        "data.skip_steps leaves out {} of the first {} batches, but the checkpoint's run left out {}: change it only past {}, or remove the checkpoints that are too new": "tests/test_mixture.py::test_steps_left_out_may_change_past_the_checkpoint_only",
+        "cannot resume the data stream: the sources are {}, but the checkpoint was saved with {}; restore data.mixture, or choose another --workdir": "tests/test_mixture.py::test_a_mixture_of_other_sources_is_refused",
+        "data stream state: format_version {}, this version of the code reads {}; resume with the version of the code that wrote it, or start again with --overwrite": "tests/test_mixture.py::test_a_state_of_another_format_version_is_refused",
+        "data.skip_steps: skips {} of the first {} batches, but the run skipped {}; change only what is past batch {}, or remove the checkpoints that are too new": "tests/test_mixture.py::test_skip_steps_may_change_past_the_checkpoint_only",
     },
     "mlm/data/reader.py": {
-        "cannot resume the data stream: {}; start again when it can be read": "tests/test_quarantine.py::test_a_window_that_was_begun_must_come_whole",
-        "{}; it is number {} of the shards to fail and data.max_failed_shards={}: start again when it can be read": "tests/test_quarantine.py::test_a_server_that_is_gone_ends_the_stream",
+        "cannot resume the data stream: {}; run the same command when it can be read": "tests/test_quarantine.py::test_a_partly_used_window_must_be_read_completely_on_resuming",
+        "{}; run the same command when it can be read (failed shard {}, data.max_failed_shards={})": "tests/test_quarantine.py::test_a_server_that_stops_answering_ends_the_stream",
     },
     "mlm/data/sources/source.py": {
         "{} is not here and needs the network, but {} cannot be reached ({}): check the network, or name local files": "tests/test_sources.py::test_a_hub_that_cannot_be_reached_is_told_at_once",
     },
     "mlm/data/stream.py": {
-        "cannot resume the data stream: the data set {} is not what it was when the checkpoint was written; restore it, or start in a new work directory": "tests/test_stream.py::test_data_that_changed_is_told",
-        "cannot resume the data stream: it was saved with {}={} and is now {}; restore that, or start in a new work directory": "tests/test_stream.py::test_a_state_of_another_order_is_refused",
-        "the data set {} has no documents to train on{} ({})": "tests/test_stream.py::test_a_data_set_too_small_or_empty_is_told",
-        # For who uses the stream by itself: `setup` is before it in a run.
-        "data.packing={} is not known: choose one of {}": "tests/test_stream.py::test_bad_arguments",
-        "data.max_seq_length={} leaves no room between begin and end: set 3 or more": "tests/test_stream.py::test_bad_arguments",
-        "seed={} is negative: set 0 or more": "tests/test_stream.py::test_bad_arguments",
-        "a batch must have at least one row, not {}": "tests/test_stream.py::test_bad_arguments",
+        "cannot resume the data stream: the data set {} has changed since the checkpoint was saved; restore it, or choose another --workdir": "tests/test_stream.py::test_data_that_changed_since_the_checkpoint_is_an_error",
+        "cannot resume the data stream: {}={}, but the checkpoint was saved with {}; restore the old value, or choose another --workdir": "tests/test_stream.py::test_a_state_of_another_order_is_refused",
+        "the data set {} has no documents to train on{} ({})": "tests/test_stream.py::test_a_data_set_that_is_too_small_or_empty_is_an_error",
     },
     "mlm/export/hub.py": {
         "hub.push_to_hub=True: the token of {} may only read, not write to {}; make one with write access at https://huggingface.co/settings/tokens and run `hf auth login`, or set --config.hub.push_to_hub=False": "tests/test_hub.py::test_a_token_that_may_not_write_is_found_out",

@@ -1,4 +1,5 @@
-"""Text -> this host's rows of token ids. NumPy and Arrow only; knows no device.
+"""Text -> this host's batches of token ids, with NumPy and Arrow; imports no jax.
 
-sources (files, docstrings) -> reader -> stream (tokenizer, packing) -> prefetch
+A batch goes sources -> reader -> stream (held-out documents, shuffle window, tokenizer, packing) -> mixture ->
+prefetch. `shard_assignment` says which process reads what, and `pipeline` builds all of it from the settings.
 """

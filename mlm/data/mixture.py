@@ -1,12 +1,14 @@
-"""This process's batches: rows of one source, or of several in fixed shares, less those that are left out.
+"""This process's batches: rows of one source or of a weighted mixture, without the skipped batches.
 
-Batches are numbered from 1 as the data gives them. `skip_steps` names some to leave out, so the batch of update N is
-the N-th of the others: the batches of a run without `skip_steps` less the named ones, whatever its restarts.
+Batches are numbered from 1 in the order of the data. `skip_steps` names batches to skip, so step N is trained on the
+N-th batch that is not skipped: a run with `skip_steps` uses the batches of one without, in the same order, less the
+skipped ones. Restarts change nothing about that.
 
-A row of a mixture is of one source. Source i's k-th row (from 0) is due at (k + 1/2) / weight i, and rows come in the
-order of their times (Sainte-Lague's method): of any number of rows each source has its share to within about one row
-a process. A row counts as `max_seq_length` tokens, padding included. Nothing is random, and each source has its own
-windows and epochs, so the state is the sources' states and how many rows each has given.
+Each row of a mixture comes from one source. The k-th row of source i (from 0) is due at (k + 1/2) / weight i, and rows
+are taken in the order of these times (the Sainte-Lague method), so after any number of rows each source has the
+fraction its weight asks for, to within about one row per process. A row counts as `max_seq_length` tokens, padding
+included. Nothing is random, and each source has its own windows and epochs. So the state is the sources' states, and
+how many rows were taken from each.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,11 +17,22 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mlm.data.stream import RowStream
+from mlm.data.synthetic import SyntheticRows
 from mlm.errors import UserError
+
+# Raised by every change of what `BatchStream.state_dict` returns.
+STREAM_FORMAT_VERSION = 1
 
 
 class Document(NamedTuple):
-    """A document of a batch: which pass over which source, its place there, and the rows of the batch it is in."""
+    """A document of a batch.
+
+    Attributes:
+        source: name of its source.
+        epoch: the epoch of that source in which it was read.
+        shard, row: its location in the source.
+        batch_rows: the rows of the batch that have tokens of it.
+    """
 
     source: str
     epoch: int
@@ -29,37 +42,37 @@ class Document(NamedTuple):
 
 
 class BatchStream:
-    """An iterator without end of int32 [batch_rows, max_seq_length], C-contiguous.
+    """An endless iterator of int32 [batch_rows, max_seq_length], C-contiguous.
 
     Args:
-        streams: name -> the rows of a source, in the order of their evaluation.
-        weights: name -> share of the rows; they need not add up to 1.
-        batch_rows: rows this process gives at a time.
-        skip_steps: (first, last) numbers of batches to leave out, both included.
-        process_index, process_count: whose share this is.
+        streams: name -> rows of a source, in the order in which the sources are evaluated.
+        weights: name -> fraction of the rows; they need not add up to 1.
+        batch_rows: rows per batch of this process.
+        skip_steps: (first, last) numbers of batches to skip, both included.
+        process_index, process_count: which of the run's processes this is.
     """
 
     def __init__(
         self,
-        streams: Mapping[str, RowStream],
+        streams: Mapping[str, RowStream | SyntheticRows],
         *,
         weights: Mapping[str, float],
         batch_rows: int,
-        skip_steps: Sequence[Sequence[int]] = (),
+        skip_steps: Sequence[tuple[int, int]] = (),
         process_index: int = 0,
         process_count: int = 1,
     ):
-        check_ranges(skip_steps)
         self.streams = dict(streams)
         self.batch_rows = batch_rows
         self._weights = np.array([weights[name] for name in self.streams], np.float64)
-        self._skip_steps = [tuple(both) for both in skip_steps]
+        self._skip_steps = skip_steps
         self._process_index = process_index
         self._process_count = process_count
-        self._batches = 0
-        self._runs = [[0, process_count, batch_rows]]
-        self._given = np.zeros(len(self.streams), np.int64)
-        self._sources = np.empty(0, np.int64)  # of the rows of the last batch
+        self._num_batches = 0
+        self._topology_history: list[dict[str, int]] = []
+        self._append_topology()
+        self._rows_per_source = np.zeros(len(self.streams), np.int64)
+        self._row_sources = np.empty(0, np.int64)  # For each row of the last batch the index of its source.
 
     def __iter__(self) -> Iterator[np.ndarray]:
         return self
@@ -67,131 +80,145 @@ class BatchStream:
     def __next__(self) -> np.ndarray:
         while True:
             batch = self._take()
-            self._batches += 1
-            if not any(first <= self._batches <= last for first, last in self._skip_steps):
+            self._num_batches += 1
+            if not any(first <= self._num_batches <= last for first, last in self._skip_steps):
                 return batch
 
     def _take(self) -> np.ndarray:
         if len(self.streams) == 1:
             (stream,) = self.streams.values()
-            self._sources = np.zeros(self.batch_rows, np.int64)
-            self._given += self.batch_rows
+            self._row_sources = np.zeros(self.batch_rows, np.int64)
+            self._rows_per_source += self.batch_rows
             return stream.take(self.batch_rows)
-        self._sources = self._next_sources()
-        counts = np.bincount(self._sources, minlength=len(self.streams))
-        self._given += counts
+        self._row_sources = self._next_row_sources()
+        counts = np.bincount(self._row_sources, minlength=len(self.streams))
+        self._rows_per_source += counts
         parts = [
             stream.take(count) for stream, count in zip(self.streams.values(), counts.tolist(), strict=True) if count
         ]
         batch = np.empty((self.batch_rows, parts[0].shape[1]), np.int32)
-        batch[np.argsort(self._sources, kind="stable")] = np.concatenate(parts)
+        batch[np.argsort(self._row_sources, kind="stable")] = np.concatenate(parts)
         return batch
 
-    def _next_sources(self) -> np.ndarray:
-        """int64 [batch_rows]: the source of each of the next rows."""
-        rows = self._given[:, None] + np.arange(self.batch_rows)
+    def _next_row_sources(self) -> np.ndarray:
+        """Returns int64 [batch_rows]: the index of the source of each of the next rows."""
+        rows = self._rows_per_source[:, None] + np.arange(self.batch_rows)
         due = (rows + 0.5) / self._weights[:, None]
-        # Stable: of rows due at the same time, that of the first source comes first.
+        # The sort is stable: of rows due at the same time, that of the first source comes first.
         return np.argsort(due, axis=None, kind="stable")[: self.batch_rows] // self.batch_rows
 
     @property
-    def number(self) -> int:
-        """The number of the last batch; those left out have one, too. 0 before the first."""
-        return self._batches
+    def batch_number(self) -> int:
+        """Number of the last batch, skipped ones counted; 0 before the first."""
+        return self._num_batches
 
     @property
     def epoch(self) -> int:
-        """Of the last row given; the least of a mixture's sources."""
+        """Epoch of the last row returned; the smallest one of a mixture's sources."""
         return min(stream.epoch for stream in self.streams.values())
 
     @property
     def counters(self) -> dict[str, int]:
-        """The streams' counters, added up."""
-        parts = [stream.counters for stream in self.streams.values()]
-        return {name: sum(part[name] for part in parts) for name in parts[0]}
+        """Sums of the streams' counters."""
+        counters = [stream.counters for stream in self.streams.values()]
+        return {name: sum(counts[name] for counts in counters) for name in counters[0]}
 
     def documents(self) -> list[Document]:
-        """The documents of the last batch, by source and in order."""
-        found = []
-        for n, (name, stream) in enumerate(self.streams.items()):
-            batch_rows = np.flatnonzero(self._sources == n)
+        """Returns the documents of the last batch, by source and in order."""
+        documents = []
+        for index, (name, stream) in enumerate(self.streams.items()):
+            batch_rows = np.flatnonzero(self._row_sources == index)
             if len(batch_rows) == 0:
                 continue
-            for used in stream.documents():
-                first, last = used.begin // stream.units_per_row, (used.end - 1) // stream.units_per_row
+            for span in stream.documents():
+                first, last = span.begin // stream.units_per_row, (span.end - 1) // stream.units_per_row
                 rows = tuple(batch_rows[first : last + 1].tolist())
-                found.append(Document(name, used.epoch, used.shard, used.row, rows))
-        return found
+                documents.append(Document(name, span.epoch, span.shard, span.row, rows))
+        return documents
 
     def state_dict(self) -> dict[str, Any]:
-        """The state after the last batch, for JSON.
+        """Returns the state after the last batch, for JSON.
 
-        `runs` tells the run's history: from after which batch on it had how many processes with how many rows each.
+        `topology_history` has an entry for every change of the processes: after batch `after_batch` the run has had
+        `process_count` processes with `batch_rows` rows each. `rows_per_source` counts rows since then.
         """
         return {
-            "batches": self._batches,
-            "skipped": _up_to(self._skip_steps, self._batches),
-            "runs": self._runs,
-            "rows": self._given.tolist(),
+            "format_version": STREAM_FORMAT_VERSION,
+            "batches": self._num_batches,
+            "skipped_batches": _ranges_until(self._skip_steps, self._num_batches),
+            "topology_history": self._topology_history,
+            "rows_per_source": dict(zip(self.streams, self._rows_per_source.tolist(), strict=True)),
             "streams": {name: stream.state_dict() for name, stream in self.streams.items()},
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on right after the batch whose `state_dict()` this is."""
-        self._load(state, rows=state["rows"])
-        for name, stream in self.streams.items():
-            stream.load_state_dict(state["streams"][name])
-
     def restore(self, states: Sequence[Mapping[str, Any]]) -> None:
-        """Goes on from the states of all processes of a run, also of another number of them: see dealing.py.
+        """Continues after the batch with which these states were saved.
+
+        Args:
+            states: of all processes of the run that saved them, by process. From another number of processes than
+                this run's the work is reassigned, see shard_assignment.py.
 
         Raises:
-            UserError: the states are of another order of the data.
+            UserError: the states are of another version of the code, or of another order of the data.
         """
-        same = len(states) == self._process_count
-        self._load(states[0], rows=states[self._process_index]["rows"] if same else [0] * len(self.streams))
+        states = [upgrade_state(state) for state in states]
+        state = states[self._process_index] if len(states) == self._process_count else states[0]
+        if list(state["streams"]) != list(self.streams):
+            raise UserError(
+                f"cannot resume the data stream: the sources are {', '.join(self.streams)}, but the checkpoint was "
+                f"saved with {', '.join(state['streams'])}; restore data.mixture, or choose another --workdir"
+            )
+        batches, saved = state["batches"], [list(pair) for pair in state["skipped_batches"]]
+        if (skipped := _ranges_until(self._skip_steps, batches)) != saved:
+            raise UserError(
+                f"data.skip_steps: skips {skipped} of the first {batches} batches, but the run skipped {saved}; "
+                f"change only what is past batch {batches}, or remove the checkpoints that are too new"
+            )
+        self._num_batches = batches
+        self._topology_history = [dict(entry) for entry in state["topology_history"]]
+        self._append_topology()
+        if len(states) == self._process_count:
+            self._rows_per_source = np.array([state["rows_per_source"][name] for name in self.streams], np.int64)
+        else:
+            self._rows_per_source = np.zeros(len(self.streams), np.int64)
         for name, stream in self.streams.items():
             stream.restore([state["streams"][name] for state in states])
 
-    def _load(self, state: Mapping[str, Any], *, rows: Sequence[int]) -> None:
-        if list(state["streams"]) != list(self.streams):
-            raise UserError(
-                f"cannot resume the data stream: it was saved with the sources {', '.join(state['streams'])}, and "
-                f"now there are {', '.join(self.streams)}; restore them, or start in a new work directory"
-            )
-        batches = state["batches"]
-        if (now := _up_to(self._skip_steps, batches)) != [list(both) for both in state["skipped"]]:
-            raise UserError(
-                f"data.skip_steps leaves out {now} of the first {batches} batches, but the checkpoint's run left out "
-                f"{state['skipped']}: change it only past {batches}, or remove the checkpoints that are too new"
-            )
-        self._batches = batches
-        self._given = np.array(rows, np.int64)
-        self._runs = [list(run) for run in state["runs"]]
-        layout = [self._process_count, self.batch_rows]
-        if self._runs[-1][1:] != layout:
-            self._runs.append([batches, *layout])
+    def _append_topology(self) -> None:
+        """Adds an entry to the history if the processes or their rows are not those of the last one."""
+        topology = {"process_count": self._process_count, "batch_rows": self.batch_rows}
+        last = self._topology_history[-1] if self._topology_history else {}
+        if {key: last.get(key) for key in topology} != topology:
+            self._topology_history.append({"after_batch": self._num_batches, **topology})
 
 
-def check_ranges(skip_steps: Sequence[Sequence[int]]) -> None:
-    """UserError unless these are pairs of numbers, first <= last."""
-    for both in skip_steps:
-        if not isinstance(both, tuple | list) or [type(number) for number in both] != [int, int]:
-            raise UserError(f"data.skip_steps={skip_steps!r} must be pairs of updates, such as ((1200, 1210),)")
-        if not 1 <= both[0] <= both[1]:
-            raise UserError(f"data.skip_steps: from {both[0]} to {both[1]} is no range of updates")
+def upgrade_state(state: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Returns a saved state in the format of this version of the code.
+
+    Fields of older formats are to be mapped here, from one version to the next.
+
+    Raises:
+        UserError: the format is not known.
+    """
+    found = state.get("format_version", "missing")
+    if found != STREAM_FORMAT_VERSION:
+        raise UserError(
+            f"data stream state: format_version {found}, this version of the code reads {STREAM_FORMAT_VERSION}; "
+            "resume with the version of the code that wrote it, or start again with --overwrite"
+        )
+    return state
 
 
-def batch_of_update(step: int, skip_steps: Sequence[Sequence[int]]) -> int:
-    """The number of the batch that update `step` is trained on."""
-    for first, last in _up_to(skip_steps, None):
+def batch_of_step(step: int, skip_steps: Sequence[tuple[int, int]]) -> int:
+    """Returns the number of the batch that `step` is trained on."""
+    for first, last in _ranges_until(skip_steps, None):
         if first <= step:
             step += last - first + 1
     return step
 
 
-def _up_to(skip_steps: Sequence[Sequence[int]], end: int | None) -> list[list[int]]:
-    """The ranges up to `end`, in order, those that touch made one: the same for the same batches."""
+def _ranges_until(skip_steps: Sequence[tuple[int, int]], end: int | None) -> list[list[int]]:
+    """Returns the ranges cut off after `end`, sorted and merged: equal lists mean equal skipped batches."""
     ranges: list[list[int]] = []
     for first, last in sorted(skip_steps):
         last = last if end is None else min(last, end)

@@ -1,7 +1,10 @@
-"""Ragged token ids -> units: tokens of an endless run to be cut in rows, or whole rows.
+"""Ragged token ids -> units, which rows are made of.
 
-Everything is vectorised over the documents of a chunk; nothing is carried from one chunk to the next. A row
-that is not full at a chunk's end is the stream's business, which knows it as a position (document, unit).
+A unit is the smallest piece that moves from documents to rows: a token where documents are concatenated, a complete row
+where documents (or lines) are padded. L units make a row of L tokens in the first case, one unit in the second.
+
+Everything is vectorized over the documents of a chunk, and nothing is carried from one chunk to the next: the stream
+fills a row across chunks, and knows its position as (document, unit).
 """
 
 import dataclasses
@@ -10,20 +13,19 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from mlm.data import tokenizer as tokenizer_lib
+from mlm.data.tokenizer import Tokenizer
 
-PACKINGS = ("concatenate", "pad", "pad_lines", "isolate")
-# Those whose documents run on over row borders: their rows hold no padding.
+# The packings that cut rows from a sequence of concatenated documents: their rows hold no padding.
 CONCATENATING = ("concatenate", "isolate")
 
 
 @dataclasses.dataclass(frozen=True)
 class PackedChunk:
-    """What some documents come to, in order.
+    """The units of some documents, in order.
 
     Attributes:
-        data: int32 [U] tokens (RUN_ON) or [U, L] rows ("pad", "pad_lines"), U the number of units.
-        offsets: int64 [N + 1]; document n is units offsets[n] to offsets[n + 1].
+        data: int32, U units: [U] tokens (`CONCATENATING`) or [U, L] rows ("pad", "pad_lines").
+        offsets: int64 [N + 1], document n is units offsets[n] to offsets[n + 1].
     """
 
     data: np.ndarray
@@ -31,21 +33,21 @@ class PackedChunk:
 
 
 def units_per_row(packing: str, *, max_seq_length: int) -> int:
-    """How many units make one row of `max_seq_length` tokens."""
+    """Returns how many units make one row of `max_seq_length` tokens."""
     return max_seq_length if packing in CONCATENATING else 1
 
 
-def pack(texts: pa.Array, tokenizer: "tokenizer_lib.Tokenizer", *, packing: str, max_seq_length: int) -> PackedChunk:
-    """Tokenizes N documents (strings without nulls) and lays begin and end tokens around them.
+def pack(texts: pa.Array, tokenizer: Tokenizer, *, packing: str, max_seq_length: int) -> PackedChunk:
+    """Tokenizes N documents (strings without nulls) and adds begin and end tokens.
 
-    "concatenate" gives `<s> document </s>` runs, and so does "isolate": the model finds the documents again by
-    their begin tokens (mlm/models/encoder.py). "pad" gives a row a document and "pad_lines" a row for every line
-    that is not blank, each cut to `max_seq_length` with `</s>` kept last, or filled up with the pad id.
+    "concatenate" and "isolate" give `<s> document </s><s> document </s>...`; with "isolate" the model separates the
+    documents again by their begin tokens. "pad" gives one row per document and "pad_lines" one per line that is not
+    blank, truncated to `max_seq_length` with `</s>` as the last token, or filled up with the padding id.
     """
     if packing in CONCATENATING:
         return concatenate(*tokenizer.encode(texts), bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id)
     if packing == "pad_lines":
-        texts, offsets = _lines(texts)
+        texts, offsets = _split_lines(texts)
     else:
         offsets = np.arange(len(texts) + 1, dtype=np.int64)
     rows = pad(
@@ -59,7 +61,7 @@ def pack(texts: pa.Array, tokenizer: "tokenizer_lib.Tokenizer", *, packing: str,
 
 
 def concatenate(ids: np.ndarray, offsets: np.ndarray, *, bos_id: int, eos_id: int) -> PackedChunk:
-    """Ragged ids [T] with offsets [N + 1] -> Units of T + 2N tokens, begin and end tokens in place."""
+    """Ragged ids [T] with offsets [N + 1] -> T + 2N units: tokens with begin and end tokens around each document."""
     num_documents = len(offsets) - 1
     unit_offsets = offsets + 2 * np.arange(num_documents + 1, dtype=np.int64)
     tokens = np.empty(unit_offsets[-1], np.int32)
@@ -75,7 +77,7 @@ def concatenate(ids: np.ndarray, offsets: np.ndarray, *, bos_id: int, eos_id: in
 def pad(
     ids: np.ndarray, offsets: np.ndarray, *, max_seq_length: int, bos_id: int, eos_id: int, pad_id: int
 ) -> np.ndarray:
-    """Ragged ids [T] with offsets [N + 1] -> int32 [N, max_seq_length], a text a row."""
+    """Ragged ids [T] with offsets [N + 1] -> int32 [N, max_seq_length], one row per text."""
     lengths = np.minimum(np.diff(offsets), max_seq_length - 2)
     columns = np.arange(max_seq_length, dtype=np.int64)
     rows = np.full((len(lengths), max_seq_length), pad_id, np.int32)
@@ -88,12 +90,11 @@ def pad(
     return rows
 
 
-def _lines(texts: pa.Array) -> tuple[pa.Array, np.ndarray]:
-    """The lines of documents that are not blank, and offsets [N + 1] of the documents among them."""
+def _split_lines(texts: pa.Array) -> tuple[pa.Array, np.ndarray]:
+    """Returns the lines that are not blank, and offsets [N + 1] of the documents among them."""
     split = pc.split_pattern(texts, "\n")
     lines = pc.utf8_rtrim(split.flatten(), "\r")
-    blank = pc.utf8_trim_whitespace(lines)
-    kept = np.asarray(pc.greater(pc.binary_length(blank), 0))
-    before = np.concatenate([[0], np.cumsum(kept)])
-    offsets = before[np.asarray(split.offsets) - split.offsets[0].as_py()]
-    return lines.filter(pa.array(kept)), offsets.astype(np.int64)
+    has_text = np.asarray(pc.greater(pc.binary_length(pc.utf8_trim_whitespace(lines)), 0))
+    lines_before = np.concatenate([[0], np.cumsum(has_text)])
+    offsets = lines_before[np.asarray(split.offsets) - split.offsets[0].as_py()]
+    return lines.filter(pa.array(has_text)), offsets.astype(np.int64)

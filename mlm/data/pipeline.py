@@ -11,7 +11,7 @@ from absl import logging
 
 from mlm.data import synthetic
 from mlm.data import tokenizer as tokenizers
-from mlm.data.held_out import EvalRows, read_eval_rows
+from mlm.data.held_out import EvalSet, read_eval_set
 from mlm.data.mixture import BatchStream
 from mlm.data.sources import source as sources
 from mlm.data.sources.retry import RetryPolicy
@@ -116,12 +116,12 @@ class Text:
     def describe_shares(self, batches: BatchStream) -> Iterator[str]:
         """What a process reads of each source before its next epoch, a line each."""
         for source in self.sources:
-            pieces = batches.streams[source.name].ahead()
+            pieces = batches.streams[source.name].remaining()
             shards = list(dict.fromkeys(piece.shard for piece in pieces))
             names = [source.train.shard_name(shard) for shard in shards[:_SHARDS_NAMED]]
             if len(shards) > _SHARDS_NAMED:
                 names.append(f"and {len(shards) - _SHARDS_NAMED} more")
-            part = "" if all(piece.start == 0 and piece.step == 1 for piece in pieces) else ", some rows of them"
+            part = "" if all(piece.start == 0 and piece.stride == 1 for piece in pieces) else ", some rows of them"
             yield f"{len(shards)} of {source.train.num_shards} shards of {source.train.name}{part}: {', '.join(names)}"
 
     def shard_name(self, source: str, shard: int) -> str:
@@ -220,19 +220,19 @@ def train_tokenizer(settings: RunSettings, text_sources: tuple[TextSource, ...],
 def open_text(settings: RunSettings, text_sources: tuple[TextSource, ...], tokenizer: Tokenizer) -> Text:
     """Reads the evaluation rows: of a mixture each source's share of them, and keeps their documents out of all."""
     shares = _shares(settings.data.num_eval_samples, text_sources)
-    rows: list[EvalRows] = []
+    rows: list[EvalSet] = []
     for source in text_sources:
         if source.train is synthetic.SOURCE:
-            drawn = synthetic.rows(
-                shares[source.name], length=settings.data.max_seq_length, ids=tokenizer, seed=(settings.seed, 0)
+            drawn = synthetic.draw_rows(
+                shares[source.name], length=settings.data.max_seq_length, tokenizer=tokenizer, seed=(settings.seed, 0)
             )
-            rows.append(EvalRows(drawn, pa.array([], pa.large_string())))
+            rows.append(EvalSet(drawn, pa.array([], pa.large_string())))
             continue
         rows.append(
-            read_eval_rows(
+            read_eval_set(
                 source.evaluation,
                 tokenizer,
-                num_rows=shares[source.name],
+                num_sequences=shares[source.name],
                 max_seq_length=settings.data.max_seq_length,
                 packing=settings.data.packing,
                 allow_fewer=source.evaluation is not source.train,
@@ -241,8 +241,8 @@ def open_text(settings: RunSettings, text_sources: tuple[TextSource, ...], token
     return Text(
         sources=text_sources,
         tokenizer=tokenizer,
-        eval_rows_RxL=np.concatenate([part.rows for part in rows]),
-        eval_counts={source.name: len(part.rows) for source, part in zip(text_sources, rows, strict=True)},
+        eval_rows_RxL=np.concatenate([part.sequences for part in rows]),
+        eval_counts={source.name: len(part.sequences) for source, part in zip(text_sources, rows, strict=True)},
         held_out=pa.concat_arrays([part.documents for part in rows]).unique(),
         stream_options={
             "seed": settings.seed,

@@ -1,4 +1,4 @@
-"""Which documents a batch is made of."""
+"""The documents that a batch is made of."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -7,11 +7,12 @@ import numpy as np
 
 
 class DocumentSpan(NamedTuple):
-    """What a batch has of a document.
+    """The part of a batch that comes from one document.
 
     Attributes:
-        epoch, shard, row: which pass over the source, and the document's place in it.
-        begin, end: its units of the batch: tokens, rows after each other; or rows when padding.
+        epoch: the epoch in which the document was read.
+        shard, row: the document's location in the source.
+        begin, end: units of the batch (see packing.py): begin <= unit < end, counted over all its rows.
     """
 
     epoch: int
@@ -25,27 +26,27 @@ class ChunkSlice(NamedTuple):
     """Consecutive units of one chunk of documents that went into a batch.
 
     Attributes:
-        epoch: which pass over the source.
-        places: int64 [N or more, 2], shard and row of each document of the chunk.
-        offsets: int64 [N + 1], units of the chunk where its documents begin and end.
-        begin, end: units of the chunk.
+        epoch: the epoch in which the chunk was read.
+        locations: int64 [N or more, 2], (shard, row) of each document of the chunk.
+        offsets: int64 [N + 1], document n of the chunk is units offsets[n] to offsets[n + 1].
+        begin, end: units of the chunk: begin <= unit < end.
     """
 
     epoch: int
-    places: np.ndarray
+    locations: np.ndarray
     offsets: np.ndarray
     begin: int
     end: int
 
 
-def documents(parts: Sequence[ChunkSlice]) -> list[DocumentSpan]:
-    """The documents of a batch that is made of these parts, in order."""
-    found, before = [], 0
-    for part in parts:
+def document_spans(chunk_slices: Sequence[ChunkSlice]) -> list[DocumentSpan]:
+    """Returns the documents of a batch that consists of these slices, in order."""
+    spans, units_before = [], 0
+    for part in chunk_slices:
         first = int(np.searchsorted(part.offsets, part.begin, side="right")) - 1
         last = int(np.searchsorted(part.offsets, part.end, side="left"))
-        units = before + np.clip(part.offsets[first : last + 1], part.begin, part.end) - part.begin
-        for n, (begin, end) in enumerate(zip(units[:-1].tolist(), units[1:].tolist(), strict=True), first):
-            found.append(DocumentSpan(part.epoch, *part.places[n].tolist(), begin, end))
-        before += part.end - part.begin
-    return found
+        borders = units_before + np.clip(part.offsets[first : last + 1], part.begin, part.end) - part.begin
+        for n, (begin, end) in enumerate(zip(borders[:-1].tolist(), borders[1:].tolist(), strict=True), first):
+            spans.append(DocumentSpan(part.epoch, *part.locations[n].tolist(), begin, end))
+        units_before += part.end - part.begin
+    return spans

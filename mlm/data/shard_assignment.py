@@ -1,18 +1,30 @@
-"""Who reads what: an epoch's rows dealt to the processes, and dealt anew when a run goes on with another number.
+"""Assigns the shards of a data set to processes, and reassigns them when a run resumes on another number of processes.
 
-Fresh: with at least as many shards as processes, process p of P takes every P-th shard of the epoch's order. With
-fewer, a shard is read by several processes, the same one in every epoch, and its rows are dealt among them in turn.
+Every process trains on its own documents. In each epoch the shards (files, say) are divided among the processes:
 
-Anew: what the old processes have not used of the epochs they are in is made into *lanes*, a process's documents of one
-epoch in one order. A window under way goes on with its own permutation, at its document and token, on one of the new
-processes, or where there are more processes than windows its documents are dealt to several; the rows after it and the
-shards not begun are dealt like fresh ones. When a process's lanes are done, the next epoch begins for it, dealt fresh.
-A restart of a restart deals what is left of the lanes.
+    4 shards, 2 processes    process 0: shards 0 and 2          process 1: shards 1 and 3
+    1 shard,  2 processes    process 0: rows 0, 2, 4, ...       process 1: rows 1, 3, 5, ...
 
-Promised: over all processes, every document of the newest epoch that any process had begun comes exactly once, and
-those of the older epochs that slower processes were still in come once, too; of a document under way, only the tokens
-not used yet. Given up: the order, and of a process that was behind the newest epoch by more than one, the epochs
-between (its documents have then come less often than others', as they would have without a restart).
+So with at least as many shards as processes, a process reads complete shards: every `process_count`-th one of the
+epoch's shard order. With fewer, several processes read the same shard in every epoch, and take its rows in turn.
+
+A run that resumes on the same number of processes continues this *initial assignment*. On another number, each old
+process leaves *work items*: documents of one epoch that it had not used yet. They are divided among the new processes
+by the same rule. In the example, process 0 has read 7 rows of shard 0, process 1 has read 5 rows of shard 1, and the
+run resumes on one process. Its work items are
+
+    shard 0 from row 7 on, shard 2, shard 1 from row 5 on, shard 3
+
+After them it starts the next epoch, with that epoch's initial assignment for one process. A shuffle window of which
+some documents are used is a work item by itself, an *open window*: it keeps its permutation, and continues at its next
+document and token. If there are more processes than open windows, several processes divide the documents of one. A run
+may be reassigned any number of times.
+
+Guaranteed: over all processes, every document of the newest epoch that any process had started is used exactly once,
+and so is every document of the older epochs that other processes were still in. Of a document that was partly used,
+only the rest is used.
+Not guaranteed: the order of documents. And if a process was more than one epoch behind the newest, it skips the epochs
+between; its documents have then been used less often than others, which would be so without a restart, too.
 """
 
 import dataclasses
@@ -23,134 +35,142 @@ import numpy as np
 
 
 class ShardSlice(NamedTuple):
-    """Rows of a shard: those from `start` on, before `end`, that are `first` modulo `step`.
+    """The rows of a shard with start <= row < end and row % stride == offset.
 
-    An `end` other than None is where the network failed: the rows from there on were set aside, see reader.py.
+    `end` is None for the end of the shard; otherwise the network failed there, and the rows after it are skipped (see
+    reader.py).
     """
 
     shard: int
     start: int = 0
-    first: int = 0
-    step: int = 1
+    offset: int = 0
+    stride: int = 1
     end: int | None = None
 
 
 class OpenWindow(NamedTuple):
-    """A window under way: where it goes on, and which of its documents (of those left, permuted) are meant."""
+    """A shuffle window some of whose documents are used.
 
-    window: int
-    document: int  # of those meant
+    Its documents are the permuted ones at `offset`, `offset + stride`, ...; of these the first `document` are used,
+    and of the next one the first `unit` units (see packing.py).
+    """
+
+    window_index: int
+    document: int
     unit: int
-    first: int  # of those left: first, first + step...
-    step: int
+    offset: int
+    stride: int
 
 
 class WorkItem(NamedTuple):
-    """Documents of one epoch that one process is to give after what it is at; with `begun`, of a single window."""
+    """Documents of one epoch for one process to read in order; with `open_window`, only those of that window."""
 
     epoch: int
-    pieces: tuple[ShardSlice, ...]
-    begun: OpenWindow | None = None
-
-
-# (epoch, process_index, process_count) -> a process's pieces of an epoch dealt fresh.
-InitialAssignment = Callable[[int, int, int], tuple[ShardSlice, ...]]
+    slices: tuple[ShardSlice, ...]
+    open_window: OpenWindow | None = None
 
 
 @dataclasses.dataclass
 class Position:
-    """Where one process stands in its share; a few numbers and, after a deal anew, what is left of its lanes."""
+    """The position of one process in its stream: a few numbers and, after a reassignment, the work items left.
+
+    Attributes:
+        epoch: of the current work item.
+        slices: of the current work item; None for the epoch's initial assignment.
+        window_subset: (offset, stride) of the documents to use if the work item is an open window, else None.
+        slice_index: index of the slice in which the current window starts.
+        row: row of that slice's shard at which the window starts.
+        window_index: number of windows of the work item before this one; part of the seed of its permutation.
+        window_end: (slice_index, row) after the window, once it was read and its rows counted.
+        document: index of the window's next document, in permuted order and without the skipped ones.
+        unit: index of that document's next unit.
+        units_used: number of units used since the work item started.
+        work_items: what to read after the current work item, before the next epoch.
+        next_epoch: the first epoch that starts with its initial assignment.
+        documents_before_window: number of documents used in the run before this window.
+        skipped_rows, held_out_documents, failed_shards: counts over the run, those of this window included.
+    """
 
     epoch: int = 0
-    pieces: tuple[ShardSlice, ...] | None = None  # of the lane; None: the process's share of the epoch, dealt fresh
-    part: tuple[int, int] | None = None  # (first, step) of the documents meant, where the lane is a single window
-    shard: int = 0  # place among the pieces where the window starts
-    row: int = 0  # row of that shard where the window starts
-    window: int = 0  # windows of the lane before this one
-    window_end: tuple[int, int] | None = None  # (shard, row) after the window, once it was read and counted
-    document: int = 0  # documents of the window used up, of those left after dropping and in permuted order
-    unit: int = 0  # units (tokens, or rows when padding) of the next document used up
-    epoch_units: int = 0  # units of the lane used up
-    lanes: tuple[WorkItem, ...] = ()  # to do after this one, before the next epoch
-    next_epoch: int = 1  # the first epoch to be dealt fresh
-    # Counted over the whole run: documents up to the start of the window, the other two with all of it.
-    documents: int = 0
+    slices: tuple[ShardSlice, ...] | None = None
+    window_subset: tuple[int, int] | None = None
+    slice_index: int = 0
+    row: int = 0
+    window_index: int = 0
+    window_end: tuple[int, int] | None = None
+    document: int = 0
+    unit: int = 0
+    units_used: int = 0
+    work_items: tuple[WorkItem, ...] = ()
+    next_epoch: int = 1
+    documents_before_window: int = 0
     skipped_rows: int = 0
     held_out_documents: int = 0
     failed_shards: int = 0
 
     def to_json(self) -> dict[str, Any]:
-        """Its fields; tuples, which JSON makes lists, are shared and not copied."""
+        """Returns the fields by name; JSON turns the tuples into lists."""
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
     @classmethod
     def from_json(cls, state: Mapping[str, Any]) -> "Position":
-        """The position in a state, which may hold other things, too."""
+        """Returns the position in `state`, which may have other keys, too."""
         fields = {field.name: state[field.name] for field in dataclasses.fields(cls)}
-        pieces, end, part = fields["pieces"], fields["window_end"], fields["part"]
-        lanes = tuple(
-            WorkItem(epoch, _pieces(rest), begun and OpenWindow(*begun)) for epoch, rest, begun in fields["lanes"]
+        for name in ("window_subset", "window_end"):
+            fields[name] = fields[name] and tuple(fields[name])
+        if fields["slices"] is not None:
+            fields["slices"] = _slices_from_json(fields["slices"])
+        fields["work_items"] = tuple(
+            WorkItem(epoch, _slices_from_json(slices), open_window and OpenWindow(*open_window))
+            for epoch, slices, open_window in fields["work_items"]
         )
-        return cls(
-            **fields
-            | {
-                "pieces": None if pieces is None else _pieces(pieces),
-                "part": None if part is None else tuple(part),
-                "window_end": None if end is None else tuple(end),
-                "lanes": lanes,
-            }
-        )
+        return cls(**fields)
 
-    def begun_documents(self) -> int:
-        """Documents begun in the whole run."""
-        return self.documents + self.document + (self.unit > 0)
+    def num_documents(self) -> int:
+        """Returns the number of documents used in the run, a partly used one included."""
+        return self.documents_before_window + self.document + (self.unit > 0)
 
-    def next_lane(self) -> "Position":
-        """The beginning of what comes after this lane is done."""
-        names = ("documents", "skipped_rows", "held_out_documents", "failed_shards")
+    def next_item(self) -> "Position":
+        """Returns the position at the start of the next work item, or of the next epoch if there is none."""
+        names = ("documents_before_window", "skipped_rows", "held_out_documents", "failed_shards")
         counters = {name: getattr(self, name) for name in names}
-        if not self.lanes:
+        if not self.work_items:
             return Position(epoch=self.next_epoch, next_epoch=self.next_epoch + 1, **counters)
-        lane = self.lanes[0]
+        epoch, slices, window = self.work_items[0]
         position = Position(
-            epoch=lane.epoch, pieces=lane.pieces, lanes=self.lanes[1:], next_epoch=self.next_epoch, **counters
+            epoch=epoch, slices=slices, work_items=self.work_items[1:], next_epoch=self.next_epoch, **counters
         )
-        if lane.begun is None:
+        if window is None:
             return position
-        begun = lane.begun
         return dataclasses.replace(
             position,
-            part=(begun.first, begun.step),
-            window=begun.window,
-            document=begun.document,
-            unit=begun.unit,
-            # Any will do: with `part` nothing is read after the window. It says that the window is counted.
-            window_end=(len(lane.pieces), 0),
-            documents=self.documents - begun.document - (begun.unit > 0),
+            window_subset=(window.offset, window.stride),
+            window_index=window.window_index,
+            document=window.document,
+            unit=window.unit,
+            # Marks the rows of the window as counted. The value does not matter: nothing is read after an open window.
+            window_end=(len(slices), 0),
+            documents_before_window=self.documents_before_window - window.document - (window.unit > 0),
         )
 
 
-def _pieces(lists: Sequence[Sequence[int]]) -> tuple[ShardSlice, ...]:
-    return tuple(ShardSlice(*numbers) for numbers in lists)
+def _slices_from_json(slices: Sequence[Sequence[int]]) -> tuple[ShardSlice, ...]:
+    return tuple(ShardSlice(*numbers) for numbers in slices)
 
 
-def assign(pieces: Sequence[ShardSlice], *, process_index: int = 0, process_count: int = 1) -> tuple[ShardSlice, ...]:
-    """One process's part of the pieces: over all processes every row of every piece once."""
-    count = len(pieces)
-    if count >= process_count:
-        return tuple(pieces[process_index::process_count])
-    if count == 0:
-        return ()
-    piece = pieces[process_index % count]
-    readers = range(process_index % count, process_count, count)
-    turn = readers.index(process_index)
-    return (piece._replace(first=piece.first + turn * piece.step, step=piece.step * len(readers)),)
+def assign(slices: Sequence[ShardSlice], *, process_index: int = 0, process_count: int = 1) -> tuple[ShardSlice, ...]:
+    """Returns the slices of one process; over all processes every row of every slice is assigned once."""
+    if len(slices) >= process_count or not slices:
+        return tuple(slices[process_index::process_count])
+    index, rank, size = _group(len(slices), process_index=process_index, process_count=process_count)
+    shared = slices[index]
+    return (shared._replace(offset=shared.offset + rank * shared.stride, stride=shared.stride * size),)
 
 
 def assign_shards(
     num_shards: int, *, seed: int, epoch: int, shuffled: bool, process_index: int, process_count: int
 ) -> tuple[ShardSlice, ...]:
-    """A process's share of a fresh epoch."""
+    """Returns the initial assignment of an epoch to one process."""
     order = range(num_shards)
     if shuffled and num_shards >= process_count:
         order = np.random.default_rng((seed, 0, epoch)).permutation(num_shards).tolist()
@@ -158,75 +178,95 @@ def assign_shards(
 
 
 def reassign(
-    positions: Sequence[Position], *, process_index: int, process_count: int, fresh: InitialAssignment
+    positions: Sequence[Position],
+    *,
+    process_index: int,
+    process_count: int,
+    initial_assignment: Callable[[int, int, int], tuple[ShardSlice, ...]],
 ) -> Position:
-    """The position of a process of a run that goes on from the positions of another number of processes.
+    """Returns the position of a new process, given the positions of all processes of the run so far.
 
-    The counters of all go to process 0, so that their sums stay right.
+    The counters of all old processes go to new process 0, so that their sums over the processes stay right.
+
+    Args:
+        positions: by old process.
+        process_index, process_count: of the new processes.
+        initial_assignment: (epoch, process_index, process_count) -> a process's slices at the start of an epoch.
     """
-    newest = max(position.next_epoch for position in positions) - 1
-    begun: list[WorkItem] = []
-    rest: dict[int, list[ShardSlice]] = {}
-    for old, position in enumerate(positions):
-        for lane in _left(position, old=old, old_count=len(positions), newest=newest, fresh=fresh):
-            if lane.begun is None:
-                rest.setdefault(lane.epoch, []).extend(lane.pieces)
+    newest_epoch = max(position.next_epoch for position in positions) - 1
+    open_windows: list[WorkItem] = []
+    slices: dict[int, list[ShardSlice]] = {}  # By epoch.
+    for old_index, position in enumerate(positions):
+        current = position.slices
+        if current is None:
+            current = initial_assignment(position.epoch, old_index, len(positions))
+        items = _remaining_items(position, current)
+        if position.next_epoch <= newest_epoch:
+            items.append(WorkItem(newest_epoch, initial_assignment(newest_epoch, old_index, len(positions))))
+        for item in items:
+            if item.open_window is None:
+                slices.setdefault(item.epoch, []).extend(item.slices)
             else:
-                begun.append(lane)
-    lanes = _deal_windows(begun, process_index=process_index, process_count=process_count)
-    for epoch, pieces in rest.items():
-        if own := assign(pieces, process_index=process_index, process_count=process_count):
-            lanes.append(WorkItem(epoch, own))
+                open_windows.append(item)
+    items = _assign_open_windows(open_windows, process_index=process_index, process_count=process_count)
+    for epoch, rest in slices.items():
+        if own := assign(rest, process_index=process_index, process_count=process_count):
+            items.append(WorkItem(epoch, own))
+    # The sort is stable: within an epoch, open windows come first.
+    items.sort(key=lambda item: item.epoch)
     counters = {}
     if process_index == 0:
         counters = {
-            "documents": sum(position.begun_documents() for position in positions),
+            "documents_before_window": sum(position.num_documents() for position in positions),
             "skipped_rows": sum(position.skipped_rows for position in positions),
             "held_out_documents": sum(position.held_out_documents for position in positions),
             "failed_shards": sum(position.failed_shards for position in positions),
         }
-    # Stable: within an epoch, windows under way come first.
-    lanes.sort(key=lambda lane: lane.epoch)
-    return Position(lanes=tuple(lanes), next_epoch=newest + 1, **counters).next_lane()
+    return Position(work_items=tuple(items), next_epoch=newest_epoch + 1, **counters).next_item()
 
 
-def _deal_windows(lanes: Sequence[WorkItem], *, process_index: int, process_count: int) -> list[WorkItem]:
-    """One process's part of the windows under way: the same rule as `deal`, with documents for rows."""
-    count = len(lanes)
-    if count >= process_count or count == 0:
-        return list(lanes[process_index::process_count])
-    lane = lanes[process_index % count]
-    readers = range(process_index % count, process_count, count)
-    turn = readers.index(process_index)
-    begun = lane.begun
-    first = begun.first + (begun.document + turn) * begun.step
-    # The document under way is the first one.
-    begun = OpenWindow(begun.window, 0, begun.unit if turn == 0 else 0, first, begun.step * len(readers))
-    return [lane._replace(begun=begun)]
+def _assign_open_windows(items: Sequence[WorkItem], *, process_index: int, process_count: int) -> list[WorkItem]:
+    """Returns the open windows of one process: the rule of `assign`, with a window's documents instead of rows."""
+    if len(items) >= process_count or not items:
+        return list(items[process_index::process_count])
+    index, rank, size = _group(len(items), process_index=process_index, process_count=process_count)
+    window = items[index].open_window
+    part = window._replace(
+        document=0,
+        # The partly used document is the first one left, so it goes to the first process.
+        unit=window.unit if rank == 0 else 0,
+        offset=window.offset + (window.document + rank) * window.stride,
+        stride=window.stride * size,
+    )
+    return [items[index]._replace(open_window=part)]
 
 
-def _left(position: Position, *, old: int, old_count: int, newest: int, fresh: InitialAssignment) -> list[WorkItem]:
-    """What a process had still to do up to the epoch `newest`."""
-    lanes = []
-    pieces = position.pieces if position.pieces is not None else fresh(position.epoch, old, old_count)
-    shard, row = position.shard, position.row
+def _group(count: int, *, process_index: int, process_count: int) -> tuple[int, int, int]:
+    """Returns which of `count` items a process divides with others, its rank among them, and their number.
+
+    There are fewer items than processes: item i goes to the processes i, i + count, i + 2 * count, ...
+    """
+    index = process_index % count
+    return index, process_index // count, len(range(index, process_count, count))
+
+
+def _remaining_items(position: Position, slices: tuple[ShardSlice, ...]) -> list[WorkItem]:
+    """Returns what a process had left to read before its next epoch; `slices` are those of its current work item."""
+    items = []
+    start, row = position.slice_index, position.row
     if position.window_end is not None:
-        last, last_row = position.window_end
-        window = _from(pieces, shard, row)[: last - shard + (last_row > 0)]
-        begun = OpenWindow(position.window, position.document, position.unit, *(position.part or (0, 1)))
-        lanes.append(WorkItem(position.epoch, window, begun))
-        shard, row = last, last_row
-    if position.part is None:
-        lanes.append(WorkItem(position.epoch, _from(pieces, shard, row)))
-    lanes += position.lanes
-    if position.next_epoch <= newest:
-        lanes.append(WorkItem(newest, fresh(newest, old, old_count)))
-    return lanes
+        end, end_row = position.window_end
+        subset = position.window_subset or (0, 1)
+        window = OpenWindow(position.window_index, position.document, position.unit, *subset)
+        of_window = _slices_from(slices, start, row)[: end - start + (end_row > 0)]
+        items.append(WorkItem(position.epoch, of_window, window))
+        start, row = end, end_row
+    if position.window_subset is None:
+        items.append(WorkItem(position.epoch, _slices_from(slices, start, row)))
+    return [*items, *position.work_items]
 
 
-def _from(pieces: tuple[ShardSlice, ...], shard: int, row: int) -> tuple[ShardSlice, ...]:
-    """The rows from a place on."""
-    pieces = pieces[shard:]
-    if not pieces:
-        return ()
-    return (pieces[0]._replace(start=max(pieces[0].start, row)), *pieces[1:])
+def _slices_from(slices: tuple[ShardSlice, ...], index: int, row: int) -> tuple[ShardSlice, ...]:
+    """Returns the slices from `index` on, the first of them from `row` on."""
+    rest = slices[index:]
+    return rest and (rest[0]._replace(start=max(rest[0].start, row)), *rest[1:])

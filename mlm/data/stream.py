@@ -1,20 +1,20 @@
-"""The endless stream of rows: shuffle windows, held-out documents, this process's share, exact resume.
+"""The endless stream of rows of one source: shuffle windows, held-out documents, exact resume.
 
-A window is the next `shuffle_buffer_size` documents in the epoch's order of shards. It is permuted by a seed
-made of (seed, epoch, window), so a position in the stream is a few numbers: where the window starts, how many
-of its documents are used up, and how many tokens of the next. To resume, the window is read and permuted
-again, that one document is tokenized again, and its first tokens are left out. No text and no token is ever
-saved.
+A window is the next `shuffle_buffer_size` documents in the epoch's order of shards, permuted by a seed made of
+(seed, epoch, window). So a position in the stream is a few numbers: where the window starts, how many of its documents
+are used, and how many tokens of the next document. To resume, the window is read and permuted again, that document is
+tokenized again, and its first tokens are skipped. No text and no token is ever saved.
 
-Processes end together because no stream ends: one whose share is used up begins its next epoch, whatever the others
-are at. So every process has a batch for every step, and none waits in a collective for one that has stopped. What could
-stop a single one is a share too small for a batch. Where a share is the same in every epoch that is told before the
-first step, by the first `next`; where shards are dealt in another order each epoch, a small share is followed by
-others, and only `_PATIENCE` small ones in a row are an error.
+All processes stop together because no stream ends: a process that has used all documents assigned to it starts its next
+epoch, whatever the others do. So every process has a batch for every step, and none waits in a collective for one that
+has stopped. The exception is an assignment that is too small for one batch, which is an error. If the assignment is the
+same in every epoch, the first `next` raises it, before the first step; if shards are assigned in another order in every
+epoch, only `_MAX_SHORT_EPOCHS` small ones in succession are an error.
 """
 
 import dataclasses
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -23,55 +23,68 @@ import pyarrow.compute as pc
 from mlm.data import packing as packing_lib
 from mlm.data import provenance
 from mlm.data import reader as reader_lib
-from mlm.data import tokenizer as tokenizer_lib
 from mlm.data.shard_assignment import Position, ShardSlice, assign_shards, reassign
 from mlm.data.sources import source as sources
+from mlm.data.tokenizer import Tokenizer
 from mlm.errors import UserError
+from mlm.settings import PACKINGS
 
-# Texts are tokenized this many bytes at a time: enough to keep the cores busy, little enough for a quick
-# first batch and flat memory.
+# Texts are tokenized this many bytes at a time: enough to keep all cores busy, little enough for a quick first batch
+# and constant memory.
 _CHUNK_BYTES = 2 << 20
-# With no shuffling a window is only a unit of reading.
+# Documents read at once if they are not shuffled.
 _UNSHUFFLED_WINDOW = 1024
-# Epochs in a row in which a share that is another in each may be too small for one batch.
+# Epochs in succession in which an assignment that changes with the epoch may be too small for one batch.
 _MAX_SHORT_EPOCHS = 16
+
+_EMPTY_CHUNK = packing_lib.PackedChunk(np.empty(0, np.int32), np.zeros(1, np.int64))
 
 
 @dataclasses.dataclass(frozen=True)
 class _Window:
+    """Documents read at once.
+
+    Attributes:
+        texts: as read.
+        order: int64 [N], indices into `texts` of the documents to use, permuted.
+        byte_ends: int64 [N], bytes of the documents in `order` up to and including each.
+        locations: int64 [N, 2], (shard, row) of the documents in `order`.
+        end: the reader's (slice_index, row) after the window.
+    """
+
     texts: pa.LargeStringArray
-    order: np.ndarray  # int64: the documents kept, permuted
-    ends: np.ndarray  # int64: bytes of texts up to and with each of `order`
-    places: np.ndarray  # int64 [N, 2]: shard and row of each of `order`
-    end: tuple[int, int]  # the reader's place after it
+    order: np.ndarray
+    byte_ends: np.ndarray
+    locations: np.ndarray
+    end: tuple[int, int]
 
 
 class RowStream:
-    """This process's rows, without end: an iterator of int32 [batch_rows, max_seq_length], C-contiguous.
+    """This process's rows of one source: an endless iterator of int32 [batch_rows, max_seq_length], C-contiguous.
 
-    Over all processes one epoch is every document of the source once, less the blank and the held-out ones.
-    When the source ends the next epoch starts in a new order, and the row under way goes on into it.
+    Over all processes one epoch is every document of the source once, except blank and held-out ones. When the source
+    ends, the next epoch starts in a new order, and a row that is not full is continued with it.
 
     Args:
         source: the documents.
-        tokenizer: its begin, end and pad ids, and `encode`.
-        seed: of the order of shards and of the windows.
-        max_seq_length: tokens of a row.
-        packing: one of packing.PACKINGS.
-        shuffle_buffer_size: documents of a window; 0 or 1 for the source's own order.
-        batch_rows: rows this process gives at a time.
+        tokenizer: text to ids; also gives the begin, end and padding ids.
+        seed: of the shard order and of the window permutations.
+        max_seq_length: tokens per row.
+        packing: one of settings.PACKINGS.
+        shuffle_buffer_size: documents per window; 0 or 1 for the source's own order.
+        batch_rows: rows that `next` returns.
         held_out: texts dropped wherever they occur.
-        process_index, process_count: whose share this is.
-        max_failed_shards: how many shards an epoch may do without where the network fails, see reader.py.
+        process_index, process_count: of the processes that divide the source.
+        max_failed_shards: number of shards that may be skipped if the network fails, see reader.py.
 
     Raises:
-        UserError: from `next`, when one epoch has no document or not enough rows for one batch.
+        UserError: from `next`, if one epoch has no document or not enough rows for one batch.
     """
 
     def __init__(
         self,
         source: sources.Source,
-        tokenizer: tokenizer_lib.Tokenizer,
+        tokenizer: Tokenizer,
         *,
         seed: int,
         max_seq_length: int,
@@ -83,27 +96,25 @@ class RowStream:
         process_count: int = 1,
         max_failed_shards: int = 0,
     ):
-        check(packing=packing, max_seq_length=max_seq_length)
-        if seed < 0:
-            raise UserError(f"seed={seed} is negative: set 0 or more")
-        if batch_rows < 1:
-            raise UserError(f"a batch must have at least one row, not {batch_rows}")
+        assert packing in PACKINGS, packing
+        assert max_seq_length >= 3, max_seq_length
+        assert batch_rows >= 1, batch_rows
         self._source = source
         self._tokenizer = tokenizer
         self._seed = seed
         self._max_seq_length = max_seq_length
         self._packing = packing
         self._shuffle_buffer_size = shuffle_buffer_size
-        self._shuffled = shuffle_buffer_size > 1
+        self._is_shuffled = shuffle_buffer_size > 1
         self._batch_rows = batch_rows
         self._held_out = held_out.cast(pa.large_string()) if held_out is not None else None
         self._process_index = process_index
         self._process_count = process_count
         self.units_per_row = packing_lib.units_per_row(packing, max_seq_length=max_seq_length)
-        self._units_per_batch = batch_rows * self.units_per_row
         self._short_epochs = 0
-        self._losses = reader_lib.ShardFailureBudget(max_failed_shards)
-        self._go_on(Position())
+        self._failure_budget = reader_lib.ShardFailureBudget(max_failed_shards)
+        self._batch_slices: list[provenance.ChunkSlice] = []
+        self._seek(Position())
 
     def __iter__(self) -> Iterator[np.ndarray]:
         return self
@@ -111,117 +122,93 @@ class RowStream:
     def __next__(self) -> np.ndarray:
         return self.take(self._batch_rows)
 
-    def take(self, rows: int) -> np.ndarray:
-        """The next rows, however many."""
-        needed = rows * self.units_per_row
-        parts, have = [], 0
-        self._parts = []
-        while have < needed:
-            if self._used == len(self._chunk.data):
+    def take(self, num_rows: int) -> np.ndarray:
+        """Returns the next rows, int32 [num_rows, max_seq_length]."""
+        needed = num_rows * self.units_per_row
+        parts, count = [], 0
+        self._batch_slices = []
+        while count < needed:
+            begin = self._chunk_unit
+            if begin == len(self._chunk.data):
                 self._advance()
                 continue
-            part = self._chunk.data[self._used : self._used + needed - have]
-            places = self._window.places[self._chunk_document :]
-            used = self._used, self._used + len(part)
-            self._parts.append(provenance.ChunkSlice(self._start.epoch, places, self._chunk.offsets, *used))
+            part = self._chunk.data[begin : begin + needed - count]
+            locations = self._window.locations[self._chunk_start :]
+            self._batch_slices.append(
+                provenance.ChunkSlice(
+                    self._start.epoch, locations, self._chunk.offsets, begin=begin, end=begin + len(part)
+                )
+            )
             parts.append(part)
-            have += len(part)
-            self._used += len(part)
-            self._epoch_units += len(part)
-        return np.concatenate(parts).reshape(rows, self._max_seq_length)
+            count += len(part)
+            self._chunk_unit += len(part)
+            self._units_used += len(part)
+        return np.concatenate(parts).reshape(num_rows, self._max_seq_length)
 
     def documents(self) -> list[provenance.DocumentSpan]:
-        """The documents of the last batch, in order."""
-        return provenance.documents(self._parts)
+        """Returns the documents of the last batch, in order."""
+        return provenance.document_spans(self._batch_slices)
 
-    def share(self) -> tuple[ShardSlice, ...]:
-        """What this process reads of the epoch it is in (of the lane, after a deal anew), whole."""
-        if self._start.pieces is not None:
-            return self._start.pieces
-        return self._fresh(self._start.epoch, self._process_index, self._process_count)
+    def assignment(self) -> tuple[ShardSlice, ...]:
+        """Returns the slices of the current work item: of the epoch's initial assignment, or after a reassignment."""
+        if self._start.slices is not None:
+            return self._start.slices
+        return self._initial_assignment(self._start.epoch, self._process_index, self._process_count)
 
-    def ahead(self) -> tuple[ShardSlice, ...]:
-        """`share`, and after a deal anew all that is to come before the next epoch."""
-        return sum((lane.pieces for lane in self._start.lanes), self.share())
+    def remaining(self) -> tuple[ShardSlice, ...]:
+        """Returns the slices of the current work item and of all others before the next epoch."""
+        return sum((item.slices for item in self._start.work_items), self.assignment())
 
     @property
     def epoch(self) -> int:
-        """The epoch of the last row given; 0 before the first."""
+        """Epoch of the last row returned; 0 before the first."""
         return self._start.epoch
 
     @property
     def counters(self) -> dict[str, int]:
-        """Over the run so far: documents begun, rows skipped for want of text, documents held out, shards failed.
+        """Counts over the run so far: documents used, rows without text, held-out documents, failed shards.
 
-        Rows skipped and held out count as soon as their window is read.
+        Rows without text and held-out documents count as soon as their window is read.
         """
         position = self._position()
         return {
-            "documents": position.begun_documents(),
+            "documents": position.num_documents(),
             "skipped_rows": position.skipped_rows,
             "held_out_documents": position.held_out_documents,
             "failed_shards": position.failed_shards,
         }
 
-    def state_dict(self) -> dict:
-        """The state after the last batch: a few numbers and names, for JSON."""
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the state after the last batch, for JSON: a few numbers and names."""
         return self._identity() | self._position().to_json()
 
-    def load_state_dict(self, state: dict) -> None:
-        """Goes on right after the batch whose `state_dict()` this is.
+    def restore(self, states: Sequence[dict[str, Any]]) -> None:
+        """Continues after the batch with which these states were saved.
+
+        Args:
+            states: of all processes of the run that saved them, by process. From another number of processes than
+                this run's the work is reassigned, see shard_assignment.py.
 
         Raises:
-            UserError: the state is of another order of the data (seed, shards, packing, processes...).
-        """
-        self._check_identity(state, self._identity())
-        self._go_on(Position.from_json(state))
-
-    def restore(self, states: Sequence[dict]) -> None:
-        """Goes on from the states of all processes of a run, by process, also of another number of them.
-
-        dealing.py says what is promised then.
-
-        Raises:
-            UserError: as `load_state_dict`, but for the number of processes.
+            UserError: the states are of another order of the data (seed, shards, packing...).
         """
         if len(states) == self._process_count:
-            self.load_state_dict(states[self._process_index])
+            state = states[self._process_index]
+            self._check_identity(state, self._identity())
+            self._seek(Position.from_json(state))
             return
-        for old, state in enumerate(states):
-            self._check_identity(state, self._identity() | {"process_index": old, "process_count": len(states)})
+        for index, state in enumerate(states):
+            self._check_identity(state, self._identity() | {"process_index": index, "process_count": len(states)})
         position = reassign(
             [Position.from_json(state) for state in states],
             process_index=self._process_index,
             process_count=self._process_count,
-            fresh=self._fresh,
+            initial_assignment=self._initial_assignment,
         )
-        self._go_on(position)
+        self._seek(position)
 
-    def _check_identity(self, state: dict, identity: dict) -> None:
-        for key, value in identity.items():
-            if state[key] != value:
-                raise UserError(
-                    f"cannot resume the data stream: it was saved with {key}={state[key]!r} and is now "
-                    f"{value!r}; restore that, or start in a new work directory"
-                )
-
-    def _go_on(self, position: Position) -> None:
-        # `document` and `unit` say where to go on in the window; the rest of `_start` is the window's start.
-        self._start = position
-        self._epoch_units = position.epoch_units
-        self._window: _Window | None = None
-        self._reader: reader_lib.Reader | None = None
-        self._chunk = packing_lib.PackedChunk(np.empty(0, np.int32), np.zeros(1, np.int64))
-        self._chunk_document = position.document
-        self._used = 0
-        self._parts: list[provenance.ChunkSlice] = []
-
-    def _position(self) -> Position:
-        document, unit = self._place()
-        return dataclasses.replace(self._start, document=document, unit=unit, epoch_units=self._epoch_units)
-
-    def _identity(self) -> dict:
-        """What must be the same for a saved position to mean the same."""
+    def _identity(self) -> dict[str, Any]:
+        """Returns what must be the same for a saved position to have the same meaning."""
         return {
             "seed": self._seed,
             "max_seq_length": self._max_seq_length,
@@ -232,147 +219,175 @@ class RowStream:
             "process_count": self._process_count,
         }
 
-    def _place(self) -> tuple[int, int]:
-        """(documents of the window used up, units of the next one used up)."""
+    def _check_identity(self, state: dict[str, Any], identity: dict[str, Any]) -> None:
+        for key, value in identity.items():
+            if state[key] != value:
+                raise UserError(
+                    f"cannot resume the data stream: {key}={value!r}, but the checkpoint was saved with "
+                    f"{state[key]!r}; restore the old value, or choose another --workdir"
+                )
+
+    def _seek(self, position: Position) -> None:
+        """Sets the position from which `_advance` reads."""
+        # `_start` is the start of the window. Its `document` and `unit` are not 0 only after a resume: how far into
+        # the window to continue.
+        self._start = position
+        self._units_used = position.units_used
+        self._window: _Window | None = None
+        self._reader: reader_lib.Reader | None = None
+        self._chunk = _EMPTY_CHUNK
+        self._chunk_start = position.document  # Index in the window of the chunk's first document.
+        self._chunk_unit = 0  # Units of the chunk that are used.
+
+    def _position(self) -> Position:
+        """Returns the position after the last row returned."""
         if self._window is None:
-            return self._start.document, self._start.unit
-        done = int(np.searchsorted(self._chunk.offsets, self._used, side="right")) - 1
-        return self._chunk_document + done, self._used - int(self._chunk.offsets[done])
+            return self._start
+        done = int(np.searchsorted(self._chunk.offsets, self._chunk_unit, side="right")) - 1
+        return dataclasses.replace(
+            self._start,
+            document=self._chunk_start + done,
+            unit=self._chunk_unit - int(self._chunk.offsets[done]),
+            units_used=self._units_used,
+        )
 
     def _advance(self) -> None:
-        """Moves on to the next chunk of the window, the next window, or the next lane or epoch."""
-        resumed_unit = 0
-        if self._window is None:  # the beginning of a lane or an epoch, or the first call after a resume
-            pieces = self.share()
-            place = {"shard": self._start.shard, "row": self._start.row}
-            self._reader = reader_lib.Reader(self._source, pieces, **place, losses=self._losses)
-            seen = self._start.window_end is not None
-            self._window = self._read_window()
-            if seen and self._window is None:
-                raise self._changed()
-            resumed_unit = self._start.unit
+        """Moves to the next chunk of the window, else to the next window, else to the next work item or epoch."""
+        first_unit = 0
+        if self._window is None:  # A work item starts, or a resumed run.
+            first_unit = self._start.unit
+            self._open_first_window()
         else:
-            self._chunk_document += len(self._chunk.offsets) - 1
+            self._chunk_start += len(self._chunk.offsets) - 1
         window = self._window
-        if window is not None and self._chunk_document < len(window.order):
-            first = self._chunk_document
-            before = window.ends[first - 1] if first else 0
-            last = max(first + 1, int(np.searchsorted(window.ends, before + _CHUNK_BYTES, side="right")))
-            texts = window.texts.take(pa.array(window.order[first:last]))
-            self._chunk = packing_lib.pack(
-                texts, self._tokenizer, packing=self._packing, max_seq_length=self._max_seq_length
-            )
-            self._used = resumed_unit
-            if resumed_unit > len(self._chunk.data):
-                raise self._changed()
+        if window is not None and self._chunk_start < len(window.order):
+            self._pack_chunk(first_unit)
             return
+        self._chunk, self._chunk_unit = _EMPTY_CHUNK, 0
         if window is not None:
-            if self._chunk_document + (resumed_unit > 0) > len(window.order):
-                raise self._changed()
+            if self._chunk_start + (first_unit > 0) > len(window.order):
+                raise self._source_changed_error()
             self._start = dataclasses.replace(
                 self._start,
-                shard=window.end[0],
+                slice_index=window.end[0],
                 row=window.end[1],
-                window=self._start.window + 1,
+                window_index=self._start.window_index + 1,
                 window_end=None,
                 document=0,
                 unit=0,
-                documents=self._start.documents + len(window.order),
+                documents_before_window=self._start.documents_before_window + len(window.order),
             )
-            self._window = self._read_window() if self._start.part is None else None
-        self._chunk = packing_lib.PackedChunk(self._chunk.data[:0], np.zeros(1, np.int64))
-        self._chunk_document = 0
-        self._used = 0
+            # A work item with a window_subset has a single window.
+            self._window = self._read_window() if self._start.window_subset is None else None
+        self._chunk_start = 0
         if self._window is None:
-            self._end_lane()
+            self._finish_item()
 
-    def _changed(self) -> UserError:
-        return UserError(
-            f"cannot resume the data stream: the data set {self._source.name!r} is not what it was when the "
-            "checkpoint was written; restore it, or start in a new work directory"
+    def _open_first_window(self) -> None:
+        """Reads the window in which `_start` lies; there is none if the work item has no documents."""
+        self._reader = reader_lib.Reader(
+            self._source,
+            self.assignment(),
+            slice_index=self._start.slice_index,
+            row=self._start.row,
+            failure_budget=self._failure_budget,
         )
+        was_read_before = self._start.window_end is not None
+        self._window = self._read_window()
+        if was_read_before and self._window is None:
+            raise self._source_changed_error()
 
-    def _end_lane(self) -> None:
-        if self._start.pieces is None:
-            self._check_size()
-        parts = self._parts  # the batch under way goes on
-        self._go_on(self._start.next_lane())
-        self._parts = parts
+    def _read_window(self) -> _Window | None:
+        """Reads, filters and permutes the next documents; returns None at the end of the work item."""
+        reader = self._reader
+        # A resumed run reads a window again: its rows are counted already, and it must have the same documents.
+        was_read_before = self._start.window_end is not None
+        reader.may_skip = not was_read_before
+        texts = reader.take(self._shuffle_buffer_size if self._is_shuffled else _UNSHUFFLED_WINDOW)
+        if reader.failed_shards:
+            failed_shards = self._start.failed_shards + reader.failed_shards
+            reader.failed_shards = 0
+            self._start = dataclasses.replace(self._start, slices=reader.slices, failed_shards=failed_shards)
+        if texts is None:
+            return None
+        order = np.arange(len(texts))
+        if self._is_shuffled:
+            key = (self._seed, 1, self._start.epoch, self._start.window_index)
+            order = np.random.default_rng(key).permutation(len(texts))
+        is_used = reader_lib.has_text(texts)
+        num_blank = len(texts) - int(is_used.sum())
+        if self._held_out is not None and len(self._held_out):
+            is_used &= ~np.asarray(pc.is_in(texts, value_set=self._held_out))
+        order = order[is_used[order]]
+        end = reader.slice_index, reader.row
+        if not was_read_before:
+            skipped_rows = texts.null_count if self._source.has_gaps else num_blank
+            num_held_out = len(texts) - num_blank - len(order)
+            self._start = dataclasses.replace(
+                self._start,
+                skipped_rows=self._start.skipped_rows + skipped_rows,
+                held_out_documents=self._start.held_out_documents + num_held_out,
+                window_end=end,
+            )
+        if self._start.window_subset is not None:
+            offset, stride = self._start.window_subset
+            order = order[offset::stride]
+        byte_ends = np.cumsum(reader_lib.num_bytes(texts)[order])
+        return _Window(texts=texts, order=order, byte_ends=byte_ends, locations=reader.locations[order], end=end)
 
-    def _check_size(self) -> None:
-        """UserError where an epoch of this process's share has no batch, and others will not be better."""
-        if self._epoch_units >= self._units_per_batch:
+    def _pack_chunk(self, first_unit: int) -> None:
+        """Tokenizes and packs the documents of the window from `_chunk_start` on; `first_unit` units are used."""
+        window, first = self._window, self._chunk_start
+        bytes_before = window.byte_ends[first - 1] if first else 0
+        last = max(first + 1, int(np.searchsorted(window.byte_ends, bytes_before + _CHUNK_BYTES, side="right")))
+        texts = window.texts.take(pa.array(window.order[first:last]))
+        self._chunk = packing_lib.pack(
+            texts, self._tokenizer, packing=self._packing, max_seq_length=self._max_seq_length
+        )
+        self._chunk_unit = first_unit
+        if first_unit > len(self._chunk.data):
+            raise self._source_changed_error()
+
+    def _finish_item(self) -> None:
+        """Moves to the next work item or epoch."""
+        if self._start.slices is None:
+            self._check_epoch_size()
+        self._seek(self._start.next_item())
+
+    def _check_epoch_size(self) -> None:
+        """Raises UserError if this process's epoch has no complete batch and later epochs will not have more."""
+        num_rows = self._units_used // self.units_per_row
+        if num_rows >= self._batch_rows:
             self._short_epochs = 0
             return
         self._short_epochs += 1
-        others = self._shuffled and self._source.num_shards >= self._process_count > 1
-        if others and self._short_epochs < _MAX_SHORT_EPOCHS:
+        changes_with_epoch = self._is_shuffled and self._source.num_shards >= self._process_count > 1
+        if changes_with_epoch and self._short_epochs < _MAX_SHORT_EPOCHS:
             return
         counters = self.counters
-        lost = f"{counters['skipped_rows']} {'rows that are not UTF-8' if self._source.has_gaps else 'blank rows'}"
-        lost += f", {counters['held_out_documents']} held-out documents"
+        skipped = f"{counters['skipped_rows']} {'rows that are not UTF-8' if self._source.has_gaps else 'blank rows'}"
+        skipped += f", {counters['held_out_documents']} held-out documents"
         who = f" for process {self._process_index} of {self._process_count}" if self._process_count > 1 else ""
-        if self._epoch_units == 0:
-            raise UserError(f"the data set {self._source.name!r} has no documents to train on{who} ({lost})")
-        rows = self._epoch_units * self._batch_rows // self._units_per_batch
+        if self._units_used == 0:
+            raise UserError(f"the data set {self._source.name!r} has no documents to train on{who} ({skipped})")
         raise UserError(
-            f"the data set {self._source.name!r} is too small: an epoch has {rows} rows of "
-            f"{self._max_seq_length} tokens{who} and a batch needs {self._batch_rows} ({lost}); "
+            f"the data set {self._source.name!r} is too small: an epoch has {num_rows} sequences of "
+            f"{self._max_seq_length} tokens{who} and a batch needs {self._batch_rows} ({skipped}); "
             "lower per_device_train_batch_size or data.max_seq_length, or add data"
         )
 
-    def _fresh(self, epoch: int, process_index: int, process_count: int) -> tuple[ShardSlice, ...]:
+    def _initial_assignment(self, epoch: int, process_index: int, process_count: int) -> tuple[ShardSlice, ...]:
         return assign_shards(
             self._source.num_shards,
             seed=self._seed,
             epoch=epoch,
-            shuffled=self._shuffled,
+            shuffled=self._is_shuffled,
             process_index=process_index,
             process_count=process_count,
         )
 
-    def _read_window(self) -> _Window | None:
-        reader = self._reader
-        reader.exact = self._start.window_end is not None
-        texts = reader.take(self._shuffle_buffer_size if self._shuffled else _UNSHUFFLED_WINDOW)
-        if reader.failed_shards:
-            failed, reader.failed_shards = self._start.failed_shards + reader.failed_shards, 0
-            self._start = dataclasses.replace(self._start, pieces=reader.pieces, failed_shards=failed)
-        if texts is None:
-            return None
-        order = np.arange(len(texts))
-        if self._shuffled:
-            key = (self._seed, 1, self._start.epoch, self._start.window)
-            order = np.random.default_rng(key).permutation(len(texts))
-        kept = reader_lib.has_text(texts)
-        without_text = len(texts) - int(kept.sum())
-        skipped_rows = texts.null_count if self._source.has_gaps else without_text
-        if self._held_out is not None and len(self._held_out):
-            kept &= ~np.asarray(pc.is_in(texts, value_set=self._held_out))
-        order = order[kept[order]]
-        end = self._reader.shard, self._reader.row
-        if self._start.window_end is None:  # a window read again after a resume was counted the first time
-            self._start = dataclasses.replace(
-                self._start,
-                skipped_rows=self._start.skipped_rows + skipped_rows,
-                held_out_documents=self._start.held_out_documents + len(texts) - without_text - len(order),
-                window_end=end,
-            )
-        if self._start.part is not None:
-            first, step = self._start.part
-            order = order[first::step]
-        return _Window(
-            texts=texts,
-            order=order,
-            ends=np.cumsum(reader_lib.num_bytes(texts)[order]),
-            places=self._reader.places[order],
-            end=end,
+    def _source_changed_error(self) -> UserError:
+        return UserError(
+            f"cannot resume the data stream: the data set {self._source.name!r} has changed since the checkpoint was "
+            "saved; restore it, or choose another --workdir"
         )
-
-
-def check(*, packing: str, max_seq_length: int) -> None:
-    """UserError for a packing that is not known, or rows without room for text."""
-    if packing not in packing_lib.PACKINGS:
-        raise UserError(f"data.packing={packing!r} is not known: choose one of {', '.join(packing_lib.PACKINGS)}")
-    if max_seq_length < 3:
-        raise UserError(f"data.max_seq_length={max_seq_length} leaves no room between begin and end: set 3 or more")

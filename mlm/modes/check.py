@@ -17,7 +17,6 @@ import pyarrow as pa
 
 from mlm import build, memory, steps
 from mlm.data import pipeline as text_lib
-from mlm.data import synthetic
 from mlm.data.sources.source import Source
 from mlm.data.tokenizer import Tokenizer
 from mlm.errors import UserError
@@ -27,7 +26,7 @@ from mlm.models.flops import flops_per_token
 from mlm.modes.show_data import decode_masked
 from mlm.reporting.progress import duration
 from mlm.run.workdir import KeyChanges, WorkDir
-from mlm.settings import RunSettings
+from mlm.settings import SYNTHETIC, RunSettings
 
 # Time for reading text to estimate the tokens of an epoch.
 _SAMPLE_SECONDS = 5.0
@@ -301,7 +300,7 @@ def _show_time(settings: RunSettings, run: build.Components, tokens: int, machin
 def has_english_sentences(settings: RunSettings, defaults: Mapping[str, Any]) -> bool:
     """Returns True if the examples are the English defaults, but the data is the user's own."""
     data = settings.data
-    is_own = data.mixture or data.data_files is not None or data.dataset_name not in ("docstrings", synthetic.NAME)
+    is_own = data.mixture or data.data_files is not None or data.dataset_name not in ("docstrings", SYNTHETIC)
     return bool(is_own) and tuple(settings.report.sentences) == tuple(defaults["report.sentences"])
 
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from mlm import build, steps
 from mlm.data import pipeline as text_lib
-from mlm.data.mixture import Document, batch_of_update
+from mlm.data.mixture import Document, batch_of_step, upgrade_state
 from mlm.data.pipeline import Text
 from mlm.data.tokenizer import Tokenizer
 from mlm.errors import UserError
@@ -105,20 +105,24 @@ def replay(
     tokenizer = text_lib.open_tokenizer(settings, workdir, sources, model_type=settings.model.model_type)
     text = text_lib.open_text(settings, sources, tokenizer)
 
-    states, runs = None, [[0, *workdir.last_topology()]]
+    process_count, batch_rows = workdir.last_topology()
+    history = [{"after_batch": 0, "process_count": process_count, "batch_rows": batch_rows}]
+    states = None
     with Checkpointer(workdir.storage, keep_checkpoints=settings.checkpoint.keep_checkpoints) as checkpointer:
         saved = checkpointer.steps()
         if saved:
-            runs = checkpointer.streams(saved[-1])[0]["runs"]
+            history = upgrade_state(checkpointer.streams(saved[-1])[0])["topology_history"]
         if before := [other for other in saved if other < step]:
-            states = checkpointer.streams(before[-1])
+            states = [upgrade_state(state) for state in checkpointer.streams(before[-1])]
 
-    number = batch_of_update(step, settings.data.skip_steps)
+    number = batch_of_step(step, settings.data.skip_steps)
     at = states[0]["batches"] if states else 0
     while True:
-        process_count, batch_rows = next(run[1:] for run in reversed(runs) if run[0] <= at)
+        topology = next(entry for entry in reversed(history) if entry["after_batch"] <= at)
+        process_count, batch_rows = topology["process_count"], topology["batch_rows"]
         # The next batch after which the run had other numbers, if that is before the step.
-        until = min((run[0] for run in runs if at < run[0] < number), default=number)
+        changes = [entry["after_batch"] for entry in history]
+        until = min((change for change in changes if at < change < number), default=number)
         if until == number and not 0 <= process_index < process_count:
             raise UserError(
                 f"--process={process_index}: step {step} had processes 0 to {process_count - 1}; choose one of them"
@@ -130,7 +134,7 @@ def replay(
         for stream in streams:
             if states is not None:
                 stream.restore(states)
-            while stream.number < until:
+            while stream.batch_number < until:
                 tokens_BxL = next(stream)
         if until == number:
             break
