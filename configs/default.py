@@ -186,7 +186,7 @@ def get_config() -> ConfigDict:
     # Shape of the learning rate after warm-up: "linear" or "cosine" to 0 at num_train_steps, or "constant". "linear" as
     # in the reference script.
     optimizer.schedule = "linear"
-    # AdamW beta1: decay rate of the running mean of gradients.
+    # AdamW beta1: decay rate of the running mean of gradients. 0.9 as in the reference script.
     optimizer.adam_beta1 = 0.9
     # AdamW beta2: decay rate of the running mean of squared gradients. RoBERTa uses 0.98, which recovers sooner from
     # spikes; 0.999 as in the reference script.

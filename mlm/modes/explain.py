@@ -120,7 +120,7 @@ def explain(names: Sequence[str], source: str, *, defaults: Mapping[str, Any], v
                 lines.append(f"{key} = {defaults[key]!r}")
             else:
                 lines.append(f"{key} = {values[key]!r}   (default: {defaults[key]!r})")
-        lines.append(textwrap.indent(textwrap.fill(explanation.text, width=100), "    "))
+        lines.append(textwrap.indent(textwrap.fill(explanation.text, width=100, break_on_hyphens=False), "    "))
         if others := [key for key in explanation.keys if key not in chosen]:
             lines.append(f"    (also for {', '.join(others)})")
         paragraphs.append("\n".join(lines))
