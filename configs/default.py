@@ -110,62 +110,83 @@ def get_config() -> ConfigDict:
     tokenizer.backend = "auto"
 
     config.model = model = ConfigDict()
-    # The family, whose defaults hold when config_name and model_name_or_path are None: "roberta", "xlm-roberta",
-    # "camembert", "roberta-prelayernorm", "bert", "distilbert", "electra" (the generator), "albert", "roformer" or
-    # "modernbert".
+    # Model family: "roberta", "xlm-roberta", "camembert", "roberta-prelayernorm", "bert", "distilbert", "electra" (the
+    # generator), "albert", "roformer" or "modernbert". The family's default shape is used if config_name and
+    # model_name_or_path are None. "roberta" as in the reference run.
     model.model_type = "roberta"
-    # A hub name or local directory whose config.json is copied, without the weights.
+    # Hub name or local directory whose config.json is copied; the weights are random. None: the family's default shape.
     model.config_name = placeholder(str)
-    # A hub name or local directory, such as a run's model/, whose config.json and weights training starts from
-    # (mlm/models/hf/pretrained.py says what becomes of another vocabulary, longer rows and missing heads).
+    # Hub name or local directory, such as a run's model/, whose config.json and weights training starts from. Another
+    # vocabulary, longer sequences and missing heads are adapted as docs/models.md says. None: random weights.
     model.model_name_or_path = placeholder(str)
-    # Of the computation: "float32" or "bfloat16". Parameters, reductions and the optimizer stay float32.
+    # Dtype of the computation: "float32", or "bfloat16", which is faster on TPUs and GPUs. Parameters, reductions and
+    # the optimizer are float32 either way. "float32" as in the reference run.
     model.dtype = "float32"
-    # "plain"; "xla" and "cudnn" are jax.nn.dot_product_attention's, the second a flash kernel for NVIDIA GPUs with
-    # dtype "bfloat16". Only "plain" drops attention weights: it is what trains unless attention_probs_dropout_prob is
-    # 0. "auto": "cudnn" where it can run, else "plain".
+    # Attention implementation: "plain"; "xla" or "cudnn" of jax.nn.dot_product_attention, the latter a flash kernel for
+    # NVIDIA GPUs and bfloat16; or "auto": "cudnn" where it can run, else "plain". Only "plain" has attention dropout:
+    # training uses it unless attention_probs_dropout_prob is 0.
     model.attention = "auto"
-    # What the backward pass computes anew. "none": what the compiler likes. "dots": the activation of the feed-forward
-    # net, which saves memory and bytes to move. "full": whole layers, which leaves one array a layer in memory
-    # and costs a forward pass more. "auto": "dots", on CPU "none", where operations are dearer than memory.
+    # What the backward pass recomputes instead of reading it from memory: "none"; "dots", the feed-forward activations,
+    # which saves memory and bandwidth; "full", all of a layer, which saves the most memory and costs another forward
+    # pass; or "auto": "none" on CPUs, where computing costs more than memory, else "dots".
     model.remat = "auto"
-    # Fields of the Hugging Face config to change. None: as in the config above; vocab_size, pad_token_id,
-    # bos_token_id and eos_token_id then come from the tokenizer when there is no config to copy.
+    # Fields of the model's Hugging Face config to change, by their names there. None, the default of all: the value of
+    # the copied config or of the family. Without a copied config, vocab_size and the ids of special tokens are the
+    # tokenizer's. A field that the family does not have is an error.
     model.overrides = overrides = ConfigDict()
+    # Vocabulary size in tokens.
     overrides.vocab_size = placeholder(int)
+    # Width of the hidden states.
     overrides.hidden_size = placeholder(int)
+    # Number of layers.
     overrides.num_hidden_layers = placeholder(int)
+    # Number of attention heads per layer.
     overrides.num_attention_heads = placeholder(int)
+    # Width of the inner layer of the feed-forward networks.
     overrides.intermediate_size = placeholder(int)
+    # Activation function of the feed-forward networks, such as "gelu".
     overrides.hidden_act = placeholder(str)
+    # Dropout rate after the embeddings, the attention and the feed-forward networks.
     overrides.hidden_dropout_prob = placeholder(float)
+    # Dropout rate of the attention probabilities.
     overrides.attention_probs_dropout_prob = placeholder(float)
+    # Number of position embeddings: at least data.max_seq_length, plus 2 for roberta-like families.
     overrides.max_position_embeddings = placeholder(int)
+    # Number of token types. Training uses type 0 only.
     overrides.type_vocab_size = placeholder(int)
+    # Standard deviation of the initial weights.
     overrides.initializer_range = placeholder(float)
+    # Epsilon of the layer norms, added to the variance.
     overrides.layer_norm_eps = placeholder(float)
-    # Of some families only; the others refuse them. electra, albert, roformer: width of the embeddings.
+    # electra, albert, roformer: width of the embeddings.
     overrides.embedding_size = placeholder(int)
-    # albert: groups of layers with parameters of their own, and blocks in a group.
+    # albert: number of groups of layers. The layers of a group use the same parameters.
     overrides.num_hidden_groups = placeholder(int)
+    # albert: number of blocks with different parameters in one layer of a group.
     overrides.inner_group_num = placeholder(int)
-    # roformer: rotary positions for values too.
+    # roformer: True rotates the values by their position as well.
     overrides.rotary_value = placeholder(bool)
-    # modernbert: global attention at every so many layers; tokens that the others see (half on each side); the bases
-    # of the rotary positions of either kind; biases; whether the decoder is the word embeddings.
+    # modernbert: every n-th layer attends to all tokens, the others to a window around each token.
     overrides.global_attn_every_n_layers = placeholder(int)
+    # modernbert: size of that window in tokens, half on each side.
     overrides.local_attention = placeholder(int)
+    # modernbert: RoPE base of the layers with global attention, and of those with local attention.
     overrides.global_rope_theta = placeholder(float)
     overrides.local_rope_theta = placeholder(float)
+    # modernbert: whether attention, feed-forward networks, norms, head and decoder have biases.
     overrides.attention_bias = placeholder(bool)
     overrides.mlp_bias = placeholder(bool)
     overrides.norm_bias = placeholder(bool)
     overrides.classifier_bias = placeholder(bool)
     overrides.decoder_bias = placeholder(bool)
+    # modernbert: activation function of the head.
     overrides.classifier_activation = placeholder(str)
+    # modernbert: dropout rate after the embeddings, and in the feed-forward networks.
     overrides.embedding_dropout = placeholder(float)
     overrides.mlp_dropout = placeholder(float)
+    # modernbert: the initial weights are cut off at this many standard deviations.
     overrides.initializer_cutoff_factor = placeholder(float)
+    # modernbert: False gives the decoder separate weights; True uses the word embeddings.
     overrides.tie_word_embeddings = placeholder(bool)
 
     config.masking = masking = ConfigDict()

@@ -25,11 +25,11 @@ def explained(*names, values=None):
 def test_every_key_is_explained_once():
     explanations = read_explanations(SOURCE)
     keys = [key for explanation in explanations for key in explanation.keys]
-    assert sorted(keys) == sorted(DEFAULTS)
-    assert all(len(explanation.text) > 25 for explanation in explanations)
+    assert sorted(keys) == sorted([*DEFAULTS, "model.overrides"])
+    assert all(len(explanation.text) > 15 for explanation in explanations)
 
 
-def test_a_comment_explains_the_keys_below_it_and_keys_without_one_have_that_of_their_group():
+def test_a_comment_explains_the_group_or_the_keys_below_it():
     source = """
 def get_config():
     config = ConfigDict()
@@ -40,22 +40,21 @@ def get_config():
     config.b = (
         2,
     )
-    # The third key.
-    config.c = 3
 
-    # The group.
     config.group = group = ConfigDict()
-    group.d = 4
-    group.e = 5
-    # One key of the group.
-    group.f = 6
+    # The third key.
+    group.c = 3
+    # The inner group.
+    group.inner = inner = ConfigDict()
+    # A key of it.
+    inner.d = 4
     return config
 """
     assert [(explanation.keys, explanation.text) for explanation in read_explanations(source)] == [
         (("a", "b"), "The first two keys, on two lines."),
-        (("c",), "The third key."),
-        (("group.d", "group.e"), "The group."),
-        (("group.f",), "One key of the group."),
+        (("group.c",), "The third key."),
+        (("group.inner",), "The inner group."),
+        (("group.inner.d",), "A key of it."),
     ]
 
 
@@ -67,9 +66,16 @@ def test_a_key_is_printed_with_its_value_and_its_default():
 
 
 def test_a_key_that_is_explained_together_with_others_names_them():
-    text = explained("model.overrides.local_attention")
-    assert text.startswith("model.overrides.local_attention = None\n")
-    assert re.search(r"\(also for model.overrides.global_attn_every_n_layers, .*\)$", text)
+    text = explained("model.overrides.global_rope_theta")
+    assert text.endswith("\n    (also for model.overrides.local_rope_theta)")
+
+
+def test_a_key_is_printed_after_the_explanation_of_its_group():
+    assert re.fullmatch(
+        r"model\.overrides\.\*\n    Fields of the model's .*\n\nmodel\.overrides\.hidden_size = None\n    Width of .*",
+        explained("model.overrides.hidden_size"),
+        re.DOTALL,
+    )
 
 
 def test_a_group_has_all_of_its_keys_and_no_name_means_all_keys():

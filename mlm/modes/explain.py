@@ -15,10 +15,10 @@ from mlm.settings import RunSettings
 
 @dataclasses.dataclass(frozen=True)
 class Explanation:
-    """A comment of `configs/default.py` and the keys below it.
+    """A comment of `configs/default.py` and what it explains.
 
     Attributes:
-      keys: full names, such as "optimizer.learning_rate".
+      keys: full names of keys, such as "optimizer.learning_rate", or of one group.
       text: the comment as one paragraph.
     """
 
@@ -29,8 +29,7 @@ class Explanation:
 def read_explanations(source: str) -> list[Explanation]:
     """Returns the comments of a config file's `get_config`, in order.
 
-    A comment explains the keys below it, up to the next comment or empty line. A key without a comment has the comment
-    of its group.
+    A comment explains the group below it, or the keys below it up to the next comment.
     """
     comments = {
         token.start[0]: token.string.lstrip("# ")
@@ -39,25 +38,19 @@ def read_explanations(source: str) -> list[Explanation]:
     }
     function = next(node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef))
     prefixes = {"config": ""}
-    group_texts = {"config": ""}
     found: list[Explanation] = []
-    end, text = 0, ""
     for node in function.body:
         if not (isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Attribute)):
             continue
-        owner, name = node.targets[0].value.id, node.targets[0].attr
-        key = prefixes[owner] + name
-        above = _comment_above(comments, node.lineno)
-        is_next_line = node.lineno == end + 1
-        end = node.end_lineno
-        if len(node.targets) > 1:  # config.data = data = ConfigDict()
-            prefixes[node.targets[1].id], group_texts[node.targets[1].id] = f"{key}.", above
-            text = ""
-        elif above or not is_next_line or not found or not text:
-            text = above or group_texts[owner]
+        assert isinstance(node.targets[0].value, ast.Name)
+        key = prefixes[node.targets[0].value.id] + node.targets[0].attr
+        is_group = len(node.targets) > 1  # config.data = data = ConfigDict()
+        if is_group and isinstance(node.targets[1], ast.Name):
+            prefixes[node.targets[1].id] = f"{key}."
+        if text := _comment_above(comments, node.lineno):
             found.append(Explanation((key,), text))
-        else:
-            found[-1] = Explanation((*found[-1].keys, key), text)
+        elif not is_group:
+            found[-1] = Explanation((*found[-1].keys, key), found[-1].text)
     return found
 
 
@@ -111,17 +104,21 @@ def explain(names: Sequence[str], source: str, *, defaults: Mapping[str, Any], v
             raise UserError(f"{name}: unknown key; did you mean {nearest}?")
     paragraphs = []
     for explanation in read_explanations(source):
-        chosen = [key for key in explanation.keys if not names or any(_is_in(key, name) for name in names)]
-        if not chosen:
+        # A key is shown with the explanation of its group.
+        shown = [key for key in explanation.keys if not names or any(_is_in(key, n) or _is_in(n, key) for n in names)]
+        if not shown:
             continue
         lines = []
-        for key in chosen:
-            if values is None or values[key] == defaults[key]:
+        for key in shown:
+            if key not in defaults:
+                lines.append(f"{key}.*")
+            elif values is None or values[key] == defaults[key]:
                 lines.append(f"{key} = {defaults[key]!r}")
             else:
                 lines.append(f"{key} = {values[key]!r}   (default: {defaults[key]!r})")
-        lines.append(textwrap.indent(textwrap.fill(explanation.text, width=100, break_on_hyphens=False), "    "))
-        if others := [key for key in explanation.keys if key not in chosen]:
+        text = textwrap.fill(explanation.text, width=100, break_on_hyphens=False, break_long_words=False)
+        lines.append(textwrap.indent(text, "    "))
+        if others := [key for key in explanation.keys if key not in shown]:
             lines.append(f"    (also for {', '.join(others)})")
         paragraphs.append("\n".join(lines))
     return "\n\n".join(paragraphs)
