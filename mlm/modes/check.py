@@ -55,7 +55,7 @@ class Findings:
 
 def run(
     settings: RunSettings,
-    workdir: str,
+    workdir_path: str,
     *,
     defaults: Mapping[str, Any],
     topology: str | None,
@@ -66,9 +66,9 @@ def run(
 
     Args:
       settings: those of the run.
-      workdir: its directory, which need not exist.
+      workdir_path: its work directory, which need not exist.
       defaults: the values of `configs/default.py`, by keys with dots.
-      topology: the machine the run is meant for, such as "v3-8"; None for the devices here.
+      topology: the machine that the run is meant for, such as "v3-8"; None for the devices here.
       utilization: the assumed fraction of the devices' peak rate.
       key_changes: how config keys have changed since earlier versions.
 
@@ -77,7 +77,7 @@ def run(
     """
     machine = parse_topology(topology) if topology else None
     problems = check(
-        settings, workdir, defaults=defaults, machine=machine, utilization=utilization, key_changes=key_changes
+        settings, workdir_path, defaults=defaults, machine=machine, utilization=utilization, key_changes=key_changes
     )
     if problems:
         raise UserError("; ".join(["not ready", *problems]))
@@ -86,56 +86,47 @@ def run(
 
 def check(
     settings: RunSettings,
-    workdir: str,
+    workdir_path: str,
     *,
     defaults: Mapping[str, Any],
     machine: Machine | None,
     utilization: float,
     key_changes: KeyChanges | None = None,
 ) -> list[str]:
-    """Prints what the run would be; returns what is wrong with it, a line each.
-
-    Args:
-      config: of the run.
-      workdir: its directory; it need not be there.
-      defaults: key -> value of `configs/default.py`, flat.
-      machine: that the run is meant for; None for the devices here.
-      utilization: the share of the devices' peak rate to count on.
-      key_changes: how config keys have changed since earlier versions; None for no changes.
-    """
+    """Prints the dry run; returns the problems found, one line each. Arguments as in `run`, with a parsed topology."""
     findings = Findings()
     here = machine or Machine("this machine", jax.devices()[0].device_kind, jax.device_count(), 1)
     _heading("Config")
     show_config(settings, defaults)
-    place = None
+    workdir = None
     with findings.collect():
-        place = WorkDir(workdir, key_changes=key_changes)
-        settings = place.resume(settings)
-        place.storage.check_writable()
+        workdir = WorkDir(workdir_path, key_changes=key_changes)
+        settings = workdir.resume(settings)
+        workdir.storage.check_writable()
     with findings.collect():
         build.check_device(settings)
-    if place is None or findings.problems:
+    if workdir is None or findings.problems:
         return findings.problems
-    # Apart from the rest: what the hub says does not depend on it.
+    # By itself, so that other problems do not hide it.
     with findings.collect():
-        build.check_hub(settings, place)
+        build.check_hub(settings, workdir)
     local = settings.replace({"hub.push_to_hub": False})
     with findings.collect():
-        run = build.build(local, place)
+        components = build.build(local, workdir)
         if local.per_device_train_batch_size == 0:
-            local = local.replace({"per_device_train_batch_size": find_batch(local, run, machine)})
+            local = local.replace({"per_device_train_batch_size": find_batch(local, components, machine)})
         _heading("Text")
-        show_documents(run.text)
+        show_documents(components.text)
         with findings.collect():
-            show_sequences(local, run, here)
+            show_sequences(local, components, here)
         _heading("Tokenizer and model")
-        show_tokenizer(run)
+        show_tokenizer(components)
         _heading("The run")
-        show_size(local, run, place, here, findings, utilization=utilization)
+        show_size(local, components, workdir, here, findings, utilization=utilization)
         if has_english_sentences(settings, defaults):
             print("note          report.sentences are the English defaults; give sentences in your text's language")
         if machine is not None and settings.per_device_train_batch_size > 0:
-            show_compiled(local, run, machine, findings)
+            show_compiled(local, components, machine, findings)
     return findings.problems
 
 
@@ -167,48 +158,49 @@ def show_documents(text: text_lib.Text, *, count: int = 3) -> None:
             print(f"\ndocument {number} of {source.name}\n  {_shortened(document)}")
 
 
-def show_sequences(settings: RunSettings, run: build.Components, machine: Machine) -> None:
+def show_sequences(settings: RunSettings, components: build.Components, machine: Machine) -> None:
     """Prints two sequences of the first batch of the first host, and one of them masked.
 
     Raises:
       UserError: there is not enough text for a batch.
     """
     tokens_BxL = next(
-        run.text.batches(
+        components.text.batches(
             process_index=0,
             process_count=machine.hosts,
             batch_rows=_sequences_per_device(settings) * machine.devices // machine.hosts,
         )
     )
-    decode = functools.partial(run.tokenizer.hf.decode, clean_up_tokenization_spaces=False)
+    decode = functools.partial(components.tokenizer.hf.decode, clean_up_tokenization_spaces=False)
     for number, tokens_L in enumerate(tokens_BxL[:2]):
         print(f"\nrow {number} of step 1 (data.packing={settings.data.packing!r})\n  {_shortened(decode(tokens_L))}")
     key = jax.random.fold_in(steps.random_key(settings.seed, steps.TRAIN_MASKS), 0)
     rows_B = np.arange(1, dtype=np.int32)
-    masked = jax.jit(functools.partial(mask_tokens, spec=run.step_config.masking))(
+    masked = jax.jit(functools.partial(mask_tokens, spec=components.step_config.masking))(
         tokens_BxL[:1], rows_B=rows_B, key=key
     )
     masked = jax.device_get(masked)
     print(f"\nrow 0 after masking; [input=label], {masked.label_weights_BxK.sum():.0f} masked")
-    print(f"  {_shortened(decode_masked(run.tokenizer, masked, 0), limit=2 * _MAX_CHARACTERS)}")
+    print(f"  {_shortened(decode_masked(components.tokenizer, masked, 0), limit=2 * _MAX_CHARACTERS)}")
 
 
-def show_tokenizer(run: build.Components) -> None:
+def show_tokenizer(components: build.Components) -> None:
     """Prints the ids, special tokens and lengths of tokenizer and model; `build.build` has checked that they match."""
-    tokenizer, encoder = run.tokenizer, run.encoder
+    tokenizer, encoder = components.tokenizer, components.encoder
     print(f"tokenizer {tokenizer.name} (backend {tokenizer.backend}), model {encoder.model_type}")
     unused = encoder.vocab_size - tokenizer.num_ids
     print(f"  ids         tokenizer {tokenizer.num_ids:,}, model {encoder.vocab_size:,} ({unused:,} unused)")
     roles = ("bos", tokenizer.bos_id), ("eos", tokenizer.eos_id), ("pad", tokenizer.pad_id), ("mask", tokenizer.mask_id)
     named = ", ".join(f"{role} {tokenizer.hf.convert_ids_to_tokens(id)} {id}" for role, id in roles)
     print(f"  special     {named}")
-    print(f"  length      sequences {run.text.eval_rows_RxL.shape[1]} tokens, model at most {encoder.max_seq_length}")
+    length = components.text.eval_rows_RxL.shape[1]
+    print(f"  length      sequences {length} tokens, model at most {encoder.max_seq_length}")
 
 
 def show_size(
     settings: RunSettings,
-    run: build.Components,
-    place: WorkDir,
+    components: build.Components,
+    workdir: WorkDir,
     machine: Machine,
     findings: Findings,
     *,
@@ -218,7 +210,9 @@ def show_size(
     length = settings.data.max_seq_length
     sequences = _sequences_per_device(settings) * machine.devices
     tokens = settings.num_train_steps * sequences * length
-    state = jax.eval_shape(lambda: steps.init_state(run.step_config, steps.init_params(run.step_config, length=length)))
+    state = jax.eval_shape(
+        lambda: steps.init_state(components.step_config, steps.init_params(components.step_config, length=length))
+    )
     parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state.params))
     state_bytes = _bytes(state)
 
@@ -227,13 +221,15 @@ def show_size(
         f"step          {sequences:,} sequences of {length} tokens: {settings.per_device_train_batch_size} per device "
         f"x {settings.gradient_accumulation_steps} microbatches x {machine.devices} devices"
     )
-    for source in run.text.sources:
+    for source in components.text.sources:
         print(f"shards        {_describe_shards(source.train, machine.hosts)}")
     print(f"parameters    {parameters:,}")
     print(f"tokens        {tokens:,} in {settings.num_train_steps:,} steps")
-    total = sum(source.weight for source in run.text.sources)
-    for source in run.text.sources:
-        epoch, is_bound = tokens_of_epoch(source.train, run.tokenizer, seconds=_SAMPLE_SECONDS / len(run.text.sources))
+    total = sum(source.weight for source in components.text.sources)
+    for source in components.text.sources:
+        epoch, is_bound = tokens_of_epoch(
+            source.train, components.tokenizer, seconds=_SAMPLE_SECONDS / len(components.text.sources)
+        )
         epochs = tokens * source.weight / total / epoch
         about = "at most" if is_bound else "about"
         print(
@@ -242,8 +238,8 @@ def show_size(
         if epochs > _MANY_EPOCHS and not is_bound:
             print(f"note          more than {_MANY_EPOCHS} epochs give little gain: lower num_train_steps, or add text")
     _show_memory(state_bytes + _bytes(state.params), machine, findings)
-    _show_disk(settings, place, state_bytes, _bytes(state.params), findings)
-    _show_time(settings, run, tokens, machine, utilization)
+    _show_disk(settings, workdir, state_bytes, _bytes(state.params), findings)
+    _show_time(settings, components, tokens, machine, utilization)
 
 
 def _show_memory(needed: int, machine: Machine, findings: Findings) -> None:
@@ -262,27 +258,31 @@ def _show_memory(needed: int, machine: Machine, findings: Findings) -> None:
         )
 
 
-def _show_disk(settings: RunSettings, place: WorkDir, state_bytes: int, model_bytes: int, findings: Findings) -> None:
+def _show_disk(settings: RunSettings, workdir: WorkDir, state_bytes: int, model_bytes: int, findings: Findings) -> None:
     every = settings.checkpoint.keep_every_steps
     # One more checkpoint while the oldest is not yet removed, and the model twice while it is replaced.
     kept = settings.checkpoint.keep_checkpoints + 1 + (settings.num_train_steps // every if every else 0)
     needed = kept * state_bytes + 2 * model_bytes
-    free = place.storage.free_bytes()
+    free = workdir.storage.free_bytes()
     print(
         f"disk          {_gigabytes(needed)} for {kept} checkpoints of {_gigabytes(state_bytes)} and the model"
         + ("" if free is None else f"; {_gigabytes(free)} are free")
     )
     if free is not None and needed > free:
         findings.problems.append(
-            f"--workdir={place.display_path}: has {_gigabytes(free)} free and needs {_gigabytes(needed)}; choose "
+            f"--workdir={workdir.display_path}: has {_gigabytes(free)} free and needs {_gigabytes(needed)}; choose "
             "another, or lower checkpoint.keep_checkpoints"
         )
 
 
-def _show_time(settings: RunSettings, run: build.Components, tokens: int, machine: Machine, utilization: float) -> None:
+def _show_time(
+    settings: RunSettings, components: build.Components, tokens: int, machine: Machine, utilization: float
+) -> None:
     length = settings.data.max_seq_length
     flops = flops_per_token(
-        run.encoder, length=length, max_predictions_per_seq=run.step_config.masking.max_predictions_per_seq(length)
+        components.encoder,
+        length=length,
+        max_predictions_per_seq=components.step_config.masking.max_predictions_per_seq(length),
     )
     device = find_device(machine.kind)
     if device is None:
@@ -293,7 +293,7 @@ def _show_time(settings: RunSettings, run: build.Components, tokens: int, machin
     rate = device.peak_flops * machine.devices * utilization / flops
     print(
         f"time          {duration(tokens / rate)} at {utilization:.0%} of the peak rate, {rate:,.0f} tokens/s "
-        f"({flops / 1e6:,.0f} MFLOP a token), without evaluations"
+        f"({flops / 1e6:,.0f} MFLOP per token), without evaluations"
     )
 
 
@@ -304,7 +304,7 @@ def has_english_sentences(settings: RunSettings, defaults: Mapping[str, Any]) ->
     return bool(is_own) and tuple(settings.report.sentences) == tuple(defaults["report.sentences"])
 
 
-def find_batch(settings: RunSettings, run: build.Components, machine: Machine | None) -> int:
+def find_batch(settings: RunSettings, components: build.Components, machine: Machine | None) -> int:
     """Returns what per_device_train_batch_size=0 will be on a machine, or a small batch if that is not known here.
 
     Raises:
@@ -315,7 +315,7 @@ def find_batch(settings: RunSettings, run: build.Components, machine: Machine | 
         return memory.FIRST_BATCH
     print(f"\nper_device_train_batch_size=0: compiling the step for {machine.kind}, minutes at real size", flush=True)
     found = memory.find_batch_size(
-        _for_tpu(settings, run),
+        _for_tpu(settings, components),
         length=settings.data.max_seq_length,
         microbatches=settings.gradient_accumulation_steps,
         machine=machine,
@@ -324,12 +324,12 @@ def find_batch(settings: RunSettings, run: build.Components, machine: Machine | 
     return found
 
 
-def _for_tpu(settings: RunSettings, run: build.Components) -> steps.StepConfig:
+def _for_tpu(settings: RunSettings, components: build.Components) -> steps.StepConfig:
     execution = build.open_execution(settings, backend="tpu")
-    return dataclasses.replace(run.step_config, model=run.step_config.model.clone(execution=execution))
+    return dataclasses.replace(components.step_config, model=components.step_config.model.clone(execution=execution))
 
 
-def show_compiled(settings: RunSettings, run: build.Components, machine: Machine, findings: Findings) -> None:
+def show_compiled(settings: RunSettings, components: build.Components, machine: Machine, findings: Findings) -> None:
     """Prints the memory of the compiled step on a TPU device, and the largest batch that fits."""
     if not memory.can_compile_for(machine):
         reason = "install libtpu: pip install libtpu" if machine.kind.startswith("TPU") else "possible for TPUs only"
@@ -339,7 +339,7 @@ def show_compiled(settings: RunSettings, run: build.Components, machine: Machine
     print(f"compiling     the step for {machine.kind}, minutes at real size", flush=True)
     batch, microbatches = settings.per_device_train_batch_size, settings.gradient_accumulation_steps
     estimate = memory.estimate_memory(
-        _for_tpu(settings, run),
+        _for_tpu(settings, components),
         machine,
         length=settings.data.max_seq_length,
         microbatches=microbatches,
