@@ -153,6 +153,20 @@ def test_every_row_of_the_tables_is_used():
     assert {*TESTED, *RUN, *NEEDS} - used == set()
 
 
+def anchors(page: Path) -> set[str]:
+    """Returns GitHub's anchors of a page's headings."""
+    titles = re.findall(r"^#+ (.+)$", page.read_text(), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def test_every_link_between_pages_leads_to_a_file_and_a_heading():
+    for page in [*PAGES, REPO / "CONTRIBUTING.md"]:
+        for path, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", page.read_text()):
+            target = page.parent / path if path else page
+            assert target.exists(), f"{page.name}: {path}"
+            assert not anchor or anchor in anchors(target), f"{page.name}: {path}#{anchor}"
+
+
 def test_the_page_on_resuming_lists_the_keys_that_may_change():
     (table,) = re.findall(r"## Which keys may change\n(.*?)\n## ", (REPO / "docs/resume.md").read_text(), re.DOTALL)
     assert [key for key in re.findall(r"`([\w.]+)`", table) if key in KEYS] == list(MUTABLE_KEYS)
