@@ -1,5 +1,5 @@
-"""A stand-in for Google Cloud Storage on this machine: gcp-storage-emulator, which keeps buckets in memory and speaks
-the JSON API, with what it lacks (conditions on uploads) and refusals that tests ask for."""
+"""An emulated Google Cloud Storage: gcp-storage-emulator, which keeps buckets in memory and implements the JSON API,
+plus conditional uploads, which it lacks, and refusals that tests ask for."""
 
 import contextlib
 import http.server
@@ -22,12 +22,11 @@ BUCKET = "bucket"
 
 
 class GcsServer:
-    """One bucket, at `url`; programs with `environment` take it for Google's.
+    """A server at `url` with one bucket, which programs use that have `environment`.
 
     Attributes:
-      refuse: (method, object's name, empty where none is named) -> the status to answer with, or None for what comes
-        by itself.
-      asked: all (method, name) so far.
+      refuse: (HTTP method, object name or "") -> the status code to answer with, or None to serve the request.
+      asked: (method, name) of every request so far.
     """
 
     def __init__(self):
@@ -43,7 +42,7 @@ class GcsServer:
 
     @property
     def environment(self) -> dict[str, str]:
-        """Where google-cloud-storage and gcsfs, and TensorStore, look for it."""
+        """Environment variables by which google-cloud-storage, gcsfs and TensorStore find the server."""
         return {
             "STORAGE_EMULATOR_HOST": self.url,
             "TENSORSTORE_GCS_HTTP_URL": self.url,
@@ -52,36 +51,36 @@ class GcsServer:
         }
 
     def names(self, prefix: str = "") -> list[str]:
-        """Of the objects, sorted."""
+        """Returns the names of the objects, sorted."""
         with self.lock:
             return sorted(name for name in self.storage.objects.get(BUCKET, {}) if name.startswith(prefix))
 
     def read(self, name: str) -> bytes:
-        """An object's content."""
+        """Returns the content of an object."""
         with self.lock:
             return self.storage.get_file(BUCKET, name)
 
     def write(self, name: str, content: bytes) -> None:
-        """Makes an object, as another machine does."""
+        """Writes an object, as another machine would."""
         query = urllib.parse.urlencode({"uploadType": "media", "name": name})
         address = f"{self.url}/upload/storage/v1/b/{BUCKET}/o?{query}"
         urllib.request.urlopen(urllib.request.Request(address, data=content, method="POST")).close()
 
     def download(self, prefix: str, directory: Path) -> None:
-        """Writes all objects below `prefix` as files."""
+        """Writes all objects below `prefix` to files."""
         for name in self.names(prefix + "/"):
             path = directory / name.removeprefix(prefix + "/")
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(self.read(name))
 
     def generation(self, name: str) -> int:
-        """Of an object, 0 where there is none; for one who holds the lock."""
+        """Returns the generation of an object, 0 if it does not exist. The caller must hold the lock."""
         with contextlib.suppress(NotFound):
             return int(self.storage.get_file_obj(BUCKET, name).get("generation", 0))
         return 0
 
     def close(self) -> None:
-        """Ends it."""
+        """Stops the server."""
         self._server.shutdown()
         self._server.server_close()
 
@@ -99,7 +98,7 @@ class _Handler(RequestHandler):
         match = re.match(r"/(?:download/)?storage/v1/b/[^/]+/o/([^/?]+)", self.path)
         name = urllib.parse.unquote(match[1]) if match else query.get("name", "")
         if method == "POST" and not name and (match := re.search(rb'"name": ?"([^"]+)"', body[:2000])):
-            name = match[1].decode()  # Of one upload in two parts.
+            name = match[1].decode()  # A multipart upload.
         with outer.lock:
             outer.asked.append((method, name))
             status = outer.refuse(method, name) or self._condition(method, name, query)
@@ -115,7 +114,7 @@ class _Handler(RequestHandler):
         self.wfile.write(answer)
 
     def _condition(self, method: str, name: str, query: dict[str, str]) -> int | None:
-        """The status where a condition on the object's generation does not hold; TensorStore needs them."""
+        """Returns a status code if a condition on the object's generation fails; TensorStore relies on these."""
         generation = str(self._outer.generation(name))
         if method == "GET" and generation != "0":
             self._generation = generation

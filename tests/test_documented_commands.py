@@ -33,10 +33,10 @@ TESTED = {
     "launch/tpu_vm.sh delete": "tests/test_tpu_vm.py::test_status_logs_and_delete",
     "launch/slurm.sh": "tests/test_slurm.py::test_a_job_is_submitted",
     "python main.py --config=... --workdir=/shared/run --multihost": (
-        "tests/test_multihost.py::test_two_processes_make_the_updates_of_one_and_save_together_or_not_at_all"
+        "tests/test_multihost.py::test_two_processes_make_the_steps_of_one_and_save_together_or_not_at_all"
     ),
     "python main.py --config=configs/roberta_base.py --workdir=gs://": (
-        "tests/test_gcs_runs.py::test_a_run_in_a_bucket_killed_anywhere_is_the_local_run_that_would_have_been"
+        "tests/test_gcs_runs.py::test_a_run_in_a_bucket_that_is_killed_and_resumed_equals_an_uninterrupted_local_run"
     ),
 }
 # Start of a command -> what it needs that tests do not have; its section must contain this word.

@@ -1,4 +1,4 @@
-"""Whole runs whose work directory is in a bucket, killed and gone on with on machines that have nothing of them."""
+"""Runs with a work directory in a bucket, killed and resumed on machines that have no files of them."""
 
 import json
 import re
@@ -34,13 +34,13 @@ def server(monkeypatch):
     server.close()
 
 
-def forget(directory: Path) -> None:
-    """Makes it a machine that has nothing of the run but compiled programs."""
+def delete_mirrors(directory: Path) -> None:
+    """Makes this another machine: nothing of the run stays but compiled programs."""
     shutil.rmtree(directory / "cache" / "mlm" / "workdirs")
 
 
 def run(trainer: Trainer, *flags: str, code: int = 0) -> str:
-    """main.py with other flags; returns what it wrote."""
+    """Runs main.py with other flags; returns stdout and stderr."""
     done = subprocess.run(
         [sys.executable, "main.py", *flags], cwd=REPO, env=trainer.env, capture_output=True, text=True, check=False
     )
@@ -60,7 +60,7 @@ def await_kill(process: subprocess.Popen, log: Path, reached) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_in_a_bucket_killed_anywhere_is_the_local_run_that_would_have_been(server, tmp_path):
+def test_a_run_in_a_bucket_that_is_killed_and_resumed_equals_an_uninterrupted_local_run(server, tmp_path):
     trainer = trainer_of(tmp_path, write_corpus(tmp_path, documents=3000))
     straight, log = tmp_path / "straight" / "run", tmp_path / "log"
     straight.parent.mkdir()
@@ -69,28 +69,28 @@ def test_a_run_in_a_bucket_killed_anywhere_is_the_local_run_that_would_have_been
     def uploads(name):
         return [other for method, other in server.asked if method == "POST" and other.startswith(name)]
 
-    def third_save_is_under_way():
-        # Its arrays are being written, and nothing says yet that it is whole.
+    def third_save_is_in_progress():
+        # Its arrays are being written, and it is not marked as complete yet.
         return len({name.split("/")[3] for name in uploads(CHECKPOINTS)}) == 3
 
     for reached in (
         lambda: uploads("runs/run/config.json"),
-        third_save_is_under_way,
-        third_save_is_under_way,
+        third_save_is_in_progress,
+        third_save_is_in_progress,
         lambda: uploads("runs/run/model/model.safetensors"),
     ):
         server.asked.clear()
         await_kill(trainer.start(URL, str(log)), log, reached)
-        forget(tmp_path)
+        delete_mirrors(tmp_path)
     process = trainer.start(URL, str(log))
     while "of 48   loss" not in log.read_text():
         assert process.poll() is None, log.read_text()[-3000:]
         time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)  # As a machine that is taken away hears it.
+    process.send_signal(signal.SIGTERM)  # As before a preemption.
     assert process.wait(60) == EXIT_INTERRUPTED
-    saved = int(re.search(r"after update (\d+), which is saved", log.read_text())[1])
+    saved = int(re.search(r"after step (\d+), which is saved", log.read_text())[1])
     assert f"{CHECKPOINTS}{saved}/commit_success.txt" in server.names(CHECKPOINTS)
-    forget(tmp_path)
+    delete_mirrors(tmp_path)
     assert trainer.start(URL, str(log)).wait(300) == 0, log.read_text()[-3000:]
     found = tmp_path / "found" / "run"
     server.download("runs/run", found)
@@ -98,12 +98,12 @@ def test_a_run_in_a_bucket_killed_anywhere_is_the_local_run_that_would_have_been
     starts = [start["step"] for start in json.loads((found / "config.json").read_text())["history"]]
     assert starts[:2] == [0, 0]
     assert starts[2] < starts[3] < starts[4] < starts[5] == saved
-    # Nothing is left on the machine.
+    # No mirror is left.
     assert [path.name for path in (tmp_path / "cache" / "mlm" / "workdirs").iterdir()] == [".lock"]
 
 
 @pytest.mark.slow
-def test_what_else_can_be_done_with_a_run_in_a_bucket(server, tmp_path):
+def test_every_mode_accepts_a_run_in_a_bucket(server, tmp_path):
     trainer = trainer_of(tmp_path, write_corpus(tmp_path, documents=600))
     short = ("--config.num_train_steps=8", "--config.eval_steps=4")
     assert "there is no run" in run(trainer, "--mode=report", f"--workdir={URL}", code=2)
@@ -113,7 +113,7 @@ def test_what_else_can_be_done_with_a_run_in_a_bucket(server, tmp_path):
     written = run(trainer, *trainer.flags, *short, f"--workdir={URL}")
     assert f"Model      {URL}/model\n" in written
     assert f"gcloud storage cp --recursive {URL}/model ." in written
-    assert f"all 8 updates are made; the model is in {URL}/model" in run(
+    assert f"all 8 steps are done; the model is in {URL}/model" in run(
         trainer, *trainer.flags, *short, f"--workdir={URL}"
     )
 
@@ -135,7 +135,7 @@ def test_what_else_can_be_done_with_a_run_in_a_bucket(server, tmp_path):
     )
 
     other = run(trainer, *trainer.flags, *short, "--config.seed=7", f"--workdir={URL}", code=2)
-    assert f"{URL} holds a run with another config: seed (there 42, here 7)" in other
+    assert f"--workdir={URL}: holds a run with another config: seed (there 42, here 7)" in other
     run(trainer, *trainer.flags, *short, "--config.seed=7", f"--workdir={URL}", "--overwrite")
     assert json.loads(server.read("runs/run.old-1/config.json"))["config"]["seed"] == 42
     assert "runs/run.old-1/checkpoints/8/commit_success.txt" in server.names()
@@ -143,14 +143,14 @@ def test_what_else_can_be_done_with_a_run_in_a_bucket(server, tmp_path):
 
 
 @pytest.mark.slow
-def test_what_a_bucket_does_not_take_for_a_while_it_gets_later(server, tmp_path):
+def test_refused_uploads_are_repeated_later(server, tmp_path):
     trainer = trainer_of(tmp_path, write_corpus(tmp_path, documents=3000))
     log = tmp_path / "log"
     process = trainer.start(URL, str(log))
     refused = []
 
     def refuse(method, name):
-        # From the first save on, ten uploads of whatever it is.
+        # The first ten uploads after the first save began.
         if method == "POST" and len(refused) < 10 and any(CHECKPOINTS in name for _, name in server.asked):
             refused.append(name)
             return 403
@@ -159,7 +159,7 @@ def test_what_a_bucket_does_not_take_for_a_while_it_gets_later(server, tmp_path)
     server.refuse = refuse
     assert process.wait(300) == 0, log.read_text()[-3000:]
     assert len(refused) == 10
-    assert "training goes on, and it is tried again at the next time" in log.read_text()
+    assert "training continues, and the next save is the retry" in log.read_text()
     server.download("runs/run", tmp_path / "run")
     logged = [line["step"] for line in read_metrics(str(tmp_path / "run" / "metrics.jsonl"))]
     assert logged == sorted({*range(3, 49, 3), *range(12, 49, 12)})
@@ -167,7 +167,7 @@ def test_what_a_bucket_does_not_take_for_a_while_it_gets_later(server, tmp_path)
 
 
 @pytest.mark.slow
-def test_two_processes_share_a_bucket(server, tmp_path):
+def test_two_processes_use_one_bucket(server, tmp_path):
     write_config(tmp_path, write_corpus(tmp_path, documents=2000), last=30)
     straight = tmp_path / "straight" / "run"
     with pair(tmp_path, workdir=str(straight)) as both:
@@ -175,10 +175,10 @@ def test_two_processes_share_a_bucket(server, tmp_path):
     with pair(tmp_path, workdir=URL) as both:
         both.await_line(0, "step 12 of 30")
         both.kill()
-    forget(tmp_path)
+    delete_mirrors(tmp_path)
     with pair(tmp_path, workdir=URL) as both:
         assert both.wait() == [0, 0], both.log(0) + both.log(1)
-        assert "going on after update" in both.log(0)
+        assert "resuming after step" in both.log(0)
     found = tmp_path / "found" / "run"
     server.download("runs/run", found)
     assert differences(str(straight), str(found)) == []
@@ -186,7 +186,7 @@ def test_two_processes_share_a_bucket(server, tmp_path):
 
 
 @pytest.mark.slow
-def test_of_two_runs_in_one_place_the_older_one_ends(server, tmp_path):
+def test_of_two_runs_in_one_work_directory_the_older_one_ends(server, tmp_path):
     trainer = trainer_of(tmp_path, write_corpus(tmp_path, documents=3000))
     logs = [tmp_path / "log-0", tmp_path / "log-1"]
     older = trainer.start(URL, str(logs[0]))
@@ -194,7 +194,7 @@ def test_of_two_runs_in_one_place_the_older_one_ends(server, tmp_path):
         while CHECKPOINTS + "4/commit_success.txt" not in server.names(CHECKPOINTS):
             assert older.poll() is None, logs[0].read_text()[-3000:]
             time.sleep(0.05)
-        older.send_signal(signal.SIGSTOP)  # A machine that everybody takes for gone.
+        older.send_signal(signal.SIGSTOP)  # A machine that seems to be gone.
         newer = trainer.start(URL, str(logs[1]))
         while len(json.loads(server.read("runs/run/config.json"))["history"]) == 1:
             assert newer.poll() is None, logs[1].read_text()[-3000:]
@@ -204,7 +204,8 @@ def test_of_two_runs_in_one_place_the_older_one_ends(server, tmp_path):
         assert newer.wait(300) == 0, logs[1].read_text()[-3000:]
     finally:
         older.kill()
-    assert logs[0].read_text().splitlines()[-1].startswith(f"error: {URL} is another run's by now")
+    last_line = logs[0].read_text().splitlines()[-1]
+    assert last_line.startswith(f"error: --workdir={URL}: the run was restarted or removed elsewhere")
     server.download("runs/run", tmp_path / "run")
     lines = read_metrics(str(tmp_path / "run" / "metrics.jsonl"))
     assert [line["step"] for line in lines] == sorted({*range(3, 49, 3), *range(12, 49, 12)})

@@ -272,18 +272,18 @@ def test_two_processes_killed_stopped_and_resumed_end_as_an_uninterrupted_run(tm
             last = "\n".join(both.log(1 - killed).splitlines()[-30:])
             assert re.search("heartbeat|unhealthy|JAX distributed service|failed first|Gloo", last), last
     with pair(tmp_path, workdir=broken) as both:
-        both.await_line(0, "going on after update ")
+        both.await_line(0, "resuming after step ")
         both.await_line(0, "step 17 of 30")
         both.processes[1].send_signal(signal.SIGTERM)
         assert both.wait(60.0) == [EXIT_INTERRUPTED] * 2, both.log(0) + both.log(1)
         lines = [both.log(i).splitlines()[-1] for i in range(2)]
         assert lines[0] == lines[1]
         assert lines[0].endswith("which is saved; rerun the same command to resume")
-        step = int(lines[0].split("after update ")[1].split(",")[0])
+        step = int(lines[0].split("after step ")[1].split(",")[0])
         assert os.path.isdir(f"{broken}/checkpoints/{step}")
     with pair(tmp_path, workdir=broken) as both:
         assert both.wait() == [0, 0], both.log(0) + both.log(1)
-        assert f"going on after update {step}" in both.log(0)
+        assert f"resuming after step {step}" in both.log(0)
     assert differences(straight, broken) == []
     assert [line["step"] for line in read_metrics(f"{broken}/metrics.jsonl")] == list(range(1, 31))
 

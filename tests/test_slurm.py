@@ -203,6 +203,6 @@ def get_config():
     job = cluster.start(*arguments, f"--config.num_train_steps={saved[0] + 5}", tasks=2)
     output = "".join(job.communicate(timeout=180))
     assert job.returncode == 0, output
-    assert re.search(rf"going on after update {saved[0]}\b", output)
+    assert re.search(rf"resuming after step {saved[0]}\b", output)
     assert "process 1 of 2 reads" in output
     assert not any("requeue" in call for call in cluster.calls[2:])

@@ -26,7 +26,7 @@ from mlm.models.config import EncoderConfig
 from mlm.models.encoder import MaskedLM
 from mlm.models.hf import pretrained
 from mlm.modes import check, export, fill_mask, show_data
-from mlm.run import checkpoint, gcs, multihost, workdir
+from mlm.run import checkpoint, gcs, multihost, storage
 from mlm.run.workdir import WorkDir
 from mlm.train import train_and_evaluate
 from tests.tiny import settings_of
@@ -131,7 +131,7 @@ COMMAND_LINE = [
     ),
     (
         ("--mode=export", "--workdir={world}/not_a_run"),
-        "{world}/not_a_run/config.json is damaged or not a run's config; mend it, or choose another --workdir",
+        "{world}/not_a_run/config.json: is damaged, or not the config of a run; restore it, or choose another --workdir",
     ),
 ]
 
@@ -561,7 +561,7 @@ def a_model_that_is_damaged(config: ConfigDict, world: Path) -> None:
 
 
 def a_work_directory_that_cannot_be_moved(config: ConfigDict, world: Path) -> None:
-    with mock.patch.object(workdir.os, "rename", side_effect=OSError(30, "Read-only file system")):
+    with mock.patch.object(storage.os, "rename", side_effect=OSError(30, "Read-only file system")):
         WorkDir(str(world / "started")).move_aside()
 
 
@@ -621,35 +621,33 @@ def a_damaged_tokenizer_beside_weights(config: ConfigDict, world: Path) -> None:
 
 
 def a_bucket_that_fails(config: ConfigDict, world: Path) -> None:
-    with workdir._reading("gs://bucket/run"):
+    storage = types.SimpleNamespace(display_path="gs://bucket/run")
+    with gcs.GcsStorage._as_user_error(storage):
         raise OSError("gs://bucket/run could not be read (503 Service Unavailable)")
 
 
 def a_bucket_that_does_not_take_the_start_of_a_run(config: ConfigDict, world: Path) -> None:
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
-        place = WorkDir(folder)
-        stack.enter_context(
-            mock.patch.object(place, "push", side_effect=OSError("gs://bucket/run could not be written"))
-        )
-        place.create({}, save_tokenizer=lambda path: Path(path).mkdir(), processes=1, rows_per_process=1, step=0)
+        run = WorkDir(folder)
+        run.display_path = "gs://bucket/run"
+        stack.enter_context(mock.patch.object(run, "push", side_effect=OSError("config.json could not be written")))
+        settings = settings_of(config)
+        run.create(settings, save_tokenizer=lambda path: Path(path).mkdir(), processes=1, rows_per_process=1, step=0)
 
 
-def a_disk_without_room_for_a_double(config: ConfigDict, world: Path) -> None:
-    folder = types.SimpleNamespace(url="gs://bucket/run")
+def a_disk_without_room_for_a_mirror(config: ConfigDict, world: Path) -> None:
+    prefix = types.SimpleNamespace(url="gs://bucket/run")
     with (
-        mock.patch.object(gcs, "Folder", return_value=folder),
-        mock.patch.object(gcs, "_make_home", side_effect=OSError("no space left on device")),
+        mock.patch.object(gcs, "GcsPrefix", return_value=prefix),
+        mock.patch.object(gcs, "_make_mirror_home", side_effect=OSError("no space left on device")),
     ):
-        gcs.LocalMirror("gs://bucket/run")
+        gcs.GcsStorage("gs://bucket/run")
 
 
 def checkpoints_that_are_out_of_reach(config: ConfigDict, world: Path) -> None:
-    with (
-        mock.patch.object(checkpoint.Checkpointer, "_open", side_effect=ConnectionError("reset by peer")),
-        mock.patch.object(checkpoint.bucket, "failures", return_value=(OSError,)),
-        mock.patch.object(checkpoint.bucket, "Folder"),
-    ):
-        checkpoint.Checkpointer("gs://bucket/run/checkpoints", keep_checkpoints=2)
+    storage = types.SimpleNamespace(checkpoints="gs://bucket/run/checkpoints", exceptions=(OSError,))
+    with mock.patch.object(checkpoint.Checkpointer, "_open", side_effect=ConnectionError("reset by peer")):
+        checkpoint.Checkpointer(storage, keep_checkpoints=2)
 
 
 CALLS = [
@@ -684,42 +682,42 @@ CALLS = [
     (a_machine_of_parts_of_hosts, "--topology=v5e-14: 14 devices do not fill hosts of 4; set a multiple of 4 devices"),
     (
         a_work_directory_that_is_a_file,
-        "--workdir={world}/file: {world}/file is a file; name a directory, or one that can be made",
+        "--workdir={world}/file: {world}/file is a file; name a directory, which may be new",
     ),
     (
         a_work_directory_below_a_file,
-        "--workdir={world}/file/run: {world}/file is a file; name a directory, or one that can be made",
+        "--workdir={world}/file/run: {world}/file is a file; name a directory, which may be new",
     ),
     (
         a_work_directory_with_a_glob_in_its_name,
-        "--workdir={world}/a[1]: a path with *, ? or [ cannot hold checkpoints; choose another",
+        "--workdir={world}/a[1]: *, ? and [ are not supported in checkpoint paths; choose another path",
     ),
     (a_work_directory_that_cannot_be_written, "--workdir=/proc/run: /proc is not writable (...); choose another"),
     (
         a_work_directory_at_another_kind_of_url,
-        "--workdir=s3://bucket/run: of URLs only gs://BUCKET/PATH can be a work directory; mount others",
+        "--workdir=s3://bucket/run: is no supported URL; use gs://BUCKET/PATH, or mount the storage",
     ),
     (
         a_work_directory_that_is_a_whole_bucket,
-        "--workdir=gs://bucket names no path in a bucket; it must be gs://BUCKET/PATH",
+        "--workdir=gs://bucket: names no path in a bucket; use gs://BUCKET/PATH",
     ),
     (
         a_work_directory_with_a_glob_in_its_url,
-        "--workdir=gs://bucket/run*: a path with *, ?, [, #, // or .. cannot hold checkpoints; choose another",
+        "--workdir=gs://bucket/run*: *, ?, [, #, // and .. are not supported in checkpoint paths; choose another path",
     ),
     (
         a_work_directory_of_something_else,
-        "{world}/not_a_run/config.json is damaged or not a run's config; mend it, or choose another --workdir",
+        "{world}/not_a_run/config.json: is damaged, or not the config of a run; restore it, or choose another --workdir",
     ),
     (
         a_work_directory_that_has_lost_its_config,
-        "{world}/no_config has checkpoints but no config.json; put it back, or choose another --workdir",
+        "--workdir={world}/no_config: has checkpoints but no config.json; restore it, or choose another",
     ),
     (
         another_config,
-        "{world}/started holds a run with another config: data.max_seq_length (there 16, here 12); model.overrides.hidden_size (there 16, here 32). Use the same values to go on with it, another --workdir, or --overwrite to start anew here",
+        "--workdir={world}/started: holds a run with another config: data.max_seq_length (there 16, here 12); model.overrides.hidden_size (there 16, here 32); use the same values to resume it, choose another --workdir, or start a new run with --overwrite",
     ),
-    (a_run_beside_another, "{world}/started is in use by another run; wait for it, or choose another --workdir"),
+    (a_run_beside_another, "--workdir={world}/started: is in use by another run; wait for it, or choose another"),
     (
         a_disk_without_room_at_the_last_save,
         "checkpoint 8 could not be written: no space left on device; make room, or mount it again: the same command goes on",
@@ -728,11 +726,11 @@ CALLS = [
     (a_model_that_is_damaged, "{world}/models/damaged/config.json is not JSON; --mode=export writes it anew"),
     (
         a_work_directory_that_cannot_be_moved,
-        "--overwrite: {world}/started cannot be moved to {world}/started.old-1 (Read-only file system); choose another --workdir",
+        "--overwrite: {world}/started cannot be renamed to {world}/started.old-1 (Read-only file system); choose another --workdir",
     ),
     (
         processes_that_do_not_meet,
-        "--multihost: the processes do not find each other (coordinator_address is None); give each --coordinator_address=HOST:PORT --num_processes=N --process_id=I, or leave --multihost out",
+        "--multihost: the processes cannot find each other (coordinator_address is None); give each --coordinator_address=HOST:PORT --num_processes=N --process_id=I, or omit --multihost",
     ),
     (
         a_batch_that_never_fits,
@@ -761,19 +759,19 @@ CALLS = [
     ),
     (
         a_bucket_that_fails,
-        "--workdir=gs://bucket/run: gs://bucket/run could not be read (503 Service Unavailable); mend that: the same command goes on",
+        "--workdir=gs://bucket/run: gs://bucket/run could not be read (503 Service Unavailable); fix that, then rerun the same command",
     ),
     (
         a_bucket_that_does_not_take_the_start_of_a_run,
-        "gs://bucket/run could not be written; mend that: the same command goes on",
+        "--workdir=gs://bucket/run: config.json could not be written; fix that, then rerun the same command",
     ),
     (
-        a_disk_without_room_for_a_double,
-        "--workdir=gs://bucket/run: no space left on device; mend that, or choose another",
+        a_disk_without_room_for_a_mirror,
+        "--workdir=gs://bucket/run: no space left on device; fix that, then rerun the same command",
     ),
     (
         checkpoints_that_are_out_of_reach,
-        "the checkpoints in gs://bucket/run/checkpoints cannot be read (reset by peer); mend that",
+        "gs://bucket/run/checkpoints: cannot be read (reset by peer); fix that, then rerun the same command",
     ),
 ]
 
@@ -784,11 +782,16 @@ ELSEWHERE = {
         "{}": "tests/test_user_errors.py::test_command_line",
     },
     "mlm/run/gcs.py": {
-        "{} is another run's by now: it was started again elsewhere, or removed; this one ends. Run one at a time, or choose another --workdir": "tests/test_gcs_runs.py::test_of_two_runs_in_one_place_the_older_one_ends",
+        "--workdir={}: the run was restarted or removed elsewhere, so this process ends; start one run at a time, or choose another --workdir": "tests/test_gcs_runs.py::test_of_two_runs_in_one_work_directory_the_older_one_ends",
+    },
+    "mlm/run/workdir.py": {
+        "{}: format_version={} is not supported, this version of the code reads {}; use the version that started the run, or choose another --workdir": "tests/test_workdir.py::test_another_format_version_is_refused_in_a_line_that_names_it",
+        "{}/config.json: {}": "tests/test_workdir.py::test_a_renamed_key_is_mapped_and_a_removed_key_is_dropped_at_its_remaining_value",
     },
     "mlm/run/checkpoint.py": {
-        "checkpoint {} in {} holds a state of other parts than this run's: it is of another version of the code, or of another model; choose another --workdir": "tests/test_checkpoint.py::test_another_state_is_no_damage",
-        "checkpoint {} in {} cannot be read now ({}); mend the network or the rights: the same command goes on": "tests/test_gcs.py::test_a_checkpoint_that_is_damaged_is_set_aside_and_one_that_is_out_of_reach_is_not",
+        "{}/{}: the checkpoint structure does not match the model; use the version of the code that wrote it, or choose another --workdir": "tests/test_checkpoint.py::test_a_checkpoint_of_another_model_is_not_called_corrupt",
+        "{}/{}: cannot be read now ({}); check the network and the permissions, then rerun the same command to resume": "tests/test_gcs.py::test_a_corrupt_checkpoint_is_quarantined_and_an_unreachable_one_is_not",
+        "{}/{}: format_version={} is not supported, this version of the code reads {}; use the version that wrote the checkpoint, or choose another --workdir": "tests/test_checkpoint.py::test_another_format_version_is_refused_in_a_line_that_names_it",
     },
     "mlm/data/mixture.py": {
         "cannot resume the data stream: the sources are {}, but the checkpoint was saved with {}; restore data.mixture, or choose another --workdir": "tests/test_mixture.py::test_a_mixture_of_other_sources_is_refused",
