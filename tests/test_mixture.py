@@ -175,9 +175,8 @@ def test_a_state_of_another_format_version_is_refused(found):
     with pytest.raises(UserError) as error:
         one().restore([state])
     assert str(error.value) == (
-        f"data stream state: format_version {'missing' if found is None else found}, this version of the code reads "
-        f"{mixture_lib.STREAM_FORMAT_VERSION}; resume with the version of the code that wrote it, or start again with "
-        "--overwrite"
+        f"data stream state: format_version={found or 0} is not supported, this version of the code reads "
+        f"{mixture_lib.STREAM_FORMAT_VERSION}; use the version that wrote the checkpoint, or choose another --workdir"
     )
 
 

@@ -795,7 +795,7 @@ ELSEWHERE = {
     },
     "mlm/data/mixture.py": {
         "cannot resume the data stream: the sources are {}, but the checkpoint was saved with {}; restore data.mixture, or choose another --workdir": "tests/test_mixture.py::test_a_mixture_of_other_sources_is_refused",
-        "data stream state: format_version {}, this version of the code reads {}; resume with the version of the code that wrote it, or start again with --overwrite": "tests/test_mixture.py::test_a_state_of_another_format_version_is_refused",
+        "data stream state: format_version={} is not supported, this version of the code reads {}; use the version that wrote the checkpoint, or choose another --workdir": "tests/test_mixture.py::test_a_state_of_another_format_version_is_refused",
         "data.skip_steps: skips {} of the first {} batches, but the run skipped {}; change only what is past batch {}, or remove the checkpoints that are too new": "tests/test_mixture.py::test_skip_steps_may_change_past_the_checkpoint_only",
     },
     "mlm/data/reader.py": {

@@ -200,11 +200,10 @@ def upgrade_state(state: Mapping[str, Any]) -> Mapping[str, Any]:
     Raises:
         UserError: the format is not known.
     """
-    found = state.get("format_version", "missing")
-    if found != STREAM_FORMAT_VERSION:
+    if (version := state.get("format_version", 0)) != STREAM_FORMAT_VERSION:
         raise UserError(
-            f"data stream state: format_version {found}, this version of the code reads {STREAM_FORMAT_VERSION}; "
-            "resume with the version of the code that wrote it, or start again with --overwrite"
+            f"data stream state: format_version={version} is not supported, this version of the code reads "
+            f"{STREAM_FORMAT_VERSION}; use the version that wrote the checkpoint, or choose another --workdir"
         )
     return state
 
