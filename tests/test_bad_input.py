@@ -75,9 +75,9 @@ def test_rows_without_text_are_skipped_and_counted(config, tmp_path, caplog):
     line = read_metrics(str(tmp_path / "run" / "metrics.jsonl"))[-1]
     assert line["data/epoch"] >= 1
     # Five of them a pass over the file.
-    assert line["data/skipped_rows"] % 5 == 0
-    assert line["data/skipped_rows"] >= 5
-    assert f"{line['data/skipped_rows']} rows so far were left out" in caplog.text
+    assert line["data/skipped_documents"] % 5 == 0
+    assert line["data/skipped_documents"] >= 5
+    assert f"{line['data/skipped_documents']} rows so far were left out" in caplog.text
 
 
 @pytest.fixture

@@ -220,7 +220,7 @@ def test_the_format_of_the_state():
                 "work_items": [[0, [[0, 7, 0, 1, None], [2, 0, 0, 1, None], [1, 7, 0, 1, None]], None]],
                 "next_epoch": 1,
                 "documents_before_window": 7,
-                "skipped_rows": 0,
+                "skipped_documents": 0,
                 "held_out_documents": 0,
                 "failed_shards": 0,
             }

@@ -137,7 +137,7 @@ def fake(step, loss=None, grad_norm=1.0, skipped=False):
         skipped=np.float32(skipped),
     )
     tokens = np.array([[step, step, 9]], np.int32)
-    return parallel.replicate(metrics), Batch(tokens, {}, 0, {"skipped_rows": 7})
+    return parallel.replicate(metrics), Batch(tokens, {}, 0, {"skipped_documents": 7})
 
 
 def run(reporter, clock, steps, *, since=1, log=()):
@@ -168,7 +168,7 @@ EXPECTED = [
         "perf/device_ms": 0.0,
         "perf/host_ms": 7250 / 3,
         "data/epoch": 0,
-        "data/skipped_rows": 7,
+        "data/skipped_documents": 7,
         "perf/input_wait_fraction": 0.75 / 8,
     },
     {
@@ -187,7 +187,7 @@ EXPECTED = [
         "perf/device_ms": 0.0,
         "perf/host_ms": 1500 / 2,
         "data/epoch": 0,
-        "data/skipped_rows": 7,
+        "data/skipped_documents": 7,
         "perf/input_wait_fraction": 0.5 / 2,
     },
 ]
@@ -214,7 +214,9 @@ def test_rows_left_out_are_told_of_when_they_have_doubled(make_reporter, clock, 
     with caplog.at_level("INFO"):
         for counted in (0, 7, 7, 12, 14, 15, 29, 31):
             metrics, batch = fake(1)
-            reporter.update(1, metrics, dataclasses.replace(batch, counters={"skipped_rows": counted}), wait_seconds=0)
+            reporter.update(
+                1, metrics, dataclasses.replace(batch, counters={"skipped_documents": counted}), wait_seconds=0
+            )
             clock.now += 1.0
             reporter.wait_for_pending_step()
             reporter.log_updates(1)

@@ -276,15 +276,15 @@ def test_counters_of_documents_blank_rows_and_held_out_documents():
     corpus = [None, "", " \n\t\u3000", "held", *words(20), "held", "\u00a0"]
     source = memory_source(split(corpus, 2))
     rows = rows_of(source, packing="pad", batch_rows=5, held_out=pa.array(["held", "absent"]))
-    assert rows.counters == {"documents": 0, "skipped_rows": 0, "held_out_documents": 0, "failed_shards": 0}
+    assert rows.counters == {"documents": 0, "skipped_documents": 0, "held_out_documents": 0, "failed_shards": 0}
     for n in range(1, 5):
         next(rows)
         assert rows.counters["documents"] == 5 * n
     assert rows.epoch == 0
-    assert rows.counters == {"documents": 20, "skipped_rows": 4, "held_out_documents": 2, "failed_shards": 0}
+    assert rows.counters == {"documents": 20, "skipped_documents": 4, "held_out_documents": 2, "failed_shards": 0}
     take(rows, 4)
     assert rows.epoch == 1
-    assert rows.counters == {"documents": 40, "skipped_rows": 8, "held_out_documents": 4, "failed_shards": 0}
+    assert rows.counters == {"documents": 40, "skipped_documents": 8, "held_out_documents": 4, "failed_shards": 0}
 
 
 def test_blank_lines_between_documents_of_a_text_file_are_not_counted_as_skipped():
@@ -293,7 +293,7 @@ def test_blank_lines_between_documents_of_a_text_file_are_not_counted_as_skipped
     rows = rows_of(source, packing="pad", batch_rows=5, held_out=pa.array(["held"]))
     for _ in range(4):
         next(rows)
-    assert rows.counters == {"documents": 20, "skipped_rows": 1, "held_out_documents": 1, "failed_shards": 0}
+    assert rows.counters == {"documents": 20, "skipped_documents": 1, "held_out_documents": 1, "failed_shards": 0}
 
 
 @pytest.mark.parametrize("how", PACKINGS)

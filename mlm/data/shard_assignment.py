@@ -88,7 +88,7 @@ class Position:
         work_items: what to read after the current work item, before the next epoch.
         next_epoch: the first epoch that starts with its initial assignment.
         documents_before_window: number of documents used in the run before this window.
-        skipped_rows, held_out_documents, failed_shards: counts over the run, those of this window included.
+        skipped_documents, held_out_documents, failed_shards: counts over the run, those of this window included.
     """
 
     epoch: int = 0
@@ -104,7 +104,7 @@ class Position:
     work_items: tuple[WorkItem, ...] = ()
     next_epoch: int = 1
     documents_before_window: int = 0
-    skipped_rows: int = 0
+    skipped_documents: int = 0
     held_out_documents: int = 0
     failed_shards: int = 0
 
@@ -132,7 +132,7 @@ class Position:
 
     def next_item(self) -> "Position":
         """Returns the position at the start of the next work item, or of the next epoch if there is none."""
-        names = ("documents_before_window", "skipped_rows", "held_out_documents", "failed_shards")
+        names = ("documents_before_window", "skipped_documents", "held_out_documents", "failed_shards")
         counters = {name: getattr(self, name) for name in names}
         if not self.work_items:
             return Position(epoch=self.next_epoch, next_epoch=self.next_epoch + 1, **counters)
@@ -218,7 +218,7 @@ def reassign(
     if process_index == 0:
         counters = {
             "documents_before_window": sum(position.num_documents() for position in positions),
-            "skipped_rows": sum(position.skipped_rows for position in positions),
+            "skipped_documents": sum(position.skipped_documents for position in positions),
             "held_out_documents": sum(position.held_out_documents for position in positions),
             "failed_shards": sum(position.failed_shards for position in positions),
         }

@@ -173,7 +173,7 @@ class RowStream:
         position = self._position()
         return {
             "documents": position.num_documents(),
-            "skipped_rows": position.skipped_rows,
+            "skipped_documents": position.skipped_documents,
             "held_out_documents": position.held_out_documents,
             "failed_shards": position.failed_shards,
         }
@@ -321,11 +321,11 @@ class RowStream:
         order = order[is_used[order]]
         end = reader.slice_index, reader.row
         if not was_read_before:
-            skipped_rows = texts.null_count if self._source.has_gaps else num_blank
+            skipped_documents = texts.null_count if self._source.has_gaps else num_blank
             num_held_out = len(texts) - num_blank - len(order)
             self._start = dataclasses.replace(
                 self._start,
-                skipped_rows=self._start.skipped_rows + skipped_rows,
+                skipped_documents=self._start.skipped_documents + skipped_documents,
                 held_out_documents=self._start.held_out_documents + num_held_out,
                 window_end=end,
             )
@@ -365,7 +365,9 @@ class RowStream:
         if changes_with_epoch and self._short_epochs < _MAX_SHORT_EPOCHS:
             return
         counters = self.counters
-        skipped = f"{counters['skipped_rows']} {'rows that are not UTF-8' if self._source.has_gaps else 'blank rows'}"
+        skipped = (
+            f"{counters['skipped_documents']} {'rows that are not UTF-8' if self._source.has_gaps else 'blank rows'}"
+        )
         skipped += f", {counters['held_out_documents']} held-out documents"
         who = f" for process {self._process_index} of {self._process_count}" if self._process_count > 1 else ""
         if self._units_used == 0:

@@ -225,7 +225,7 @@ class Reporter:
         with writers.tolerant():
             self._writer.write_scalars(step, scalars)
         logging.info("%s", now.line(self._live.width))
-        skipped = self._batch.counters["skipped_rows"]
+        skipped = self._batch.counters["skipped_documents"]
         # Every epoch has the same ones again.
         if skipped > 2 * self._told_skipped:
             logging.info("%s rows so far were left out: null, empty, not text or not UTF-8", f"{skipped:,}")
