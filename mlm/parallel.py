@@ -1,8 +1,8 @@
-"""Devices and processes: the only file that knows there are several.
+"""Devices and processes: the only file that handles them.
 
-A step is a function of one device's share. `data_parallel` runs it on every device of every process under `pmap`.
-The state is stacked, one copy per local device along a leading axis: over several processes that is the form in
-which `pmap` accepts donated buffers. Checkpoints hold it unstacked, so the number of devices may change.
+A step is a function of one device's part of a batch. `data_parallel` runs it under `pmap` on every device of every
+process. State is stacked: each array has a leading axis with one copy per local device, the only form in which `pmap`
+accepts donated buffers over several processes. Checkpoints hold unstacked arrays, so the number of devices may change.
 """
 
 import contextlib
@@ -13,83 +13,66 @@ from typing import Any
 
 import jax
 import numpy as np
-
-# The client of the coordination service; jax has no public name for it.
-from jax._src import distributed
 from jax.experimental import multihost_utils
 
-# The name of the mapped axis, for `psum` and `axis_index`.
+# Name of the mapped axis, for `psum` and `axis_index`.
 AXIS = "devices"
-# Each has a name of its own; all processes come by the same ones in the same order.
-_barriers = itertools.count()
+# Numbers the barriers, so that every one has its own name; all processes reach them in the same order.
+_barrier_numbers = itertools.count()
 
 
 def data_parallel(step: Callable[..., Any], *, donate_argnums: tuple[int, ...] = ()) -> Callable[..., Any]:
     """Runs `step` on every device; arguments and results have a leading axis of local devices.
 
-    Several processes compile on their own, and begin the first update together: those on CPUs wait for each other for
-    no more than 30 s, and one may find the program in its cache where another has to compile it.
+    Several processes wait for each other after compiling. Compilation may take one of them much longer than another,
+    which found the program in its cache, and processes on CPUs wait at most 30 s for each other within a step.
     """
     run = jax.pmap(step, axis_name=AXIS, donate_argnums=donate_argnums)
     if jax.process_count() == 1:
         return run
-    compiled = False
+    is_compiled = False
 
-    def run_together(*args: Any) -> Any:
-        nonlocal compiled
-        if not compiled:
-            with _every_process_caches():
+    def compile_together_then_run(*args: Any) -> Any:
+        nonlocal is_compiled
+        if not is_compiled:
+            with _every_process_writes_the_cache():
                 run.lower(*args).compile()
             barrier("compiled")
-            compiled = True
+            is_compiled = True
         return run(*args)
 
-    return run_together
-
-
-@contextlib.contextmanager
-def _every_process_caches() -> Iterator[None]:
-    """Inside, jax keeps what it compiles, in a cache that is a directory of this machine, whichever process this is.
-
-    Else process 0 alone keeps it, and at every start all others would compile anew while it waits for them.
-    """
-    state = distributed.global_state
-    own, state.process_id = state.process_id, 0
-    try:
-        yield
-    finally:
-        state.process_id = own
+    return compile_together_then_run
 
 
 def over_mesh(
     step: Callable[..., Any], devices: Sequence[jax.Device], *, donate_argnums: tuple[int, ...] = ()
 ) -> Callable[..., Any]:
-    """`data_parallel` for compiling ahead of time, over devices that need not be there, such as those of a topology.
+    """`data_parallel` for ahead-of-time compilation: the devices may be those of another machine's topology.
 
-    `over_mesh(step, devices).lower(*shapes).compile()`: arguments have a leading axis of devices there, too.
+    Usage: `over_mesh(step, devices).lower(*shapes).compile()`, where shapes have a leading axis of devices.
     """
     sharding = jax.NamedSharding(jax.sharding.Mesh(np.array(devices), (AXIS,)), jax.P(AXIS))
 
-    def one_device(*arguments: Any) -> Any:
-        result = step(*jax.tree.map(lambda leaf: leaf[0], arguments))
+    def one_device(*args: Any) -> Any:
+        result = step(*jax.tree.map(lambda leaf: leaf[0], args))
         return jax.tree.map(lambda leaf: leaf[None], result)
 
-    # Replicas are equal because the step adds gradients up, which shard_map could not tell: hence no check.
+    # Without check_vma, because shard_map cannot prove that replicas stay equal.
     mapped = jax.shard_map(
         one_device, mesh=sharding.mesh, in_specs=sharding.spec, out_specs=sharding.spec, check_vma=False
     )
     return jax.jit(mapped, in_shardings=sharding, out_shardings=sharding, donate_argnums=donate_argnums)
 
 
-def _local_sharding() -> jax.NamedSharding:
-    mesh = jax.sharding.Mesh(np.array(jax.local_devices()), (AXIS,))
-    return jax.NamedSharding(mesh, jax.P(AXIS))
+def shard(array: np.ndarray, *, shape: tuple[int, ...] = ()) -> jax.Array:
+    """Splits this process's rows over its devices, in order: [rows, ...] -> [devices, *shape, rows per device, ...].
 
-
-def _stack(shards: list[jax.Array]) -> jax.Array:
-    """Joins one array [1, ...] per local device to one [devices, ...] without moving data."""
-    shape = (len(shards), *shards[0].shape[1:])
-    return jax.make_array_from_single_device_arrays(shape, _local_sharding(), shards)
+    Args:
+      array: host array; its number of rows must be divisible by the local devices and by `shape`.
+      shape: further axes to split the rows into, such as the microbatches of a step.
+    """
+    rows_shape = (jax.local_device_count(), *shape, -1)
+    return jax.device_put(array.reshape(rows_shape + array.shape[1:]), _local_sharding())
 
 
 def replicate(tree: Any) -> Any:
@@ -104,83 +87,110 @@ def replicate(tree: Any) -> Any:
 
 
 def first_replica(tree: Any) -> Any:
-    """Fetches the first local device's copy of stacked arrays to the host, unstacked."""
+    """Fetches the copy of stacked arrays on the first local device to the host, unstacked."""
     return jax.tree.map(lambda leaf: leaf[0], jax.device_get(jax.tree.map(lambda leaf: leaf.addressable_data(0), tree)))
 
 
 def to_global(tree: Any) -> Any:
-    """Turns stacked copies into global arrays, unstacked and replicated over all processes, for a checkpoint."""
+    """Stacked arrays -> global arrays for a checkpoint, unstacked and replicated over all processes."""
 
     def to_global_leaf(leaf: jax.Array) -> jax.Array:
         shards = [shard.data.reshape(leaf.shape[1:]) for shard in leaf.addressable_shards]
-        return jax.make_array_from_single_device_arrays(leaf.shape[1:], _global_sharding(), shards)
+        return jax.make_array_from_single_device_arrays(leaf.shape[1:], _replicated_sharding(), shards)
 
     return jax.tree.map(to_global_leaf, tree)
 
 
 def from_global(tree: Any) -> Any:
-    """The inverse of `to_global`."""
+    """Inverse of `to_global`."""
     return jax.tree.map(lambda leaf: _stack([shard.data[None] for shard in leaf.addressable_shards]), tree)
 
 
 def global_like(tree: Any) -> Any:
-    """Shapes -> what a checkpoint is to be restored as, for `from_global`."""
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=_global_sharding()), tree)
-
-
-def _global_sharding() -> jax.NamedSharding:
-    """Every device of every process holds the whole array."""
-    return jax.NamedSharding(jax.sharding.Mesh(np.array(jax.devices()), (AXIS,)), jax.P())
-
-
-def shard(array: np.ndarray, *, shape: tuple[int, ...] = ()) -> jax.Array:
-    """Places this process's rows on its devices, in order: [rows, ...] becomes [devices, *shape, rows left, ...].
-
-    Args:
-      array: host array; its rows must divide by the local devices and `shape`.
-      shape: further axes to split the rows into, such as the passes of an update.
-    """
-    rows_shape = (jax.local_device_count(), *shape, -1)
-    return jax.device_put(array.reshape(rows_shape + array.shape[1:]), _local_sharding())
+    """Unstacked shapes -> the shapes and shardings to restore a checkpoint with, for `from_global`."""
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=_replicated_sharding()), tree
+    )
 
 
 def broadcast_from_first(array: np.ndarray) -> np.ndarray:
-    """Gives every process the array of process 0."""
+    """Returns the array of process 0 on every process."""
     if jax.process_count() == 1:
         return array
-    # It places host arrays itself, which the loop's guard would refuse.
+    # Host arrays are copied to devices implicitly, which the loop's transfer guard would reject.
     with jax.transfer_guard("allow"):
         return np.asarray(multihost_utils.broadcast_one_to_all(array))
 
 
-def any_process(flag: bool) -> jax.Array:
-    """Asks whether the flag is set on any process, without waiting for the answer: `first_replica` of it is the number
-    of devices whose process has set it, the same on all. Every process must ask."""
+def any_process(flag: bool) -> bool:
+    """True on all processes if `flag` is set on any. Waits for the others: every process must call it."""
+    return flag if jax.process_count() == 1 else bool(first_replica(any_process_async(flag)))
+
+
+def any_process_async(flag: bool) -> jax.Array:
+    """`any_process` without waiting: `first_replica` of the result is not 0 if the flag is set on any process."""
     flags = np.full(jax.local_device_count(), flag, np.int32)
-    return _add_up_devices()(shard(flags))
-
-
-@functools.cache
-def _add_up_devices() -> Callable[[jax.Array], jax.Array]:
-    return data_parallel(lambda values: jax.lax.psum(values, AXIS))
-
-
-def on_any_process(flag: bool) -> bool:
-    """Whether the flag is set on any process; waits for the others. Every process must ask."""
-    return flag if jax.process_count() == 1 else bool(first_replica(any_process(flag)))
+    return _sum_over_devices()(shard(flags))
 
 
 def maintenance_is_near(step: int) -> bool:
-    """Whether a machine of the run has been told that it is about to be taken away, by other ways than a signal.
+    """True if a machine of the run is about to be preempted, as jax learns from the cloud, not from a signal.
 
-    Every process must ask at every step, and is told at the same one.
+    Every process must call it at every step; it becomes True at the same step on all.
     """
     return jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step)
 
 
 def barrier(name: str) -> None:
-    """Waits until every process has come here, however long that takes: one that is gone is noticed elsewhere."""
+    """Waits until every process is here, without a time limit. A process that is lost ends the run by other means."""
     if jax.process_count() > 1:
-        # Not by a collective operation of the devices, for which processes on CPUs have no patience.
-        client = distributed.global_state.client
-        client.wait_at_barrier(f"mlm/{next(_barriers)}/{name}", timeout_in_ms=24 * 3600 * 1000)
+        # multihost_utils.sync_global_devices is a device collective, which times out after 30 s on CPUs.
+        client = distributed_state().client
+        client.wait_at_barrier(f"mlm/{next(_barrier_numbers)}/{name}", timeout_in_ms=24 * 3600 * 1000)
+
+
+def distributed_state() -> Any:
+    """Returns jax's private state of a run of several processes: `client` and `process_id`.
+
+    This is the only private jax API in use. There is no public access to the client of the coordination service, whose
+    barriers and key-value store need no device, and no public option to let every process write the compilation cache.
+    `tests/test_devices.py` names the versions of jax that this was tried with.
+    """
+    from jax._src import distributed
+
+    return distributed.global_state
+
+
+@contextlib.contextmanager
+def _every_process_writes_the_cache() -> Iterator[None]:
+    """Lets every process write to the compilation cache, which is a directory of its own machine.
+
+    By default only process 0 writes it, so every start would wait for the others to compile again.
+    """
+    state = distributed_state()
+    process_id, state.process_id = state.process_id, 0
+    try:
+        yield
+    finally:
+        state.process_id = process_id
+
+
+@functools.cache
+def _sum_over_devices() -> Callable[[jax.Array], jax.Array]:
+    return data_parallel(lambda values: jax.lax.psum(values, AXIS))
+
+
+def _local_sharding() -> jax.NamedSharding:
+    """The leading axis is split over this process's devices."""
+    return jax.NamedSharding(jax.sharding.Mesh(np.array(jax.local_devices()), (AXIS,)), jax.P(AXIS))
+
+
+def _replicated_sharding() -> jax.NamedSharding:
+    """Every device of every process holds the complete array."""
+    return jax.NamedSharding(jax.sharding.Mesh(np.array(jax.devices()), (AXIS,)), jax.P())
+
+
+def _stack(shards: list[jax.Array]) -> jax.Array:
+    """Joins arrays [1, ...], one per local device, to one array [devices, ...] without copying."""
+    shape = (len(shards), *shards[0].shape[1:])
+    return jax.make_array_from_single_device_arrays(shape, _local_sharding(), shards)

@@ -190,7 +190,7 @@ def _restore(components: Components, checkpointer: Checkpointer) -> tuple[TrainS
             restored = checkpointer.restore(step, like=like)
         except CorruptCheckpointError as error:
             problem = str(error)
-        if not parallel.on_any_process(restored is None):
+        if not parallel.any_process(restored is None):
             components.stream.restore(restored.streams)
             return parallel.from_global(restored.state), restored.loop
         if jax.process_index() == 0:

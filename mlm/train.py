@@ -141,7 +141,7 @@ class StopConsensus:
         """Must be called once per step, on every process."""
         if jax.process_count() == 1:
             return bool(self._interrupt.requested)
-        previous, self._pending = self._pending, parallel.any_process(bool(self._interrupt.requested))
+        previous, self._pending = self._pending, parallel.any_process_async(bool(self._interrupt.requested))
         maintenance_is_near = parallel.maintenance_is_near(step)
         return maintenance_is_near or (previous is not None and bool(parallel.first_replica(previous)))
 
@@ -195,7 +195,7 @@ def _require_room(checkpointer: Checkpointer, state: Any, *, before_save: Callab
         problem = error
     except OSError as error:
         problem = DiskFullError(f"a checkpoint could not be written: {error}")
-    if parallel.on_any_process(problem is not None):
+    if parallel.any_process(problem is not None):
         raise problem or DiskFullError("a checkpoint could not be written by another process")
 
 

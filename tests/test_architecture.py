@@ -45,6 +45,7 @@ def test_imports_point_one_way():
     ("package", "files"),
     [
         ("orbax", {"mlm/run/checkpoint.py"}),
+        ("jax._src", {"mlm/parallel.py"}),
         ("absl.flags", {"main.py", "mlm/command_line.py"}),
         ("absl.app", {"main.py"}),
         ("ml_collections.config_flags", {"main.py", "mlm/command_line.py"}),

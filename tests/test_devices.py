@@ -1,4 +1,4 @@
-"""The update does not depend on how many devices and passes share the batch; how arrays get to devices."""
+"""Steps do not depend on the number of devices and microbatches; how arrays get to the devices and back."""
 
 import functools
 
@@ -11,12 +11,12 @@ from mlm import parallel, steps
 from mlm.loss import masked_cross_entropy
 
 
-def assert_near(actual, wanted):
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6), actual, wanted)
+def assert_near(actual, expected):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6), actual, expected)
 
 
-def updates(step_config, state, tokens_DxAxBxL, number):
-    """Parameters and metrics after each of `number` updates on the same rows, on D devices in A passes."""
+def run_steps(step_config, state, tokens_DxAxBxL, number):
+    """Parameters and metrics after each of `number` steps on the same rows, on D devices with A microbatches."""
     devices = jax.devices()[: len(tokens_DxAxBxL)]
     step = jax.pmap(
         functools.partial(steps.train_step, step_config=step_config, axis_name=parallel.AXIS),
@@ -47,29 +47,29 @@ def test_there_are_four_devices():
 
 
 @pytest.mark.slow
-def test_one_and_four_devices_make_the_same_updates(encoder_step_config, encoder_state, uneven_rows):
-    one = updates(encoder_step_config, encoder_state, uneven_rows.reshape(1, 1, 8, 16), 3)
-    four = updates(encoder_step_config, encoder_state, uneven_rows.reshape(4, 1, 2, 16), 3)
+def test_one_and_four_devices_make_the_same_steps(encoder_step_config, encoder_state, uneven_rows):
+    one = run_steps(encoder_step_config, encoder_state, uneven_rows.reshape(1, 1, 8, 16), 3)
+    four = run_steps(encoder_step_config, encoder_state, uneven_rows.reshape(4, 1, 2, 16), 3)
     for (params, metrics), (expected_params, expected_metrics) in zip(four, one, strict=True):
         assert metrics.sums.count == expected_metrics.sums.count
         np.testing.assert_allclose(metrics.sums.loss, expected_metrics.sums.loss, rtol=1e-6)
         np.testing.assert_allclose(metrics.grad_norm, expected_metrics.grad_norm, rtol=1e-5)
         assert_near(params, expected_params)
-    # An update moves parameters by up to the learning rate, 10^4 times the tolerance.
+    # A step moves parameters by up to the learning rate, 10^4 times the tolerance.
     assert max(np.abs(a - b).max() for a, b in zip(*map(jax.tree.leaves, (one[0][0], one[2][0])), strict=True)) > 5e-3
 
 
-def test_four_passes_make_the_same_updates_as_one_of_four_times_the_rows(bag_step_config, bag_state, uneven_rows):
-    one = updates(bag_step_config, bag_state, uneven_rows.reshape(1, 1, 8, 16), 3)
-    four = updates(bag_step_config, bag_state, uneven_rows.reshape(1, 4, 2, 16), 3)
+def test_four_microbatches_make_the_same_steps_as_one_of_four_times_the_rows(bag_step_config, bag_state, uneven_rows):
+    one = run_steps(bag_step_config, bag_state, uneven_rows.reshape(1, 1, 8, 16), 3)
+    four = run_steps(bag_step_config, bag_state, uneven_rows.reshape(1, 4, 2, 16), 3)
     for (params, metrics), (expected_params, expected_metrics) in zip(four, one, strict=True):
         assert metrics.sums.count == expected_metrics.sums.count
         assert_near(params, expected_params)
 
 
 @pytest.mark.slow
-def test_a_mean_of_the_devices_means_would_be_another_gradient(bag_step_config, bag_state, bag_step, uneven_rows):
-    """The two tests above have power: on these rows the common mistake shows."""
+def test_averaging_the_means_of_devices_would_give_another_gradient(bag_step_config, bag_state, bag_step, uneven_rows):
+    """On these rows the common mistake changes the gradient, so the two tests above can detect it."""
 
     @jax.jit
     def grad(rows_B):
@@ -92,10 +92,10 @@ def test_a_mean_of_the_devices_means_would_be_another_gradient(bag_step_config, 
     def average(weights):
         return jax.tree.map(lambda *leaves: sum(w * leaf for w, leaf in zip(weights, leaves, strict=True)), *parts)
 
-    shares = [n / count for n in counts]
-    assert norm(jax.tree.map(np.subtract, average(shares), true)) < 1e-6 * norm(true)
+    fractions = [n / count for n in counts]
+    assert norm(jax.tree.map(np.subtract, average(fractions), true)) < 1e-6 * norm(true)
     assert norm(jax.tree.map(np.subtract, average([0.25] * 4), true)) > 0.1 * norm(true)
-    # And it is the true gradient of which the step reports the norm.
+    # The step reports the norm of the true gradient.
     _, metrics = bag_step(parallel.replicate(bag_state), parallel.shard(uneven_rows, shape=(1,)))
     np.testing.assert_allclose(parallel.first_replica(metrics.grad_norm), norm(true), rtol=1e-5)
 
@@ -117,28 +117,28 @@ def test_replicate_and_first_replica_are_inverses(tree):
         for shard in leaf.addressable_shards:
             np.testing.assert_array_equal(shard.data[0], original)
     jax.tree.map(np.testing.assert_array_equal, parallel.first_replica(stacked), tree)
-    # From a device as well as from the host.
+    # The arrays may be on a device, too.
     on_device = jax.tree.map(jnp.asarray, tree)
     jax.tree.map(np.testing.assert_array_equal, parallel.first_replica(parallel.replicate(on_device)), tree)
 
 
-def test_global_arrays_are_whole_on_every_device_and_come_back(tree):
+def test_global_arrays_are_complete_on_every_device_and_convert_back(tree):
     stacked = parallel.replicate(tree)
-    whole = parallel.to_global(stacked)
-    for leaf, original in zip(jax.tree.leaves(whole), jax.tree.leaves(tree), strict=True):
+    global_tree = parallel.to_global(stacked)
+    for leaf, original in zip(jax.tree.leaves(global_tree), jax.tree.leaves(tree), strict=True):
         assert leaf.is_fully_replicated
         assert len(leaf.addressable_shards) == 4
         np.testing.assert_array_equal(leaf, original)
-    back = parallel.from_global(whole)
+    back = parallel.from_global(global_tree)
     assert jax.tree.map(lambda leaf: leaf.sharding, back) == jax.tree.map(lambda leaf: leaf.sharding, stacked)
     jax.tree.map(np.testing.assert_array_equal, back, stacked)
     like = parallel.global_like(jax.tree.map(jnp.asarray, tree))
     assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype, leaf.sharding), like) == jax.tree.map(
-        lambda leaf: (leaf.shape, leaf.dtype, leaf.sharding), whole
+        lambda leaf: (leaf.shape, leaf.dtype, leaf.sharding), global_tree
     )
 
 
-def test_shard_deals_rows_in_order():
+def test_shard_assigns_rows_to_devices_in_order():
     rows = np.arange(24 * 3).reshape(24, 3)
     assert parallel.shard(rows).shape == (4, 6, 3)
     sharded = parallel.shard(rows, shape=(2,))
@@ -163,7 +163,7 @@ def test_data_parallel_uses_every_device_and_donates():
     assert not rows.is_deleted()
 
 
-def test_a_step_over_a_mesh_is_the_one_under_pmap(bag_step_config, bag_state, bag_step, uneven_rows):
+def test_over_mesh_and_pmap_compile_the_same_step(bag_step_config, bag_state, bag_step, uneven_rows):
     step = functools.partial(steps.train_step, step_config=bag_step_config, axis_name=parallel.AXIS)
     state, tokens = parallel.replicate(bag_state), parallel.shard(uneven_rows, shape=(1,))
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), (state, tokens))
@@ -171,7 +171,7 @@ def test_a_step_over_a_mesh_is_the_one_under_pmap(bag_step_config, bag_state, ba
     jax.tree.map(np.testing.assert_array_equal, ahead_of_time(state, tokens), bag_step(state, tokens))
 
 
-def test_the_trainers_step_compiles_once_donates_its_state_and_moves_nothing_by_itself(
+def test_the_training_step_compiles_once_donates_its_state_and_makes_no_implicit_transfer(
     bag_step_config, bag_state, uneven_rows
 ):
     traces = 0
@@ -188,12 +188,22 @@ def test_the_trainers_step_compiles_once_donates_its_state_and_moves_nothing_by_
             new, metrics = step(state, parallel.shard(uneven_rows, shape=(1,)))
             assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
             parallel.first_replica(metrics)
-            # A state that comes from a checkpoint is the same kind of array.
+            # A state restored from a checkpoint has the same kind of arrays.
             state = parallel.from_global(parallel.to_global(new))
     assert state.step.shape == (4,)
     assert traces == 1
 
 
-def test_one_process_broadcasts_to_itself():
+def test_broadcasting_from_one_process_to_itself_returns_the_array():
     counts = np.arange(3)
     assert parallel.broadcast_from_first(counts) is counts
+
+
+def test_the_private_jax_api_was_tried_with_this_version():
+    """With another version: is there a public name by now for what `parallel.distributed_state` returns? If not, run
+    tests/test_multihost.py and add the version here."""
+    assert jax.__version__ in ("0.10.2",)
+    assert [name for name in dir(jax.distributed) if name[0] != "_"] == ["initialize", "is_initialized", "shutdown"]
+    state = parallel.distributed_state()
+    assert state.client is None  # This is the only process.
+    assert state.process_id == 0

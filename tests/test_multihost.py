@@ -24,7 +24,6 @@ from mlm.models.config import EncoderConfig
 from mlm.models.encoder import MaskedLM
 from mlm.optimizer import create_optimizer
 from mlm.reporting.curves import read_metrics
-from mlm.run import multihost
 from mlm.run.checkpoint import Checkpointer, DiskFullError
 from mlm.run.signals import EXIT_INTERRUPTED
 from mlm.run.storage import LocalStorage
@@ -52,7 +51,6 @@ def get_config():
 # One of two processes; the test itself is the reference, alone on four devices.
 TRAIN_ONE_OF_TWO = """
 import json, sys
-from mlm.run import multihost
 port, index, directory, out = sys.argv[1:]
 multihost.start(coordinator_address=f"127.0.0.1:{port}", num_processes=2, process_id=int(index))
 from tests.test_multihost import train_save_and_restore
@@ -326,28 +324,16 @@ def test_a_hanging_process_ends_the_run(tmp_path):
         assert both.processes[1].wait(60.0) not in (0, EXIT_INTERRUPTED)
 
 
-def test_the_private_coordination_client_of_jax_0_10_2_has_no_public_name():
-    """If this fails with a newer jax: use the public name in `multihost._coordination_client` where there is one."""
-    assert jax.__version__ == "0.10.2"
-    assert [name for name in dir(jax.distributed) if not name.startswith("_")] == [
-        "initialize",
-        "is_initialized",
-        "shutdown",
-    ]
-    assert multihost._coordination_client() is None  # There is only one process here.
-
-
 # Every process caches what it compiles, so that a second start compiles nothing.
 COMPILE = """
 import sys
 import jax
 from mlm import parallel
-from mlm.run import multihost
 port, index, cache = sys.argv[1:]
 jax.config.update("jax_compilation_cache_dir", cache)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 multihost.start(coordinator_address=f"127.0.0.1:{port}", num_processes=2, process_id=int(index))
-assert parallel.on_any_process(index == "1")
+assert parallel.any_process(index == "1")
 assert jax.process_index() == int(index)
 """
 

@@ -18,6 +18,7 @@ from typing import Any
 import jax
 from absl import logging
 
+from mlm import parallel
 from mlm.errors import UserError, one_line
 from mlm.run.signals import EXIT_INTERRUPTED, Interrupted, signal_listener
 
@@ -99,7 +100,8 @@ def propagate_failures() -> Iterator[None]:
     if jax.process_count() == 1:
         yield
         return
-    client = _coordination_client()
+    # A key-value store that needs no device: in a failed run processes may wait for each other on the devices.
+    client = parallel.distributed_state().client
     done = threading.Event()
     watcher = threading.Thread(target=_watch, args=(client, done), name="mlm-multihost", daemon=True)
     watcher.start()
@@ -125,17 +127,6 @@ def propagate_failures() -> Iterator[None]:
     finally:
         done.set()
         watcher.join()
-
-
-def _coordination_client() -> Any:
-    """Returns this process's client of the coordination service: a key-value store that needs no device.
-
-    jax 0.10.2 has no public name for it, and its public collectives run on devices, where the processes of a failed
-    run may be waiting for each other.
-    """
-    from jax._src import distributed
-
-    return distributed.global_state.client
 
 
 def _end_all(client: Any, cause: str, code: int) -> None:
