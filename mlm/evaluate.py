@@ -1,6 +1,8 @@
-"""The evaluation set's loss: sums over all rows, divided once."""
+"""Evaluation: sums over the held-out sequences, divided once."""
 
-from collections.abc import Callable, Mapping
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,14 +13,14 @@ from mlm.steps import EvalSums
 
 
 def unigram_log_probs(counts_V: np.ndarray, *, special_ids: tuple[int, ...]) -> np.ndarray:
-    """Log-probabilities of a model that knows how often each token occurs, and nothing else.
+    """Log-probabilities of the unigram model, which predicts each token by its frequency alone.
 
     Args:
-      counts_V: how often each id was seen in training. One is added to each, so that none is impossible.
-      special_ids: ids that are never predicted; they get no share.
+      counts_V: occurrences of each id in the training data; one is added to each, so no probability is 0.
+      special_ids: ids that are never predicted; the distribution leaves them out.
 
     Returns:
-      float32, -inf nowhere: special ids have the log-probability 0, and are never looked up.
+      float32 [V]. Special ids have the value 0, which is never looked up, instead of -inf.
     """
     smoothed_V = counts_V.astype(np.float64) + 1.0
     smoothed_V[list(special_ids)] = 0.0
@@ -27,11 +29,20 @@ def unigram_log_probs(counts_V: np.ndarray, *, special_ids: tuple[int, ...]) -> 
     return np.log(probs_V).astype(np.float32)
 
 
-class Evaluator:
-    """Evaluates the same rows with the same masks, at every call.
+@dataclasses.dataclass(frozen=True)
+class _Batch:
+    """This process's part of an evaluation batch, all of one source."""
 
-    Rows are dealt to batches, processes and devices in order, those of each source apart; a source's last batch is
-    filled up with rows of padding, which count for nothing. Every process holds all rows.
+    source: str
+    tokens_BxL: np.ndarray
+    rows_B: np.ndarray  # index of each sequence in the evaluation set: its masks do not depend on the batch size
+
+
+class Evaluator:
+    """Evaluates the same sequences with the same masks at every call.
+
+    Batches, processes and devices get the sequences in order, one source after the other. The last batch of a source
+    is filled up with padding, which adds nothing to the sums. Every process holds all sequences.
     """
 
     def __init__(
@@ -43,49 +54,65 @@ class Evaluator:
         pad_id: int,
         counts: Mapping[str, int] | None = None,
     ):
-        """Takes the step under `data_parallel`, and the rows, int32.
+        """Splits the evaluation set into batches.
 
-        `counts` says how many of them are of which source, one source after the other. With several, each has a loss
-        of its own, `eval/<name>/loss`.
+        Args:
+          eval_step: `steps.eval_step` under `data_parallel`.
+          rows_RxL: int32, the evaluation set.
+          per_device_batch_size: sequences per batch and device.
+          pad_id: id of the padding token.
+          counts: number of sequences per source, in order. With several sources each gets a metric of its own,
+            `eval/<name>/loss`.
         """
-        local = per_device_batch_size * jax.local_device_count()
-        batch = per_device_batch_size * jax.device_count()
-        self._batches: list[tuple[np.ndarray, np.ndarray]] = []
-        self._sources: list[str] = []  # of the batches
-        first = 0
-        for name, count in (counts or {"": len(rows_RxL)}).items():
-            filled = -(-count // batch) * batch
-            padding = np.full((filled - count, rows_RxL.shape[1]), pad_id, np.int32)
-            tokens = np.concatenate([rows_RxL[first : first + count], padding])
-            for i in range(jax.process_index() * local, filled, batch):
-                # A row's number, and so its masks, do not depend on the size of batches.
-                self._batches.append((tokens[i : i + local], np.arange(first + i, first + i + local, dtype=np.int32)))
-                self._sources.append(name)
-            first += count
-        self._step = eval_step
+        self._eval_step = eval_step
+        self._batches = list(_split(rows_RxL, counts or {"": len(rows_RxL)}, per_device_batch_size, pad_id))
 
     def __call__(self, params: Any, unigram_V: np.ndarray) -> dict[str, float]:
-        """Returns the metrics for stacked parameters; reads the devices once, at the end."""
-        unigram = parallel.replicate(unigram_V)
-        results = [
-            self._step(params, parallel.shard(tokens), parallel.shard(rows), unigram) for tokens, rows in self._batches
-        ]
-        results = parallel.first_replica(results)
-        total = _add_up(results)
-        count = max(total.sums.count, 1.0)
-        loss = total.sums.loss / count
+        """Returns the metrics of stacked parameters. Reads results from the devices once, at the end."""
+        unigram_V = parallel.replicate(unigram_V)
+        results = parallel.first_replica(
+            [
+                self._eval_step(params, parallel.shard(batch.tokens_BxL), parallel.shard(batch.rows_B), unigram_V)
+                for batch in self._batches
+            ]
+        )
+        total = _add(results)
+        loss = _mean_loss(total)
         metrics = {
             "eval/loss": loss,
-            "eval/accuracy": total.sums.correct / count,
-            "eval/perplexity": float(np.exp(min(loss, 700.0))),
-            "eval/unigram_loss": total.unigram_loss / count,
+            "eval/accuracy": total.sums.correct / max(total.sums.count, 1.0),
+            "eval/perplexity": math.exp(min(loss, 700.0)),
+            "eval/unigram_loss": total.unigram_loss / max(total.sums.count, 1.0),
         }
-        names = dict.fromkeys(self._sources)
-        for name in names if len(names) > 1 else ():
-            part = _add_up([result for result, of in zip(results, self._sources, strict=True) if of == name])
-            metrics[f"eval/{name}/loss"] = part.sums.loss / max(part.sums.count, 1.0)
+        sources = [batch.source for batch in self._batches]
+        if len(set(sources)) > 1:
+            for source in dict.fromkeys(sources):
+                own = [result for result, name in zip(results, sources, strict=True) if name == source]
+                metrics[f"eval/{source}/loss"] = _mean_loss(_add(own))
         return metrics
 
 
-def _add_up(results: list[EvalSums]) -> EvalSums:
-    return jax.tree.map(lambda *parts: float(np.sum(parts, dtype=np.float64)), *results)
+def _split(
+    rows_RxL: np.ndarray, counts: Mapping[str, int], per_device_batch_size: int, pad_id: int
+) -> Iterator[_Batch]:
+    """This process's part of every batch."""
+    local_size = per_device_batch_size * jax.local_device_count()
+    global_size = per_device_batch_size * jax.device_count()
+    first_row = 0
+    for source, count in counts.items():
+        padded = -(-count // global_size) * global_size
+        padding = np.full((padded - count, rows_RxL.shape[1]), pad_id, np.int32)
+        tokens = np.concatenate([rows_RxL[first_row : first_row + count], padding])
+        rows = np.arange(first_row, first_row + padded, dtype=np.int32)
+        for start in range(jax.process_index() * local_size, padded, global_size):
+            own = slice(start, start + local_size)
+            yield _Batch(source, tokens[own], rows[own])
+        first_row += count
+
+
+def _add(results: Sequence[EvalSums]) -> EvalSums:
+    return jax.tree.map(lambda *values: float(np.sum(values, dtype=np.float64)), *results)
+
+
+def _mean_loss(result: EvalSums) -> float:
+    return result.sums.loss / max(result.sums.count, 1.0)

@@ -1,4 +1,4 @@
-"""The evaluation: the same figures on any number of devices and in any batches."""
+"""Evaluation gives the same metrics for every number of devices and every batch size."""
 
 import functools
 
@@ -12,7 +12,7 @@ from mlm.evaluate import Evaluator, unigram_log_probs
 from mlm.loss import masked_cross_entropy
 
 SPECIAL = (0, 1, 2, 3, 4)
-ROWS = 21  # 4 devices never divide it.
+ROWS = 21  # not divisible by 4 devices
 
 
 @pytest.fixture(scope="module")
@@ -35,8 +35,8 @@ def eval_step(bag_step_config):
 
 
 @pytest.fixture(scope="module")
-def by_hand(bag_step_config, bag_state, rows, log_probs):
-    """All rows in one batch on one device."""
+def expected_metrics(bag_step_config, bag_state, rows, log_probs):
+    """The metrics from all rows in one batch on one device."""
     logits, batch = steps.forward(
         bag_step_config,
         bag_state.params,
@@ -45,39 +45,41 @@ def by_hand(bag_step_config, bag_state, rows, log_probs):
         mask_key=bag_step_config.key(steps.EVAL_MASKS),
     )
     sums = jax.device_get(masked_cross_entropy(logits, batch.labels_BxK, batch.label_weights_BxK))
-    targets = np.asarray(batch.labels_BxK)[np.asarray(batch.label_weights_BxK) == 1]
-    assert sums.count == len(targets)
+    labels = np.asarray(batch.labels_BxK)[np.asarray(batch.label_weights_BxK) == 1]
+    assert sums.count == len(labels)
     return {
         "eval/loss": sums.loss / sums.count,
         "eval/accuracy": sums.correct / sums.count,
         "eval/perplexity": np.exp(sums.loss / sums.count),
-        "eval/unigram_loss": -np.mean([log_probs[target] for target in targets], dtype=np.float64),
+        "eval/unigram_loss": -np.mean([log_probs[label] for label in labels], dtype=np.float64),
     }
 
 
 @pytest.mark.parametrize("per_device_batch_size", [1, 2, 8])
-def test_batches_and_devices_do_not_matter(eval_step, bag_state, rows, log_probs, by_hand, per_device_batch_size):
+def test_metrics_do_not_depend_on_the_batch_size(
+    eval_step, bag_state, rows, log_probs, expected_metrics, per_device_batch_size
+):
     evaluator = Evaluator(eval_step, rows, per_device_batch_size=per_device_batch_size, pad_id=1)
     params = parallel.replicate(bag_state.params)
     with jax.transfer_guard("disallow"):
         metrics = evaluator(params, log_probs)
-    assert metrics.keys() == by_hand.keys()
-    # A sum of some hundred float32.
-    for name, value in by_hand.items():
+    assert metrics.keys() == expected_metrics.keys()
+    # Rounding of a sum of a few hundred float32 numbers.
+    for name, value in expected_metrics.items():
         np.testing.assert_allclose(metrics[name], value, rtol=1e-6, err_msg=name)
-    assert metrics["eval/accuracy"] == by_hand["eval/accuracy"] > 0  # Counts are exact.
+    assert metrics["eval/accuracy"] == expected_metrics["eval/accuracy"] > 0  # Counts are exact.
     assert all(type(value) is float for value in metrics.values())
-    # Nothing changes from one evaluation to the next.
+    # A second evaluation gives the same bits.
     assert evaluator(params, log_probs) == metrics
 
 
-def test_each_source_has_its_own_loss(eval_step, bag_step_config, bag_state, rows, log_probs, by_hand):
-    """Masks are those of all rows: a source's loss is that of its rows among them."""
+def test_each_source_has_its_own_loss(eval_step, bag_step_config, bag_state, rows, log_probs, expected_metrics):
+    """Masks do not depend on the split into sources, so a source's loss is that of its rows among all."""
     counts = {"wiki": 6, "a/b": 14, "one": 1}
     evaluator = Evaluator(eval_step, rows, per_device_batch_size=2, pad_id=1, counts=counts)
     metrics = evaluator(parallel.replicate(bag_state.params), log_probs)
-    assert metrics.keys() == by_hand.keys() | {f"eval/{name}/loss" for name in counts}
-    for name, value in by_hand.items():
+    assert metrics.keys() == expected_metrics.keys() | {f"eval/{name}/loss" for name in counts}
+    for name, value in expected_metrics.items():
         np.testing.assert_allclose(metrics[name], value, rtol=1e-6, err_msg=name)
     logits, batch = steps.forward(
         bag_step_config,
@@ -97,11 +99,11 @@ def test_each_source_has_its_own_loss(eval_step, bag_step_config, bag_state, row
         first += count
 
 
-def test_unigram_log_probs_are_those_of_numpy():
+def test_unigram_log_probs_equal_add_one_smoothing():
     counts = np.array([7, 0, 90, 3, 5])
     log_probs = unigram_log_probs(counts, special_ids=(0, 4))
     assert log_probs.dtype == np.float32
-    # One is added to each of the three that are left: 1, 91 and 4 of 96.
+    # One is added to each of the three other counts: 1, 91 and 4 of 96.
     np.testing.assert_allclose(log_probs[1:4], np.log(np.array([1, 91, 4]) / 96), rtol=1e-6)
     np.testing.assert_array_equal(log_probs[[0, 4]], 0)
     np.testing.assert_array_equal(counts, [7, 0, 90, 3, 5])
