@@ -73,7 +73,7 @@ def encode(tokenizer: Tokenizer, sentences: Sequence[str], *, max_seq_length: in
             raise UserError(f"sentence {sentence!r}: has no <mask>; write <mask> for each token to predict")
         if len(ids) > max_seq_length:
             raise UserError(
-                f"sentence {sentence!r}: has {len(ids)} tokens, the model takes {max_seq_length}; shorten it"
+                f"sentence {sentence!r}: has {len(ids)} tokens, the model takes at most {max_seq_length}; shorten it"
             )
         encoded.append(ids)
     return encoded
