@@ -119,7 +119,16 @@ def open_run(
         checkpointer.remove_partial()
     parallel.barrier("work directory written")
     reporter = stack.enter_context(_create_reporter(settings, workdir, components, start_step, loop_state))
-    log_run_summary(settings, components, state, start_step)
+    log_run_summary(
+        model_type=components.encoder.model_type,
+        params=state.params,
+        text_name=components.text.name,
+        tokenizer_name=components.tokenizer.name,
+        shards=components.text.describe_shares(components.stream),
+        sequences_per_step=jax.process_count() * components.text.batch_rows,
+        max_seq_length=settings.data.max_seq_length,
+        start_step=start_step,
+    )
     step_options = {"step_config": components.step_config, "axis_name": parallel.AXIS}
     return Run(
         settings=settings,
@@ -157,7 +166,7 @@ def _is_finished(settings: RunSettings, workdir: WorkDir) -> bool:
 
 
 def _write_workdir(settings: RunSettings, workdir: WorkDir, components: Components, start_step: int) -> None:
-    warn_batch_size_changed(workdir, components)
+    warn_batch_size_changed(workdir, sequences_per_step=jax.process_count() * components.text.batch_rows)
     changed = workdir.create(
         settings,
         save_tokenizer=components.tokenizer.save,
@@ -224,7 +233,5 @@ def _create_reporter(
         pad_id=None if settings.data.packing in CONCATENATING else components.tokenizer.pad_id,
     )
     if start_step == 0:
-        reporter.write_hparams(settings.flat())
-        lines = "\n".join(f"{key} = {value!r}" for key, value in settings.flat().items())
-        reporter.write_texts(0, {"config": f"```\n{lines}\n```"})
+        reporter.write_config(settings.flat())
     return reporter

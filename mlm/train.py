@@ -14,7 +14,7 @@ from mlm.evaluate import unigram_log_probs
 from mlm.export.fill_mask import MaskPrediction, fill_mask, format_predictions
 from mlm.export.model_card import build_card
 from mlm.export.model_directory import export_model
-from mlm.reporting.summary import show
+from mlm.reporting.summary import print_next_steps
 from mlm.run.checkpoint import Checkpointer, DiskFullError, SaveError
 from mlm.run.signals import Interrupt, Interrupted
 from mlm.run.workdir import KeyChanges
@@ -58,7 +58,9 @@ def train_and_evaluate(
 
         def evaluate(step: int) -> dict[str, float]:
             with reporter.timed("evaluation"):
-                unigram_V = unigram_log_probs(reporter.counts_V, special_ids=run.components.tokenizer.special_ids)
+                unigram_V = unigram_log_probs(
+                    reporter.accumulator.counts_V, special_ids=run.components.tokenizer.special_ids
+                )
                 metrics = run.evaluator(state.params, parallel.broadcast_from_first(unigram_V))
                 reporter.log_evaluation(step, metrics)
             return metrics
@@ -98,7 +100,7 @@ def train_and_evaluate(
                 with reporter.transfer():
                     tokens = parallel.shard(batch.tokens, shape=(settings.gradient_accumulation_steps,))
                 state, metrics = run.train_step(state, tokens)
-                reporter.update(step, metrics, batch, wait_seconds=run.prefetcher.wait_seconds)
+                reporter.add_step(step, metrics, batch, wait_seconds=run.prefetcher.wait_seconds)
                 with _log_and_retry_later(on_all_processes=True):
                     run.checkpointer.check()
 
@@ -120,9 +122,9 @@ def train_and_evaluate(
                     raise Interrupted(f"stopped after step {step}, which is saved", on_all_processes=True)
                 if evaluates:
                     export(step, eval_metrics)
-        reporter.flush()
+        reporter.writer.flush()
         if jax.process_index() == 0:
-            show(settings, run.workdir, predictions, command)
+            print_next_steps(run.workdir, predictions, command=command, num_train_steps=last_step)
         if run.hub is not None:
             run.hub.finish(step=last_step)
 
@@ -147,10 +149,10 @@ class StopConsensus:
 
 
 def _log(run: Run, step: int) -> None:
-    run.reporter.log_updates(step)
+    run.reporter.log_steps(step)
     if run.workdir.storage.needs_upload and jax.process_index() == 0:
         with run.reporter.timed("upload"), _log_and_retry_later():
-            run.reporter.flush()
+            run.reporter.writer.flush()
             run.workdir.push()
 
 
@@ -158,14 +160,14 @@ def _export(run: Run, params: Any, step: int, metrics: dict[str, float]) -> list
     """Writes `model/`, on process 0; returns what the model predicts for `report.sentences`."""
     components, settings, workdir = run.components, run.settings, run.workdir
     predictions = fill_mask(components.step_config.model, params, components.tokenizer, settings.report.sentences)
-    run.reporter.write_texts(step, {"predictions": f"```\n{format_predictions(predictions)}\n```"})
+    run.reporter.writer.write_texts(step, {"predictions": f"```\n{format_predictions(predictions)}\n```"})
     card = build_card(
         settings,
         title=os.path.basename(workdir.path),
         model_type=components.encoder.model_type,
         step=step,
         sequences_per_step=jax.process_count() * components.text.batch_rows,
-        tokens_seen=run.reporter.tokens_seen,
+        tokens_seen=run.reporter.accumulator.tokens_seen,
         hardware=f"{jax.device_count()} x {jax.devices()[0].device_kind}",
     )
     export_model(

@@ -77,7 +77,7 @@ def test_rows_without_text_are_skipped_and_counted(config, tmp_path, caplog):
     # Five of them a pass over the file.
     assert line["data/skipped_documents"] % 5 == 0
     assert line["data/skipped_documents"] >= 5
-    assert f"{line['data/skipped_documents']} rows so far were left out" in caplog.text
+    assert f"{line['data/skipped_documents']} documents skipped so far" in caplog.text
 
 
 @pytest.fixture
@@ -107,7 +107,7 @@ def test_damaged_work_directories(config, trained, caplog):
 
     lines = (trained / "metrics.jsonl").read_text()
     (trained / "metrics.jsonl").write_text("garbage\n" + lines)
-    refuse_damage("metrics.jsonl, line 1, is not JSON")
+    refuse_damage("metrics.jsonl, line 1: is not JSON")
     (trained / "metrics.jsonl").write_text(lines)
 
     # All are damaged, then one is whole: that one is gone on from.

@@ -121,7 +121,7 @@ def test_files_of_a_work_directory(finished):
 
 def test_metrics_have_the_documented_names_at_the_configured_steps(finished):
     lines = {line["step"]: set(line) for line in read_metrics(str(finished / "metrics.jsonl"))}
-    train = {"train/loss", "train/accuracy", "train/learning_rate", "train/grad_norm", "train/skipped_updates"}
+    train = {"train/loss", "train/accuracy", "train/learning_rate", "train/grad_norm", "train/skipped_steps"}
     train |= {"data/epoch", "data/documents", "data/skipped_documents", "data/held_out_documents", "data/failed_shards"}
     train |= {"data/tokens", "perf/tokens_per_second", "perf/step_ms", "perf/input_wait_fraction", "perf/hours"}
     train |= {f"perf/{part}_ms" for part in ("input_wait", "transfer", "device", "host")}
@@ -179,7 +179,7 @@ def test_a_run_that_is_stopped_and_resumed_is_identical(corpus, finished, tmp_pa
     ],
 )
 def test_a_run_that_crashes_and_resumes_is_identical(corpus, finished, tmp_path, monkeypatch, crash_at):
-    real = reporter.Reporter.update
+    real = reporter.Reporter.add_step
 
     def crash(self, step, *args, **kwargs):
         real(self, step, *args, **kwargs)
@@ -187,7 +187,7 @@ def test_a_run_that_crashes_and_resumes_is_identical(corpus, finished, tmp_path,
             raise RuntimeError("pulled the plug")
 
     with monkeypatch.context() as patch:
-        patch.setattr(reporter.Reporter, "update", crash)
+        patch.setattr(reporter.Reporter, "add_step", crash)
         with pytest.raises(RuntimeError, match="pulled the plug"):
             train_and_evaluate(settings_of(tiny_config(corpus)), str(tmp_path))
     train_and_evaluate(settings_of(tiny_config(corpus)), str(tmp_path))

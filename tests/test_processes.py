@@ -46,11 +46,11 @@ logging.set_verbosity(logging.INFO)
 from mlm.reporting import reporter as report
 from mlm.train import train_and_evaluate
 from tests.tiny import settings_of, tiny_config
-real, rows = report.Reporter.update, {}
+real, rows = report.Reporter.add_step, {}
 def update(self, step, metrics, batch, *, wait_seconds):
     rows[step] = batch.tokens.tolist()
     real(self, step, metrics, batch, wait_seconds=wait_seconds)
-report.Reporter.update = update
+report.Reporter.add_step = update
 config = tiny_config(corpus)
 config.num_train_steps = int(last)
 config.data.num_eval_samples = 5

@@ -1,4 +1,4 @@
-"""The page of --mode=report: its numbers, and, in a real browser, what a reader sees and does."""
+"""The page of --mode=report: its data, and in a real browser its plots, tables and controls."""
 
 import http.server
 import json
@@ -24,7 +24,7 @@ DEFAULTS = settings_of(default.get_config()).flat()
 
 
 def write_run(folder, *, steps=40, skipped=None, restarts=(), values=None, loss=5.0):
-    """A run's work directory: a line every 10 updates of 1,000 tokens and half an hour, an evaluation every 20."""
+    """A work directory with a log line every 10 steps and an evaluation every 20. A step: 1,000 tokens, 3 minutes."""
     folder.mkdir(parents=True)
     config = default.get_config()
     config.num_train_steps = 40
@@ -44,7 +44,7 @@ def write_run(folder, *, steps=40, skipped=None, restarts=(), values=None, loss=
             "train/loss": loss - step / 100,
             "train/accuracy": 0.25,
             "train/learning_rate": 1e-3,
-            "train/skipped_updates": sum(count for at, count in (skipped or {}).items() if at <= step),
+            "train/skipped_steps": sum(count for at, count in (skipped or {}).items() if at <= step),
             "data/tokens": 1000 * step,
             "perf/hours": step / 20,
             "perf/tokens_per_second": 100.0 * step,
@@ -58,7 +58,7 @@ def write_run(folder, *, steps=40, skipped=None, restarts=(), values=None, loss=
                 "eval/unigram_loss": 6.0,
             }
         lines.append(line)
-    # Where nothing else is logged, as happens when the intervals differ.
+    # An evaluation alone, as when logging_steps and eval_steps differ.
     lines.insert(2, {"step": 25, "eval/loss": loss})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return str(folder)
@@ -81,7 +81,7 @@ def test_curves_are_the_metrics_with_tokens_and_hours(tmp_path):
         "hours": [0.5, 1.0, 1.5, 2.0],
         "values": [4.9, 4.8, 4.7, 4.6],
     }
-    # Between two lines that tell, on the straight line.
+    # Interpolated between two lines that have tokens and hours.
     assert run["curves"]["eval/loss"] == {
         "steps": [20, 25, 40],
         "tokens": [20_000, 25_000, 40_000],
@@ -90,43 +90,44 @@ def test_curves_are_the_metrics_with_tokens_and_hours(tmp_path):
     }
 
 
-def test_a_line_of_a_run_that_goes_on_past_the_last_one_that_tells_keeps_the_pace(tmp_path):
+def test_tokens_and_hours_are_extrapolated_after_the_last_line_that_has_them():
     lines = [{"step": 10, "data/tokens": 100, "perf/hours": 1.0}, {"step": 15, "eval/loss": 1.0}]
-    clock = report._Clock(lines)
-    assert clock.at([5, 10, 15]) == {"steps": [5, 10, 15], "tokens": [50, 100, 150], "hours": [0.5, 1.0, 1.5]}
+    axes = report._axes(lines, [5, 10, 15])
+    assert axes == {"steps": [5, 10, 15], "tokens": [50, 100, 150], "hours": [0.5, 1.0, 1.5]}
+    assert report._axes([{"step": 15, "eval/loss": 1.0}], [15]) == {"steps": [15], "tokens": [0], "hours": [0]}
 
 
-def test_restarts_and_skipped_updates_are_events(tmp_path):
+def test_restarts_and_skipped_steps_are_events(tmp_path):
     changed = {"optimizer.learning_rate": [1e-3, 1e-4]}
     run = report.read_run(WorkDir(write_run(tmp_path / "a", skipped={20: 2, 40: 1}, restarts=[(15, changed)])), "a")
     assert run["events"] == [
         {
             "kind": "restart",
-            "text": "restart after update 15, 2026-11-22 10:00; optimizer.learning_rate: 0.001 to 0.0001",
+            "text": "restart after step 15, 2026-11-22 10:00; optimizer.learning_rate: 0.001 to 0.0001",
             "steps": 15,
             "tokens": 15_000,
             "hours": 0.75,
         },
-        {"kind": "skip", "text": "2 skipped in updates 11 to 20", "steps": 20, "tokens": 20_000, "hours": 1.0},
-        {"kind": "skip", "text": "1 skipped in updates 31 to 40", "steps": 40, "tokens": 40_000, "hours": 2.0},
+        {"kind": "skip", "text": "2 skipped in steps 11 to 20", "steps": 20, "tokens": 20_000, "hours": 1.0},
+        {"kind": "skip", "text": "1 skipped in steps 31 to 40", "steps": 40, "tokens": 40_000, "hours": 2.0},
     ]
 
 
-def test_the_figures(tmp_path):
+def test_the_table_of_final_metrics(tmp_path):
     folder = write_run(tmp_path / "a", skipped={30: 2}, restarts=[(5, {})])
     figures = dict(report.read_run(WorkDir(folder), "a")["figures"])
-    assert figures["Updates"] == "40 of 40"
-    assert figures["Evaluation loss"] == "4.200"
-    assert figures["Best evaluation loss"] == "4.200 at update 40"
+    assert figures["Steps"] == "40 of 40"
+    assert figures["Eval loss"] == "4.200"
+    assert figures["Best eval loss"] == "4.200 at step 40"
     assert figures["Tokens seen"] == "40,000"
     assert figures["Hours"] == "2.00"
-    assert figures["Tokens a second, median"] == "2,500"
+    assert figures["Tokens per second, median"] == "2,500"
     assert figures["Input wait, median"] == "2.0 %"
-    assert (figures["Skipped updates"], figures["Restarts"]) == ("2", "1")
+    assert (figures["Skipped steps"], figures["Restarts"]) == ("2", "1")
     assert figures["Utilization, median"].startswith("-")
 
 
-def test_the_config_table_has_what_differs_and_what_differs_between_runs_first(tmp_path):
+def test_the_config_table_lists_differing_keys_first_those_that_differ_between_runs(tmp_path):
     a = write_run(tmp_path / "a", values={"seed": 1, "model.dtype": "bfloat16"})
     b = write_run(tmp_path / "b", values={"seed": 2, "model.dtype": "bfloat16"})
     keys = data_of(write_page(tmp_path / "page.html", a, b))["keys"]
@@ -137,19 +138,19 @@ def test_the_config_table_has_what_differs_and_what_differs_between_runs_first(t
     ]
 
 
-def test_long_curves_are_thinned_evenly_and_keep_their_end(tmp_path, monkeypatch):
+def test_long_curves_are_thinned_evenly_and_keep_their_last_point(tmp_path, monkeypatch):
     monkeypatch.setattr(report, "MAX_POINTS", 2)
     run = report.read_run(WorkDir(write_run(tmp_path / "a", steps=50)), "a")
     assert run["curves"]["train/loss"]["steps"] == [20, 50]
 
 
-def test_runs_have_the_shortest_names_that_tell_them_apart(tmp_path):
+def test_runs_have_the_shortest_distinct_names(tmp_path):
     first, second = write_run(tmp_path / "x" / "run"), write_run(tmp_path / "y" / "run")
     page = data_of(write_page(tmp_path / "page.html", first, second))
     assert [run["name"] for run in page["runs"]] == ["x/run", "y/run"]
 
 
-def test_a_page_asks_for_nothing_and_shows_names_as_they_are(tmp_path):
+def test_the_page_loads_nothing_and_escapes_names(tmp_path):
     name = "<img src=x>&</script><script>"
     folder = tmp_path / name.replace("/", "_")
     html = write_page(tmp_path / "page.html", write_run(folder))
@@ -158,7 +159,7 @@ def test_a_page_asks_for_nothing_and_shows_names_as_they_are(tmp_path):
     assert data_of(html)["runs"][0]["name"] == folder.name
 
 
-def test_mistakes(tmp_path):
+def test_user_errors(tmp_path):
     run = write_run(tmp_path / "a")
     page = str(tmp_path / "page.html")
     with pytest.raises(UserError, match="there is no run"):
@@ -206,7 +207,7 @@ def browser():
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
-    """Of two runs."""
+    """The page of two runs."""
     folder = tmp_path_factory.mktemp("runs")
     first = write_run(folder / "first", skipped={20: 1}, restarts=[(15, {"seed": [1, 2]})])
     second = write_run(folder / "second", loss=6.0, values={"seed": 7})
@@ -230,7 +231,7 @@ def look(browser, page, *, width=1200, scheme="light"):
 
 
 def plots(browser, what):
-    """An expression of each plot `p`, once it is drawn, by the plot's title."""
+    """Evaluates an expression for every plot `p` once it is drawn; by title."""
     browser.execute_async_script("drawn.then(() => requestAnimationFrame(() => setTimeout(arguments[0])))")
     return browser.execute_script(
         "return Object.fromEntries([...document.querySelectorAll('.panel')].map((box) =>"
@@ -245,26 +246,26 @@ def luminance(browser, css, element="body"):
 
 
 @pytest.mark.browser
-def test_every_panel_has_its_curves_drawn_and_nothing_is_complained_of(opened):
-    titles = ["Loss", "Accuracy", "Learning rate", "Throughput", "Input wait", "Skipped updates"]
+def test_every_panel_draws_its_curves_and_the_browser_logs_no_error(opened):
+    titles = ["Loss", "Accuracy", "Learning rate", "Throughput", "Input wait", "Skipped steps"]
     assert plots(opened, "0").keys() == set(titles)
     drawn = plots(opened, "[...p.querySelectorAll('.scatterlayer .trace')].length")
-    # Of two runs: train, evaluation and unigram model each, and one run's skipped updates.
+    # Two runs with train, eval and unigram loss each, and the skipped steps of one.
     assert drawn == {"Loss": 7, "Accuracy": 4} | dict.fromkeys(titles[2:], 2)
     assert all(plots(opened, "p.querySelector('.lines path').getTotalLength() > 50").values())
     assert opened.get_log("browser") == []
 
 
 @pytest.mark.browser
-def test_the_page_asks_the_network_for_nothing(browser, page):
-    asked = []
+def test_the_page_requests_nothing_but_itself(browser, page):
+    requested = []
 
     class Handler(http.server.SimpleHTTPRequestHandler):
         def __init__(self, *args):
             super().__init__(*args, directory=page.parent)
 
         def log_request(self, *args):
-            asked.append(self.path)
+            requested.append(self.path)
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -272,8 +273,8 @@ def test_the_page_asks_the_network_for_nothing(browser, page):
         loaded = browser.execute_script("return performance.getEntriesByType('resource').map((entry) => entry.name)")
         server.shutdown()
     assert plots(browser, "p.data.length")["Loss"] == 7
-    # What the browser itself asks every site for is not the page's doing.
-    assert [path for path in asked if path != "/favicon.ico"] == ["/page.html"]
+    # The browser itself requests a site icon.
+    assert [path for path in requested if path != "/favicon.ico"] == ["/page.html"]
     assert [name for name in loaded if not name.endswith("/favicon.ico")] == []
 
 
@@ -285,14 +286,14 @@ def test_the_horizontal_axis_switches(opened):
         loss = plots(opened, "[p.data[0].x, p.layout.xaxis.title.text, p.layout.shapes[0].x0]")["Loss"]
         shown[axis] = loss
     assert shown == {
-        "steps": [[10, 20, 30, 40], "updates", 15],
+        "steps": [[10, 20, 30, 40], "steps", 15],
         "tokens": [[10_000, 20_000, 30_000, 40_000], "tokens", 15_000],
         "hours": [[0.5, 1, 1.5, 2], "hours", 0.75],
     }
 
 
 @pytest.mark.browser
-def test_smoothing_is_an_unbiased_running_mean_beside_the_points(opened):
+def test_smoothing_draws_an_unbiased_moving_average_beside_the_points(opened):
     opened.execute_script(
         "const s = document.querySelector('#smoothing'); s.value = 0.5; s.dispatchEvent(new Event('input'))"
     )
@@ -303,8 +304,8 @@ def test_smoothing_is_an_unbiased_running_mean_beside_the_points(opened):
     ]
     assert raw == pytest.approx([4.9, 4.8, 4.7, 4.6])
     assert smooth == pytest.approx(expected)
-    # An evaluation is not smoothed.
-    evaluations = plots(opened, "p.data.filter((t) => t.name === 'first evaluation').map((t) => t.y)")
+    # Evaluations are not smoothed.
+    evaluations = plots(opened, "p.data.filter((t) => t.name === 'first eval').map((t) => t.y)")
     assert evaluations["Loss"] == [[4.6, 5.0, 4.2]]
 
 
@@ -320,12 +321,12 @@ def test_values_show_on_hover(opened):
 
 
 @pytest.mark.browser
-def test_skipped_updates_and_restarts_are_marked(opened):
+def test_skipped_steps_and_restarts_are_marked(opened):
     crosses = plots(opened, "p.data.filter((t) => t.name === 'skipped').map((t) => [t.x, t.y, t.text])")["Loss"]
-    assert crosses == [[[20], [4.8], ["1 skipped in updates 11 to 20"]]]
+    assert crosses == [[[20], [4.8], ["1 skipped in steps 11 to 20"]]]
     assert all(value == 1 for value in plots(opened, "p.querySelectorAll('.shapelayer path').length").values())
     events = opened.execute_script("return document.querySelector('#events').innerText")
-    assert "restart after update 15" in events
+    assert "restart after step 15" in events
     assert "seed: 1 to 2" in events
 
 
@@ -333,13 +334,13 @@ def test_skipped_updates_and_restarts_are_marked(opened):
 def test_a_run_can_be_hidden(opened):
     opened.execute_script("document.querySelector('#runs button').click()")
     names = plots(opened, "p.data.map((t) => t.name)")["Loss"]
-    assert names == ["second train", "second evaluation", "second unigram model"]
+    assert names == ["second train", "second eval", "second unigram model"]
 
 
 @pytest.mark.browser
 def test_the_tables(opened):
     figures = opened.execute_script("return document.querySelector('#figures').innerText")
-    assert re.search(r"Evaluation loss\s+4\.200\s+5\.200", figures)
+    assert re.search(r"Eval loss\s+4\.200\s+5\.200", figures)
     assert "Utilization" not in figures
     rows = opened.execute_script("return [...document.querySelectorAll('#config tr.differs')].map((r) => r.innerText)")
     assert [row.split() for row in rows] == [["seed", "42", "7", "42"]]
@@ -347,7 +348,7 @@ def test_the_tables(opened):
 
 @pytest.mark.browser
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_it_follows_the_readers_light_or_dark_and_can_be_switched(browser, page, scheme):
+def test_the_theme_follows_the_browser_and_can_be_switched(browser, page, scheme):
     look(browser, page, scheme=scheme)
     contrasts = []
     for _ in range(2):
@@ -361,7 +362,7 @@ def test_it_follows_the_readers_light_or_dark_and_can_be_switched(browser, page,
 
 
 @pytest.mark.browser
-def test_a_phone_shows_it_without_scrolling_sideways(browser, page):
+def test_the_page_fits_the_width_of_a_phone(browser, page):
     look(browser, page, width=390)
     assert browser.execute_script("return document.documentElement.scrollWidth") == 390
     widths = plots(browser, "p.querySelector('svg').getBoundingClientRect().width")
@@ -370,7 +371,7 @@ def test_a_phone_shows_it_without_scrolling_sideways(browser, page):
     assert size >= 14
 
 
-def test_the_pauses_are_called_as_the_loop_calls_them():
+def test_the_pauses_have_the_names_that_the_training_loop_uses():
     loop = Path(train.__file__).read_text()
     called = {f"perf/{name}_ms" for name in re.findall(r'reporter\.timed\("(\w+)"\)', loop)}
     panels = {title: {metric for metric, _ in curves} for title, _, curves, _ in report.PANELS}

@@ -1,4 +1,4 @@
-"""What a run tells: metric lines, means over intervals, durations, operation counts, curves."""
+"""Metrics of a run: lines of metrics.jsonl, means over intervals, skipped steps, curves."""
 
 import dataclasses
 import json
@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import matplotlib.figure
 import numpy as np
 import pytest
+from clu import metric_writers
 
 from mlm import parallel
 from mlm.data.prefetch import Batch
@@ -31,14 +32,14 @@ def path(tmp_path):
     return str(tmp_path / "metrics.jsonl")
 
 
-def test_one_line_a_step(path):
+def test_metrics_jsonl_has_one_line_per_step(path):
     writer = JsonLinesWriter(path, last_step=0)
     writer.write_scalars(2, {"a": np.float32(0.5), "n": np.int64(3)})
     writer.write_scalars(2, {"b": jnp.float32(1.5)})
     writer.write_scalars(4, {"a": 2.125})
     writer.flush()
     writer.flush()
-    # More of a step whose line is on disk: shorter than before, then longer.
+    # Scalars of a step whose line is on disk: first a shorter line than before, then a longer one.
     writer.write_scalars(4, {"a": 1})
     writer.flush()
     assert read_metrics(path)[1:] == [{"step": 4, "a": 1}]
@@ -59,31 +60,31 @@ def write_lines(path, steps, rest=""):
 
 
 @pytest.mark.parametrize("last_step", [0, 1, 4, 5, 6, 7])
-def test_no_step_twice_after_going_on(path, last_step):
+def test_a_resumed_run_writes_no_step_twice(path, last_step):
     write_lines(path, [2, 4, 6], rest='{"step": 8, "old": tr')
     writer = JsonLinesWriter(path, last_step=last_step)
-    kept = [step for step in (2, 4, 6) if step <= last_step]
-    # They stay on disk whatever happens next.
-    assert [line["step"] for line in read_metrics(path)] == kept
+    old_steps = [step for step in (2, 4, 6) if step <= last_step]
+    # They are on disk before anything new is written.
+    assert [line["step"] for line in read_metrics(path)] == old_steps
     for step in range(max(last_step, 1), 10):
         if step % 2 == 0:
             writer.write_scalars(step, {"new": True})
     writer.close()
     lines = read_metrics(path)
     assert [line["step"] for line in lines] == [2, 4, 6, 8]
-    assert [line["step"] for line in lines if "old" in line] == kept
-    # The line of last_step is added to; those before it are left alone.
+    assert [line["step"] for line in lines if "old" in line] == old_steps
+    # The line of last_step is added to; earlier ones do not change.
     assert [line["step"] for line in lines if "new" in line] == [s for s in (2, 4, 6, 8) if s >= last_step]
 
 
-def test_a_line_cut_off_is_left_out(path):
+def test_a_last_line_that_was_cut_off_is_ignored(path):
     assert read_metrics(path) == []
     write_lines(path, [1, 2], rest='{"step": 3, "o')
     assert [line["step"] for line in read_metrics(path)] == [1, 2]
 
 
 class Clock:
-    """Stands for the module `time` in `report`."""
+    """Replaces the module `time` in `reporter`."""
 
     now = 100.0
 
@@ -100,15 +101,13 @@ def clock(monkeypatch):
 
 @pytest.fixture
 def make_reporter(tmp_path, monkeypatch, clock):
-    # Tensorboard's part is CLU's own.
-    monkeypatch.setattr(
-        writers, "create_writer", lambda place, last_step: JsonLinesWriter(place.metrics, last_step=last_step)
-    )
-    place = WorkDir(str(tmp_path))
+    # CLU tests its TensorBoard writer itself.
+    monkeypatch.setattr(metric_writers, "SummaryWriter", lambda logdir: metric_writers.MultiWriter([]))
+    workdir = WorkDir(str(tmp_path))
 
     def make(restored=None, step=0, pad_id=None, max_skipped_steps=2):
         return Reporter(
-            place,
+            workdir,
             num_train_steps=100,
             vocab_size=10,
             flops_per_token=1e3,
@@ -122,7 +121,7 @@ def make_reporter(tmp_path, monkeypatch, clock):
     return make
 
 
-# Update n: sums, tokens, time until it is done, and of that the wait for its batch.
+# For step n: loss sum, predicted tokens, time until it is done, and the part of it spent waiting for its batch.
 LOSSES = {1: 30.0, 2: 10.0, 3: 64.0, 4: 50.0, 5: 24.0}
 COUNTS = {1: 10.0, 2: 2.0, 3: 16.0, 4: 25.0, 5: 4.0}
 SECONDS = {1: 1.0, 2: 2.0, 3: 5.0, 4: 1.0, 5: 1.0}
@@ -141,14 +140,14 @@ def fake(step, loss=None, grad_norm=1.0, skipped=False):
 
 
 def run(reporter, clock, steps, *, since=1, log=()):
-    """Makes updates whose waits add up since update `since`, as a process's do."""
+    """Reports steps; waits accumulate from step `since`, the first one of the process."""
     for step in steps:
-        # The wait for the first batch, 7 s here, is before the first update: it is nobody's.
-        reporter.update(step, *fake(step), wait_seconds=7 + sum(WAITS[i] for i in range(since + 1, step + 1)))
+        # The wait for the first batch, 7 s here, ends before the first step and is not counted.
+        reporter.add_step(step, *fake(step), wait_seconds=7 + sum(WAITS[i] for i in range(since + 1, step + 1)))
         clock.now += SECONDS[step]
         if step in log:
             reporter.wait_for_pending_step()
-            reporter.log_updates(step)
+            reporter.log_steps(step)
 
 
 EXPECTED = [
@@ -158,7 +157,7 @@ EXPECTED = [
         "train/accuracy": 6 / 28,
         "train/learning_rate": 3 / 8,
         "train/grad_norm": 3.0,
-        "train/skipped_updates": 0,
+        "train/skipped_steps": 0,
         "data/tokens": 9,
         "perf/hours": 8 / 3600,
         "perf/tokens_per_second": 9 / 8,
@@ -177,7 +176,7 @@ EXPECTED = [
         "train/accuracy": 9 / 29,
         "train/learning_rate": 5 / 8,
         "train/grad_norm": 5.0,
-        "train/skipped_updates": 0,
+        "train/skipped_steps": 0,
         "data/tokens": 15,
         "perf/hours": 10 / 3600,
         "perf/tokens_per_second": 6 / 2,
@@ -197,35 +196,35 @@ WAITING = ("perf/input_wait_fraction", "perf/input_wait_ms", "perf/host_ms")
 
 
 def without_waits(lines):
-    """Lines but for the wait for batches, which begins anew with a process; hours to the last bits of a sum."""
+    """Lines without the wait for batches, which every process measures from its first step on; sums rounded."""
     return [{name: round(value, 12) for name, value in line.items() if name not in WAITING} for line in lines]
 
 
 def test_lines_hold_means_over_their_interval(make_reporter, clock, path):
     with make_reporter() as reporter:
         run(reporter, clock, range(1, 6), log=(3, 5))
-        np.testing.assert_array_equal(reporter.counts_V, [0, 2, 2, 2, 2, 2, 0, 0, 0, 5])
+        np.testing.assert_array_equal(reporter.accumulator.counts_V, [0, 2, 2, 2, 2, 2, 0, 0, 0, 5])
     # Exact: few and small numbers.
     assert read_metrics(path) == EXPECTED
 
 
-def test_rows_left_out_are_told_of_when_they_have_doubled(make_reporter, clock, caplog):
+def test_skipped_documents_are_logged_each_time_their_number_has_doubled(make_reporter, clock, caplog):
     reporter = make_reporter()
     with caplog.at_level("INFO"):
         for counted in (0, 7, 7, 12, 14, 15, 29, 31):
             metrics, batch = fake(1)
-            reporter.update(
+            reporter.add_step(
                 1, metrics, dataclasses.replace(batch, counters={"skipped_documents": counted}), wait_seconds=0
             )
             clock.now += 1.0
             reporter.wait_for_pending_step()
-            reporter.log_updates(1)
-    told = [record.getMessage() for record in caplog.records if "left out" in record.getMessage()]
-    assert [line.split()[0] for line in told] == ["7", "15", "31"]
+            reporter.log_steps(1)
+    messages = [record.getMessage() for record in caplog.records if "documents skipped" in record.getMessage()]
+    assert [message.split()[0] for message in messages] == ["7", "15", "31"]
 
 
 @pytest.mark.parametrize("stop", [1, 2, 3, 4])
-def test_lines_are_the_same_after_going_on(make_reporter, clock, path, stop):
+def test_a_resumed_run_logs_the_same_lines(make_reporter, clock, path, stop):
     with make_reporter() as reporter:
         run(reporter, clock, range(1, stop + 1), log=(3, 5))
         reporter.wait_for_pending_step()
@@ -235,34 +234,34 @@ def test_lines_are_the_same_after_going_on(make_reporter, clock, path, stop):
     clock.now += 1000
     with make_reporter(restored={"step": stop, **saved}, step=stop) as reporter:
         run(reporter, clock, range(stop + 1, 6), since=stop + 1, log=(3, 5))
-        np.testing.assert_array_equal(reporter.counts_V, [0, 2, 2, 2, 2, 2, 0, 0, 0, 5])
+        np.testing.assert_array_equal(reporter.accumulator.counts_V, [0, 2, 2, 2, 2, 2, 0, 0, 0, 5])
     assert without_waits(read_metrics(path)) == without_waits(EXPECTED)
 
 
 @pytest.mark.parametrize("stop", [1, 2, 3, 4])
-def test_the_share_of_padding_is_that_of_the_intervals_rows(make_reporter, clock, path, stop):
-    """The rows of update n are n, n, 9: with id 3 as padding, one interval has 2 of 9, the other none."""
+def test_the_fraction_of_padding_is_over_the_interval(make_reporter, clock, path, stop):
+    """The tokens of step n are n, n, 9: with padding id 3, one interval has 2 of 9, the other none."""
     with make_reporter(pad_id=3) as reporter:
         run(reporter, clock, range(1, stop + 1), log=(3, 5))
         reporter.wait_for_pending_step()
         saved = json.loads(json.dumps(reporter.to_json()))
     with make_reporter(restored={"step": stop, **saved}, step=stop, pad_id=3) as reporter:
         run(reporter, clock, range(stop + 1, 6), since=stop + 1, log=(3, 5))
-    shares = [2 / 9, 0.0]
-    wanted = [{**line, "data/padding_fraction": share} for line, share in zip(EXPECTED, shares, strict=True)]
-    assert without_waits(read_metrics(path)) == without_waits(wanted)
+    fractions = [2 / 9, 0.0]
+    expected = [{**line, "data/padding_fraction": f} for line, f in zip(EXPECTED, fractions, strict=True)]
+    assert without_waits(read_metrics(path)) == without_waits(expected)
 
 
-def test_evaluations_join_the_line_and_their_time_is_not_the_updates(make_reporter, clock, path):
+def test_an_evaluation_joins_the_line_of_its_step_and_its_time_is_not_that_of_the_steps(make_reporter, clock, path):
     evaluation = {"eval/loss": 3.0, "eval/unigram_loss": 6.0, "eval/accuracy": 0.25, "eval/perplexity": 20.0}
     with make_reporter() as reporter:
         run(reporter, clock, range(1, 3))
         reporter.wait_for_pending_step()
-        clock.now += 1  # Still the loop's own.
+        clock.now += 1  # Counts as time of the steps.
         with reporter.timed("evaluation"):
             clock.now += 500
             reporter.log_evaluation(2, evaluation)
-        assert read_metrics(path) == [{"step": 2, **evaluation}]  # On disk, for the curves.
+        assert read_metrics(path) == [{"step": 2, **evaluation}]  # Flushed: the curves are drawn from the file.
         run(reporter, clock, range(3, 4), since=1, log=(3,))
         with reporter.timed("evaluation"):
             reporter.log_evaluation(3, evaluation)
@@ -277,51 +276,51 @@ def test_evaluations_join_the_line_and_their_time_is_not_the_updates(make_report
     assert read_metrics(path) == [{"step": 2, **evaluation}, {**EXPECTED[0], **timings, **evaluation}]
 
 
-def test_skipped_updates_are_counted_and_left_out_of_the_means(make_reporter, path):
-    def update(step, **faults):
-        reporter.update(step, *fake(step, **faults), wait_seconds=0.0)
+def test_skipped_steps_are_counted_and_not_part_of_the_means(make_reporter, path):
+    def add_step(step, **faults):
+        reporter.add_step(step, *fake(step, **faults), wait_seconds=0.0)
 
     with make_reporter() as reporter:
-        update(1)
-        update(2, loss=np.nan, grad_norm=np.nan, skipped=True)
-        update(3, loss=np.inf, skipped=True)
-        update(4)
-        update(5, grad_norm=np.inf, skipped=True)
+        add_step(1)
+        add_step(2, loss=np.nan, grad_norm=np.nan, skipped=True)
+        add_step(3, loss=np.inf, skipped=True)
+        add_step(4)
+        add_step(5, grad_norm=np.inf, skipped=True)
         reporter.wait_for_pending_step()
-        reporter.log_updates(5)
+        reporter.log_steps(5)
     (line,) = read_metrics(path)
     assert (line["train/loss"], line["train/accuracy"]) == (80 / 35, 5 / 35)
-    assert line["train/skipped_updates"] == 3
+    assert line["train/skipped_steps"] == 3
     assert "train/grad_norm" not in line  # JSON has no infinity.
 
 
-def test_too_many_skipped_in_a_row_end_the_run_by_their_names_also_after_going_on(make_reporter):
+def test_too_many_skipped_steps_in_a_row_end_the_run_also_after_a_restart(make_reporter):
     faults = {"loss": np.nan, "skipped": True}
     with make_reporter() as reporter:
-        reporter.update(1, *fake(1, **faults), wait_seconds=0.0)
+        reporter.add_step(1, *fake(1, **faults), wait_seconds=0.0)
         reporter.wait_for_pending_step()
         saved = json.loads(json.dumps(reporter.to_json()))
     with make_reporter(restored=saved, step=1) as reporter:
         for step in (2, 3):
-            reporter.update(step, *fake(step, **faults), wait_seconds=0.0)
-        # Found one update later, as those of the updates before.
-        with pytest.raises(UserError, match=r"^updates 1 to 3 went wrong .* --mode=show_data --step=3") as raised:
-            reporter.update(4, *fake(4), wait_seconds=0.0)
+            reporter.add_step(step, *fake(step, **faults), wait_seconds=0.0)
+        # Found when the next step has been dispatched.
+        with pytest.raises(UserError, match=r"=2: steps 1 to 3 were skipped, .* --mode=show_data --step=3") as raised:
+            reporter.add_step(4, *fake(4), wait_seconds=0.0)
         assert "\n" not in str(raised.value)
 
 
-def test_a_full_disk_costs_no_line(make_reporter, clock, path, monkeypatch):
+def test_a_full_disk_loses_no_line(make_reporter, clock, path, monkeypatch):
     with make_reporter() as reporter:
         with monkeypatch.context() as patch:
             patch.setattr(writers.os, "fsync", lambda descriptor: (_ for _ in ()).throw(OSError("disk full")))
             run(reporter, clock, range(1, 4), log=(3,))
-            reporter.flush()
+            reporter.writer.flush()
         run(reporter, clock, range(4, 6), log=(5,))
     assert [line["step"] for line in read_metrics(path)] == [3, 5]
 
 
 @pytest.mark.parametrize(
-    ("seconds", "said"),
+    ("seconds", "formatted"),
     [
         (0.2, "0 s"),
         (12, "12 s"),
@@ -332,8 +331,8 @@ def test_a_full_disk_costs_no_line(make_reporter, clock, path, monkeypatch):
         (2 * 86400 + 3 * 3600 + 1800, "2 d 3 h"),
     ],
 )
-def test_duration(seconds, said):
-    assert duration(seconds) == said
+def test_durations_have_two_units(seconds, formatted):
+    assert duration(seconds) == formatted
 
 
 @pytest.mark.parametrize(
@@ -346,7 +345,7 @@ def test_duration(seconds, said):
         ("cpu", None),
     ],
 )
-def test_the_peak_is_that_of_the_device(monkeypatch, kind, peak):
+def test_the_peak_rate_is_looked_up_by_the_kind_of_device(monkeypatch, kind, peak):
     monkeypatch.setattr(jax, "devices", lambda: [types.SimpleNamespace(device_kind=kind)])
     assert reporter_lib.peak_flops() == peak
 
@@ -354,7 +353,7 @@ def test_the_peak_is_that_of_the_device(monkeypatch, kind, peak):
 @pytest.mark.parametrize(
     "lines", [[], EXPECTED, [line | {"eval/loss": 1.0, "eval/unigram_loss": 2.0} for line in EXPECTED]]
 )
-def test_curves_are_a_picture_with_named_axes(path, tmp_path, monkeypatch, lines):
+def test_the_picture_of_the_curves_has_four_labeled_plots(path, tmp_path, monkeypatch, lines):
     with open(path, "w", encoding="utf-8") as file:
         file.writelines(json.dumps(line) + "\n" for line in lines)
     figures = []
@@ -364,7 +363,7 @@ def test_curves_are_a_picture_with_named_axes(path, tmp_path, monkeypatch, lines
         "savefig",
         lambda figure, *a, **k: figures.append(figure) or save(figure, *a, **k),
     )
-    draw_curves(path, str(tmp_path / "curves.png"), title="a run, 5 updates")
+    draw_curves(path, str(tmp_path / "curves.png"), title="a run, 5 steps")
     content = (tmp_path / "curves.png").read_bytes()
     assert content[:8] == b"\x89PNG\r\n\x1a\n"
     assert struct.unpack(">II", content[16:24]) == (1100, 770)
@@ -372,10 +371,10 @@ def test_curves_are_a_picture_with_named_axes(path, tmp_path, monkeypatch, lines
     assert [(axis.get_title(), axis.get_ylabel()) for axis in figure.axes] == [
         ("Loss", "nats per predicted token"),
         ("Accuracy", "% of predicted tokens"),
-        ("Learning rate", "per update"),
+        ("Learning rate", ""),
         ("Throughput", "tokens per second"),
     ]
-    assert [axis.get_xlabel() for axis in figure.axes[2:]] == ["updates", "updates"]
+    assert [axis.get_xlabel() for axis in figure.axes[2:]] == ["steps", "steps"]
     names = [[line.get_label() for line in axis.get_lines()] for axis in figure.axes]
     evaluated = any("eval/loss" in line for line in lines)
     assert names[0] == (["train"] if lines else []) + (["evaluation", "unigram model"] if evaluated else [])

@@ -50,9 +50,9 @@ def run(tmp_path_factory):
         jax.debug.callback(record, *data)
         return batch
 
-    real_update = reporter.Reporter.update
+    real_update = reporter.Reporter.add_step
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reporter.Reporter, "update", update)
+        patch.setattr(reporter.Reporter, "add_step", update)
         patch.setattr(steps, "mask_tokens", masked)
         train_and_evaluate(settings_of(config), workdir)
     return config, workdir, rows, inputs

@@ -1,15 +1,16 @@
-"""--mode=report: the curves of one or several runs as one HTML page, which needs no network and no server.
+"""--mode=report: the curves of one or more runs as one HTML page, which needs neither a network nor a server.
 
-What is drawn is chosen here; how, in `report.html` beside this file, which gets Plotly and the runs' numbers put
-into it.
+This file chooses what the page shows; `report.html` draws it, with Plotly and the data of the runs inserted.
 """
 
 import json
+import math
 import os
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from absl import logging
 from plotly.offline import get_plotlyjs
 
@@ -17,25 +18,28 @@ from mlm.errors import UserError
 from mlm.reporting.curves import read_metrics
 from mlm.run.workdir import KeyChanges, WorkDir
 
-# Points of a curve, at most: more are not to be told apart on a screen, and make a page slow.
+# Most points per curve: a screen cannot show more, and they would make the page slow.
 MAX_POINTS = 4000
-
-_PAUSES = ("save", "evaluation", "export")
-# Panels in the page's order: title, unit, curves as (metric, what it is called), and the factor to the unit.
+# Panels in the order of the page: title, unit, curves as (metric, label), and the factor from the metric to the unit.
 PANELS = (
-    ("Loss", "nats a predicted token", [("train/loss", "train"), ("eval/loss", "evaluation")], 1),
-    ("Accuracy", "% of predicted tokens", [("train/accuracy", "train"), ("eval/accuracy", "evaluation")], 100),
-    ("Learning rate", "per update", [("train/learning_rate", "learning rate")], 1),
+    ("Loss", "nats per predicted token", [("train/loss", "train"), ("eval/loss", "eval")], 1),
+    ("Accuracy", "% of predicted tokens", [("train/accuracy", "train"), ("eval/accuracy", "eval")], 100),
+    ("Learning rate", "", [("train/learning_rate", "learning rate")], 1),
     ("Gradient norm", "before clipping", [("train/grad_norm", "gradient norm")], 1),
-    ("Throughput", "tokens a second", [("perf/tokens_per_second", "tokens/s")], 1),
-    ("Input wait", "% of the time", [("perf/input_wait_fraction", "waiting for text")], 100),
-    ("Utilization", "% of the devices' peak", [("perf/mfu", "utilization")], 100),
-    ("Pauses", "seconds since the point before", [(f"perf/{what}_ms", what) for what in _PAUSES], 1e-3),
-    ("Padding", "% of the tokens", [("data/padding_fraction", "padding")], 100),
-    ("Skipped updates", "so far", [("train/skipped_updates", "skipped")], 1),
+    ("Throughput", "tokens per second", [("perf/tokens_per_second", "tokens/s")], 1),
+    ("Input wait", "% of the time", [("perf/input_wait_fraction", "input wait")], 100),
+    ("Utilization", "% of the devices' peak FLOP/s", [("perf/mfu", "utilization")], 100),
+    (
+        "Pauses",
+        "seconds since the last log line",
+        [(f"perf/{name}_ms", name) for name in ("save", "evaluation", "export")],
+        1e-3,
+    ),
+    ("Padding", "% of tokens", [("data/padding_fraction", "padding")], 100),
+    ("Skipped steps", "so far", [("train/skipped_steps", "skipped")], 1),
 )
-# Of the sources of a mixture, each eval/<name>/loss.
-SOURCES_TITLE = "Evaluation loss of the sources"
+# The panel of eval/<source>/loss, for the sources of a mixture.
+SOURCES_TITLE = "Eval loss by source"
 
 
 def run(
@@ -52,26 +56,23 @@ def run(
       settings: unused.
       workdir: the directories of one or more runs.
       output: the file to write, replaced if it exists; None for report.html.
-      defaults: key -> value of `configs/default.py`, flat; what differs from it is shown.
+      defaults: key -> value of `configs/default.py`, with dotted keys; the page shows what differs from it.
       key_changes: how config keys have changed since earlier versions; None for no changes.
 
     Raises:
-      UserError: a directory holds no run or has no metrics yet, two are the same, or the file cannot be written.
+      UserError: a directory has no run or no metrics yet, two are the same, or the file cannot be written.
     """
     output = output or "report.html"
-    places = [WorkDir(path, key_changes=key_changes) for path in workdir]
-    if len({place.display_path for place in places}) < len(places):
+    workdirs = [WorkDir(path, key_changes=key_changes) for path in workdir]
+    paths = [each.display_path for each in workdirs]
+    if len(set(paths)) < len(paths):
         raise UserError("--workdir: two of the runs are the same; name each once")
-    names = _names([place.display_path for place in places])
-    runs = [read_run(place, name) for place, name in zip(places, names, strict=True)]
-    page = {
-        "panels": _panels(runs),
-        "runs": runs,
-        "keys": _differing_keys(runs, defaults),
-    }
+    names = _short_names(paths)
+    runs = [read_run(each, name) for each, name in zip(workdirs, names, strict=True)]
+    page = {"panels": _panels(runs), "runs": runs, "keys": _differing_keys(runs, defaults)}
     with open(os.path.join(os.path.dirname(__file__), "report.html"), encoding="utf-8") as file:
         html = file.read()
-    # In a script, "</script>" and "<!--" would end or hide what follows.
+    # In a script, "</script>" would end it and "<!--" hide what follows.
     data = json.dumps(page, allow_nan=False).replace("<", "\\u003c")
     html = html.replace("/* the runs */", f"const page = {data};").replace("/* plotly */", get_plotlyjs())
     try:
@@ -83,134 +84,131 @@ def run(
     logging.info("the report of %s is in %s", ", ".join(names), output)
 
 
-def read_run(place: WorkDir, name: str) -> dict[str, Any]:
-    """What the page is told of a run.
+def read_run(workdir: WorkDir, name: str) -> dict[str, Any]:
+    """Returns what the page shows of a run.
 
     Returns:
-      name; curves: metric -> {steps, tokens, hours, values}, equally long; events: starts after the first one and
-      skipped updates, with their steps, tokens and hours; figures: (label, value) of the table; config, flat.
+      name, path; config: dotted key -> value as JSON; curves: metric -> {steps, tokens, hours, values}, equally long;
+      events: restarts and skipped steps, each with its step, tokens and hours; figures: (label, value) of the table.
 
     Raises:
       UserError: there is no run, or it has no metrics yet.
     """
-    config, history = place.read_config(), place.read_history()
-    lines = read_metrics(place.metrics)
+    config, history = workdir.read_config(), workdir.read_history()
+    lines = read_metrics(workdir.metrics)
     if not lines:
         raise UserError(
-            f"--workdir={place.display_path}: no metrics yet; come back after the first evaluation or checkpoint"
+            f"--workdir={workdir.display_path}: no metrics yet; come back after the first evaluation or checkpoint"
         )
-    clock = _Clock(lines)
     curves = {}
     for metric in sorted({metric for line in lines for metric in line} - {"step"}):
         points = [(line["step"], line[metric]) for line in lines if _is_number(line.get(metric))]
-        # Evenly thinned, the last point kept.
-        points = points[:: -max(1, -(-len(points) // MAX_POINTS))][::-1]
-        steps = [step for step, _ in points]
-        curves[metric] = clock.at(steps) | {"values": [value for _, value in points]}
-    events = []
-    for start in history[1:]:
-        changed = ", ".join(f"{key}: {old} to {new}" for key, (old, new) in start["changed"].items())
-        text = f"restart after update {start['step']:,}, {start['time'][:16].replace('T', ' ')}"
-        events.append(_event("restart", text + (f"; {changed}" if changed else ""), clock, start["step"]))
-    before = (0, 0)
-    for line in lines:
-        count = line.get("train/skipped_updates", before[1])
-        if count > before[1]:
-            text = f"{count - before[1]} skipped in updates {before[0] + 1:,} to {line['step']:,}"
-            events.append(_event("skip", text, clock, line["step"]))
-        before = (line["step"], count)
+        # Evenly spaced points, with the last one.
+        points = points[:: -max(1, math.ceil(len(points) / MAX_POINTS))][::-1]
+        curves[metric] = _axes(lines, [step for step, _ in points]) | {"values": [value for _, value in points]}
     return {
         "name": name,
-        "path": place.display_path,
+        "path": workdir.display_path,
         "config": {key: json.dumps(value) for key, value in config.items()},
         "curves": curves,
-        "events": events,
-        "figures": _figures(lines, config, history, clock),
+        "events": _events(lines, history),
+        "figures": _figures(lines, config, history),
     }
 
 
-class _Clock:
-    """Tokens and hours at a step, between the lines that tell them on the straight line."""
-
-    def __init__(self, lines: list[dict[str, Any]]):
-        self._known = {
-            axis: [(0, 0.0), *((line["step"], line[metric]) for line in lines if metric in line)]
-            for axis, metric in (("tokens", "data/tokens"), ("hours", "perf/hours"))
-        }
-
-    def at(self, steps: list[int]) -> dict[str, list[float]]:
-        """Of steps that rise."""
-        return {"steps": steps} | {axis: self._interpolate(axis, steps) for axis in self._known}
-
-    def _interpolate(self, axis: str, steps: list[int]) -> list[float]:
-        known, at, values = self._known[axis], 0, []
-        for step in steps:
-            while at + 2 < len(known) and known[at + 1][0] < step:
-                at += 1
-            (x0, y0), (x1, y1) = known[at], known[min(at + 1, len(known) - 1)]
-            values.append(round(y0 + (y1 - y0) * (step - x0) / (x1 - x0), 6) if x1 > x0 else y0)
-        return values
+def _axes(lines: list[dict[str, Any]], steps: list[int]) -> dict[str, list[float]]:
+    """Returns the steps, and the tokens and hours at these steps: interpolated between the lines that have them."""
+    return {
+        "steps": steps,
+        "tokens": _interpolate(lines, "data/tokens", steps),
+        "hours": _interpolate(lines, "perf/hours", steps),
+    }
 
 
-def _event(kind: str, text: str, clock: _Clock, step: int) -> dict[str, Any]:
-    at = clock.at([step])
-    return {"kind": kind, "text": text} | {axis: values[0] for axis, values in at.items()}
+def _interpolate(lines: list[dict[str, Any]], metric: str, steps: list[int]) -> list[float]:
+    """Interpolates linearly from 0 at step 0; after the last line that has the metric, at the rate before it."""
+    x, y = np.array([(0, 0.0), *((line["step"], line[metric]) for line in lines if metric in line)]).T
+    rate = (y[-1] - y[-2]) / (x[-1] - x[-2]) if len(x) > 1 else 0.0
+    beyond = np.maximum(np.array(steps) - x[-1], 0)
+    return np.round(np.interp(steps, x, y) + rate * beyond, 6).tolist()
+
+
+def _events(lines: list[dict[str, Any]], history: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Returns the starts after the first one, then the log lines with skipped steps."""
+    events = []
+    for start in history[1:]:
+        changes = ", ".join(f"{key}: {old} to {new}" for key, (old, new) in start["changed"].items())
+        text = f"restart after step {start['step']:,}, {start['time'][:16].replace('T', ' ')}"
+        events.append(("restart", text + (f"; {changes}" if changes else ""), start["step"]))
+    last_step, last_count = 0, 0
+    for line in lines:
+        count = line.get("train/skipped_steps", last_count)
+        if count > last_count:
+            text = f"{count - last_count} skipped in steps {last_step + 1:,} to {line['step']:,}"
+            events.append(("skip", text, line["step"]))
+        last_step, last_count = line["step"], count
+    axes = _axes(lines, [step for *_, step in events])
+    return [
+        {"kind": kind, "text": text} | {axis: values[i] for axis, values in axes.items()}
+        for i, (kind, text, _) in enumerate(events)
+    ]
 
 
 def _figures(
-    lines: list[dict[str, Any]], config: dict[str, Any], history: list[dict[str, Any]], clock: _Clock
+    lines: list[dict[str, Any]], config: dict[str, Any], history: list[dict[str, Any]]
 ) -> list[tuple[str, str]]:
-    """(label, value) of a run, the same labels in the same order for every run."""
+    """Returns (label, value) pairs, the same labels in the same order for every run."""
+
+    def values(metric: str) -> list[float]:
+        return [line[metric] for line in lines if _is_number(line.get(metric))]
 
     def last(metric: str, form: str, scale: float = 1.0) -> str:
-        values = [line[metric] for line in lines if _is_number(line.get(metric))]
-        return format(values[-1] * scale, form) if values else "-"
+        return format(values(metric)[-1] * scale, form) if values(metric) else "-"
 
-    def middle(metric: str, form: str, scale: float = 1.0) -> str:
-        values = [line[metric] for line in lines if _is_number(line.get(metric))]
-        return format(statistics.median(values) * scale, form) if values else "-"
+    def median(metric: str, form: str, scale: float = 1.0) -> str:
+        return format(statistics.median(values(metric)) * scale, form) if values(metric) else "-"
 
     step = lines[-1]["step"]
+    now = _axes(lines, [step])
     evaluations = [(line["eval/loss"], line["step"]) for line in lines if _is_number(line.get("eval/loss"))]
-    now = clock.at([step])
-    best = "{:.3f} at update {:,}".format(*min(evaluations)) if evaluations else "-"
     return [
-        ("Updates", f"{step:,} of {config['num_train_steps']:,}"),
-        ("Evaluation loss", last("eval/loss", ".3f")),
-        ("Best evaluation loss", best),
-        ("Evaluation perplexity", last("eval/perplexity", ".1f")),
-        ("Evaluation accuracy", last("eval/accuracy", ".1f", 100) + " %"),
-        ("Unigram model's loss", last("eval/unigram_loss", ".3f")),
+        ("Steps", f"{step:,} of {config['num_train_steps']:,}"),
+        ("Eval loss", last("eval/loss", ".3f")),
+        ("Best eval loss", "{:.3f} at step {:,}".format(*min(evaluations)) if evaluations else "-"),
+        ("Eval perplexity", last("eval/perplexity", ".1f")),
+        ("Eval accuracy", last("eval/accuracy", ".1f", 100) + " %"),
+        ("Unigram loss", last("eval/unigram_loss", ".3f")),
         ("Train loss", last("train/loss", ".3f")),
         ("Tokens seen", f"{now['tokens'][0]:,.0f}"),
         ("Hours", f"{now['hours'][0]:.2f}"),
-        ("Tokens a second, median", middle("perf/tokens_per_second", ",.0f")),
-        ("Input wait, median", middle("perf/input_wait_fraction", ".1f", 100) + " %"),
-        ("Utilization, median", middle("perf/mfu", ".1f", 100) + " %"),
-        ("Skipped updates", last("train/skipped_updates", ",.0f")),
+        ("Tokens per second, median", median("perf/tokens_per_second", ",.0f")),
+        ("Input wait, median", median("perf/input_wait_fraction", ".1f", 100) + " %"),
+        ("Utilization, median", median("perf/mfu", ".1f", 100) + " %"),
+        ("Skipped steps", last("train/skipped_steps", ",.0f")),
         ("Restarts", str(len(history) - 1)),
     ]
 
 
 def _panels(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Those that some run has a curve for."""
-    there = {metric for run in runs for metric in run["curves"]}
-    sources = sorted(m for m in there if m.startswith("eval/") and m.count("/") > 1 and m.endswith("/loss"))
-    by_source = (SOURCES_TITLE, "nats a predicted token", [(m, m.split("/", 1)[1][:-5]) for m in sources], 1)
+    """Returns the panels for which a run has a curve; that of skipped steps only if there were any."""
+    metrics = {
+        metric
+        for run in runs
+        for metric, curve in run["curves"].items()
+        if metric != "train/skipped_steps" or any(curve["values"])
+    }
+    sources = sorted(m for m in metrics if m.startswith("eval/") and m.count("/") > 1 and m.endswith("/loss"))
+    by_source = (SOURCES_TITLE, PANELS[0][1], [(m, m.removeprefix("eval/").removesuffix("/loss")) for m in sources], 1)
     panels = []
-    for title, unit, curves, scale in [PANELS[0], by_source, *PANELS[1:]]:
-        curves = [(metric, label) for metric, label in curves if metric in there]
-        if title == "Skipped updates" and not any(
-            any(r["curves"].get(m, {"values": []})["values"]) for r in runs for m, _ in curves
-        ):
-            continue
+    for title, unit, curves, scale in (PANELS[0], by_source, *PANELS[1:]):
+        curves = [(metric, label) for metric, label in curves if metric in metrics]
         if curves:
             panels.append({"title": title, "unit": unit, "curves": curves, "scale": scale})
     return panels
 
 
 def _differing_keys(runs: list[dict[str, Any]], defaults: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Keys that some run has otherwise than the defaults, those first in which the runs differ among themselves."""
+    """Returns the keys that differ from the defaults in a run; first those that differ between the runs."""
     rows = []
     for key in sorted({key for run in runs for key in run["config"]} | defaults.keys()):
         values = [run["config"].get(key, "absent") for run in runs]
@@ -220,16 +218,15 @@ def _differing_keys(runs: list[dict[str, Any]], defaults: Mapping[str, Any]) -> 
     return sorted(rows, key=lambda row: not row["differs"])
 
 
-def _names(paths: list[str]) -> list[str]:
-    """The shortest ends of the paths that tell them apart."""
-    parts = 1
-    while True:
-        names = ["/".join(path.strip("/").split("/")[-parts:]) for path in paths]
+def _short_names(paths: list[str]) -> list[str]:
+    """Returns the shortest ends of the paths that differ from each other."""
+    for count in range(1, max(path.count("/") for path in paths) + 1):
+        names = ["/".join(path.strip("/").split("/")[-count:]) for path in paths]
         if len(set(names)) == len(names):
             return names
-        parts += 1
+    return paths
 
 
 def _is_number(value: Any) -> bool:
-    # JSON has no infinity, but Python's reader takes it.
-    return isinstance(value, int | float) and value == value and abs(value) != float("inf")
+    """Returns whether the value can be drawn: Python reads Infinity and NaN from JSON, too."""
+    return isinstance(value, int | float) and math.isfinite(value)

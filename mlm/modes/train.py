@@ -37,11 +37,10 @@ def run(
     if multihost or (multihost is None and multihost_lib.on_tpu_pod()):
         multihost_lib.start(coordinator_address=coordinator_address, num_processes=num_processes, process_id=process_id)
     # Imported after jax.distributed is set up, and after exit_on_signal: it takes seconds.
-    from mlm.reporting.progress import erasing
     from mlm.train import train_and_evaluate
 
     # After jax.distributed, which installs a signal handler of its own.
-    with signals.Interrupt(erase_line=erasing) as interrupt, multihost_lib.propagate_failures():
+    with signals.Interrupt() as interrupt, multihost_lib.propagate_failures():
         train_and_evaluate(
             settings, workdir, command=command, interrupt=interrupt, overwrite=overwrite, key_changes=key_changes
         )

@@ -1,4 +1,4 @@
-"""The picture of a run's curves, drawn from `metrics.jsonl`."""
+"""Reads `metrics.jsonl` and draws its curves as a PNG."""
 
 import json
 import os
@@ -10,7 +10,11 @@ from mlm.errors import UserError
 
 
 def read_metrics(path: str) -> list[dict[str, Any]]:
-    """Reads `metrics.jsonl`; a last line cut off by a crash is left out."""
+    """Reads `metrics.jsonl`, without a last line that a crash has cut off.
+
+    Raises:
+      UserError: another line is not JSON.
+    """
     if not os.path.exists(path):
         return []
     lines = []
@@ -21,12 +25,12 @@ def read_metrics(path: str) -> list[dict[str, Any]]:
             try:
                 lines.append(json.loads(line))
             except ValueError:
-                raise UserError(f"{path}, line {number}, is not JSON; mend or remove the line") from None
+                raise UserError(f"{path}, line {number}: is not JSON; fix or remove the line") from None
     return lines
 
 
 def draw_curves(metrics_path: str, picture_path: str, *, title: str) -> None:
-    """Draws loss, accuracy, learning rate and throughput over updates from `metrics.jsonl`, as a PNG."""
+    """Draws loss, accuracy, learning rate and throughput over steps as a PNG."""
     lines = read_metrics(metrics_path)
     figure = matplotlib.figure.Figure(figsize=(10, 7), layout="constrained")
     axes = figure.subplots(2, 2, sharex=True)
@@ -45,10 +49,10 @@ def draw_curves(metrics_path: str, picture_path: str, *, title: str) -> None:
     plot(accuracy, "eval/accuracy", "evaluation", scale=100, color="tab:orange", marker="o", markersize=3)
     accuracy.set(title="Accuracy", ylabel="% of predicted tokens")
     plot(rate, "train/learning_rate", "learning rate", color="tab:green")
-    rate.set(title="Learning rate", ylabel="per update", xlabel="updates")
+    rate.set(title="Learning rate", xlabel="steps")
     rate.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
     plot(throughput, "perf/tokens_per_second", "throughput", color="tab:purple", linewidth=1)
-    throughput.set(title="Throughput", ylabel="tokens per second", xlabel="updates", ylim=(0, None))
+    throughput.set(title="Throughput", ylabel="tokens per second", xlabel="steps", ylim=(0, None))
     throughput.yaxis.set_major_formatter("{x:,.0f}")
     for axis in axes.flat:
         axis.grid(alpha=0.3)

@@ -1,10 +1,10 @@
-"""The files that metrics go to: `metrics.jsonl`, and tensorboard's."""
+"""Writes metrics to `metrics.jsonl` and to TensorBoard."""
 
 import contextlib
 import json
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -22,25 +22,42 @@ from mlm.errors import one_line
 from mlm.reporting.curves import read_metrics
 from mlm.run.workdir import WorkDir
 
+# Charts of TensorBoard's page "custom scalars": title -> tags, as regular expressions.
+_CHARTS = {
+    "Loss": ["train/loss", "eval/loss", "eval/unigram_loss", "eval/.+/loss"],  # The last: eval/<source>/loss.
+    "Accuracy": ["train/accuracy", "eval/accuracy"],
+    "Milliseconds per step": [f"perf/{part}_ms" for part in ("step", "device", "input_wait", "transfer", "host")],
+    "Pauses in milliseconds": [f"perf/{part}_ms" for part in ("evaluation", "save", "export")],
+}
+# Config keys without a column on TensorBoard's page "hparams": they do not affect what the model learns.
+_NO_HPARAMS = (
+    "checkpoint.", "data.cache_dir", "data.max_failed_shards", "data.network_", "data.num_eval_samples",
+    "data.prefetch_batches", "data.split", "data.text_column_name", "eval_steps", "export.", "hub.", "logging_steps",
+    "per_device_eval_batch_size", "profile.", "report.", "save_steps", "tokenizer.backend",
+    "tokenizer.use_fast_tokenizer",
+)  # fmt: skip
+# Metrics with a column there.
+_HPARAMS_METRICS = ("eval/loss", "eval/accuracy", "eval/perplexity", "train/loss", "perf/tokens_per_second")
+
 
 class JsonLinesWriter(metric_writers.MetricWriter):
-    """Appends scalars to a file, one line a step: {"step": 250, "train/loss": 7.31, ...}.
+    """Appends scalars to a file, one line per step: {"step": 250, "train/loss": 7.31, ...}.
 
-    Scalars of one step may come in several calls; lines are written at `flush`, and the last one is written over when
-    more come after that.
+    The scalars of a step may come in several calls. Lines are written by `flush`; the last one is rewritten if more
+    scalars of its step come after that.
     """
 
     def __init__(self, path: str, *, last_step: int):
-        """Goes on after `last_step`: later lines, of an interrupted run, are dropped, for they will come again."""
+        """Removes lines after `last_step`: an interrupted run wrote them, and they will be written again."""
         lines = [line for line in read_metrics(path) if line["step"] <= last_step]
         partial = path + ".tmp"
         with open(partial, "w", encoding="utf-8") as file:
             file.writelines(json.dumps(line) + "\n" for line in lines)
         os.replace(partial, path)
         self._path = path
-        # Not yet written, but for the last: it may be added to, also by an evaluation that was cut off.
+        # Lines to write. The last one of the file is among them: an interrupted evaluation may add to it.
         self._lines: list[dict[str, Any]] = lines[-1:]
-        # The file's bytes before those lines.
+        # Size of the file without those lines.
         self._start = os.path.getsize(path) - sum(len(json.dumps(line)) + 1 for line in self._lines)
 
     def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
@@ -50,7 +67,7 @@ class JsonLinesWriter(metric_writers.MetricWriter):
         self._lines[-1] |= {name: np.asarray(value).item() for name, value in scalars.items()}
 
     def flush(self) -> None:
-        """Writes the lines, to the disk. They are kept if that fails, for the next time."""
+        """Writes the lines to the disk. If that fails, the next call writes them."""
         if not self._lines:
             return
         *earlier, last = [json.dumps(line).encode() + b"\n" for line in self._lines]
@@ -64,82 +81,73 @@ class JsonLinesWriter(metric_writers.MetricWriter):
         del self._lines[:-1]
 
     def close(self) -> None:
-        """Writes what is left."""
+        """Flushes."""
         self.flush()
 
     def write_summaries(self, *args: Any, **kwargs: Any) -> None:
-        """Scalars only; tensorboard has the rest."""
+        """Ignored: only TensorBoard shows anything but scalars."""
 
     write_images = write_videos = write_audios = write_texts = write_histograms = write_hparams = write_summaries
 
 
+@contextlib.contextmanager
+def _log_failure() -> Iterator[None]:
+    try:
+        yield
+    except (OSError, tf.errors.OpError) as error:
+        logging.warning("metrics could not be written: %s", one_line(error))
+
+
+class _FailureLoggingWriter(metric_writers.MultiWriter):
+    """Logs failures instead of raising them: a full disk must not end the training."""
+
+    write_scalars = _log_failure()(metric_writers.MultiWriter.write_scalars)
+    write_texts = _log_failure()(metric_writers.MultiWriter.write_texts)
+    write_hparams = _log_failure()(metric_writers.MultiWriter.write_hparams)
+    flush = _log_failure()(metric_writers.MultiWriter.flush)
+    close = _log_failure()(metric_writers.MultiWriter.close)
+
+
 def create_writer(workdir: WorkDir, *, last_step: int) -> metric_writers.MetricWriter:
-    """Tensorboard, log and `metrics.jsonl` on process 0, the log alone on others."""
+    """Returns a writer that resumes after `last_step`; on other processes than the first it writes nothing."""
     if jax.process_index() > 0:
-        return metric_writers.create_default_writer(just_logging=True)
+        return metric_writers.MultiWriter([])
     if last_step > 0:
-        _forget_after(last_step, workdir.path)
-    return metric_writers.MultiWriter(
-        [
-            JsonLinesWriter(workdir.metrics, last_step=last_step),
-            # Not from a thread: what goes wrong there is logged at length, and raised somewhere else.
-            metric_writers.create_default_writer(workdir.path, asynchronous=False),
-        ]
+        _hide_steps_after(last_step, workdir.path)
+    return _FailureLoggingWriter(
+        [JsonLinesWriter(workdir.metrics, last_step=last_step), metric_writers.SummaryWriter(workdir.path)]
     )
 
 
-def _forget_after(step: int, logdir: str) -> None:
-    """Tells tensorboard that the run starts again after `step`: what it was shown of later ones will come again."""
+def _hide_steps_after(step: int, logdir: str) -> None:
+    """Makes TensorBoard forget what an interrupted run wrote after `step`: it will be written again."""
     writer = EventFileWriter(logdir, filename_suffix=".restart")
     start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
     writer.add_event(event_pb2.Event(wall_time=time.time(), step=step + 1, session_log=start))
     writer.close()
 
 
-# What tensorboard's page "custom scalars" puts in one chart: title -> tags, as regular expressions.
-_CHARTS = {
-    # eval/<source>/loss of a mixture, too.
-    "Loss": ["train/loss", "eval/loss", "eval/unigram_loss", "eval/.+/loss"],
-    "Accuracy": ["train/accuracy", "eval/accuracy"],
-    "Milliseconds of an update": [f"perf/{part}_ms" for part in ("step", "device", "input_wait", "transfer", "host")],
-    "Pauses, milliseconds": [f"perf/{part}_ms" for part in ("evaluation", "save", "export")],
-}
-
-
-# What its page "hparams" has no columns for: how a run is kept and told, not what it learns.
-NO_HPARAMS = (
-    "checkpoint.", "data.cache_dir", "data.max_failed_shards", "data.network_", "data.num_eval_samples",
-    "data.prefetch_batches", "data.split", "data.text_column_name", "eval_steps", "export.", "hub.", "logging_steps",
-    "per_device_eval_batch_size", "profile.", "report.", "save_steps", "tokenizer.backend",
-    "tokenizer.use_fast_tokenizer",
-)  # fmt: skip
-# And the figures that it has.
-_FIGURES = ("eval/loss", "eval/accuracy", "eval/perplexity", "train/loss", "perf/tokens_per_second")
-
-
-def lay_out(logdir: str, keys: Iterable[str]) -> None:
-    """Tells tensorboard which curves belong together, such as those of training and evaluation, and what runs are told
-    apart by."""
+def write_config(writer: metric_writers.MetricWriter, logdir: str, config: Mapping[str, Any]) -> None:
+    """Writes the config, with dotted keys, to TensorBoard, and which metrics share a chart."""
+    lines = "\n".join(f"{key} = {value!r}" for key, value in config.items())
+    writer.write_texts(0, {"config": f"```\n{lines}\n```"})
+    hparams = {
+        key: value if isinstance(value, bool | int | float | str) else str(value)
+        for key, value in config.items()
+        if value not in (None, (), []) and not key.startswith(_NO_HPARAMS)
+    }
     charts = [
         layout_pb2.Chart(title=title, multiline=layout_pb2.MultilineChartContent(tag=[f"^{tag}$" for tag in tags]))
         for title, tags in _CHARTS.items()
     ]
     layout = layout_pb2.Layout(category=[layout_pb2.Category(title="Training and evaluation", chart=charts)])
     columns = hparams_summary.hparams_config_pb(
-        hparams=[hparams_summary.HParam(key) for key in keys],
-        metrics=[hparams_summary.Metric(tag) for tag in _FIGURES],
+        hparams=[hparams_summary.HParam(key) for key in hparams],
+        metrics=[hparams_summary.Metric(tag) for tag in _HPARAMS_METRICS],
     )
-    writer = EventFileWriter(logdir, filename_suffix=".layout")
-    for told in (custom_scalar_summary.pb(layout), columns):
-        summary = summary_pb2.Summary.FromString(told.SerializeToString())
-        writer.add_event(event_pb2.Event(wall_time=time.time(), summary=summary))
-    writer.close()
-
-
-@contextlib.contextmanager
-def tolerant() -> Iterator[None]:
-    """A disk that is full must not end the training: metrics that cannot be written are told of, and tried again."""
-    try:
-        yield
-    except (OSError, tf.errors.OpError) as error:
-        logging.warning("metrics could not be written: %s", one_line(error))
+    layout_writer = EventFileWriter(logdir, filename_suffix=".layout")
+    for proto in (custom_scalar_summary.pb(layout), columns):
+        summary = summary_pb2.Summary.FromString(proto.SerializeToString())
+        layout_writer.add_event(event_pb2.Event(wall_time=time.time(), summary=summary))
+    layout_writer.close()
+    writer.write_hparams(hparams)

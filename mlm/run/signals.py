@@ -78,10 +78,8 @@ class Interrupt:
       requested: name of the signal that requested a stop; None before that.
     """
 
-    def __init__(self, *, erase_line: Callable[[], bytes] = bytes):
-        """`erase_line` returns the bytes that erase a progress line on the terminal, written before a last message."""
+    def __init__(self) -> None:
         self.requested: str | None = None
-        self._erase_line = erase_line
         self._is_deferred = False
         self._first_time: float | None = None
 
@@ -124,6 +122,7 @@ class Interrupt:
             self._first_time = time.monotonic()
             logging.getLogger("absl").warning("stop requested; a second signal stops at once")
         elif time.monotonic() - self._first_time > _DUPLICATE_SIGNAL_SECONDS:
+            # On a terminal the message starts below the progress line.
             message = b"second signal: stopped at once; rerun the same command to resume from the last checkpoint\n"
-            os.write(2, self._erase_line() + message)
+            os.write(2, (b"\n" if os.isatty(2) else b"") + message)
             os._exit(EXIT_AT_ONCE)
