@@ -37,7 +37,7 @@ import transformers
 
 from mlm.data import prefetch, stream
 from mlm.data import tokenizer as tokenizer_lib
-from mlm.data.sources import source as sources
+from mlm.data.sources.source import open_source
 from mlm.data.train_tokenizer import train_tokenizer
 
 SHUFFLE = 10_000  # documents, on both sides
@@ -50,7 +50,7 @@ def write_files(folder: str, *, megabytes: float) -> None:
     """The head of the docstrings as part-*.parquet and part-*.jsonl."""
     if os.path.exists(os.path.join(folder, f"part-{FILES - 1}.jsonl")):
         return
-    source = sources.open_source(dataset_name="docstrings")
+    source = open_source(dataset_name="docstrings")
     texts, size = [], 0
     for shard in range(source.num_shards):
         for column in source.read(shard):
@@ -104,7 +104,7 @@ def untrained(kind: str) -> tuple[tokenizers.Tokenizer, tokenizers.trainers.Trai
 def ours(files: list[str], tokenizer: tokenizer_lib.Tokenizer, held_out: pa.Array, *, rows: int, length: int):
     """The stream behind its prefetching thread: a context manager that gives batches."""
     rows_stream = stream.RowStream(
-        sources.open_source(dataset_name=None, data_files=tuple(files)),
+        open_source(data_files=tuple(files)),
         tokenizer,
         seed=0,
         max_seq_length=length,

@@ -239,9 +239,9 @@ def await_phase(process: subprocess.Popen, looked_at: Callable[[], tuple[str, in
 
 def write_corpus(folder: str, *, megabytes: float) -> str:
     """The head of the docstrings in three JSON-lines files; returns their glob."""
-    from mlm.data.sources import source as sources
+    from mlm.data.sources.source import open_source
 
-    source = sources.open_source(dataset_name="docstrings")
+    source = open_source(dataset_name="docstrings")
     texts, size = [], 0
     for shard in range(source.num_shards):
         for column in source.read(shard):

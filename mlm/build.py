@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from mlm.data import pipeline
 from mlm.data.mixture import BatchStream
-from mlm.data.pipeline import Text
+from mlm.data.pipeline import TextPipeline
 from mlm.data.tokenizer import Tokenizer
 from mlm.errors import UserError
 from mlm.export import fill_mask
@@ -49,13 +49,12 @@ class Components:
     encoder: EncoderConfig
     tokenizer: Tokenizer
     stream: BatchStream
-    text: Text
+    text: TextPipeline
     pretrained: AdaptedWeights | None
 
     def with_batch_size(self, settings: RunSettings) -> "Components":
         """Returns the same components for another `per_device_train_batch_size`."""
-        text = dataclasses.replace(self.text, batch_rows=pipeline.batch_rows(settings))
-        return dataclasses.replace(self, text=text, stream=text.batches())
+        return dataclasses.replace(self, stream=_open_batches(settings, self.text))
 
     def initial_params(self) -> Any:
         """Returns the parameters before the first step, on the host or one device."""
@@ -75,13 +74,18 @@ def build(settings: RunSettings, workdir: WorkDir) -> Components:
     schedule = create_schedule(settings.optimizer, num_train_steps=settings.num_train_steps)
     copied, checkpoint = load_model(settings)
 
-    text_sources = pipeline.open_sources(settings)
+    text_sources = pipeline.open_sources(settings.data)
     model_type = copied.model_type if copied is not None else settings.model.model_type
-    tokenizer = pipeline.open_tokenizer(settings, workdir, text_sources, model_type=model_type)
+    tokenizer = pipeline.open_tokenizer(
+        settings,
+        text_sources,
+        saved_tokenizer=workdir.tokenizer if workdir.has_tokenizer() else None,
+        model_type=model_type,
+    )
     encoder = _encoder_config(settings, copied, checkpoint, tokenizer)
     start = checkpoint and pretrained.fit(checkpoint, encoder, vocabulary=tokenizer.hf.get_vocab())
 
-    text = pipeline.open_text(settings, text_sources, tokenizer)
+    text = pipeline.open_text(settings.data, text_sources, tokenizer, seed=settings.seed)
     fill_mask.encode(tokenizer, settings.report.sentences, max_seq_length=encoder.max_seq_length)
     return Components(
         step_config=StepConfig(
@@ -99,9 +103,19 @@ def build(settings: RunSettings, workdir: WorkDir) -> Components:
         ),
         encoder=encoder,
         tokenizer=tokenizer,
-        stream=text.batches(),
+        stream=_open_batches(settings, text),
         text=text,
         pretrained=start,
+    )
+
+
+def _open_batches(settings: RunSettings, text: TextPipeline) -> BatchStream:
+    """Opens the training batches of this process; for per_device_train_batch_size=0, of one row per device."""
+    rows_per_device = max(1, settings.per_device_train_batch_size) * settings.gradient_accumulation_steps
+    return text.batches(
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        batch_rows=rows_per_device * jax.local_device_count(),
     )
 
 
@@ -140,7 +154,7 @@ def open_hub(settings: RunSettings, workdir: WorkDir) -> Hub | None:
         _hub_name(settings, workdir),
         private=settings.hub.private,
         workdir=workdir.path,
-        retry_policy=pipeline.retry_policy(settings),
+        retry_policy=pipeline.retry_policy(settings.data),
         download_command=workdir.storage.download_command("model"),
     )
 
@@ -159,7 +173,7 @@ def push_finished_model(settings: RunSettings, workdir: WorkDir, *, step: int) -
 def check_hub(settings: RunSettings, workdir: WorkDir) -> None:
     """Raises UserError unless the run may push to the hub, if it is to."""
     if settings.hub.push_to_hub:
-        check_token(_hub_name(settings, workdir), retry_policy=pipeline.retry_policy(settings))
+        check_token(_hub_name(settings, workdir), retry_policy=pipeline.retry_policy(settings.data))
 
 
 def _hub_name(settings: RunSettings, workdir: WorkDir) -> str:

@@ -124,8 +124,8 @@ def open_run(
         params=state.params,
         text_name=components.text.name,
         tokenizer_name=components.tokenizer.name,
-        shards=components.text.describe_shares(components.stream),
-        sequences_per_step=jax.process_count() * components.text.batch_rows,
+        shards=components.text.describe_assignment(components.stream),
+        sequences_per_step=jax.process_count() * components.stream.batch_rows,
         max_seq_length=settings.data.max_seq_length,
         start_step=start_step,
     )
@@ -166,12 +166,12 @@ def _is_finished(settings: RunSettings, workdir: WorkDir) -> bool:
 
 
 def _write_workdir(settings: RunSettings, workdir: WorkDir, components: Components, start_step: int) -> None:
-    warn_batch_size_changed(workdir, sequences_per_step=jax.process_count() * components.text.batch_rows)
+    warn_batch_size_changed(workdir, sequences_per_step=jax.process_count() * components.stream.batch_rows)
     changed = workdir.create(
         settings,
         save_tokenizer=components.tokenizer.save,
         processes=jax.process_count(),
-        rows_per_process=components.text.batch_rows,
+        rows_per_process=components.stream.batch_rows,
         step=start_step,
     )
     for key, (before, now) in changed.items():

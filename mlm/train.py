@@ -166,7 +166,7 @@ def _export(run: Run, params: Any, step: int, metrics: dict[str, float]) -> list
         title=os.path.basename(workdir.path),
         model_type=components.encoder.model_type,
         step=step,
-        sequences_per_step=jax.process_count() * components.text.batch_rows,
+        sequences_per_step=jax.process_count() * components.stream.batch_rows,
         tokens_seen=run.reporter.accumulator.tokens_seen,
         hardware=f"{jax.device_count()} x {jax.devices()[0].device_kind}",
     )

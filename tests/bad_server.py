@@ -1,4 +1,4 @@
-"""A web server on 127.0.0.1 that behaves badly on demand, and speaks as much of the Hugging Face hub as is needed."""
+"""A web server on 127.0.0.1 that fails on demand and implements the part of the Hugging Face hub that tests need."""
 
 import bz2
 import collections
@@ -25,24 +25,24 @@ import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 import zstandard
 
-from mlm.data.sources import source as sources
 from mlm.data.sources.retry import RetryPolicy
+from mlm.data.sources.source import open_source
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
-# Long enough for a busy machine, where nothing is really wrong; the server is silent for 0.5 s.
-PATIENCE = RetryPolicy(deadline_seconds=30.0, timeout_seconds=0.2, first_wait_seconds=0.001, max_wait_seconds=0.01)
-# Where requests are counted.
-CALM = dataclasses.replace(PATIENCE, timeout_seconds=5.0)
-# For what is wrong for good; what is well may take its time.
-IMPATIENCE = dataclasses.replace(PATIENCE, deadline_seconds=0.05, timeout_seconds=5.0)
-# Random letters, so that compressed files are large, too.
+# The deadline is long enough for a busy machine; the time-out is less than the 0.5 s for which the server is silent.
+RETRY_POLICY = RetryPolicy(deadline_seconds=30.0, timeout_seconds=0.2, first_wait_seconds=0.001, max_wait_seconds=0.01)
+# No time-outs on a busy machine, for tests that count requests.
+LONG_TIMEOUT = dataclasses.replace(RETRY_POLICY, timeout_seconds=5.0)
+# For failures that do not end.
+SHORT_DEADLINE = dataclasses.replace(RETRY_POLICY, deadline_seconds=0.05, timeout_seconds=5.0)
+# Random letters, so that compressed files are large as well.
 TEXTS = [
     f"{n} " + "".join(map(chr, letters))
     for n, letters in enumerate(np.random.default_rng(0).integers(97, 123, (400, 200)))
 ]
 COMPRESS = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress, ".zst": zstandard.compress}
-TRANSIENT = [
+TRANSIENT_FAULTS = [
     "reset",
     "reset midway",
     "cut",
@@ -60,27 +60,29 @@ TRANSIENT = [
 
 
 class Server:
-    """Serves `files`, path -> bytes, under `url`; `faults` of a path are its next answers, one a request.
+    """Serves `files` (path -> bytes) under `url`. The next responses to a path fail as `faults[path]` says, in order.
 
-    A fault is a status, or a status with headers, or one of
-        "reset"         the connection is reset before an answer
-        "hang"          no answer, for longer than a test's time-out
-        "reset midway"  and "hang midway", "cut": half of the body, then a reset, silence, or the end
-        "cut unsaid"    half of the body, its length not told
-        ("stop", n)     the first n bytes, then the end; 500 to who asks for more
-        "garbled"       a body of the right length, and of nonsense
-        "changed"       a proper answer of a file with another ETag
-    After those every answer is `always` of the path, if there is one; None is a proper answer.
+    A fault is a status, (status, headers), or one of
+        "reset"             the connection is reset before a response
+        "hang"              no response within a test's time-out
+        "reset midway"      half of the body, then a reset
+        "hang midway"       half of the body, then silence
+        "cut"               half of the body, then the connection is closed
+        "cut, no length"    the same, without a Content-Length header
+        ("stop", n)         the first n bytes, then the connection is closed; 500 to requests for the rest
+        "garbled"           a body of the right length with other bytes
+        "changed"           a correct response with another ETag
+    After these, every response is as `always[path]` says, if there is one. None is a correct response.
 
     Attributes:
         requests: (method, path, Range) of all requests.
-        hub: path of the repository -> its files' names, for the calls of the hub.
-        ranges: whether parts of files are served.
-        limit: after so many requests every answer is 500; None for no limit.
+        hub: path of a hub repository -> names of its files.
+        ranges: whether Range requests are supported.
+        limit: every response after this number of requests is 500; None for no limit.
     """
 
     def __init__(self, port=0, files=None):
-        # Before it serves: who waits for it may ask at once.
+        # Set before the server starts, because a client may be waiting for it.
         self.files: dict[str, bytes] = dict(files or {})
         self.faults: dict[str, collections.deque] = collections.defaultdict(collections.deque)
         self.always: dict[str, object] = {}
@@ -91,7 +93,7 @@ class Server:
         self.silence_seconds = 0.5
         self._server = http.server.ThreadingHTTPServer(("127.0.0.1", port), self._handler())
         self._server.daemon_threads = True
-        # Clients may break off, too.
+        # No traceback when a client closes the connection.
         self._server.handle_error = lambda *arguments: None
         self.port = self._server.server_port
         self.url = f"http://127.0.0.1:{self._server.server_port}"
@@ -104,11 +106,11 @@ class Server:
         self._server.server_close()
 
     def count(self, path):
-        """Requests of a path."""
-        return sum(asked == path for _, asked, _ in self.requests)
+        """Returns the number of requests of a path."""
+        return sum(requested == path for _, requested, _ in self.requests)
 
     def heal(self):
-        """All is well from now on."""
+        """Ends all faults and forgets the requests."""
         self.faults.clear()
         self.always.clear()
         self.requests.clear()
@@ -136,9 +138,9 @@ class Server:
 
     def answer(self, handler):
         path = urllib.parse.unquote(urllib.parse.urlsplit(handler.path).path)
-        wanted = handler.headers.get("Range", "")
+        bytes_range = handler.headers.get("Range", "")
         content = read_body(handler)
-        self.requests.append((handler.command, path, wanted))
+        self.requests.append((handler.command, path, bytes_range))
         fault = self.next_fault(path)
         if fault == "reset":
             reset(handler)
@@ -155,19 +157,19 @@ class Server:
             code = "EntryNotFound" if "/resolve/" in path or "/tree/" in path else "RepoNotFound"
             send(handler, 404, b"none", {"X-Error-Code": code})
         else:
-            self.send_file(handler, data, wanted, fault)
+            self.send_file(handler, data, bytes_range, fault)
 
     def find(self, path):
         if match := re.fullmatch(r"/datasets/(.+)/resolve/[^/]+/(.+)", path):
             path = f"/{match[1]}/{match[2]}"
         return self.files.get(path)
 
-    def send_file(self, handler, data, wanted, fault):
+    def send_file(self, handler, data, bytes_range, fault):
         etag = hashlib.sha1(data).hexdigest() + ("x" if fault == "changed" else "")
         headers = {"ETag": f'"{etag}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
         status, body = 200, data
-        if wanted and self.ranges:
-            first, last = re.fullmatch(r"bytes=(\d+)-(\d*)", wanted).groups()
+        if bytes_range and self.ranges:
+            first, last = re.fullmatch(r"bytes=(\d+)-(\d*)", bytes_range).groups()
             first, last = int(first), min(int(last or len(data)), len(data) - 1)
             if first >= len(data):
                 send(handler, 416, b"", {"Content-Range": f"bytes */{len(data)}"})
@@ -175,21 +177,21 @@ class Server:
             status, body = 206, data[first : last + 1]
             headers["Content-Range"] = f"bytes {first}-{last}/{len(data)}"
         if isinstance(fault, tuple):
-            if wanted:
+            if bytes_range:
                 send(handler, 500, b"no", {})
             else:
                 send(handler, 200, body, headers, length=fault[1])
                 handler.close_connection = True
         elif fault == "garbled":
             send(handler, status, b"\xff" * len(body), headers)
-        elif fault == "cut unsaid":
+        elif fault == "cut, no length":
             headers["Connection"] = "close"
-            send(handler, status, body[: len(body) // 2], headers, told=False)
+            send(handler, status, body[: len(body) // 2], headers, send_length=False)
             handler.close_connection = True
         elif fault in ("cut", "reset midway", "hang midway"):
             send(handler, status, body, headers, length=(len(body) + 1) // 2)
             if fault == "reset midway":
-                # What is under way would be lost with the reset.
+                # A reset discards data that has not been received yet.
                 time.sleep(0.05)
                 reset(handler)
             elif fault == "hang midway":
@@ -199,7 +201,7 @@ class Server:
             send(handler, status, body, headers)
 
     def hub_answer(self, handler, path, content):
-        """What the hub's API says, None where it is no such question."""
+        """Returns the hub API's response, or None if the path is not one of the API."""
         for repository, names in self.hub.items():
             base = f"/api/datasets/{repository}"
             if path in (base, f"{base}/revision/main", f"{base}/revision/{COMMIT}"):
@@ -216,17 +218,17 @@ class Server:
             }
             if path.startswith(f"{base}/paths-info/"):
                 if handler.headers.get("Content-Type", "").startswith("application/json"):
-                    asked = json.loads(content)["paths"]
+                    requested = json.loads(content)["paths"]
                 else:
-                    asked = urllib.parse.parse_qs(content.decode())["paths"]
-                return [entries[name] for name in asked if name in entries]
+                    requested = urllib.parse.parse_qs(content.decode())["paths"]
+                return [entries[name] for name in requested if name in entries]
             if path in (f"{base}/tree/main", f"{base}/tree/{COMMIT}"):
                 return list(entries.values())
         return None
 
 
 def read_body(handler):
-    """What a request brings, in one piece or in chunks."""
+    """Reads the body of a request, chunked or not."""
     if handler.headers.get("Transfer-Encoding") != "chunked":
         return handler.rfile.read(int(handler.headers.get("Content-Length", 0)))
     chunks = []
@@ -237,12 +239,12 @@ def read_body(handler):
     return b"".join(chunks)
 
 
-def send(handler, status, body, headers, *, length=None, told=True):
-    """An answer, or its first `length` bytes."""
+def send(handler, status, body, headers, *, length=None, send_length=True):
+    """Sends a response with the first `length` bytes of the body; the Content-Length header says all of it."""
     handler.send_response(status)
     for name, value in headers.items():
         handler.send_header(name, value)
-    if told:
+    if send_length:
         handler.send_header("Content-Length", str(len(body)))
     handler.end_headers()
     if handler.command != "HEAD":
@@ -252,7 +254,7 @@ def send(handler, status, body, headers, *, length=None, told=True):
 
 
 def reset(handler):
-    """Ends a connection the hard way."""
+    """Closes a connection with a TCP reset."""
     handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     handler.connection.close()
     handler.close_connection = True
@@ -260,12 +262,12 @@ def reset(handler):
 
 
 def http_date(seconds_from_now):
-    """A moment, as headers write it."""
+    """Returns a time in the format of HTTP headers."""
     return email.utils.formatdate(time.time() + seconds_from_now, usegmt=True)
 
 
 def encode(name, texts):
-    """The bytes of a file of this name."""
+    """Returns the bytes of a file with these texts, in the format of its extension."""
     stem, extension = os.path.splitext(name)
     if extension in COMPRESS:
         return COMPRESS[extension](encode(stem, texts))
@@ -281,10 +283,8 @@ def encode(name, texts):
     return sink.getvalue()
 
 
-def open_url(server, *names, retry_policy=PATIENCE):
-    return sources.open_source(
-        dataset_name=None, data_files=[f"{server.url}/{name}" for name in names], retry_policy=retry_policy
-    )
+def open_url(server, *names, retry_policy=RETRY_POLICY):
+    return open_source(data_files=[f"{server.url}/{name}" for name in names], retry_policy=retry_policy)
 
 
 def rows_of(source, shard=0, start_row=0):

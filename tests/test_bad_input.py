@@ -1,4 +1,4 @@
-"""Mistakes and damages that take a run to make: one clear line, nothing lost. The others are in test_user_errors.py."""
+"""Errors and corrupt files that need a run: one clear line, and nothing is lost. test_user_errors.py has the others."""
 
 import json
 import os
@@ -20,7 +20,7 @@ QUICKSTART = "--config=configs/quickstart.py"
 
 
 def run_main(*flags: str) -> subprocess.CompletedProcess:
-    """Runs main.py far enough to refuse its command line."""
+    """Runs main.py with flags that are an error."""
     env = {**os.environ, "JAX_PLATFORMS": "cpu"}
     return subprocess.run(
         [sys.executable, "main.py", *flags], cwd=REPO, env=env, capture_output=True, text=True, timeout=120
@@ -28,7 +28,7 @@ def run_main(*flags: str) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.slow
-def test_a_mistake_found_after_the_imports_is_one_line_too(tmp_path):
+def test_an_error_after_the_imports_is_one_line(tmp_path):
     result = run_main(QUICKSTART, f"--workdir={tmp_path / 'x'}", "--config.data.data_files=/nowhere/at/all.txt")
     assert result.returncode == 2
     assert result.stderr.splitlines()[-1].startswith("error: ")
@@ -74,7 +74,7 @@ def test_rows_without_text_are_skipped_and_counted(config, tmp_path, caplog):
         train_and_evaluate(settings_of(config), str(tmp_path / "run"))
     line = read_metrics(str(tmp_path / "run" / "metrics.jsonl"))[-1]
     assert line["data/epoch"] >= 1
-    # Five of them a pass over the file.
+    # Five per epoch.
     assert line["data/skipped_documents"] % 5 == 0
     assert line["data/skipped_documents"] >= 5
     assert f"{line['data/skipped_documents']} documents skipped so far" in caplog.text
@@ -82,7 +82,7 @@ def test_rows_without_text_are_skipped_and_counted(config, tmp_path, caplog):
 
 @pytest.fixture
 def trained(config, tmp_path) -> Path:
-    """A work directory with the checkpoints of updates 1 and 2, the run not at its end."""
+    """A work directory with the checkpoints of steps 1 and 2 of 3."""
     config.save_steps = 1
     config.num_train_steps = 2
     train_and_evaluate(settings_of(config), str(tmp_path / "run"))
@@ -91,7 +91,7 @@ def trained(config, tmp_path) -> Path:
 
 
 @pytest.mark.slow
-def test_damaged_work_directories(config, trained, caplog):
+def test_corrupt_work_directories(config, trained, caplog):
     def refuse_damage(message: str) -> None:
         with pytest.raises(UserError, match=message) as error:
             train_and_evaluate(settings_of(config), str(trained))
@@ -110,28 +110,28 @@ def test_damaged_work_directories(config, trained, caplog):
     refuse_damage("metrics.jsonl, line 1: is not JSON")
     (trained / "metrics.jsonl").write_text(lines)
 
-    # All are damaged, then one is whole: that one is gone on from.
-    shutil.copytree(trained / "checkpoints", trained / "whole")
+    # If no checkpoint can be read, this is an error; then the run resumes from the only one that is intact.
+    shutil.copytree(trained / "checkpoints", trained / "intact")
     for step in ("1", "2"):
         shutil.rmtree(trained / "checkpoints" / step / "stream")
-    refuse_damage("none of the checkpoints up to 2 can be read; they are in .*damaged. Put whole ones back")
+    refuse_damage("none of the checkpoints up to 2 can be read; they are in .*damaged. restore intact ones")
     assert sorted(path.name for path in (trained / "damaged").iterdir()) == ["1", "2"]
-    shutil.copytree(trained / "whole", trained / "checkpoints", dirs_exist_ok=True)
+    shutil.copytree(trained / "intact", trained / "checkpoints", dirs_exist_ok=True)
     os.truncate(trained / "checkpoints" / "2" / "loop" / "metadata", 3)
     (trained / "model" / "trainer_state.json").write_text("")
     caplog.clear()
     train_and_evaluate(settings_of(config), str(trained))
-    (told,) = [record.getMessage() for record in caplog.records if "is damaged" in record.getMessage()]
-    assert told.startswith("checkpoint 2 is damaged (")
-    assert told.endswith(f"moved to {trained / 'damaged' / '2.1'}")
+    (message,) = [record.getMessage() for record in caplog.records if "is damaged" in record.getMessage()]
+    assert message.startswith("checkpoint 2 is damaged (")
+    assert message.endswith(f"moved to {trained / 'damaged' / '2.1'}")
     assert sorted(path.name for path in (trained / "checkpoints").iterdir()) == ["2", "3"]
     assert json.loads((trained / "model" / "trainer_state.json").read_text())["global_step"] == 3
 
 
 @pytest.mark.slow
-def test_a_tokenizer_left_by_a_start_that_was_killed_is_not_used(config, tmp_path, monkeypatch):
+def test_a_tokenizer_from_a_start_that_was_killed_is_not_used(config, tmp_path, monkeypatch):
     config.num_train_steps = 1
-    train_and_evaluate(settings_of(config), str(tmp_path / "straight"))
+    train_and_evaluate(settings_of(config), str(tmp_path / "reference"))
     config.tokenizer.vocab_size = 290
     train_and_evaluate(settings_of(config), str(tmp_path / "other"))
     (tmp_path / "run").mkdir()
@@ -139,4 +139,4 @@ def test_a_tokenizer_left_by_a_start_that_was_killed_is_not_used(config, tmp_pat
     config.tokenizer.vocab_size = 300
     train_and_evaluate(settings_of(config), str(tmp_path / "run"))
     for name in ("tokenizer/tokenizer.json", "model/model.safetensors"):
-        assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "straight" / name).read_bytes()
+        assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "reference" / name).read_bytes()

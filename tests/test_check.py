@@ -142,13 +142,16 @@ def test_every_problem_is_reported_at_once(config, tmp_path, monkeypatch):
     config.hub.push_to_hub = True
     config.model.overrides.vocab_size = 100
     problems = check(config, tmp_path / "run")
-    assert [problem.split(" ")[0] for problem in problems] == ["hub.push_to_hub=True:", "model.overrides.vocab_size=100:"]
+    assert [problem.split(" ")[0] for problem in problems] == [
+        "hub.push_to_hub=True:",
+        "model.overrides.vocab_size=100:",
+    ]
 
 
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
-        ({"data.data_files": "/nowhere/*.txt"}, "no file matches data.data_files="),
+        ({"data.data_files": "/nowhere/*.txt"}, "no file matches; check the directory and the pattern"),
         ({"per_device_train_batch_size": 4000}, "batch"),
         ({"tokenizer.tokenizer_name": "/nowhere/tokenizer"}, "/nowhere/tokenizer"),
         ({"model.overrides.vocab_size": 100}, "has ids up to"),

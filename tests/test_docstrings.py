@@ -60,14 +60,14 @@ def test_docstrings_of_a_module_from_top_to_bottom(tmp_path):
     [b"def f(:", b"\xff\xfe\x00", b"x = '\0'", b"(" * 10_000, b"# coding: none\n", b""],
     ids=["syntax", "bytes", "null", "deep", "coding", "empty"],
 )
-def test_files_that_do_not_parse_are_left_out(tmp_path, code):
+def test_files_that_cannot_be_parsed_have_no_docstrings(tmp_path, code):
     path = tmp_path / "a.py"
     path.write_bytes(code)
     assert docstrings.read_docstrings(str(path)) == []
     assert docstrings.read_docstrings(str(tmp_path / "none.py")) == []
 
 
-def test_other_peoples_warnings_are_silent(tmp_path):
+def test_parser_warnings_are_silent(tmp_path):
     path = tmp_path / "a.py"
     path.write_text(f'"""{LONG} \\d"""\nassert (1, "always true")\n')
     with warnings.catch_warnings():
@@ -75,14 +75,14 @@ def test_other_peoples_warnings_are_silent(tmp_path):
         assert docstrings.read_docstrings(str(path)) == [f"{LONG} \\d"]
 
 
-def test_a_lone_surrogate_is_left_out(tmp_path):
+def test_a_lone_surrogate_is_removed(tmp_path):
     path = tmp_path / "a.py"
     path.write_text(f'"""{LONG}\\ud800"""\n')
     shard = docstrings.Shard("a", (str(path),))
     assert [texts.to_pylist() for texts in docstrings.read_shard(shard)] == [[LONG]]
 
 
-def test_shards_are_packages_in_parts(tmp_path):
+def test_a_shard_is_a_package_or_a_part_of_a_large_one(tmp_path):
     site = tmp_path / "site-packages"
     big = docstrings._FILES_PER_SHARD + 1
     for name in [f"big/{n:03d}.py" for n in range(big)] + [
@@ -110,15 +110,15 @@ def test_shards_are_packages_in_parts(tmp_path):
     assert docstrings.find_shards(tuple(str(tmp_path / name) for name in ("none",))) == []
 
 
-def test_the_installed_packages_are_megabytes_of_distinct_text_and_start_at_once():
+def test_the_first_documents_come_from_several_packages_within_seconds():
     start = time.monotonic()
     shards = docstrings.find_shards()
-    # The order is one of names' hashes: no run of one package at the head.
+    # Shards are sorted by a hash of their names, so the first ones are not all of one package.
     assert len({shard.name.split("[")[0] for shard in shards[:10]}) >= 5
     assert max(len(shard.paths) for shard in shards) <= docstrings._FILES_PER_SHARD
     texts = (text for shard in shards for column in docstrings.read_shard(shard) for text in column.to_pylist())
-    head = [next(texts) for _ in range(200)]
+    first = [next(texts) for _ in range(200)]
     # Issue 2: the first batch within 10 s of the start of reading.
     assert time.monotonic() - start < 10
-    assert all(len(text) >= docstrings._MIN_CHARACTERS for text in head)
-    assert len(set(head)) > 150
+    assert all(len(text) >= docstrings._MIN_CHARACTERS for text in first)
+    assert len(set(first)) > 150

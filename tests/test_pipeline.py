@@ -1,4 +1,4 @@
-"""From a config to text: one source, and mixtures."""
+"""Settings -> sources, tokenizer, evaluation set and batches; mixtures."""
 
 import json
 
@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from configs import default
-from mlm.data import pipeline as text_lib
+from mlm.data import pipeline
 from mlm.data.train_tokenizer import train_tokenizer
 from mlm.errors import UserError
 from mlm.reporting.curves import read_metrics
@@ -18,7 +17,7 @@ from tests.tiny import sentences, settings_of, tiny_config, write_corpus
 
 @pytest.fixture
 def mixed(tmp_path) -> ConfigDict:
-    """Sentences and, in another column of one file, numbers."""
+    """A mixture of sentences in three files, and numbers in another column of one file."""
     config = tiny_config(write_corpus(tmp_path, documents=200))
     (tmp_path / "numbers.jsonl").write_text("".join(json.dumps({"body": f"{n} {n * n}."}) + "\n" for n in range(300)))
     config.data.mixture = (
@@ -31,10 +30,11 @@ def mixed(tmp_path) -> ConfigDict:
 
 def open_text(config):
     tokenizer = train_tokenizer(iter(sentences(50)), vocab_size=300, max_seq_length=16)
-    return text_lib.open_text(settings_of(config), text_lib.open_sources(settings_of(config)), tokenizer)
+    data = settings_of(config).data
+    return pipeline.open_text(data, pipeline.open_sources(data), tokenizer, seed=config.seed)
 
 
-def test_a_mixture_holds_out_rows_of_each_source(mixed):
+def test_a_mixture_holds_out_documents_of_each_source(mixed):
     text = open_text(mixed)
     assert text.name == "sentences (75.0%), numbers (25.0%)"
     assert dict(text.eval_counts) == {"sentences": 22, "numbers": 8}
@@ -45,16 +45,17 @@ def test_a_mixture_holds_out_rows_of_each_source(mixed):
     held_out = text.held_out.to_pylist()
     assert "0 0." in held_out
     assert sentences(1)[0] in held_out
-    stream = text.batches()
+    stream = text.batches(process_index=0, process_count=1, batch_rows=4)
     seen = {(d.source, d.shard, d.row) for _ in range(20) for d in [next(stream), *stream.documents()][1:]}
     numbers = [row for source, _, row in seen if source == "numbers"]
     assert min(numbers) == sum(text.endswith(".") and text[0].isdigit() for text in held_out)
     assert {source for source, *_ in seen} == {"sentences", "numbers"}
 
 
-def test_what_is_read_is_described(mixed):
+def test_the_shards_of_a_process_are_described(mixed):
     text = open_text(mixed)
-    lines = list(text.describe_shares(text.batches(process_index=1, process_count=2)))
+    batches = text.batches(process_index=1, process_count=2, batch_rows=4)
+    lines = list(text.describe_assignment(batches))
     assert lines[0].startswith("1 of 3 shards of ")
     assert lines[1].startswith("1 of 1 shards of ")
     assert ", some rows of them: '" in lines[1]
@@ -62,48 +63,47 @@ def test_what_is_read_is_described(mixed):
 
 
 @pytest.mark.slow
-def test_a_mixture_trains_evaluates_each_source_and_goes_on_exactly(mixed, tmp_path):
+def test_a_mixture_evaluates_each_source_and_resumes_exactly(mixed, tmp_path):
     config = mixed
     config.num_train_steps = 4
     config.save_steps = config.eval_steps = 2
-    train_and_evaluate(settings_of(config), str(tmp_path / "straight"))
+    train_and_evaluate(settings_of(config), str(tmp_path / "uninterrupted"))
     with config.unlocked():
         shorter = config.copy_and_resolve_references()
     shorter.num_train_steps = 2
-    train_and_evaluate(settings_of(shorter), str(tmp_path / "twice"))
-    train_and_evaluate(settings_of(config), str(tmp_path / "twice"))
-    straight, twice = (
+    train_and_evaluate(settings_of(shorter), str(tmp_path / "resumed"))
+    train_and_evaluate(settings_of(config), str(tmp_path / "resumed"))
+    uninterrupted, resumed = (
         [
             {name: value for name, value in line.items() if name.startswith("eval/")}
             for line in read_metrics(str(tmp_path / run / "metrics.jsonl"))
         ]
-        for run in ("straight", "twice")
+        for run in ("uninterrupted", "resumed")
     )
-    assert [line for line in straight if line] == [line for line in twice if line]
-    last = straight[-1]
+    assert [line for line in uninterrupted if line] == [line for line in resumed if line]
+    last = uninterrupted[-1]
     parts = last["eval/sentences/loss"], last["eval/numbers/loss"]
     assert min(parts) < last["eval/loss"] < max(parts)
 
 
-def test_a_run_knows_its_mixture_and_may_leave_out_other_steps(mixed, tmp_path):
-    place = WorkDir(str(tmp_path / "run"))
-    place.create(
+def test_a_run_resumes_with_other_skip_steps_but_not_with_another_mixture(mixed, tmp_path):
+    workdir = WorkDir(str(tmp_path / "run"))
+    workdir.create(
         settings_of(mixed),
         save_tokenizer=lambda path: (tmp_path / path).mkdir(),
         processes=2,
         rows_per_process=8,
         step=0,
     )
-    place.resume(settings_of(mixed))
-    assert place.last_topology() == (2, 8)
+    workdir.resume(settings_of(mixed))
+    assert workdir.last_topology() == (2, 8)
     mixed.data.skip_steps = ((2, 3),)
-    place.resume(settings_of(mixed))
+    workdir.resume(settings_of(mixed))
     mixed.data.mixture = (("sentences", 2), ("numbers", 1))
     with pytest.raises(UserError, match=r"data\.mixture"):
-        place.resume(settings_of(mixed))
+        workdir.resume(settings_of(mixed))
 
 
-def test_shares_of_rows():
-    shares = [text_lib.TextSource(name, weight, None, None) for name, weight in (("a", 2), ("b", 1), ("c", 1e-9))]
-    assert text_lib._shares(31, tuple(shares)) == {"a": 21, "b": 10, "c": 1}
-    assert default.get_config().data.mixture == ()
+def test_counts_are_proportional_to_weights_and_at_least_one():
+    sources = [pipeline.TextSource(name, weight, None, None) for name, weight in (("a", 2), ("b", 1), ("c", 1e-9))]
+    assert pipeline._proportional_counts(31, tuple(sources)) == {"a": 21, "b": 10, "c": 1}

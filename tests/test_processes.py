@@ -22,10 +22,10 @@ REPO = Path(__file__).parent.parent
 
 READ = """
 import json, sys
-from mlm.data.sources import source as sources
+from mlm.data.sources.source import open_source
 from tests.test_stream import rows_of
 index, count, files = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
-stream = rows_of(sources.open_source(dataset_name=None, data_files=files), batch_rows=1,
+stream = rows_of(open_source(data_files=files), batch_rows=1,
                  process_index=index, process_count=count)
 used = []
 while stream.epoch == 0:

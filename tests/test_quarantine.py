@@ -10,7 +10,7 @@ from mlm.data.prefetch import Prefetcher
 from mlm.data.sources import files
 from mlm.errors import UserError
 from mlm.train import train_and_evaluate
-from tests.bad_server import IMPATIENCE, PATIENCE, Server, encode, open_url
+from tests.bad_server import RETRY_POLICY, SHORT_DEADLINE, Server, encode, open_url
 from tests.letters import Letters
 from tests.tiny import settings_of, tiny_config, write_corpus
 
@@ -28,7 +28,7 @@ SHARDS = [f"{n}.txt" for n in range(4)]
 SHARD_TEXTS = {name: [f"{name[0]}.{row}" for row in range(40)] for name in SHARDS}
 
 
-def serve_shards(server, *, retry_policy=PATIENCE):
+def serve_shards(server, *, retry_policy=RETRY_POLICY):
     for name in SHARDS:
         server.files[f"/{name}"] = encode(name, SHARD_TEXTS[name])
     return open_url(server, *SHARDS, retry_policy=retry_policy)
@@ -51,7 +51,7 @@ def fail_from(server, name, row):
 @pytest.fixture
 def tiny_reads(monkeypatch):
     """Reads of a few rows each."""
-    monkeypatch.setattr(files, "_NETWORK_BYTES", 16)
+    monkeypatch.setattr(files, "_HTTP_BUFFER_BYTES", 16)
     monkeypatch.setattr(files, "_BLOCK_BYTES", 16)
 
 
@@ -63,7 +63,7 @@ def end_of(state, shard):
 @pytest.mark.parametrize(("process_count", "readers"), [(1, 1), (3, 1), (6, 2)])
 def test_a_failed_shard_is_skipped_for_the_rest_of_the_epoch(server, tiny_reads, monkeypatch, process_count, readers):
     """Resuming from any batch after it gives the same batches, although the network works again."""
-    impatient, patient = serve_shards(server, retry_policy=IMPATIENCE), serve_shards(server)
+    impatient, patient = serve_shards(server, retry_policy=SHORT_DEADLINE), serve_shards(server)
     fail_from(server, "0.txt", 17)
     runs = []
     for index in range(process_count):
@@ -97,7 +97,7 @@ def test_a_failed_shard_is_skipped_for_the_rest_of_the_epoch(server, tiny_reads,
 
 
 def test_the_next_epoch_reads_the_complete_shard(server, tiny_reads):
-    rows = row_stream(serve_shards(server, retry_policy=IMPATIENCE), batch_rows=1)
+    rows = row_stream(serve_shards(server, retry_policy=SHORT_DEADLINE), batch_rows=1)
     fail_from(server, "0.txt", 17)
     seen = {0: [], 1: []}
     while rows.epoch < 2:
@@ -113,7 +113,7 @@ def test_the_next_epoch_reads_the_complete_shard(server, tiny_reads):
 
 def test_skipped_documents_stay_skipped_on_another_number_of_processes(server, tiny_reads):
     """All other documents are used exactly once."""
-    impatient, patient = serve_shards(server, retry_policy=IMPATIENCE), serve_shards(server)
+    impatient, patient = serve_shards(server, retry_policy=SHORT_DEADLINE), serve_shards(server)
     broken = row_stream(patient, process_index=0, process_count=2).assignment()[0].shard
     fail_from(server, SHARDS[broken], 17)
     used, states, ends = [], [], []
@@ -140,7 +140,7 @@ def test_skipped_documents_stay_skipped_on_another_number_of_processes(server, t
 
 
 def test_a_partly_used_window_must_be_read_completely_on_resuming(server, tiny_reads):
-    source = serve_shards(server, retry_policy=IMPATIENCE)
+    source = serve_shards(server, retry_policy=SHORT_DEADLINE)
     rows = row_stream(source)
     next(rows)
     state = rows.state_dict()
@@ -158,7 +158,7 @@ def test_a_partly_used_window_must_be_read_completely_on_resuming(server, tiny_r
 
 def test_with_too_many_failed_shards_the_stream_ends_after_its_batches(server, tiny_reads):
     healthy = take(row_stream(serve_shards(server)), 40)
-    source = serve_shards(server, retry_policy=IMPATIENCE)
+    source = serve_shards(server, retry_policy=SHORT_DEADLINE)
     for name in ("0.txt", "3.txt"):
         fail_from(server, name, 17)
     with Prefetcher(row_stream(source, max_failed_shards=1), depth=2) as batches:
@@ -182,7 +182,7 @@ def test_with_too_many_failed_shards_the_stream_ends_after_its_batches(server, t
 def test_a_server_that_stops_answering_ends_the_stream(server, tiny_reads, count):
     serve_shards(server)
     names = SHARDS[:count]
-    source = open_url(server, *names, retry_policy=IMPATIENCE)
+    source = open_url(server, *names, retry_policy=SHORT_DEADLINE)
     rows = row_stream(source, max_failed_shards=5)
     next(rows)
     for name in names:

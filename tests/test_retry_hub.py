@@ -1,4 +1,4 @@
-"""The hub on a bad network: the rows are those of a healthy one, once each, or the user is told."""
+"""A failing Hugging Face hub: the rows are those of a healthy one, once each, or there is an error."""
 
 import dataclasses
 import json
@@ -8,15 +8,15 @@ import sys
 
 import pytest
 
-from tests.bad_server import CALM, COMMIT, IMPATIENCE, PATIENCE, TEXTS, TRANSIENT, Server, encode
+from tests.bad_server import COMMIT, LONG_TIMEOUT, RETRY_POLICY, SHORT_DEADLINE, TEXTS, TRANSIENT_FAULTS, Server, encode
 
-# Each starts processes of its own.
+# Each starts a process.
 pytestmark = pytest.mark.slow
 
 HUB_WORKER = """
 import json, sys
 from mlm.data.sources import retry
-from mlm.data.sources import source as sources
+from mlm.data.sources.source import open_source
 from mlm.errors import UserError
 source = None
 for line in sys.stdin:
@@ -24,7 +24,7 @@ for line in sys.stdin:
     try:
         if "open" in task:
             retry_policy = retry.RetryPolicy(*task["retry_policy"])
-            source = sources.open_source(dataset_name=task["open"], cache_dir=task["cache"], retry_policy=retry_policy)
+            source = open_source(dataset_name=task["open"], cache_dir=task["cache"], retry_policy=retry_policy)
         shards = range(source.num_shards)
         rows = [[t for texts in source.read(n, start_row=task["row"]) for t in texts.to_pylist()] for n in shards]
         answer = {"rows": rows}
@@ -35,7 +35,7 @@ for line in sys.stdin:
 
 
 class Hub:
-    """A server that is a hub, and a process that reads from it: HF_ENDPOINT is read when libraries are imported."""
+    """A hub server and a process that reads from it, because HF_ENDPOINT is read when the libraries are imported."""
 
     def __init__(self, folder):
         self.server = Server()
@@ -48,13 +48,16 @@ class Hub:
         )
 
     def add(self, repository, contents):
-        """A data set of files."""
+        """Adds a dataset with these files."""
         for name, data in contents.items():
             self.server.files[f"/{repository}/{name}"] = data
         self.server.hub[repository] = list(contents)
 
-    def ask(self, repository="", *, row=0, retry_policy=PATIENCE):
-        """All rows from `row` on, by shard, of what is opened now or was before; or the error."""
+    def ask(self, repository="", *, row=0, retry_policy=RETRY_POLICY):
+        """Returns all rows from `row` on, by shard, or the error.
+
+        An empty `repository` reads the dataset that the last call opened.
+        """
         task = {"row": row}
         if repository:
             self._opened += 1
@@ -86,7 +89,7 @@ def shared_hub(tmp_path_factory):
 
 @pytest.fixture
 def hub(shared_hub):
-    """In good health."""
+    """The hub without faults."""
     shared_hub.server.heal()
     return shared_hub
 
@@ -100,47 +103,47 @@ def resolved(repository, name):
 
 
 @pytest.mark.parametrize("kind", [".parquet", ".jsonl", ".jsonl.gz", ".csv", ".txt"])
-def test_rows_of_a_hub_data_set_are_those_of_a_healthy_server(hub, kind):
+def test_rows_of_a_hub_dataset_are_those_of_a_healthy_server(hub, kind):
     repository = f"owner/set{kind}"
     assert hub.ask(repository) == hub_rows()
     for n in range(2):
-        hub.server.faults[resolved(repository, f"{n}{kind}")].extend(TRANSIENT)
+        hub.server.faults[resolved(repository, f"{n}{kind}")].extend(TRANSIENT_FAULTS)
     assert hub.ask(row=21) == hub_rows(21)
     assert not any(hub.server.faults.values())
 
 
-def test_a_hub_data_set_opens_through_every_failure(hub):
-    """Also where `datasets` would take what fails for what is not there."""
+def test_a_hub_dataset_opens_despite_transient_faults(hub):
+    """`datasets` alone would treat a file that fails once as missing."""
     repository = "owner/configured"
     contents = {f"{n}.jsonl": encode("a.jsonl", [f"{n} {text}" for text in HUB_TEXTS]) for n in range(3)}
-    # Without it there are three shards.
+    # Without the README there would be three shards.
     readme = "---\nconfigs:\n- config_name: default\n  data_files: [0.jsonl, 1.jsonl]\n---\n"
     hub.add(repository, contents | {"README.md": readme.encode()})
     assert hub.ask(repository) == hub_rows()
-    asked = {path for _, path, _ in hub.server.requests if path.startswith(("/api/datasets", "/datasets/"))}
-    assert len(asked) > 5
-    for path in sorted(asked):
+    requested = {path for _, path, _ in hub.server.requests if path.startswith(("/api/datasets", "/datasets/"))}
+    assert len(requested) > 5
+    for path in sorted(requested):
         hub.server.faults[path].extend([500, "reset", (429, {"Retry-After": "0"}), "cut"])
     assert hub.ask(repository) == hub_rows()
-    assert not any(hub.server.faults[path] for path in asked if "/resolve/" in path and ".jsonl" in path)
+    assert not any(hub.server.faults[path] for path in requested if "/resolve/" in path and ".jsonl" in path)
 
 
-def test_past_the_deadline_a_shard_of_a_hub_data_set_is_lost(hub):
+def test_after_the_deadline_a_shard_of_a_hub_dataset_is_unavailable(hub):
     for kind in (".parquet", ".jsonl"):
         repository = f"owner/set{kind}"
-        assert hub.ask(repository, retry_policy=IMPATIENCE) == hub_rows()
+        assert hub.ask(repository, retry_policy=SHORT_DEADLINE) == hub_rows()
         for fault in (500, "reset", "cut", (429, {"Retry-After": "3600"})):
             hub.server.heal()
             hub.server.always[resolved(repository, f"1{kind}")] = fault
             answer = hub.ask()
-            assert answer["kind"] == "ShardLostError"
+            assert answer["kind"] == "ShardUnavailableError"
             assert answer["error"].startswith(f"cannot read '{repository}' (shard 1 of 2) from row 0 on: ")
             assert "\n" not in answer["error"]
 
 
-def test_refusals_of_the_hub_are_told_at_once(hub):
+def test_permanent_failures_of_the_hub_are_errors_at_once(hub):
     repository = "owner/set.parquet"
-    assert hub.ask(repository, retry_policy=CALM) == hub_rows()
+    assert hub.ask(repository, retry_policy=LONG_TIMEOUT) == hub_rows()
     for status in (403, 404):
         hub.server.heal()
         path = resolved(repository, "0.parquet")
@@ -151,21 +154,21 @@ def test_refusals_of_the_hub_are_told_at_once(hub):
         assert hub.server.count(path) == 1
     answer = hub.ask("owner/none")
     assert answer["kind"] == "UserError"
-    assert answer["error"].startswith("cannot open the data set 'owner/none': ")
+    assert answer["error"].startswith("data.dataset_name='owner/none': cannot be opened (")
 
 
-def test_a_hub_that_resets_the_first_question_is_asked_again(hub):
+def test_a_hub_that_resets_the_first_request_gets_it_again(hub):
     hub.server.faults["/"].append("reset")
     assert hub.ask("owner/set.parquet") == hub_rows()
     hub.server.always["/"] = "reset"
     answer = hub.ask("owner/set.parquet")
-    assert answer["error"].startswith("the data set 'owner/set.parquet' is not here and needs the network")
+    assert answer["error"].startswith("data.dataset_name='owner/set.parquet': is not a local directory, and http")
 
 
-def test_a_hub_that_stays_ill_is_told_at_the_start(hub):
+def test_a_hub_that_always_fails_is_an_error_when_the_dataset_is_opened(hub):
     hub.server.always["/api/datasets/owner/set.parquet"] = 503
-    answer = hub.ask("owner/set.parquet", retry_policy=IMPATIENCE)
+    answer = hub.ask("owner/set.parquet", retry_policy=SHORT_DEADLINE)
     assert answer["kind"] == "UserError"
-    assert answer["error"].startswith("cannot open the data set 'owner/set.parquet': ")
+    assert answer["error"].startswith("data.dataset_name='owner/set.parquet': cannot be opened (")
     assert "503" in answer["error"]
     assert "\n" not in answer["error"]

@@ -10,6 +10,7 @@ import threading
 import time
 
 import aiohttp
+import huggingface_hub
 import pyarrow as pa
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
@@ -19,7 +20,7 @@ from gcsfs.retry import HttpError
 from google.auth.exceptions import DefaultCredentialsError
 
 from mlm.data.sources import files, retry
-from mlm.data.sources import source as sources
+from mlm.data.sources.source import ShardUnavailableError, open_source
 from mlm.errors import UserError
 
 TEXTS = ["first", 'a "quoted" line', "é 🙂", "", "NA", "12", "last, with a comma"]
@@ -33,7 +34,7 @@ COMPRESS = {
 
 
 def write(path, texts):
-    """Writes texts as the kind of file its name says."""
+    """Writes texts in the format of the file extension."""
     name = path.name
     if ".parquet" in name:
         pq.write_table(
@@ -53,19 +54,19 @@ def write(path, texts):
 
 
 def open_files(*paths, **kwargs):
-    return sources.open_source(dataset_name=None, data_files=tuple(map(str, paths)), **kwargs)
+    return open_source(data_files=tuple(map(str, paths)), **kwargs)
 
 
 def read(source, shard=0, start_row=0):
     return [text for texts in source.read(shard, start_row=start_row) for text in texts.to_pylist()]
 
 
-ALL_KINDS = [kind + c for kind in (".txt", ".jsonl", ".json", ".csv") for c in COMPRESS] + [".parquet"]
+ALL_FORMATS = [kind + c for kind in (".txt", ".jsonl", ".json", ".csv") for c in COMPRESS] + [".parquet"]
 
 
-@pytest.mark.parametrize("extension", ALL_KINDS)
-def test_every_kind_reads_and_goes_on_from_every_row(tmp_path, extension, monkeypatch):
-    monkeypatch.setattr(files, "_BLOCK_BYTES", 16)  # several blocks, and rows longer than one
+@pytest.mark.parametrize("extension", ALL_FORMATS)
+def test_every_format_is_read_from_every_row(tmp_path, extension, monkeypatch):
+    monkeypatch.setattr(files, "_BLOCK_BYTES", 16)  # Several blocks, and rows longer than one.
     source = open_files(write(tmp_path / f"a{extension}", TEXTS))
     assert source.num_shards == 1
     for start in range(len(TEXTS) + 2):
@@ -98,13 +99,13 @@ def break_parquet(path, column):
     path.write_bytes(data)
 
 
-def test_parquet_leaves_other_columns_unread(tmp_path):
+def test_other_columns_of_parquet_are_not_read(tmp_path):
     break_parquet(write(tmp_path / "a.parquet", TEXTS), 0)
     assert read(open_files(tmp_path / "a.parquet")) == TEXTS
-    assert read(sources.open_source(dataset_name=str(tmp_path))) == TEXTS
+    assert read(open_source(dataset_name=str(tmp_path))) == TEXTS
 
 
-def test_parquet_leaves_earlier_row_groups_unread(tmp_path):
+def test_earlier_row_groups_of_parquet_are_not_read(tmp_path):
     path = write(tmp_path / "a.parquet", [f"text number {n}" for n in range(9)])
     source = open_files(path)
     break_parquet(path, 1)
@@ -140,7 +141,7 @@ def utf8_or_not(values):
         ("a.jsonl", b'\xef\xbb\xbf{"text":"a"}\n\n{"text":"b"}\n', ["a", "b"]),
     ],
 )
-def test_rows_that_are_no_text_are_null(tmp_path, name, data, expected):
+def test_rows_without_valid_text_are_null(tmp_path, name, data, expected):
     (tmp_path / name).write_bytes(data)
     assert read(open_files(tmp_path / name)) == expected
 
@@ -182,8 +183,8 @@ def test_documents_larger_than_a_block(tmp_path):
         assert read(open_files(write(tmp_path / name, texts))) == texts
 
 
-def named_data_set(folder):
-    """A directory `datasets` loads by name: two configurations, one of them with two splits."""
+def named_dataset(folder):
+    """Writes a local dataset for `datasets`: two configurations, one of them with two splits."""
     write(folder / "en-train.parquet", TEXTS)
     write(folder / "en-test.parquet", ["test"])
     write(folder / "de-train.parquet", ["eins"])
@@ -194,22 +195,22 @@ def named_data_set(folder):
     return str(folder)
 
 
-def test_a_named_data_set_goes_on_from_every_row(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "_TABLE_ROWS", 2)
-    name = named_data_set(tmp_path)
-    source = sources.open_source(dataset_name=name, dataset_config_name="en")
+def test_a_named_dataset_is_read_from_every_row(tmp_path, monkeypatch):
+    monkeypatch.setattr("mlm.data.sources.source._TABLE_ROWS", 2)
+    name = named_dataset(tmp_path)
+    source = open_source(dataset_name=name, dataset_config_name="en")
     for start in range(len(TEXTS) + 2):
         assert read(source, start_row=start) == TEXTS[start:]
-    assert read(sources.open_source(dataset_name=name, dataset_config_name="en", split="test")) == ["test"]
+    assert read(open_source(dataset_name=name, dataset_config_name="en", split="test")) == ["test"]
 
 
-def test_columns_of_mixed_types_of_a_named_data_set(tmp_path):
+def test_columns_of_mixed_types_of_a_named_dataset(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text":"a \\"b\\""}\n{"text":5}\n{"text":null}\n')
-    assert read(sources.open_source(dataset_name=str(tmp_path))) == ['a "b"', None, None]
+    assert read(open_source(dataset_name=str(tmp_path))) == ['a "b"', None, None]
 
 
-def test_docstrings_are_the_default_that_needs_no_network():
-    source = sources.open_source(dataset_name="docstrings")
+def test_docstrings_are_read_without_a_network():
+    source = open_source(dataset_name="docstrings")
     assert source.name == "docstrings"
     assert source.num_shards > 20
     assert all(read(source, shard) == read(source, shard) for shard in range(2))
@@ -218,19 +219,40 @@ def test_docstrings_are_the_default_that_needs_no_network():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"data_files": "none.txt"}, "no data file 'none.txt'"),
-        ({"data_files": "*.none.txt"}, "no file matches data.data_files='\\*.none.txt'"),
+        ({"data_files": "none.txt"}, "data.data_files='none.txt': there is no such file"),
+        ({"data_files": "*.none.txt"}, "data.data_files='\\*.none.txt': no file matches"),
         ({"data_files": "a.doc"}, "'.*a.doc'.*one of .txt, .text, .json, .jsonl, .csv, .parquet"),
         ({"data_files": "a.parquet.gz"}, "compressed twice"),
         ({"data_files": "."}, "is a directory"),
-        ({"data_files": ("a.txt", "a.csv")}, "of one kind, but '.*a.txt' is text and '.*a.csv' is csv"),
-        ({"data_files": "a.csv", "text_column_name": "body"}, "no column 'body' in '.*a.csv'.*: id, text$"),
-        ({"data_files": "a.parquet", "text_column_name": "body"}, "no column 'body' in '.*'.*: id, text$"),
-        ({"data_files": "a.jsonl", "text_column_name": "body"}, "no column 'body' in '.*'.*: id, text$"),
-        ({"data_files": "list.json", "text_column_name": "body"}, "no column 'body' in '.*'.*: id, text$"),
-        ({"data_files": "a.txt", "text_column_name": "body"}, "no column 'body' in '.*a.txt'.*: text$"),
-        ({"data_files": "a.parquet", "text_column_name": "id"}, "'id' of '.*' holds int64, not text"),
-        ({"data_files": "a.jsonl", "text_column_name": "id"}, "'id' of '.*' holds 0, not text"),
+        ({"data_files": ("a.txt", "a.csv")}, "must have one format, but '.*a.txt' is text and '.*a.csv' is csv"),
+        (
+            {"data_files": "a.csv", "text_column_name": "body"},
+            "'body': .* in '.*a.csv'; .* one of id, text$",
+        ),
+        (
+            {"data_files": "a.parquet", "text_column_name": "body"},
+            "text_column_name='body': .* one of id, text$",
+        ),
+        (
+            {"data_files": "a.jsonl", "text_column_name": "body"},
+            "text_column_name='body': .* one of id, text$",
+        ),
+        (
+            {"data_files": "list.json", "text_column_name": "body"},
+            "text_column_name='body': .* one of id, text$",
+        ),
+        (
+            {"data_files": "a.txt", "text_column_name": "body"},
+            "'body': .* in '.*a.txt'; .* one of text$",
+        ),
+        (
+            {"data_files": "a.parquet", "text_column_name": "id"},
+            "'id': the column of .* has the type int64, not text",
+        ),
+        (
+            {"data_files": "a.jsonl", "text_column_name": "id"},
+            "'id': the column of .* has values such as 0, not text",
+        ),
         ({"data_files": "empty.txt"}, "'empty.txt' is empty"),
         ({"data_files": "empty.jsonl"}, "'empty.jsonl' is empty"),
         ({"data_files": "empty.csv"}, "'empty.csv' is empty"),
@@ -238,9 +260,8 @@ def test_docstrings_are_the_default_that_needs_no_network():
         ({"data_files": "broken.jsonl"}, "cannot read '.*broken.jsonl'"),
         ({"data_files": "broken.parquet"}, "cannot read '.*broken.parquet'"),
         ({"data_files": "broken.csv"}, "cannot read '.*broken.csv'.*Expected 2 columns"),
-        ({"dataset_name": None}, "set data.dataset_name or data.data_files"),
-        ({"dataset_name": "./none"}, "no data set directory './none'"),
-        ({"dataset_name": "named"}, "cannot open the data set 'named'.*'en'.*'de'"),
+        ({"dataset_name": "./none"}, "data.dataset_name='./none': there is no such directory"),
+        ({"dataset_name": "named"}, "data.dataset_name='named': cannot be opened .*'en'.*'de'"),
         ({"dataset_name": "named", "dataset_config_name": "fr"}, "'named'.*'fr'.*'en'.*'de'"),
         (
             {"dataset_name": "named", "dataset_config_name": "en", "split": "dev"},
@@ -248,7 +269,7 @@ def test_docstrings_are_the_default_that_needs_no_network():
         ),
         (
             {"dataset_name": "named", "dataset_config_name": "en", "text_column_name": "body"},
-            "no column 'body' in 'named'.*: id, text$",
+            "text_column_name='body': .* in 'named'; set it to one of id, text$",
         ),
     ],
 )
@@ -264,15 +285,15 @@ def test_errors_are_one_line(tmp_path, monkeypatch, arguments, message):
     (tmp_path / "broken.csv").write_text("id,text\n1,a\n1,2,3,4\n")
     write(tmp_path / "empty.parquet", [])
     (tmp_path / "named").mkdir()
-    named_data_set(tmp_path / "named")
+    named_dataset(tmp_path / "named")
     with pytest.raises(UserError, match=message) as error:
-        sources.open_source(**{"dataset_name": None, **arguments})
+        open_source(**arguments)
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("compression", [".gz", ".bz2", ".xz", ".zst"])
 @pytest.mark.parametrize("kind", [".txt", ".jsonl", ".csv"])
-def test_cut_and_wrong_compressed_files(tmp_path, kind, compression):
+def test_truncated_and_wrong_compressed_files_are_errors(tmp_path, kind, compression):
     path = write(tmp_path / f"a{kind}{compression}", [f"line {n * n}" for n in range(500)])
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(UserError, match=f"cannot read '.*a{kind}{compression}'"):
@@ -282,19 +303,21 @@ def test_cut_and_wrong_compressed_files(tmp_path, kind, compression):
         open_files(path)
 
 
-def test_a_hub_that_cannot_be_reached_is_told_at_once(monkeypatch):
-    # Port 9 of this machine answers nobody. The hub client's own retries would take 23 seconds.
-    monkeypatch.setattr(sources.huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(sources.huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
-    with pytest.raises(UserError, match="the data set 'no/such' is not here and needs the network"):
-        sources.open_source(dataset_name="no/such")
-    monkeypatch.setattr(sources.huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(UserError, match="'no/such' is not here and HF_HUB_OFFLINE is set"):
-        sources.open_source(dataset_name="no/such")
+def test_an_unreachable_hub_is_an_error_within_seconds(monkeypatch):
+    # Nothing listens on port 9 of this machine. The hub client's own retries would take 23 seconds.
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(
+        UserError, match=r"dataset_name='no/such': is not a local directory, and http.* cannot be reached"
+    ):
+        open_source(dataset_name="no/such")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match="'no/such': is not a local directory, and HF_HUB_OFFLINE is set"):
+        open_source(dataset_name="no/such")
 
 
 class QuietHandler(http.server.SimpleHTTPRequestHandler):
-    """Serves files, and parts of them as a parquet reader asks for."""
+    """Serves files and byte ranges of them."""
 
     def log_message(self, *arguments):
         pass
@@ -315,7 +338,7 @@ class QuietHandler(http.server.SimpleHTTPRequestHandler):
 
 @pytest.fixture
 def url(tmp_path):
-    """The address of a server of tmp_path."""
+    """The URL of a server of tmp_path."""
     server = http.server.ThreadingHTTPServer(
         ("127.0.0.1", 0), lambda *arguments: QuietHandler(*arguments, directory=str(tmp_path))
     )
@@ -328,22 +351,22 @@ def url(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "a.jsonl.zst", "a.csv.xz", "a.json.bz2", "a.parquet"])
-def test_a_url(tmp_path, url, name):
+def test_a_url_is_read_from_any_row(tmp_path, url, name):
     write(tmp_path / name, TEXTS)
     source = open_files(f"{url}/{name}?download=true")
     assert read(source) == TEXTS
     assert read(source, start_row=3) == TEXTS[3:]
 
 
-def test_a_url_that_is_not_there(tmp_path, url):
+def test_a_url_that_does_not_exist_is_an_error(tmp_path, url):
     with pytest.raises(UserError, match=f"cannot read '{url}/none.txt'.*not found"):
         open_files(f"{url}/none.txt")
 
 
 @pytest.fixture
 def bucket(monkeypatch):
-    """Sets what opening a file in a bucket ends in: an exception, or its bytes. Nothing was reached before."""
-    monkeypatch.setattr(files, "_reached", set())
+    """Sets the outcome of opening a file in a bucket: an exception or its bytes. No bucket was reached before."""
+    monkeypatch.setattr(files, "_reached_schemes", set())
 
     def set_answer(answer):
         def open_it(file, mode, **options):
@@ -353,8 +376,7 @@ def bucket(monkeypatch):
 
         monkeypatch.setattr(files.fsspec, "open", open_it)
         return functools.partial(
-            sources.open_source,
-            dataset_name=None,
+            open_source,
             data_files="gs://bucket/a.jsonl",
             retry_policy=retry.RetryPolicy(deadline_seconds=0.2, first_wait_seconds=0.05),
         )
@@ -372,28 +394,28 @@ def bucket(monkeypatch):
         (HttpError({"code": 401, "message": "Anonymous caller"}), r"Anonymous caller, 401: check the credentials"),
     ],
 )
-def test_a_bucket_that_was_never_reached_is_not_waited_for(bucket, answer, message):
+def test_a_bucket_that_was_never_reached_is_not_retried(bucket, answer, message):
     start = time.monotonic()
     with pytest.raises(UserError, match=rf"^cannot read 'gs://bucket/a.jsonl': {message}") as error:
         bucket(answer)()
-    assert not isinstance(error.value, sources.ShardLostError)
+    assert not isinstance(error.value, ShardUnavailableError)
     assert time.monotonic() - start < 5.0
-    # gcsfs logs a traceback of each of its errors.
+    # gcsfs would log a traceback for each of its errors.
     assert not logging.getLogger("gcsfs").isEnabledFor(logging.CRITICAL)
 
 
-def test_a_bucket_that_was_reached_is_waited_for(bucket):
+def test_a_bucket_that_was_reached_is_retried(bucket):
     source = bucket(b'{"text": "one"}\n')()
     assert read(source) == ["one"]
     bucket(HttpError({"code": 503, "message": "busy"}))
-    with pytest.raises(sources.ShardLostError, match=r"from row 0 on: .*busy, 503 \(tried \d+ times"):
+    with pytest.raises(ShardUnavailableError, match=r"from row 0 on: .*busy, 503 \(tried \d+ times"):
         read(source)
     bucket(HttpError({"code": 401, "message": "expired"}))
     with pytest.raises(UserError, match="expired, 401: check the credentials"):
         read(source)
 
 
-def test_blank_lines_are_gaps_in_text_files_alone(tmp_path):
+def test_blank_lines_separate_documents_in_text_files_only(tmp_path):
     for name, data in (("a.txt", "one\n\ntwo\n"), ("a.jsonl", '{"text": "one"}\n')):
         (tmp_path / name).write_text(data)
-    assert [open_files(tmp_path / name).has_gaps for name in ("a.txt", "a.jsonl")] == [True, False]
+    assert [open_files(tmp_path / name).blank_rows_are_separators for name in ("a.txt", "a.jsonl")] == [True, False]

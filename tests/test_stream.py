@@ -10,7 +10,7 @@ import pytest
 
 from mlm.data import packing, reader, shard_assignment, stream
 from mlm.data.sources import docstrings
-from mlm.data.sources import source as sources
+from mlm.data.sources.source import Source, open_source
 from mlm.errors import UserError
 from mlm.settings import PACKINGS
 from tests.letters import Letters
@@ -25,7 +25,7 @@ def memory_source(shards, array_rows=3):
         for start in range(row, len(shards[shard]), array_rows):
             yield pa.array(shards[shard][start : start + array_rows], pa.string())
 
-    return sources.Source("memory", "text", len(shards), columns, str)
+    return Source("memory", "text", len(shards), columns, str)
 
 
 def words(count, *, start=0):
@@ -113,7 +113,7 @@ def make_source(kind, folder, monkeypatch):
         monkeypatch.setattr(docstrings, "_MIN_CHARACTERS", 1)
         found = [docstrings.Shard(path.name, (str(path),)) for path in paths]
         monkeypatch.setattr(docstrings, "find_shards", lambda: found)
-        return sources.open_source(dataset_name="docstrings")
+        return open_source(dataset_name="docstrings")
     for n, part in enumerate(shards):
         path = folder / f"{n}.{kind}"
         if kind in ("parquet", "named"):
@@ -124,8 +124,8 @@ def make_source(kind, folder, monkeypatch):
             header = "text\n" if kind == "csv" else ""
             path.write_text(header + "".join(f"{text}\n" for text in part))
     if kind == "named":
-        return sources.open_source(dataset_name=str(folder))
-    return sources.open_source(dataset_name=None, data_files=str(folder / f"*.{kind}"))
+        return open_source(dataset_name=str(folder))
+    return open_source(data_files=str(folder / f"*.{kind}"))
 
 
 @pytest.mark.parametrize("how", PACKINGS)
@@ -221,7 +221,7 @@ def test_processes_read_only_their_shards():
         read.append(shard)
         yield pa.array(words(30, start=30 * shard))
 
-    source = sources.Source("counted", "text", 6, columns, str)
+    source = Source("counted", "text", 6, columns, str)
     assigned = []
     for process in range(3):
         read.clear()
@@ -289,7 +289,7 @@ def test_counters_of_documents_blank_rows_and_held_out_documents():
 
 def test_blank_lines_between_documents_of_a_text_file_are_not_counted_as_skipped():
     corpus = ["", " ", None, "held", *words(20)]
-    source = dataclasses.replace(memory_source(split(corpus, 2)), has_gaps=True)
+    source = dataclasses.replace(memory_source(split(corpus, 2)), blank_rows_are_separators=True)
     rows = rows_of(source, packing="pad", batch_rows=5, held_out=pa.array(["held"]))
     for _ in range(4):
         next(rows)
@@ -319,7 +319,7 @@ def test_windows_of_large_documents_end_early(how, monkeypatch):
 
 def test_documents_of_ten_megabytes_and_of_one_letter():
     corpus = ["x" * (10 << 20), "y", "z" * 3, "u"]
-    source = sources.Source("large", "text", 1, lambda shard, row: iter([pa.array(corpus[row:])]), str)
+    source = Source("large", "text", 1, lambda shard, row: iter([pa.array(corpus[row:])]), str)
     rows = rows_of(source, shuffle_buffer_size=0, max_seq_length=1024, batch_rows=1024)
 
     class Bytes(Letters):

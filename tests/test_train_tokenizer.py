@@ -1,4 +1,4 @@
-"""Tokenizers trained here: the family's dress, the same files every time, the same ids for `AutoTokenizer`."""
+"""Trained tokenizers: class and special tokens of the family, reproducible files, the same ids as AutoTokenizer."""
 
 import hashlib
 import itertools
@@ -13,12 +13,13 @@ import pytest
 import sentencepiece
 import transformers
 
-from mlm.data.train_tokenizer import FAMILIES, train_tokenizer
+from mlm.data.train_tokenizer import train_tokenizer
 from mlm.errors import UserError
+from mlm.settings import ALGORITHM_FAMILIES
 from tests.tiny import sentences
 
 REPO = Path(__file__).parent.parent
-# Letters enough, repeated, that the rare ones fall out of the alphabet.
+# Long enough that the rarest characters are not in the alphabet.
 CORPUS = [f"{text} Isn't it? (Ça va, déjà-vu: {n % 7}%)" for n, text in enumerate(sentences(400))] + ["\u2603"]
 ODD = [
     "Hello the World, d\u00e9j\u00e0 vu",
@@ -31,8 +32,8 @@ ODD = [
 SIZE = 400
 ROBERTA = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
 BERT = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-# model_type, lowercase -> algorithm, class, special tokens by id.
-DRESSES = {
+# model_type, lowercase -> algorithm, tokenizer class, special tokens by id.
+EXPECTED = {
     ("roberta", False): ("bpe", "RobertaTokenizer", ROBERTA),
     ("modernbert", False): ("bpe", "TokenizersBackend", BERT),
     ("bert", False): ("wordpiece", "BertTokenizer", BERT),
@@ -51,39 +52,39 @@ def train(model_type="roberta", **kwargs):
 
 @pytest.fixture(scope="module")
 def trained():
-    """(model_type, lowercase) -> its tokenizer, trained once."""
-    return {key: train(key[0], lowercase=key[1]) for key in DRESSES}
+    """The tokenizer of each (model_type, lowercase), trained once."""
+    return {key: train(key[0], lowercase=key[1]) for key in EXPECTED}
 
 
 def digests(folder):
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in Path(folder).iterdir()}
 
 
-@pytest.mark.parametrize("key", DRESSES)
-def test_auto_tokenizer_gives_the_same_ids_in_a_models_directory(trained, key, tmp_path):
+@pytest.mark.parametrize("key", EXPECTED)
+def test_auto_tokenizer_gives_the_same_ids_in_a_model_directory(trained, key, tmp_path):
     tokenizer = trained[key]
-    algorithm, dress, _ = DRESSES[key]
+    algorithm, tokenizer_class, _ = EXPECTED[key]
     tokenizer.save(str(tmp_path))
-    # A model's config.json beside it has a say in what AutoTokenizer loads.
+    # The class that AutoTokenizer loads depends on the config.json of a model beside the tokenizer.
     (tmp_path / "config.json").write_text(json.dumps({"model_type": key[0]}))
     auto = transformers.AutoTokenizer.from_pretrained(tmp_path)
-    assert type(auto).__name__ == dress
-    kind = json.loads(auto.backend_tokenizer.to_str())["model"]["type"]
-    assert kind.lower() == algorithm
+    assert type(auto).__name__ == tokenizer_class
+    assert json.loads(auto.backend_tokenizer.to_str())["model"]["type"].lower() == algorithm
     texts = CORPUS[:50] + ODD
     ids, offsets = tokenizer.encode(pa.array(texts))
     for text, (start, stop) in zip(texts, itertools.pairwise(offsets), strict=True):
-        own = ids[start:stop].tolist()
-        assert auto(text)["input_ids"] == [tokenizer.bos_id, *own, tokenizer.eos_id]
-        # As pairs are: [CLS] a [SEP] b [SEP], and with RoBERTa's doubled separator.
-        double = [tokenizer.eos_id] * (2 if dress[:3] in ("Rob", "XLM", "Cam") else 1)
-        assert auto(text, "the")["input_ids"][: len(own) + 1 + len(double)] == [tokenizer.bos_id, *own, *double]
+        text_ids = ids[start:stop].tolist()
+        assert auto(text)["input_ids"] == [tokenizer.bos_id, *text_ids, tokenizer.eos_id]
+        # Pairs are [CLS] a [SEP] b [SEP]; RoBERTa and its relatives have two separators in the middle.
+        separators = [tokenizer.eos_id] * (2 if tokenizer_class[:3] in ("Rob", "XLM", "Cam") else 1)
+        first_of_pair = [tokenizer.bos_id, *text_ids, *separators]
+        assert auto(text, "the")["input_ids"][: len(first_of_pair)] == first_of_pair
 
 
-@pytest.mark.parametrize("key", DRESSES)
-def test_special_tokens_are_the_familys(trained, key):
+@pytest.mark.parametrize("key", EXPECTED)
+def test_special_tokens_are_those_of_the_family(trained, key):
     tokenizer = trained[key]
-    special = DRESSES[key][2]
+    special = EXPECTED[key][2]
     assert tokenizer.hf.convert_ids_to_tokens(range(5)) == special
     assert tokenizer.special_ids == (0, 1, 2, 3, 4)
     assert tokenizer.num_ids <= SIZE
@@ -91,25 +92,25 @@ def test_special_tokens_are_the_familys(trained, key):
     assert tokenizer.unused_ids == ()
     assert tokenizer.mask_id == 4
     assert tokenizer.pad_id == special.index(tokenizer.hf.pad_token)
-    # Positions of these models begin after the padding's id, which is 1 wherever they are published.
+    # These models count positions from pad_token_id + 1, and their published tokenizers have pad_token_id=1.
     roberta_like = key[0] in ("roberta", "xlm-roberta", "camembert")
     assert tokenizer.pad_id == (1 if roberta_like else 0)
     assert tokenizer.hf.model_max_length == 64
-    # The mask token in a sentence is itself, with begin and end around.
+    # The mask token in a sentence gets its id, and begin and end tokens are added.
     ids = tokenizer.hf(f"the {tokenizer.hf.mask_token} sees")["input_ids"]
     assert ids[0] == tokenizer.bos_id
     assert ids[-1] == tokenizer.eos_id
     assert ids.count(4) == 1
 
 
-@pytest.mark.parametrize("key", [key for key in DRESSES if DRESSES[key][0] != "bpe"])
-def test_case_is_folded_where_asked(trained, key):
+@pytest.mark.parametrize("key", [key for key in EXPECTED if EXPECTED[key][0] != "bpe"])
+def test_lowercase_is_as_requested(trained, key):
     hf = trained[key].hf
     assert (hf("THE dog")["input_ids"] == hf("the dog")["input_ids"]) is key[1]
     assert (hf("d\u00e9j\u00e0")["input_ids"] == hf("deja")["input_ids"]) is key[1]
 
 
-def test_rare_letters_make_room_for_words(trained):
+def test_rare_characters_are_left_out_and_words_are_not(trained):
     for key in (("bert", False), ("xlm-roberta", False)):
         vocabulary = trained[key].hf.get_vocab()
         assert "\u2603" not in vocabulary
@@ -118,23 +119,22 @@ def test_rare_letters_make_room_for_words(trained):
         assert "\u00e9" in vocabulary or "##\u00e9" in vocabulary
 
 
-def test_unigram_cuts_as_sentencepiece_does(trained, tmp_path):
-    """The likeliest cut: two programs agree on it."""
-    written = tmp_path / "m"
-    with written.open("wb") as file:
+def test_unigram_segments_like_sentencepiece(trained, tmp_path):
+    model_path = tmp_path / "m"
+    with model_path.open("wb") as file:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(CORPUS), model_writer=file, model_type="unigram", vocab_size=SIZE, num_threads=16,
             bos_id=0, pad_id=1, eos_id=2, unk_id=3, control_symbols=["<mask>"], minloglevel=2, hard_vocab_limit=False,
         )  # fmt: skip
-    theirs = sentencepiece.SentencePieceProcessor(model_file=str(written))
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(model_path))
     hf = trained["xlm-roberta", False].hf
     for text in CORPUS[:100]:
-        assert hf(text, add_special_tokens=False)["input_ids"] == theirs.encode(text)
+        assert hf(text, add_special_tokens=False)["input_ids"] == processor.encode(text)
 
 
 @pytest.mark.slow
 def test_another_process_writes_the_same_files(trained, tmp_path):
-    """Hash tables are seeded anew in every process, and it has other cores to share."""
+    """Every process has other hash seeds; this one has fewer cores, too."""
     keys = [("roberta", False), ("bert", False), ("xlm-roberta", False), ("albert", True)]
     code = f"""
 import os
@@ -152,7 +152,7 @@ for model_type, lowercase in {keys}:
 
 @pytest.mark.parametrize("key", [("bert", False), ("xlm-roberta", False)])
 def test_training_again_writes_the_same_files(trained, key, tmp_path):
-    """Also when the tokenizer was used in between; within a process hash tables differ, too."""
+    """Hash tables within a process have different seeds, too. The first tokenizer has been used before it is saved."""
     for n in range(3):
         train(key[0], lowercase=key[1]).save(str(tmp_path / str(n)))
     trained[key].save(str(tmp_path / "first"))
@@ -160,22 +160,20 @@ def test_training_again_writes_the_same_files(trained, key, tmp_path):
 
 
 def test_any_algorithm_for_any_family():
-    for algorithm in FAMILIES:
+    for algorithm in ALGORITHM_FAMILIES:
         for model_type in ("bert", "roberta"):
             tokenizer = train(model_type, algorithm=algorithm)
             assert tokenizer.hf.convert_ids_to_tokens(range(5)) == (BERT if algorithm == "wordpiece" else ROBERTA)
 
 
-def test_errors():
-    with pytest.raises(UserError, match=r"vocab_size=100 .* need at least 261"):
+def test_invalid_options_are_errors():
+    with pytest.raises(UserError, match=r"vocab_size=100: must be at least 261"):
         train(vocab_size=100)
-    with pytest.raises(UserError, match=r"vocab_size=20 is too small: the letters of this text"):
+    with pytest.raises(UserError, match=r"vocab_size=20: must be at least \d+ for this text: its letters"):
         train("bert", vocab_size=20)
     with pytest.raises(UserError, match=r"vocab_size=20: no Unigram tokenizer of this size can be trained") as error:
         train("albert", vocab_size=20)
     assert "\n" not in str(error.value)
-    with pytest.raises(UserError, match=r"tokenizer.algorithm='words' is not one of auto, bpe, wordpiece, unigram"):
-        train(algorithm="words")
     for model_type in ("roberta", "xlm-roberta"):
-        with pytest.raises(UserError, match=r"tokenizer.lowercase=True does not go with the \w+ tokenizer of"):
+        with pytest.raises(UserError, match=r"tokenizer.lowercase=True: the \w+ tokenizer of .* has no lowercase form"):
             train(model_type, lowercase=True)

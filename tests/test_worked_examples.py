@@ -34,7 +34,9 @@ def hunks(title: str) -> list[tuple[str, str, str]]:
 def apply(title: str, folder: Path) -> None:
     for file, before, after in hunks(title):
         source = (folder / file).read_text()
-        assert source.count(before) == 1, f"{file} does not contain exactly once what docs/changing.md changes:\n{before}"
+        assert source.count(before) == 1, (
+            f"{file} does not contain exactly once what docs/changing.md changes:\n{before}"
+        )
         (folder / file).write_text(source.replace(before, after))
 
 

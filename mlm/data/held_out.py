@@ -9,7 +9,7 @@ import pyarrow.compute as pc
 from mlm.data import packing as packing_lib
 from mlm.data import reader as reader_lib
 from mlm.data.shard_assignment import ShardSlice
-from mlm.data.sources import source as sources
+from mlm.data.sources.source import Source
 from mlm.data.tokenizer import Tokenizer
 from mlm.errors import UserError
 
@@ -30,7 +30,7 @@ class EvalSet:
 
 
 def read_eval_set(
-    source: sources.Source,
+    source: Source,
     tokenizer: Tokenizer,
     *,
     num_sequences: int,

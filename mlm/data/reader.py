@@ -23,7 +23,7 @@ import pyarrow.compute as pc
 from absl import logging
 
 from mlm.data.shard_assignment import ShardSlice
-from mlm.data.sources import source as sources
+from mlm.data.sources.source import ShardUnavailableError, Source
 from mlm.errors import UserError
 
 # `take` returns fewer documents than asked for once they have this many bytes: memory stays bounded when documents are
@@ -52,7 +52,7 @@ class Reader:
 
     def __init__(
         self,
-        source: sources.Source,
+        source: Source,
         slices: Sequence[ShardSlice],
         *,
         slice_index: int = 0,
@@ -115,7 +115,7 @@ class Reader:
             if current.end is None or self.row < current.end:
                 try:
                     texts = next(self._arrays, None)
-                except sources.ShardLostError as error:
+                except ShardUnavailableError as error:
                     self._skip_rest_of_shard(error)
             if texts is None:
                 self.slice_index, self.row, self._arrays = self.slice_index + 1, 0, None
@@ -124,7 +124,7 @@ class Reader:
                 self._failure_budget.consecutive_failures = 0
         return True
 
-    def _skip_rest_of_shard(self, error: sources.ShardLostError) -> None:
+    def _skip_rest_of_shard(self, error: ShardUnavailableError) -> None:
         """Ends the current slice at the current row, or raises UserError."""
         if not self.may_skip:
             raise UserError(

@@ -24,7 +24,7 @@ from mlm.data import packing as packing_lib
 from mlm.data import provenance
 from mlm.data import reader as reader_lib
 from mlm.data.shard_assignment import Position, ShardSlice, assign_shards, reassign
-from mlm.data.sources import source as sources
+from mlm.data.sources.source import Source
 from mlm.data.tokenizer import Tokenizer
 from mlm.errors import UserError
 from mlm.settings import PACKINGS
@@ -83,7 +83,7 @@ class RowStream:
 
     def __init__(
         self,
-        source: sources.Source,
+        source: Source,
         tokenizer: Tokenizer,
         *,
         seed: int,
@@ -321,7 +321,7 @@ class RowStream:
         order = order[is_used[order]]
         end = reader.slice_index, reader.row
         if not was_read_before:
-            skipped_documents = texts.null_count if self._source.has_gaps else num_blank
+            skipped_documents = texts.null_count if self._source.blank_rows_are_separators else num_blank
             num_held_out = len(texts) - num_blank - len(order)
             self._start = dataclasses.replace(
                 self._start,
@@ -365,9 +365,8 @@ class RowStream:
         if changes_with_epoch and self._short_epochs < _MAX_SHORT_EPOCHS:
             return
         counters = self.counters
-        skipped = (
-            f"{counters['skipped_documents']} {'rows that are not UTF-8' if self._source.has_gaps else 'blank rows'}"
-        )
+        kind = "rows that are not UTF-8" if self._source.blank_rows_are_separators else "blank rows"
+        skipped = f"{counters['skipped_documents']} {kind}"
         skipped += f", {counters['held_out_documents']} held-out documents"
         who = f" for process {self._process_index} of {self._process_count}" if self._process_count > 1 else ""
         if self._units_used == 0:

@@ -9,7 +9,7 @@ import transformers
 
 from mlm.data.provenance import DocumentSpan
 from mlm.data.shard_assignment import ShardSlice
-from mlm.data.sources import source as sources
+from mlm.data.sources.source import Source
 from mlm.data.tokenizer import Tokenizer
 from mlm.settings import SYNTHETIC
 
@@ -22,7 +22,7 @@ def _no_columns(shard: int, row: int) -> Iterator[pa.Array]:
     return iter(())
 
 
-SOURCE = sources.Source(
+SOURCE = Source(
     name=SYNTHETIC, text_column="text", num_shards=1, columns=_no_columns, shard_name=lambda shard: SYNTHETIC
 )
 

@@ -1,13 +1,14 @@
-"""Training tokenizers on text: byte-level BPE, WordPiece and Unigram, each in the dress of a family of encoders.
+"""Trains tokenizers: byte-level BPE, WordPiece and Unigram, with the special tokens and class of a model family.
 
-The same texts give the same files, byte for byte. `tokenizers` gives that for BPE. Its WordPiece numbers the letters
-inside words, and its Unigram adds probabilities, in the order of a hash table seeded anew in every process: WordPiece
-is therefore told the numbers, and Unigram is left to SentencePiece.
+The same texts give the same files, byte for byte. `tokenizers` guarantees this for BPE. Its WordPiece assigns ids to
+the letters inside words, and its Unigram sums probabilities, in the order of a hash table with a random seed. So
+WordPiece gets these ids in advance here, and Unigram is trained with SentencePiece.
 """
 
 import io
 import json
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import tokenizers
@@ -16,23 +17,17 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from mlm.data.tokenizer import Tokenizer
 from mlm.errors import UserError, one_line
+from mlm.settings import check_tokenizer_options, resolve_algorithm
 
-# What tokenizer.algorithm="auto" takes for the models of a family: what the published ones of it have.
-FAMILIES = {
-    "bpe": ("roberta", "roberta-prelayernorm", "modernbert"),
-    "wordpiece": ("bert", "distilbert", "electra", "roformer"),
-    "unigram": ("albert", "camembert", "xlm-roberta"),
-}
-ALGORITHMS = ("auto", *FAMILIES)
 # Special tokens in the order of their ids.
-ROBERTA = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
-BERT = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-ALBERT = ("<pad>", "<unk>", "[CLS]", "[SEP]", "[MASK]")
-# Of the letters in the text WordPiece and Unigram keep the most frequent ones that make up this share of it, as
-# SentencePiece does by default; a text full of rare signs would leave no room for words.
-_COVERAGE = 0.9995
-# SentencePiece's sums, and so its figures' last digits, follow the number of threads: it is the same everywhere.
-_THREADS = 16
+_ROBERTA_TOKENS = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
+_BERT_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+_ALBERT_TOKENS = ("<pad>", "<unk>", "[CLS]", "[SEP]", "[MASK]")
+# WordPiece and Unigram keep the most frequent characters that make up this fraction of the text, SentencePiece's
+# default. Without a limit a text with many rare characters would leave no room for words.
+_CHARACTER_COVERAGE = 0.9995
+# The order of SentencePiece's sums, and so the rounding, depends on the number of threads: use the same everywhere.
+_NUM_THREADS = 16
 
 
 def train_tokenizer(
@@ -46,60 +41,42 @@ def train_tokenizer(
     backend: str = "auto",
     name: str = "trained",
 ) -> Tokenizer:
-    """Trains a tokenizer for models of one family. The same texts give the same files, byte for byte.
+    """Trains a tokenizer for a model family; the same texts give the same files, byte for byte.
 
     Args:
       texts: documents.
-      vocab_size: entries, special tokens included; there are fewer when the texts have no more to give.
-      max_seq_length: what the saved tokenizer tells its users to cut at.
-      algorithm: "bpe" (of bytes), "wordpiece", "unigram", or "auto": that of the family.
-      model_type: the family, which also chooses the names and ids of the special tokens.
-      lowercase: fold case and drop accents, as the "uncased" models do.
-      backend: of the `Tokenizer`.
-      name: of the `Tokenizer`.
+      vocab_size: entries, special tokens included; the tokenizer has fewer if the texts have too few different words.
+      max_seq_length: `model_max_length` of the saved tokenizer.
+      algorithm: "bpe" (byte-level), "wordpiece", "unigram", or "auto" for the one of the family.
+      model_type: the family, which also determines the names and ids of the special tokens.
+      lowercase: lowercase texts and strip accents, as the "uncased" models do.
+      backend: see `Tokenizer`.
+      name: see `Tokenizer`.
 
     Raises:
-      UserError: the options do not go together, or `vocab_size` is too small for the texts.
+      UserError: the options cannot be combined, or `vocab_size` is too small for the texts.
     """
-    algorithm = chosen_algorithm(algorithm, model_type=model_type)
-    if lowercase and (algorithm == "bpe" or (algorithm == "unigram" and model_type != "albert")):
-        raise UserError(
-            f"tokenizer.lowercase=True does not go with the {algorithm} tokenizer of {model_type} models, which has no "
-            'uncased form; set it to False, or --config.tokenizer.algorithm="wordpiece"'
-        )
+    algorithm = resolve_algorithm(algorithm, model_type=model_type)
+    check_tokenizer_options(algorithm, model_type=model_type, vocab_size=vocab_size, lowercase=lowercase)
     train = {"bpe": _train_bpe, "wordpiece": _train_wordpiece, "unigram": _train_unigram}[algorithm]
-    options = {"lowercase": lowercase, "model_max_length": max_seq_length}
-    hf = train(texts, vocab_size=vocab_size, model_type=model_type, **options)
+    hf = train(
+        texts, vocab_size=vocab_size, model_type=model_type, lowercase=lowercase, model_max_length=max_seq_length
+    )
     return Tokenizer(hf, name=name, backend=backend)
-
-
-def chosen_algorithm(algorithm: str, *, model_type: str) -> str:
-    """`algorithm`, or the one of the family for "auto"; UserError for one that is not known."""
-    if algorithm not in ALGORITHMS:
-        raise UserError(f"tokenizer.algorithm={algorithm!r} is not one of {', '.join(ALGORITHMS)}")
-    if algorithm != "auto":
-        return algorithm
-    return next((known for known, family in FAMILIES.items() if model_type in family), "bpe")
 
 
 def _train_bpe(
     texts: Iterable[str], *, vocab_size: int, model_type: str, lowercase: bool, model_max_length: int
 ) -> transformers.PreTrainedTokenizerFast:
-    """Byte-level BPE: any text in 256 letters and their merges (GPT-2's; RoBERTa's and ModernBERT's tokenizers)."""
+    """Byte-level BPE, as in GPT-2, RoBERTa and ModernBERT: the 256 bytes and merges of them encode any text."""
     del lowercase
-    special = BERT if model_type == "modernbert" else ROBERTA
+    special = _BERT_TOKENS if model_type == "modernbert" else _ROBERTA_TOKENS
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    smallest = len(alphabet) + len(special)
-    if vocab_size < smallest:
-        raise UserError(
-            f"tokenizer.vocab_size={vocab_size} is too small: 256 bytes and {len(special)} special tokens need at "
-            f"least {smallest}"
-        )
     bpe = tokenizers.Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     if model_type == "modernbert":
         bpe.normalizer = normalizers.NFC()
-    # It takes the space before it, so that what fills it brings its own.
+    # As in RoBERTa the mask token includes the space before it, because the token that replaces it begins with one.
     mask = tokenizers.AddedToken(special[4], lstrip=True, special=True)
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -120,7 +97,7 @@ def _train_bpe(
             cls_token=begin,
             sep_token=end,
             mask_token=mask,
-            # No segments: the model takes no token_type_ids.
+            # ModernBERT has no token_type_ids.
             model_input_names=["input_ids", "attention_mask"],
             model_max_length=model_max_length,
         )
@@ -144,16 +121,18 @@ def _template(begin: str, end: str, *, ids: tuple[int, int]) -> processors.Templ
 def _train_wordpiece(
     texts: Iterable[str], *, vocab_size: int, model_type: str, lowercase: bool, model_max_length: int
 ) -> transformers.PreTrainedTokenizerFast:
-    """WordPiece: words and signs, cut into the longest pieces from the left (BERT's tokenizer)."""
+    """WordPiece, as in BERT: splits words into the longest known pieces, from the left."""
     del model_type
-    options = {"do_lower_case": lowercase, "model_max_length": model_max_length}
-    # With the steps before the pieces as the finished tokenizer has them.
-    steps = transformers.BertTokenizer(vocab={token: i for i, token in enumerate(BERT)}, **options).backend_tokenizer
+    options: dict[str, Any] = {"do_lower_case": lowercase, "model_max_length": model_max_length}
+    # The normalizer and pre-tokenizer of the finished tokenizer.
+    steps = transformers.BertTokenizer(
+        vocab={token: i for i, token in enumerate(_BERT_TOKENS)}, **options
+    ).backend_tokenizer
     texts = [steps.normalizer.normalize_str(text) for text in texts]
     alphabet = _alphabet(texts)
 
     def train(*, vocab_size: int, first: list[str]) -> list[str]:
-        tokenizer = tokenizers.Tokenizer(models.WordPiece(unk_token=BERT[1]))
+        tokenizer = tokenizers.Tokenizer(models.WordPiece(unk_token=_BERT_TOKENS[1]))
         tokenizer.pre_tokenizer = steps.pre_tokenizer
         trainer = trainers.WordPieceTrainer(
             vocab_size=vocab_size,
@@ -167,60 +146,62 @@ def _train_wordpiece(
         vocab = tokenizer.get_vocab()
         return sorted(vocab, key=vocab.__getitem__)
 
-    # Letters inside words get their ids in the order of a hash table, and merges of one frequency go by ids. What is
-    # called special has its id from the start.
-    letters = sorted(set(train(vocab_size=0, first=list(BERT))) - set(BERT))
-    smallest = len(BERT) + len(letters)
+    # The trainer gives letters inside words ids in the order of a hash table, and sorts merges of equal frequency by
+    # ids. So it is trained twice: without merges, to find the letters; then with the sorted letters as special tokens,
+    # which have fixed ids.
+    letters = sorted(set(train(vocab_size=0, first=list(_BERT_TOKENS))) - set(_BERT_TOKENS))
+    smallest = len(_BERT_TOKENS) + len(letters)
     if vocab_size < smallest:
         raise UserError(
-            f"tokenizer.vocab_size={vocab_size} is too small: the letters of this text, at the beginning of words and "
-            f"in them, and {len(BERT)} special tokens need at least {smallest}"
+            f"tokenizer.vocab_size={vocab_size}: must be at least {smallest} for this text: its letters, at the "
+            f"beginning of words and inside them, and {len(_BERT_TOKENS)} special tokens"
         )
-    pieces = train(vocab_size=vocab_size, first=[*BERT, *letters])
+    pieces = train(vocab_size=vocab_size, first=[*_BERT_TOKENS, *letters])
     return transformers.BertTokenizer(vocab={piece: i for i, piece in enumerate(pieces)}, **options)
 
 
 def _alphabet(texts: Iterable[str]) -> list[str]:
-    """The letters that make up `_COVERAGE` of the texts, in the order of their code points; white space aside."""
+    """Returns the most frequent characters, `_CHARACTER_COVERAGE` of the texts without white space, by code point."""
     counts = np.zeros(0x110000, np.int64)
     for text in texts:
         codes, found = np.unique(np.frombuffer(text.encode("utf-32-le"), np.uint32), return_counts=True)
         counts[codes] += found
     counts[[code for code in np.flatnonzero(counts) if chr(code).isspace()]] = 0
-    # Of equal counts the lower code point comes first.
+    # Stable: for equal counts the lower code point comes first.
     order = np.argsort(-counts, kind="stable")
     cumulative = np.cumsum(counts[order])
-    kept = order[: np.searchsorted(cumulative, _COVERAGE * cumulative[-1]) + 1]
-    return sorted(chr(code) for code in kept if counts[code])
+    frequent = order[: np.searchsorted(cumulative, _CHARACTER_COVERAGE * cumulative[-1]) + 1]
+    return sorted(chr(code) for code in frequent if counts[code])
 
 
 def _train_unigram(
     texts: Iterable[str], *, vocab_size: int, model_type: str, lowercase: bool, model_max_length: int
 ) -> transformers.PreTrainedTokenizerFast:
-    """Unigram: the likeliest cut into pieces with probabilities (Kudo 2018), after NFKC as SentencePiece has it."""
-    # Imported here: only this needs it.
+    """Unigram (Kudo 2018): the most probable segmentation, after SentencePiece's NFKC normalization."""
+    # Imported here: the other algorithms do not need it.
     import sentencepiece
     from sentencepiece import sentencepiece_model_pb2
 
-    dress, special, options = transformers.XLMRobertaTokenizer, ROBERTA, {}
+    tokenizer_class: Any = transformers.XLMRobertaTokenizer
+    special, options = _ROBERTA_TOKENS, dict[str, Any]()
     if model_type == "camembert":
-        # Without the unused entries that the published one has for historical reasons.
-        dress, options = transformers.CamembertTokenizer, {"additional_special_tokens": []}
+        # The published tokenizer has unused entries for historical reasons.
+        tokenizer_class, options = transformers.CamembertTokenizer, {"additional_special_tokens": []}
     elif model_type == "albert":
-        dress, special, options = transformers.AlbertTokenizer, ALBERT, {"do_lower_case": lowercase}
-        options["keep_accents"] = not lowercase
-    blank = dress(vocab=[(token, 0.0) for token in special], **options)
+        tokenizer_class, special = transformers.AlbertTokenizer, _ALBERT_TOKENS
+        options = {"do_lower_case": lowercase, "keep_accents": not lowercase}
+    blank = tokenizer_class(vocab=[(token, 0.0) for token in special], **options)
     normalizer = blank.backend_tokenizer.normalizer
-    written = io.BytesIO()
+    model_file = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(texts) if normalizer is None else map(normalizer.normalize_str, texts),
-            model_writer=written,
+            model_writer=model_file,
             model_type="unigram",
             vocab_size=vocab_size,
-            # Fewer of a small text.
+            # A small text gives fewer entries.
             hard_vocab_limit=False,
-            character_coverage=_COVERAGE,
+            character_coverage=_CHARACTER_COVERAGE,
             bos_piece=blank.cls_token,
             bos_id=blank.cls_token_id,
             eos_piece=blank.sep_token,
@@ -229,20 +210,20 @@ def _train_unigram(
             pad_id=blank.pad_token_id,
             unk_piece=blank.unk_token,
             unk_id=blank.unk_token_id,
-            # It takes the id that is left, the last.
+            # It gets the only free id below 5, the last one.
             control_symbols=[blank.mask_token],
-            # Longer documents would be left out without a word.
+            # The default silently drops long documents.
             max_sentence_length=1 << 30,
-            num_threads=_THREADS,
+            num_threads=_NUM_THREADS,
             minloglevel=2,
         )
     except (RuntimeError, ValueError) as error:
         raise UserError(
             f"tokenizer.vocab_size={vocab_size}: no Unigram tokenizer of this size can be trained on this text "
-            f"({one_line(error)})"
+            f"({one_line(error)}); change it"
         ) from None
-    model = sentencepiece_model_pb2.ModelProto.FromString(written.getvalue())
-    return dress(
+    model = sentencepiece_model_pb2.ModelProto.FromString(model_file.getvalue())
+    return tokenizer_class(
         vocab=[(piece.piece, piece.score) for piece in model.pieces],
         _spm_precompiled_charsmap=model.normalizer_spec.precompiled_charsmap,
         model_max_length=model_max_length,

@@ -145,12 +145,12 @@ def show_config(settings: RunSettings, defaults: Mapping[str, Any]) -> None:
             print(f"* {key:{width}}  {value!r}   (default {defaults[key]!r})")
 
 
-def show_documents(text: text_lib.Text, *, count: int = 3) -> None:
+def show_documents(text: text_lib.TextPipeline, *, count: int = 3) -> None:
     """Prints the sources with their shards and the first documents, of several sources in turn."""
     for source in text.sources:
         shards = source.train.num_shards
         print(f"{source.train.name}: {shards:,} shard{'s' * (shards > 1)}, column {source.train.text_column!r}")
-    heads = [text_lib.head(source.train, count) for source in text.sources]
+    heads = [text_lib.first_documents(source.train, count) for source in text.sources]
     for number in range(1, count + 1):
         source = text.sources[(number - 1) % len(text.sources)].train
         document = next(heads[(number - 1) % len(heads)], None)

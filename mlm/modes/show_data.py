@@ -14,7 +14,7 @@ import numpy as np
 from mlm import build, steps
 from mlm.data import pipeline as text_lib
 from mlm.data.mixture import Document, batch_of_step, upgrade_state
-from mlm.data.pipeline import Text
+from mlm.data.pipeline import TextPipeline
 from mlm.data.tokenizer import Tokenizer
 from mlm.errors import UserError
 from mlm.masking import MaskedBatch, mask_tokens
@@ -38,7 +38,7 @@ class StepData:
       documents: the documents in the rows.
     """
 
-    text: Text
+    text: TextPipeline
     batch_number: int
     epoch: int
     process_count: int
@@ -101,9 +101,11 @@ def replay(
     if step < 1:
         raise UserError(f"--step={step}: must be at least 1, the first step")
     settings = workdir.resume(settings)
-    sources = text_lib.open_sources(settings)
-    tokenizer = text_lib.open_tokenizer(settings, workdir, sources, model_type=settings.model.model_type)
-    text = text_lib.open_text(settings, sources, tokenizer)
+    sources = text_lib.open_sources(settings.data)
+    tokenizer = text_lib.open_tokenizer(
+        settings, sources, saved_tokenizer=workdir.tokenizer, model_type=settings.model.model_type
+    )
+    text = text_lib.open_text(settings.data, sources, tokenizer, seed=settings.seed)
 
     process_count, batch_rows = workdir.last_topology()
     history = [{"after_batch": 0, "process_count": process_count, "batch_rows": batch_rows}]

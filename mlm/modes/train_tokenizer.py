@@ -11,21 +11,25 @@ from mlm.settings import RunSettings
 
 
 def run(settings: RunSettings, workdir: None, *, output: str) -> None:
-    """Trains the config's tokenizer on the first documents of its text and writes it to `output`.
+    """Trains the tokenizer of the settings on the first documents of their text and writes it to `output`.
 
     Args:
-      settings: those of the run that will use it.
+      settings: the settings of the run that will use the tokenizer.
       workdir: unused.
       output: a directory that does not exist or is empty.
 
     Raises:
-      UserError: the text does not allow it, or `output` is not empty.
+      UserError: a source cannot be read, the options do not suit the text, or `output` is not empty.
     """
     if os.path.exists(output) and not (os.path.isdir(output) and not os.listdir(output)):
-        raise UserError(f"--output={output}: is not empty; name another directory")
+        raise UserError(f"--output={output}: exists and is not an empty directory; name another directory")
     copied, _ = build.load_model(settings)
-    model_type = copied.model_type if copied is not None else settings.model.model_type
-    tokenizer = pipeline.train_tokenizer(settings, pipeline.open_sources(settings), model_type=model_type)
+    tokenizer = pipeline.train_tokenizer(
+        settings.tokenizer,
+        pipeline.open_sources(settings.data),
+        max_seq_length=settings.data.max_seq_length,
+        model_type=copied.model_type if copied is not None else settings.model.model_type,
+    )
     tokenizer.save(output)
-    name = f"--config.tokenizer.tokenizer_name={output}"
-    logging.info("wrote a tokenizer with %d entries to %s; use it with %s", tokenizer.num_ids, output, name)
+    flag = f"--config.tokenizer.tokenizer_name={output}"
+    logging.info("a tokenizer of %d entries is in %s; use it with %s", tokenizer.num_ids, output, flag)

@@ -1,1 +1,1 @@
-"""Sources of text: named datasets, files, docstrings, and the network code they share."""
+"""Sources of text: Hugging Face datasets, files, docstrings; and the HTTP and retry code that they share."""

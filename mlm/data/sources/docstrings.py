@@ -1,8 +1,8 @@
-"""The embedded data set: the docstrings of the Python packages installed beside the interpreter.
+"""The built-in dataset: docstrings of the standard library and of the installed Python packages.
 
-Tens of megabytes of English that need no network. A shard is a package (a large one: a part of it); shards
-stand in the order of a hash of their names, so that the head of the source, which is held out and trains the
-tokenizer, is a mixture and not what begins with "a".
+It is tens of megabytes of English and needs no network. A shard is a package, or a part of a large one. Shards are
+sorted by a hash of their names: the first documents, which are held out for evaluation and train the tokenizer, then
+come from a mixture of packages and not from those whose names begin with "a".
 """
 
 import ast
@@ -18,41 +18,42 @@ from collections.abc import Iterator
 
 import pyarrow as pa
 
-# Shorter docstrings ("Returns self.") say little, and many times.
+# Shorter docstrings, such as "Returns self.", are mostly repetitions.
 _MIN_CHARACTERS = 40
-# A package of more files than this is several shards: few, so that a shuffle window holds many packages.
+# Few files, so that a shuffle window covers many packages.
 _FILES_PER_SHARD = 8
-# Docstrings of tests restate their names; the others are not the packages' own text.
+# Docstrings of tests repeat the names of the tests; the other folders contain copies or no source code.
 _SKIPPED_FOLDERS = frozenset({"test", "tests", "testing", "idlelib", "lib2to3", "__pycache__", "node_modules"})
-# Generated or hostile files of many megabytes would stall a shard.
+# Parsing a generated file of many megabytes would take minutes.
 _MAX_FILE_BYTES = 1 << 20
-# A few megabytes of text.
-_REMEMBERED_FILES = 2048
-_PARSED_AS = "<docstrings>"
-_DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+# The text of this many files is a few megabytes.
+_CACHED_FILES = 2048
+# The file name in the parser's warnings.
+_PARSER_FILENAME = "<docstrings>"
+_NODES_WITH_DOCSTRINGS = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """Some source files of one package, in order of path."""
+    """Source files of one package, sorted by path."""
 
     name: str
     paths: tuple[str, ...]
 
 
 def find_shards(roots: tuple[str, ...] | None = None) -> list[Shard]:
-    """The shards of the packages under `roots` (default: the standard library and site-packages)."""
+    """Returns the shards of all packages in the folders `roots` (default: the standard library and site-packages)."""
     if roots is None:
         paths = sysconfig.get_paths()
         roots = tuple(dict.fromkeys(os.path.realpath(paths[k]) for k in ("stdlib", "purelib", "platlib")))
     shards = []
     for root in roots:
-        # One root may lie inside another: site-packages in the standard library's folder.
+        # A root may be inside another one: site-packages is in the standard library's folder.
         inner = {other for other in roots if other != root}
         packages: dict[str, list[str]] = {}
         for name in sorted(os.listdir(root)) if os.path.isdir(root) else ():
             path = os.path.join(root, name)
-            # Modules that are a single file make one package of their own.
+            # All modules that are single files form one package.
             package = name if os.path.isdir(path) else f"{os.path.basename(root)}/*.py"
             packages.setdefault(package, []).extend(_python_files(path, inner))
         for package, files in packages.items():
@@ -75,20 +76,20 @@ def _python_files(path: str, inner: set[str]) -> list[str]:
 
 
 def read_shard(shard: Shard) -> Iterator[pa.Array]:
-    """The docstrings of a shard, a file at a time."""
+    """Yields the docstrings of a shard, one array per file."""
     for path in shard.paths:
         yield _read_file(path)
 
 
-# The head of the source is read three times at the start of a run: for the tokenizer, for the evaluation rows
-# and for the first window.
-@functools.lru_cache(maxsize=_REMEMBERED_FILES)
+# The first documents are read three times at the start of a run: to train the tokenizer, for the evaluation set and
+# for the first shuffle window.
+@functools.lru_cache(maxsize=_CACHED_FILES)
 def _read_file(path: str) -> pa.Array:
     return pa.array(read_docstrings(path), pa.large_string())
 
 
 def read_docstrings(path: str) -> list[str]:
-    """The docstrings of a source file from top to bottom; none of a file that does not parse."""
+    """Returns the docstrings of a source file from top to bottom, or an empty list if it cannot be parsed."""
     try:
         with open(path, "rb") as file:
             code = file.read(_MAX_FILE_BYTES + 1)
@@ -101,11 +102,11 @@ def read_docstrings(path: str) -> list[str]:
     nodes: list[ast.AST] = [module]
     while nodes:
         node = nodes.pop()
-        if isinstance(node, _DOCUMENTED):
+        if isinstance(node, _NODES_WITH_DOCSTRINGS):
             text = _docstring(node)
             if len(text) >= _MIN_CHARACTERS:
                 docstrings.append(text)
-        # Definitions hide in the bodies of statements (`if`, `try`), never in expressions.
+        # Statements such as `if` and `try` may contain definitions, expressions never do.
         for field in ("finalbody", "orelse", "handlers", "cases", "body"):
             children = getattr(node, field, None)
             if isinstance(children, list):
@@ -114,25 +115,24 @@ def read_docstrings(path: str) -> list[str]:
 
 
 def _parse(code: bytes) -> ast.Module:
-    """`ast.parse`, silent, and in half the time: all its nodes set off garbage collections for nothing."""
-    # Of invalid escapes in other people's strings. A lasting filter by name, for `catch_warnings` is not safe
-    # in a thread.
-    warnings.filterwarnings("ignore", module=_PARSED_AS)
-    collecting = gc.isenabled()
+    """Calls `ast.parse` without warnings, and without garbage collection, which would take half of the time."""
+    # Other people's code has invalid escapes in strings. The filter stays, because `catch_warnings` is not thread-safe.
+    warnings.filterwarnings("ignore", module=_PARSER_FILENAME)
+    was_enabled = gc.isenabled()
     gc.disable()
     try:
-        return ast.parse(code, filename=_PARSED_AS)
+        return ast.parse(code, filename=_PARSER_FILENAME)
     finally:
-        if collecting:
+        if was_enabled:
             gc.enable()
 
 
-def _docstring(node: ast.AST) -> str:
+def _docstring(node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) -> str:
     first = node.body[0] if node.body else None
     if not (isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant)):
         return ""
     text = first.value.value
     if not isinstance(text, str):
         return ""
-    # A lone surrogate ("\\ud800" in the source) is no text.
+    # "\\ud800" in the source is a lone surrogate, which UTF-8 cannot encode.
     return inspect.cleandoc(text.encode("utf-8", "ignore").decode("utf-8")).strip()

@@ -1,9 +1,8 @@
-"""One data file -> Arrow arrays of one column, a few megabytes at a time, with no Python object a row.
+"""One data file -> Arrow arrays of one column, a few megabytes each, without a Python object per row.
 
-The readers of `datasets` 5.2.0 are not used for files: they cast every chunk to the columns of the first (a
-new key ends the run), put quotes around the texts of a later JSON chunk in which one value is a number, take
-a zstandard file that was cut short for a whole one, and make a Python string of every line. Named data sets
-go through them, see sources.py.
+Files are not read with `datasets` 5.2.0, because its readers cast every chunk to the columns of the first one, so that
+a new key ends the run; quote the texts of a JSON chunk in which one value is a number; accept a truncated zstandard
+file; and make a Python string of every line. Named datasets are read with them: see source.py.
 """
 
 import contextlib
@@ -13,7 +12,7 @@ import json
 import logging
 import lzma
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import aiohttp
@@ -28,8 +27,8 @@ import pyarrow.parquet as pq
 from mlm.data.sources import http, retry
 from mlm.errors import UserError
 
-# Extension -> kind.
-KINDS = {
+# File extension -> format.
+FORMATS = {
     ".txt": "text",
     ".text": "text",
     ".json": "json",
@@ -37,46 +36,52 @@ KINDS = {
     ".csv": "csv",
     ".parquet": "parquet",
 }
-# Extension -> Arrow's codec; xz is not one of them.
+# File extension -> Arrow codec, except for xz, which Arrow does not have.
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2", ".xz": "xz"}
 _BLOCK_BYTES = 4 << 20
-# A row of a CSV file must fit in one block.
+# Arrow needs each row of a CSV file within one block.
 _CSV_BLOCK_BYTES = 32 << 20
 _JSON_PARSE_BYTES = 1 << 20
-_PARQUET_ROWS = 256
-# Taken at once from a connection.
-_NETWORK_BYTES = 1 << 20
-# Schemes of URLs that have given this process a file.
-_reached: set[str] = set()
+_PARQUET_BATCH_ROWS = 256
+# Buffer of a sequential HTTP connection.
+_HTTP_BUFFER_BYTES = 1 << 20
+# URL schemes from which this process has read a file.
+_reached_schemes: set[str] = set()
 _BOM = b"\xef\xbb\xbf"
 
 
 def file_format(file: str) -> str:
-    """ "text", "json", "csv" or "parquet", by the extension. UserError for another."""
+    """Returns "text", "json", "csv" or "parquet" by the file extension; raises UserError for any other extension."""
     stem, compression = _split_compression(file)
-    kind = KINDS.get(os.path.splitext(stem)[1].lower())
-    if kind is None:
+    found = FORMATS.get(os.path.splitext(stem)[1].lower())
+    if found is None:
         raise UserError(
-            f"cannot tell the kind of the data file {file!r}: its name must end with one of "
-            f"{', '.join(KINDS)}, or that and one of {', '.join(COMPRESSIONS)}"
+            f"data.data_files={file!r}: unknown format; the name must end with one of {', '.join(FORMATS)}, "
+            f"optionally followed by one of {', '.join(COMPRESSIONS)}"
         )
-    if kind == "parquet" and compression:
-        raise UserError(f"the data file {file!r} is compressed twice: decompress it, parquet has its own")
-    return kind
+    if found == "parquet" and compression:
+        raise UserError(f"data.data_files={file!r}: is compressed twice; decompress it, parquet is compressed already")
+    return found
 
 
 def read_column(
     file: str, column: str, *, start_row: int = 0, retry_policy: retry.RetryPolicy | None = None
 ) -> Iterator[pa.Array]:
-    """The values of a column, from `start_row` on, whatever their type: bytes need not be UTF-8.
+    """Reads a column from a row on, with values of any type: strings need not be valid UTF-8.
 
-    A line of a text file is a row of a column "text". Parquet skips the row groups before `start_row` unread;
-    the other formats must be read to be counted. `patience` is for http(s) URLs; other URLs are fsspec's.
+    A text file has one column, "text", whose rows are the lines. Of a parquet file the row groups before `start_row`
+    are skipped; other formats are read from the start to count their rows.
+
+    Args:
+        file: a path or a URL.
+        column: name of the column.
+        start_row: the first row to return.
+        retry_policy: for http(s) URLs; fsspec reads other URLs.
 
     Raises:
-        UserError: there is no such column.
-        OSError, EOFError, ValueError, lzma.LZMAError, pa.ArrowException: what is wrong with the file.
-        OSError, those of network.ERRORS: what is wrong with the network.
+        UserError: the file has no such column.
+        OSError, EOFError, ValueError, lzma.LZMAError, pa.ArrowException: the file is missing or corrupt.
+        OSError, retry.CLIENT_ERRORS: the network failed.
     """
     kind = file_format(file)
     if kind == "parquet":
@@ -84,15 +89,22 @@ def read_column(
         return
     read = {"text": _read_text, "json": _read_json, "csv": _read_csv}[kind]
     with _open(file, retry_policy) as stream:
-        for values in read(stream, file, column):
-            if start_row < len(values):
-                yield values.slice(start_row)
-            start_row = max(0, start_row - len(values))
+        yield from skip_rows(read(stream, file, column), start_row)
 
 
-def missing_column(file: str, column: str, names: list[str]) -> UserError:
-    """What to say when a file or data set has no such column."""
-    return UserError(f"no column {column!r} in {file!r}: set data.text_column_name to one of: {', '.join(names)}")
+def skip_rows(arrays: Iterable[pa.Array | pa.ChunkedArray], num_rows: int) -> Iterator[pa.Array | pa.ChunkedArray]:
+    """Yields consecutive arrays of a column without its first `num_rows` rows."""
+    for array in arrays:
+        if num_rows < len(array):
+            yield array.slice(num_rows)
+        num_rows = max(0, num_rows - len(array))
+
+
+def missing_column_error(file: str, column: str, names: list[str]) -> UserError:
+    """Returns the error for a file or dataset that has no such column, only those of `names`."""
+    return UserError(
+        f"data.text_column_name={column!r}: there is no such column in {file!r}; set it to one of {', '.join(names)}"
+    )
 
 
 def _split_compression(file: str) -> tuple[str, str]:
@@ -108,14 +120,15 @@ def _is_http(file: str) -> bool:
 
 @contextlib.contextmanager
 def _open(file: str, retry_policy: retry.RetryPolicy | None = None) -> Iterator[io.IOBase | pa.NativeFile]:
-    """The decompressed bytes of a local file or a URL."""
+    """Opens a local file or a URL, decompressed."""
     codec = COMPRESSIONS.get(_split_compression(file)[1])
+    raw: Any
     with contextlib.ExitStack() as stack:
         if _is_http(file):
-            connection = http.RemoteStream(file, retry_policy=retry_policy or retry.RetryPolicy())
-            raw = stack.enter_context(io.BufferedReader(connection, _NETWORK_BYTES))
+            connection = http.HttpStreamFile(file, retry_policy=retry_policy or retry.RetryPolicy())
+            raw = stack.enter_context(io.BufferedReader(connection, _HTTP_BUFFER_BYTES))
         elif "://" in file:
-            raw = stack.enter_context(_open_elsewhere(file, retry_policy or retry.RetryPolicy()))
+            raw = stack.enter_context(_open_with_fsspec(file, retry_policy or retry.RetryPolicy()))
         elif codec == "xz":
             raw = stack.enter_context(open(file, "rb"))
         else:
@@ -128,41 +141,46 @@ def _open(file: str, retry_policy: retry.RetryPolicy | None = None) -> Iterator[
 
 
 @contextlib.contextmanager
-def _open_elsewhere(file: str, retry_policy: retry.RetryPolicy) -> Iterator[io.IOBase]:
-    """A file at a URL that is fsspec's to read.
+def _open_with_fsspec(file: str, retry_policy: retry.RetryPolicy) -> Iterator[io.IOBase]:
+    """Opens a URL of a scheme other than http(s).
 
-    Its clients have tried for a while when they raise. Where none of their files could ever be read, that is final:
-    no network, or no credentials.
+    The clients of fsspec have already retried for a while when they raise. Until this process has read a file from the
+    scheme, such a failure counts as permanent: there is no network, or there are no credentials.
 
     Raises:
-        network.RefusedError: that, or what will not be given.
-        ConnectionError: what a Google client says of the network.
+        retry.PermanentError: the scheme was never reached, or the server refuses.
+        ConnectionError: a Google client failed because of the network.
     """
     scheme = file.split("://", 1)[0].lower()
-    options, of_google = _google(retry_policy) if scheme in ("gs", "gcs") else ({}, ())
+    options, google_errors = _gcsfs_options(retry_policy) if scheme in ("gs", "gcs") else ({}, ())
+    network_errors: tuple[type[Exception], ...] = (*google_errors, ConnectionError, TimeoutError, aiohttp.ClientError)
     try:
         with fsspec.open(file, "rb", **options) as raw:
-            _reached.add(scheme)
+            _reached_schemes.add(scheme)
             yield raw
-    except (*of_google, ConnectionError, TimeoutError, aiohttp.ClientError) as error:
-        told = " ".join(str(error).split()) or type(error).__name__
-        code = getattr(error, "code", None)
-        if str(code).isdigit() and not retry.is_retryable_status(int(code)):
-            raise retry.RefusedError(f"{told}: check the credentials (gcloud auth application-default login)") from None
-        if scheme not in _reached:
-            raise retry.RefusedError(f"{scheme}:// cannot be reached ({told}): check network and credentials") from None
-        if isinstance(error, of_google):
-            raise ConnectionError(told) from None
+    except network_errors as error:
+        message = " ".join(str(error).split()) or type(error).__name__
+        code = str(getattr(error, "code", ""))
+        if code.isdigit() and not retry.is_retryable_status(int(code)):
+            raise retry.PermanentError(
+                f"{message}: check the credentials (gcloud auth application-default login)"
+            ) from None
+        if scheme not in _reached_schemes:
+            raise retry.PermanentError(
+                f"{scheme}:// cannot be reached ({message}): check network and credentials"
+            ) from None
+        if isinstance(error, google_errors):
+            raise ConnectionError(message) from None
         raise
 
 
-def _google(retry_policy: retry.RetryPolicy) -> tuple[dict[str, Any], tuple[type[Exception], ...]]:
-    """Options of gcsfs that have it give up a silent connection, and what it raises that is no OSError."""
+def _gcsfs_options(retry_policy: retry.RetryPolicy) -> tuple[dict[str, Any], tuple[type[Exception], ...]]:
+    """Returns options that make gcsfs close a silent connection, and its exceptions that are no OSError."""
     # It logs a traceback for each error that it raises.
     logging.getLogger("gcsfs").setLevel(logging.CRITICAL + 1)
     logging.getLogger("google.auth").setLevel(logging.ERROR)
     if importlib.util.find_spec("gcsfs") is None:
-        return {}, ()  # fsspec says so.
+        return {}, ()  # fsspec then says how to install it.
     from gcsfs.retry import HttpError
     from google.auth.exceptions import GoogleAuthError
 
@@ -174,7 +192,7 @@ def _google(retry_policy: retry.RetryPolicy) -> tuple[dict[str, Any], tuple[type
 
 
 def _blocks(stream: io.IOBase | pa.NativeFile, first: bytes) -> Iterator[bytes]:
-    """`first` and then a stream's bytes, cut after line ends, the last one added where it is missing."""
+    """Yields `first` and the rest of a stream in blocks of complete lines; adds a missing line end at the end."""
     parts: list[bytes] = []
     block = first
     while block:
@@ -189,18 +207,18 @@ def _blocks(stream: io.IOBase | pa.NativeFile, first: bytes) -> Iterator[bytes]:
 
 
 def _lines(block: bytes) -> pa.LargeBinaryArray:
-    """The lines of a block without their ends, as bytes."""
+    """Returns the lines of a block without their line ends, as bytes."""
     ends = np.flatnonzero(np.frombuffer(block, np.uint8) == ord("\n")) + 1
     offsets = np.concatenate([[0], ends])
     buffers = [None, pa.py_buffer(offsets), pa.py_buffer(block)]
-    # The trimming looks at single bytes, so the type may say "string" of what is not UTF-8.
+    # ascii_rtrim needs the string type but looks at single bytes, so invalid UTF-8 does no harm.
     lines = pa.Array.from_buffers(pa.large_string(), len(ends), buffers)
     return pc.ascii_rtrim(lines, "\r\n").cast(pa.large_binary())
 
 
 def _read_text(stream: io.IOBase | pa.NativeFile, file: str, column: str) -> Iterator[pa.Array]:
     if column != "text":
-        raise missing_column(file, column, ["text"])
+        raise missing_column_error(file, column, ["text"])
     first = stream.read(_BLOCK_BYTES).removeprefix(_BOM)
     for block in _blocks(stream, first):
         yield _lines(block)
@@ -209,7 +227,7 @@ def _read_text(stream: io.IOBase | pa.NativeFile, file: str, column: str) -> Ite
 def _read_json(stream: io.IOBase | pa.NativeFile, file: str, column: str) -> Iterator[pa.Array]:
     first = stream.read(_BLOCK_BYTES).removeprefix(_BOM)
     if first.lstrip()[:1] == b"[":
-        # One list of objects: such a file cannot be read in parts.
+        # A list of objects can only be parsed as one.
         rows = json.loads(first + stream.read())
         values = _strings(rows, column)
         _check_column(values, rows, file, column)
@@ -223,23 +241,23 @@ def _read_json(stream: io.IOBase | pa.NativeFile, file: str, column: str) -> Ite
 
 
 def _check_column(values: pa.Array, rows: list, file: str, column: str) -> None:
-    """UserError if a block holds no text because there is no such column, or it holds something else."""
+    """Raises UserError if no row has text because there is no such column, or because it has values of another type."""
     if values.null_count < len(values):
         return
     rows = [row for row in rows if isinstance(row, dict)]
     if rows and not any(column in row for row in rows):
-        raise missing_column(file, column, sorted({name for row in rows for name in row}))
+        raise missing_column_error(file, column, sorted({name for row in rows for name in row}))
     for row in rows:
         if not isinstance(row.get(column), str | None):
             raise UserError(
-                f"the column {column!r} of {file!r} holds {json.dumps(row[column])[:40]}, not text: "
-                "set data.text_column_name to another"
+                f"data.text_column_name={column!r}: the column of {file!r} has values such as "
+                f"{json.dumps(row[column])[:40]}, not text; set it to another column"
             )
 
 
 def _parse_json_lines(block: bytes, column: str) -> pa.Array:
     parse = pa_json.ParseOptions(explicit_schema=pa.schema([(column, pa.string())]), unexpected_field_behavior="ignore")
-    # Small parts are parsed in parallel, but an object must lie within two of them.
+    # Small parts are parsed in parallel, but an object may not extend over more than two of them.
     for block_size in (_JSON_PARSE_BYTES, len(block)):
         try:
             options = pa_json.ReadOptions(block_size=min(block_size, len(block)))
@@ -247,7 +265,7 @@ def _parse_json_lines(block: bytes, column: str) -> pa.Array:
             return table.column(column).combine_chunks()
         except pa.ArrowInvalid:
             continue
-    # A value that is no string, a lone surrogate, or a broken file: by line, to find out which.
+    # There is a value that is no string, a lone surrogate, or invalid JSON: parse each line by itself.
     return _strings([_load(line) for line in block.splitlines() if line.strip()], column)
 
 
@@ -257,14 +275,14 @@ def _load(line: bytes) -> object:
     except UnicodeDecodeError:
         return None
     except json.JSONDecodeError as error:
-        # It counts lines and columns from the begin of this one.
+        # Its line and column numbers are relative to this line.
         raise ValueError(f"{error.msg} in the line {line[:60].decode(errors='replace')!r}") from None
 
 
 def _strings(rows: list, column: str) -> pa.Array:
-    """A column of parsed rows as bytes, null for what is no string.
+    """Returns a column of parsed rows as bytes, null for values that are no string.
 
-    Bytes, because JSON can spell lone surrogates, which are not UTF-8.
+    Bytes, because JSON strings may contain lone surrogates, which UTF-8 cannot encode.
     """
     values = [row.get(column) if isinstance(row, dict) else None for row in rows]
     data = [value.encode("utf-8", "surrogatepass") if isinstance(value, str) else None for value in values]
@@ -272,7 +290,7 @@ def _strings(rows: list, column: str) -> pa.Array:
 
 
 def _read_csv(stream: io.IOBase | pa.NativeFile, file: str, column: str) -> Iterator[pa.Array]:
-    # Every value as it is written: no guess at numbers, "NA" is a word, bytes may be anything.
+    # Every value is text: no conversion of numbers or of "NA", and bytes that are not UTF-8 are kept.
     convert = pa_csv.ConvertOptions(
         include_columns=[column],
         column_types={column: pa.large_binary()},
@@ -280,7 +298,7 @@ def _read_csv(stream: io.IOBase | pa.NativeFile, file: str, column: str) -> Iter
         null_values=[],
         strings_can_be_null=False,
     )
-    # Threads would read ahead.
+    # Several threads would read ahead of the rows that are taken.
     read = pa_csv.ReadOptions(block_size=_CSV_BLOCK_BYTES, use_threads=False)
     parse = pa_csv.ParseOptions(newlines_in_values=True)
     try:
@@ -288,7 +306,7 @@ def _read_csv(stream: io.IOBase | pa.NativeFile, file: str, column: str) -> Iter
     except KeyError:
         with _open(file) as again:
             names = pa_csv.open_csv(again, read_options=read, parse_options=parse).schema.names
-        raise missing_column(file, column, names) from None
+        raise missing_column_error(file, column, names) from None
     except pa.ArrowInvalid as error:
         if "Empty CSV file" in str(error):
             return
@@ -298,23 +316,21 @@ def _read_csv(stream: io.IOBase | pa.NativeFile, file: str, column: str) -> Iter
 
 
 def _read_parquet(file: str, column: str, start_row: int, retry_policy: retry.RetryPolicy | None) -> Iterator[pa.Array]:
+    raw: Any
     with contextlib.ExitStack() as stack:
         if _is_http(file):
-            raw = stack.enter_context(http.RemoteParts(file, retry_policy=retry_policy or retry.RetryPolicy()))
+            raw = stack.enter_context(http.HttpRangeFile(file, retry_policy=retry_policy or retry.RetryPolicy()))
         elif "://" in file:
-            raw = stack.enter_context(_open_elsewhere(file, retry_policy or retry.RetryPolicy()))
+            raw = stack.enter_context(_open_with_fsspec(file, retry_policy or retry.RetryPolicy()))
         else:
             raw = stack.enter_context(pa.OSFile(file))
-        # One read for the pieces of a row group, where a read is a request.
+        # Over a network each read is a request: pre_buffer reads all of a row group in one.
         reader = stack.enter_context(pq.ParquetFile(raw, pre_buffer="://" in file))
         if column not in reader.schema_arrow.names:
-            raise missing_column(file, column, reader.schema_arrow.names)
+            raise missing_column_error(file, column, reader.schema_arrow.names)
         for group in range(reader.num_row_groups):
             num_rows = reader.metadata.row_group(group).num_rows
-            if start_row >= num_rows:
-                start_row -= num_rows
-                continue
-            for batch in reader.iter_batches(_PARQUET_ROWS, row_groups=[group], columns=[column]):
-                if start_row < len(batch):
-                    yield batch.column(0).slice(start_row)
-                start_row = max(0, start_row - len(batch))
+            if start_row < num_rows:
+                batches = reader.iter_batches(_PARQUET_BATCH_ROWS, row_groups=[group], columns=[column])
+                yield from skip_rows((batch.column(0) for batch in batches), start_row)
+            start_row = max(0, start_row - num_rows)

@@ -1,19 +1,19 @@
-"""Reading over a network that is bad: what is tried again, for how long, and what is given up.
+"""Retries of reads over a network: which failures are retried, for how long, and which are permanent.
 
-What is promised. A request that is reset, times out, is cut short or is answered with 408, 425, 429 or 5xx is made
-again after a growing wait, no sooner than a Retry-After says, until nothing has come for `deadline_seconds`; a body
-goes on at the byte where it broke off. So the bytes, and the rows made of them, are those of a healthy server, each
-once and in order. After the deadline it is `GaveUpError`. Other answers of 4xx are refusals, which waiting does not
-mend. The waits have a jitter, drawn from a generator of its own: it has no part in the data.
+A request that is reset, times out, is cut short or is answered with 408, 425, 429 or 5xx is sent again. The waits grow,
+and respect a Retry-After header. A body continues at the byte where it was interrupted. So the bytes, and the rows made
+of them, are those of a healthy server, each once and in order. After `deadline_seconds` without any new data the read
+ends with `RetriesExhaustedError`. Other 4xx answers are permanent. The jitter of the waits comes from a separate random
+generator and has no influence on the data.
 
-The same holds for the Hugging Face hub, through `be_patient`. Left alone, huggingface_hub 2.4 tries a request 6 times
-and sleeps as long as a Retry-After says; `datasets` 5.2 tries each read 20 times on top; a body that is cut twice
-ends a read; a README that fails for a moment is taken for one that is not there, and with it the data set's
-configuration. Rate limits, time-outs and deadlines of the two are the constants here instead.
+`configure_hub_retries` makes huggingface_hub and `datasets` behave the same. By default, huggingface_hub 2.4 sends a
+request 6 times and sleeps as long as a Retry-After header says; `datasets` 5.2 tries each read 20 more times; a body
+that is interrupted twice ends a read; and a README that fails once counts as missing, and with it the dataset's
+configuration.
 
-What cannot be noticed: a body that ends early, at the end of a line, from a server that does not say how long it
-is. What does not decode is fetched again a few times, for it may have been cut. A server that sends a byte now and
-then keeps within the time-out for ever.
+Two failures cannot be detected: a body that ends early, after a complete line, from a server that does not send the
+length; and a server that sends one byte within every time-out. Data that cannot be decoded may have been cut, so it is
+fetched again a few times.
 """
 
 import dataclasses
@@ -33,25 +33,25 @@ import huggingface_hub
 from absl import logging
 from huggingface_hub.utils import httpx
 
-# Too early, too many, or the server's own trouble.
-_TRY_AGAIN = frozenset({408, 425, 429, 500, 502, 503, 504, 507, 509, 520, 521, 522, 523, 524, 529, 530})
-# A host that never answered is more likely misspelt than down.
-_FIRST_CONTACT_TRIES = 3
-# What does not decode is fetched this often: it was cut, or it is broken, and then stays so.
-_UNREADABLE_TRIES = 5
-# Everything the clients raise that is no OSError.
-ERRORS = (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError, aiohttp.ClientError)
+# HTTP status codes that mean too early, too many requests, or a failure of the server.
+_RETRYABLE_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504, 507, 509, 520, 521, 522, 523, 524, 529, 530})
+# A host that never answered is more likely misspelled than down.
+_MAX_FIRST_CONTACT_TRIES = 3
+# Data that cannot be decoded this many times was not cut, but is corrupt on the server.
+_MAX_DECODE_TRIES = 5
+# What the clients raise besides OSError.
+CLIENT_ERRORS = (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError, aiohttp.ClientError)
 
 
 @dataclasses.dataclass(frozen=True)
 class RetryPolicy:
-    """How long to try.
+    """How long a failing read is retried.
 
     Attributes:
-        deadline_seconds: of failing, with nothing new in between, after which a read is given up.
-        timeout_seconds: of silence on a connection, after which it counts as broken.
-        first_wait_seconds, max_wait_seconds: the waits double from the one to the other; a jitter takes up to half
-            of them away.
+        deadline_seconds: give up after failing for this long without any new data.
+        timeout_seconds: a connection that is silent for this long counts as broken.
+        first_wait_seconds, max_wait_seconds: the waits double from the first to the maximum; a jitter shortens each by
+            up to a half.
     """
 
     deadline_seconds: float = 300.0
@@ -61,43 +61,43 @@ class RetryPolicy:
 
 
 class RetriesExhaustedError(OSError):
-    """The network was bad for longer than the deadline.
+    """The network failed for longer than the deadline.
 
-    None of httpx's errors, nor a time-out: on those huggingface_hub and `datasets` would start over.
+    Neither one of httpx's errors nor a TimeoutError, which huggingface_hub and `datasets` would retry.
     """
 
 
-class RefusedError(OSError):
-    """An answer that will be the same next time."""
+class PermanentError(OSError):
+    """A failure that a retry cannot fix, such as an HTTP 403 answer."""
 
 
-class UnknownHostError(httpx.ConnectError):
-    """No connection to a host that has not answered this process yet."""
+class HostUnreachableError(httpx.ConnectError):
+    """No connection to a host that has never answered this process."""
 
 
 class Failure(enum.Enum):
-    """What an exception of a read means."""
+    """What kind of failure an exception of a read is."""
 
-    PERMANENT = "the same next time"
-    TRANSIENT = "the network's"
-    DECODE = "what came does not decode"
-    GAVE_UP = "tried long enough"
+    PERMANENT = "a retry would fail the same way"
+    TRANSIENT = "the network or the server failed"
+    DECODE = "the data cannot be decoded"
+    EXHAUSTED = "retries were exhausted"
 
 
 def classify_error(error: BaseException) -> Failure:
-    """What an exception of a read from a network means, also where another one was raised from it."""
+    """Classifies an exception of a read from a network by itself and the exceptions that caused it."""
     chain = [error]
-    while (before := chain[-1].__cause__ or chain[-1].__context__) is not None and before not in chain:
-        chain.append(before)
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
+        chain.append(cause)
     if any(isinstance(link, RetriesExhaustedError) for link in chain):
-        return Failure.GAVE_UP
+        return Failure.EXHAUSTED
     for link in chain:
         status = getattr(link, "status", None) or getattr(getattr(link, "response", None), "status_code", None)
         if isinstance(status, int) and status >= 400:
-            return Failure.TRANSIENT if status in _TRY_AGAIN else Failure.PERMANENT
-    final = (
-        UnknownHostError,
-        RefusedError,
+            return Failure.TRANSIENT if status in _RETRYABLE_STATUS else Failure.PERMANENT
+    permanent = (
+        HostUnreachableError,
+        PermanentError,
         ImportError,
         PermissionError,
         ssl.SSLCertVerificationError,
@@ -106,10 +106,18 @@ def classify_error(error: BaseException) -> Failure:
         aiohttp.InvalidURL,
         huggingface_hub.errors.OfflineModeIsEnabled,
     )
-    if any(isinstance(link, final) for link in chain):
+    if any(isinstance(link, permanent) for link in chain):
         return Failure.PERMANENT
-    broken = (httpx.HTTPError, httpx.StreamError, aiohttp.ClientError, ConnectionError, TimeoutError, socket.gaierror)
-    if any(isinstance(link, (*broken, ssl.SSLError)) or _module(link) in ("requests", "urllib3") for link in chain):
+    transient = (
+        httpx.HTTPError,
+        httpx.StreamError,
+        aiohttp.ClientError,
+        ConnectionError,
+        TimeoutError,
+        socket.gaierror,
+        ssl.SSLError,
+    )
+    if any(isinstance(link, transient) or _module(link) in ("requests", "urllib3") for link in chain):
         return Failure.TRANSIENT
     if any(isinstance(link, FileNotFoundError | IsADirectoryError) for link in chain):
         return Failure.PERMANENT
@@ -117,8 +125,8 @@ def classify_error(error: BaseException) -> Failure:
 
 
 def is_retryable_status(status: int) -> bool:
-    """Whether an HTTP status may be another the next time."""
-    return status < 400 or status in _TRY_AGAIN
+    """Returns whether a request with this HTTP status may succeed when it is sent again."""
+    return status < 400 or status in _RETRYABLE_STATUS
 
 
 def _module(error: BaseException) -> str:
@@ -126,7 +134,12 @@ def _module(error: BaseException) -> str:
 
 
 class Retries:
-    """The failures of one read since it last got on."""
+    """The consecutive failures of one read.
+
+    Args:
+        retry_policy: waits and deadline.
+        what: what is read, for the log.
+    """
 
     _jitter = random.Random()
 
@@ -136,7 +149,7 @@ class Retries:
         self.succeeded()
 
     def succeeded(self) -> None:
-        """Something new has come: the next failure is a first one."""
+        """Resets deadline and waits, because new data has arrived."""
         self._since: float | None = None
         self._tries = 0
         self._wait = self._retry_policy.first_wait_seconds
@@ -145,40 +158,45 @@ class Retries:
         """Waits until it is time to try again.
 
         Args:
-            error: what went wrong.
-            retry_after: seconds the server asks for; past the deadline is tried once more at the deadline.
+            error: the failure.
+            retry_after: seconds that the server asks to wait; the deadline limits them.
 
         Raises:
-            GaveUpError: the deadline is over, or what comes does not decode, however often it is fetched.
-            The error itself: it is final.
+            RetriesExhaustedError: the deadline has passed, or the data could not be decoded several times.
+            The error itself: it is permanent.
         """
-        failure = classify_error(error) if isinstance(error, BaseException) else Failure.TRANSIENT
-        if failure is Failure.GAVE_UP:
-            raise RetriesExhaustedError(str(error)) from None
-        if failure is Failure.PERMANENT:
-            raise error
+        failure = Failure.TRANSIENT
+        if isinstance(error, BaseException):
+            failure = classify_error(error)
+            if failure is Failure.EXHAUSTED:
+                raise RetriesExhaustedError(str(error)) from None
+            if failure is Failure.PERMANENT:
+                raise error
         now = time.monotonic()
         self._since = self._since or now
         self._tries += 1
-        left = self._since + self._retry_policy.deadline_seconds - now
+        seconds_left = self._since + self._retry_policy.deadline_seconds - now
         message = " ".join(str(error).split()) or type(error).__name__
-        if left <= 0 or (failure is Failure.DECODE and self._tries >= _UNREADABLE_TRIES):
+        if seconds_left <= 0 or (failure is Failure.DECODE and self._tries >= _MAX_DECODE_TRIES):
             raise RetriesExhaustedError(f"{message} (tried {self._tries} times in {now - self._since:.0f} s)") from None
-        wait = min(left, max(retry_after, self._wait * self._jitter.uniform(0.5, 1.0)))
+        wait = min(seconds_left, max(retry_after, self._wait * self._jitter.uniform(0.5, 1.0)))
         self._wait = min(2 * self._wait, self._retry_policy.max_wait_seconds)
-        logging.warning("%s: %s; trying again in %.1f s, for %.0f s more", self._what, message, wait, left)
+        logging.warning("%s: %s; retry in %.1f s, for %.0f s more", self._what, message, wait, seconds_left)
         time.sleep(wait)
 
 
 class RetryingClient(httpx.Client):
-    """An HTTP client that makes requests again, redirects included, as the head of this file says.
+    """An HTTP client that retries requests, redirects included.
 
-    A GET or HEAD, and the hub's question for paths, which is a POST; no other. Where a body is streamed, it covers
-    all that is before the body. With a `home`, only requests of that host, "example.org:443", and of those that it
-    sends its callers on to.
+    It retries GET and HEAD, and the POST with which huggingface_hub asks for paths, but no other method. If the body is
+    streamed, only the failures before the body are retried.
+
+    Args:
+        retry_policy: waits and deadline.
+        home: "host:port". If given, only requests to this host and to hosts that it redirects to are retried.
     """
 
-    # Hosts that have answered this process; huggingface_hub makes new clients now and then.
+    # Hosts that have answered this process: shared, because huggingface_hub creates new clients now and then.
     _answered: set[str] = set()  # noqa: RUF012
 
     def __init__(self, retry_policy: RetryPolicy, *, home: str = "", **options):
@@ -187,11 +205,11 @@ class RetryingClient(httpx.Client):
         self._homes = {home} - {""}
 
     def send(self, request: httpx.Request, **options) -> httpx.Response:
-        """As httpx.Client.send.
+        """Sends a request like httpx.Client.send.
 
         Raises:
-            GaveUpError: no proper answer within the deadline.
-            UnknownHostError: no connection, and never was one.
+            RetriesExhaustedError: there was no valid response within the deadline.
+            HostUnreachableError: there is no connection to the host, and never was.
         """
         host = request.url.netloc.decode("ascii")
         repeatable = request.method in ("GET", "HEAD") or "/paths-info/" in request.url.path
@@ -199,23 +217,25 @@ class RetryingClient(httpx.Client):
             return super().send(request, **options)
         request.extensions["timeout"] = httpx.Timeout(self._retry_policy.timeout_seconds).as_dict()
         retries = Retries(self._retry_policy, f"{request.url.host}{request.url.path}")
-        contacts = 0
+        failed_connections = 0
         while True:
             try:
                 response = super().send(request, **options)
             except (httpx.UnsupportedProtocol, httpx.LocalProtocolError):
                 raise
             except httpx.TransportError as error:
-                contacts += 1
-                unknown = isinstance(error, httpx.ConnectError | httpx.ConnectTimeout) and host not in self._answered
-                if unknown and contacts >= _FIRST_CONTACT_TRIES:
-                    raise UnknownHostError(f"{host} cannot be reached ({error})", request=request) from None
+                failed_connections += 1
+                never_answered = (
+                    isinstance(error, httpx.ConnectError | httpx.ConnectTimeout) and host not in self._answered
+                )
+                if never_answered and failed_connections >= _MAX_FIRST_CONTACT_TRIES:
+                    raise HostUnreachableError(f"{host} cannot be reached ({error})", request=request) from None
                 retries.failed(error)
                 continue
             self._answered.add(host)
             if self._homes and response.next_request is not None:
                 self._homes.add(response.next_request.url.netloc.decode("ascii"))
-            if response.status_code not in _TRY_AGAIN:
+            if response.status_code not in _RETRYABLE_STATUS:
                 return response
             response.close()
             retries.failed(
@@ -225,8 +245,11 @@ class RetryingClient(httpx.Client):
 
 
 def _retry_after(headers: httpx.Headers) -> float:
-    """Seconds that a server asks to wait: Retry-After, in seconds or as a date (RFC 9110, 10.2.3), or the hub's
-    `ratelimit: "api";r=0;t=55` (draft-ietf-httpapi-ratelimit-headers-09)."""
+    """Returns the seconds that a server asks to wait, 0 if it does not.
+
+    They come from Retry-After, in seconds or as a date (RFC 9110, 10.2.3), or from the hub's `ratelimit:
+    "api";r=0;t=55` (draft-ietf-httpapi-ratelimit-headers-09).
+    """
     if limited := re.search(r";\s*r=0\s*;\s*t=(\d+)", headers.get("ratelimit", "")):
         return float(limited[1])
     value = headers.get("retry-after", "").strip()
@@ -240,7 +263,7 @@ def _retry_after(headers: httpx.Headers) -> float:
 
 @functools.cache
 def client(retry_policy: RetryPolicy) -> RetryingClient:
-    """The one for all URLs that are read with such a patience."""
+    """Returns the client that all URLs with this policy use."""
     return RetryingClient(retry_policy)
 
 
@@ -248,17 +271,12 @@ _hub_lock = threading.Lock()
 
 
 def configure_hub_retries(retry_policy: RetryPolicy) -> None:
-    """Makes all that this process reads from the Hugging Face hub follow `patience`.
-
-    Uploads stay as they are.
-    """
+    """Makes all reads of this process from the Hugging Face hub follow a retry policy, but not its uploads."""
     with _hub_lock:
-        options = {
-            "home": httpx.URL(huggingface_hub.constants.ENDPOINT).netloc.decode("ascii"),
-            "event_hooks": huggingface_hub.get_session().event_hooks,
-        }
-        huggingface_hub.set_client_factory(lambda: RetryingClient(retry_policy, **options))
-        # One try, for ours are behind it.
+        home = httpx.URL(huggingface_hub.constants.ENDPOINT).netloc.decode("ascii")
+        event_hooks = huggingface_hub.get_session().event_hooks
+        huggingface_hub.set_client_factory(lambda: RetryingClient(retry_policy, home=home, event_hooks=event_hooks))
+        # No retries by `datasets`: RetryingClient has already retried.
         datasets.config.STREAMING_READ_MAX_RETRIES = datasets.config.STREAMING_OPEN_MAX_RETRIES = 1
         datasets.config.STREAMING_READ_RETRY_INTERVAL = datasets.config.STREAMING_OPEN_RETRY_INTERVAL = 0
         datasets.config.STREAMING_READ_SERVER_UNAVAILABLE_RETRY_INTERVAL = 0

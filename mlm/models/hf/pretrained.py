@@ -25,7 +25,7 @@ import safetensors.numpy
 from absl import logging
 from huggingface_hub.errors import HfHubHTTPError
 
-from mlm.data.sources import source as sources
+from mlm.data.sources.source import is_local_path
 from mlm.data.tokenizer import read_vocabulary
 from mlm.errors import UserError, one_line
 from mlm.models.config import EncoderConfig
@@ -264,7 +264,7 @@ def _fetch(name: str, *, cache_dir: str | None, patterns: list[str]) -> str:
     name = os.path.expanduser(name)
     if os.path.isfile(os.path.join(name, "config.json")):
         return name
-    if sources.is_local_path(name) and not os.path.exists(name):
+    if is_local_path(name) and not os.path.exists(name):
         raise UserError(f"there is no model directory {name!r}; check the path")
     if os.path.exists(name):
         raise UserError(f"the model directory {name!r} has no config.json; check the path")
