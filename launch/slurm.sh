@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Trains on the GPUs of a Slurm cluster; `launch/slurm.sh` alone says how.
+# Trains on the GPUs of a Slurm cluster. Without arguments it prints its usage.
 #
-# The script has two lives: called by hand it submits itself to sbatch, and the job it becomes calls srun. Every Slurm
-# call that it makes is printed first.
+# Called by a person the script submits itself to sbatch; the job then calls srun. It prints every Slurm call before
+# making it.
 #
-# A process has one GPU and sees all of its node's: under Slurm jax.distributed takes the one whose number is the
-# process's on the node (SLURM_LOCALID), which is wrong where --gpus-per-task hides the others.
+# Each process uses one GPU and sees all GPUs of its node: under Slurm jax.distributed selects the one with the number
+# SLURM_LOCALID, which would be wrong if --gpus-per-task hid the others.
 set -euo pipefail
 
 usage() {
@@ -13,23 +13,23 @@ usage() {
 launch/slurm.sh [OPTION]... -- ARGUMENT OF main.py... (--config=... --workdir=...)
 
   --nodes=1 --gpus=8      nodes, and GPUs on each
-  --time=24:00:00         the job's limit; a run that needs longer queues again by itself
-  --sbatch=--partition=x  any other option of sbatch; may come several times
-  --python=PATH           .venv/bin/python if there is one, else python
-  --dry-run               prints the call and makes none
+  --time=24:00:00         time limit of the job; a run that needs longer is requeued automatically
+  --sbatch=--partition=x  any other option of sbatch; may be given several times
+  --python=PATH           default: .venv/bin/python if it exists, else python
+  --dry-run               print the sbatch call without making it
 
-Ten minutes before its limit, or when Slurm takes the nodes for another job, the run saves a checkpoint and the job goes
-back into the queue; it goes on from there. A failed run is not started again, and neither is one that scancel ends. The
-work directory must be on a disk that all nodes see. Jobs run at the commit they were submitted at, or not at all.
+Ten minutes before its limit, or when Slurm preempts it, the run saves a checkpoint and the job is requeued; it resumes
+from the checkpoint. A run that failed or was cancelled by scancel is not requeued. The work directory must be on a disk
+that all nodes share. A job refuses to run at another commit than that at which it was submitted.
 END
 }
 
-die() { # Of a mistake of the user's.
+die() { # MESSAGE; for an error of the user.
   echo "error: $1" >&2
   exit 2
 }
 
-call() { # Printed first.
+call() { # Prints a call, then makes it.
   echo "+ ${*@Q}" >&2
   [[ $dry_run ]] || "$@"
 }
@@ -39,10 +39,10 @@ submit() {
   for word in "${arguments[@]}"; do
     if [[ $word == --workdir=* ]]; then workdir=${word#--workdir=}; fi
   done
-  [[ $workdir ]] || die "no arguments of main.py: -- --config=configs/... --workdir=..."
+  [[ $workdir ]] || die "--workdir: missing; give the arguments of main.py: -- --config=configs/... --workdir=..."
   local commit
-  commit=$(git -C "$root" rev-parse HEAD) || die "$root is not a git repository"
-  # The signal goes to the processes of main.py, not to this script. Requeueing also covers a node that breaks down.
+  commit=$(git -C "$root" rev-parse HEAD) || die "$root: is no git repository; clone the repository with git"
+  # The signal goes to the processes of main.py, not to this script. --requeue also covers a failing node.
   call sbatch --job-name="mlm-${workdir##*/}" --chdir="$root" --nodes="$nodes" --ntasks-per-node="$gpus" \
     --gpus-per-node="$gpus" --time="$limit" --signal=TERM@600 --requeue --open-mode=append --output=slurm-%j.log \
     "${options[@]}" --export="ALL,MLM_COMMIT=$commit,MLM_PYTHON=$python" "$root/launch/slurm.sh" -- "${arguments[@]}"
@@ -52,22 +52,22 @@ run() {
   local commit state process code=0
   commit=$(git rev-parse HEAD)
   [[ $commit == "${MLM_COMMIT:-$commit}" ]] ||
-    die "this job was submitted at commit $MLM_COMMIT and $PWD is at $commit; check that out and scontrol requeue it"
-  # This shell is told, too, when the job is ended; it stays, for main.py's exit code.
+    die "$PWD: is at commit $commit, the job was submitted at $MLM_COMMIT; check that out, then requeue the job"
+  # The batch shell receives SIGTERM as well when the job ends; it must wait for the exit code of main.py.
   trap : TERM
-  # No process is killed because another one is through: at a preemption they end one after the other, saving. One that
-  # fails takes the others down by itself.
+  # srun must not kill processes when another one exits: at a preemption they save and exit one after the other. A
+  # process that fails ends the others itself.
   local step=(srun --kill-on-bad-exit=0 --wait=0 "$MLM_PYTHON" main.py "${arguments[@]}" --multihost)
   echo "+ ${step[*]@Q}" >&2
   "${step[@]}" &
   process=$!
-  # A trapped signal ends a `wait`, not the process.
+  # A trapped signal ends `wait`, not the process.
   while kill -0 "$process" 2>/dev/null; do
     code=0
     wait "$process" || code=$?
   done
   if [[ $code == 75 ]]; then
-    # One that scancel or another job's turn ends is COMPLETING; Slurm knows what to do with it.
+    # A job that scancel or a preemption ends is COMPLETING, and Slurm requeues it if need be.
     state=$(call squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T || true)
     if [[ $state == RUNNING ]]; then
       call scontrol requeue "$SLURM_JOB_ID"
@@ -92,12 +92,12 @@ while [[ $# -gt 0 ]]; do
       arguments=("$@")
       break
       ;;
-    *) die "$1 is not an option of launch/slurm.sh; arguments of main.py come after --" ;;
+    *) die "$1: is no option of launch/slurm.sh; put arguments of main.py after --" ;;
   esac
   shift
 done
 
-# In a job Slurm runs a copy of this file, and --chdir has seen to the place.
+# A job runs a copy of this file, in the directory that --chdir has set.
 if [[ ${MLM_COMMIT:-} && ${SLURM_JOB_ID:-} ]]; then
   run
 else

@@ -27,7 +27,7 @@ TESTED = {
     "launch/tpu_vm.sh create": "tests/test_tpu_vm.py::test_create_makes_the_call_and_prints_it",
     "launch/tpu_vm.sh setup": "tests/test_tpu_vm.py::test_setup_puts_one_commit_on_every_worker",
     "launch/tpu_vm.sh train": "tests/test_tpu_vm_train.py::test_train_watches_until_the_run_is_finished",
-    "launch/tpu_vm.sh stop": "tests/test_tpu_vm_train.py::test_stop_saves_and_train_goes_on",
+    "launch/tpu_vm.sh stop": "tests/test_tpu_vm_train.py::test_stop_saves_and_train_resumes",
     "launch/tpu_vm.sh status": "tests/test_tpu_vm.py::test_status_logs_and_delete",
     "launch/tpu_vm.sh logs": "tests/test_tpu_vm.py::test_status_logs_and_delete",
     "launch/tpu_vm.sh delete": "tests/test_tpu_vm.py::test_status_logs_and_delete",

@@ -1,4 +1,4 @@
-"""launch/slurm.sh against a Slurm of our own: programs that record the calls, and an srun that starts the processes."""
+"""launch/slurm.sh against fake Slurm programs that record calls, and an srun that starts the processes."""
 
 import contextlib
 import os
@@ -16,7 +16,7 @@ from tests.tiny import write_corpus
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "launch" / "slurm.sh"
-# As tests/fakes/slurm/git says.
+# The output of tests/fakes/slurm/git.
 COMMIT = "89abcdef"
 
 
@@ -38,7 +38,7 @@ class Cluster:
         return done.stdout + done.stderr
 
     def start(self, *arguments, python=sys.executable, tasks=1, commit=COMMIT, **options):
-        """The job: what Slurm would run."""
+        """Starts the job as Slurm would."""
         environment = {
             "SLURM_JOB_ID": "4711",
             "SLURM_NTASKS": str(tasks),
@@ -62,7 +62,7 @@ class Cluster:
         return path.read_text().splitlines() if path.exists() else []
 
     def tasks(self):
-        """Process numbers, once srun has started them."""
+        """Waits until srun has started the processes; returns their ids."""
         deadline = time.monotonic() + 30
         while not (self.folder / "tasks").exists() or not (self.folder / "tasks").read_text():
             assert time.monotonic() < deadline
@@ -74,7 +74,7 @@ class Cluster:
 def cluster(tmp_path):
     cluster = Cluster(tmp_path)
     yield cluster
-    # What a test that failed has left running: its own process groups, so nobody else's processes.
+    # Ends the processes that a failed test has left, by their process groups.
     if (tmp_path / "tasks").exists():
         for task in cluster.tasks():
             with contextlib.suppress(ProcessLookupError):
@@ -82,7 +82,7 @@ def cluster(tmp_path):
 
 
 def program(path, text):
-    """An executable in the place of Python."""
+    """Writes an executable that replaces Python."""
     path.write_text("#!/bin/bash\n" + textwrap.dedent(text))
     path.chmod(0o755)
     return path
@@ -105,17 +105,17 @@ def test_a_job_is_submitted(cluster):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--gpu=4"], "error: --gpu=4 is not an option of launch/slurm.sh"),
-        (["--gpus=4", "--", "--config=c"], "error: no arguments of main.py: -- --config=configs/... --workdir=..."),
+        (["--gpu=4"], "error: --gpu=4: is no option of launch/slurm.sh"),
+        (["--gpus=4", "--", "--config=c"], "error: --workdir: missing; give the arguments of main.py: -- --config="),
     ],
 )
-def test_a_mistake_is_one_line(cluster, words, message):
+def test_an_error_is_one_line(cluster, words, message):
     assert message in cluster.submit(*words, code=2)
     assert cluster.calls == []
 
 
 @pytest.mark.parametrize("code", [0, 1, 2, 75, 130, 137])
-def test_only_a_preempted_run_goes_back_into_the_queue(cluster, code):
+def test_only_a_preempted_run_is_requeued(cluster, code):
     python = program(cluster.folder / "python", f"exit {code}")
     job = cluster.start("--config=c", python=python, tasks=2)
     output = job.communicate(timeout=30)[1]
@@ -125,7 +125,7 @@ def test_only_a_preempted_run_goes_back_into_the_queue(cluster, code):
     assert output.startswith("+ 'srun' ")
 
 
-def test_a_failure_among_preempted_processes_that_saved_is_requeued_and_a_killed_one_is_not(cluster):
+def test_a_run_with_a_killed_process_is_not_requeued(cluster):
     python = program(cluster.folder / "python", "[[ $SLURM_PROCID == 0 ]] && exit 75\nkill -KILL $$")
     job = cluster.start("--config=c", python=python, tasks=2)
     job.communicate(timeout=30)
@@ -133,7 +133,7 @@ def test_a_failure_among_preempted_processes_that_saved_is_requeued_and_a_killed
     assert len(cluster.calls) == 1
 
 
-def test_the_job_outlives_the_signal_until_all_processes_have_saved(cluster):
+def test_the_job_waits_after_the_signal_until_all_processes_have_saved(cluster):
     python = program(
         cluster.folder / "python",
         """
@@ -154,7 +154,7 @@ def test_the_job_outlives_the_signal_until_all_processes_have_saved(cluster):
     assert cluster.calls[-1] == "scontrol requeue 4711"
 
 
-def test_a_job_that_scancel_ends_stays_ended(cluster):
+def test_a_cancelled_job_is_not_requeued(cluster):
     (cluster.folder / "state").write_text("COMPLETING\n")
     job = cluster.start("--config=c", python=program(cluster.folder / "python", "exit 75"))
     job.communicate(timeout=30)
@@ -162,15 +162,15 @@ def test_a_job_that_scancel_ends_stays_ended(cluster):
     assert not any("requeue" in call for call in cluster.calls)
 
 
-def test_a_job_runs_at_its_commit_or_not_at_all(cluster):
+def test_a_job_refuses_another_commit(cluster):
     job = cluster.start("--config=c", commit="0123")
-    assert "error: this job was submitted at commit 0123" in job.communicate(timeout=30)[1]
+    assert "the job was submitted at 0123; check that out" in job.communicate(timeout=30)[1]
     assert job.returncode == 2
     assert cluster.calls == []
 
 
 @pytest.mark.slow
-def test_two_processes_find_each_other_are_preempted_and_go_on(cluster):
+def test_two_processes_find_each_other_are_preempted_and_resume(cluster):
     config = cluster.folder / "config.py"
     data_files = write_corpus(cluster.folder)
     config.write_text(f"""
@@ -188,13 +188,13 @@ def get_config():
     arguments = [f"--config={config}", f"--workdir={workdir}"]
     job = cluster.start(*arguments, tasks=2)
     tasks = cluster.tasks()
-    head = []
-    while not re.search(r"step +3 of 100000 ", head[-1] if head else ""):
-        head.append(job.stderr.readline())
-        assert head[-1], "".join(head)
+    lines = []
+    while not re.search(r"step +3 of 100000 ", lines[-1] if lines else ""):
+        lines.append(job.stderr.readline())
+        assert lines[-1], "".join(lines)
     for process in tasks:
         os.kill(process, signal.SIGTERM)
-    output = "".join([*head, *job.communicate(timeout=120)])
+    output = "".join([*lines, *job.communicate(timeout=120)])
     assert job.returncode == 75, output
     assert cluster.calls[-1] == "scontrol requeue 4711"
     saved = [int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit()]

@@ -1,4 +1,4 @@
-"""The commands of launch/tpu_vm.sh, and the workers' half; test_tpu_vm_train.py has the watching."""
+"""The commands of launch/tpu_vm.sh, and tpu_worker.sh; test_tpu_vm_train.py tests the monitoring."""
 
 import json
 import os
@@ -24,7 +24,7 @@ def cloud(tmp_path, repository):
 
 @pytest.mark.parametrize("script", sorted([*ROOT.glob("launch/*.sh"), *FAKES.glob("worker/*")]), ids=lambda p: p.name)
 def test_shellcheck_finds_nothing(script):
-    # Beside this Python, where pip puts it, whatever the PATH.
+    # pip installs it beside this Python.
     done = subprocess.run(
         [Path(sys.executable).parent / "shellcheck", script], capture_output=True, text=True, check=False
     )
@@ -59,7 +59,7 @@ def test_create_makes_the_call_and_prints_it(cloud, options, call):
     assert f"+ gcloud compute tpus {call}\n" in output
 
 
-def test_create_tells_gclouds_error(cloud):
+def test_create_shows_the_error_of_gcloud(cloud):
     cloud.play(creates=["Quota limit 'TPUV3sPerProjectPerZone' has been exceeded"])
     assert "Quota limit" in cloud("create", "tpu", "--type=v3-8", code=1)
     assert cloud.verbs == ["tpu-vm create"]
@@ -70,7 +70,7 @@ def test_create_waits_in_the_queue(cloud):
     output = cloud("create", "tpu", "--type=v4-16", "--queued", "--poll=0")
     assert re.findall(r"request tpu is (\w+)", output) == ["ACCEPTED", "WAITING_FOR_RESOURCES", "PROVISIONING"]
     cloud.play(queue=["ACCEPTED", "FAILED"])
-    assert "error: the queued request tpu is FAILED" in cloud(
+    assert "error: tpu: the queued request is FAILED" in cloud(
         "create", "tpu", "--type=v4-16", "--queued", "--poll=0", code=1
     )
 
@@ -97,18 +97,18 @@ def test_a_dry_run_prints_the_calls_and_makes_none(cloud, command, calls):
     assert cloud.calls == []
 
 
-def test_a_dry_run_refuses_what_the_run_would(cloud):
-    assert "train needs the arguments of main.py" in cloud("train", "tpu", "--dry-run", code=2)
+def test_a_dry_run_reports_the_errors_of_a_real_run(cloud):
+    assert "give the arguments of main.py" in cloud("train", "tpu", "--dry-run", code=2)
     home = ("--", "--config=configs/quickstart.py", "--workdir=/home/me/run")
-    assert "is on the VM's own disk" in cloud("train", "tpu", "--dry-run", "--spot", *home, code=2)
+    assert "is on the disk of the VM" in cloud("train", "tpu", "--dry-run", "--spot", *home, code=2)
 
 
-def test_setup_puts_one_commit_on_every_worker(cloud, repository):
+def test_setup_installs_one_commit_on_every_worker(cloud, repository):
     (repository / "requirements.txt").write_text("not committed\n")
     output = cloud("setup", "tpu", "--env=HF_TOKEN", env={"HF_TOKEN": "hf_secret"})
     git(repository, "checkout", "requirements.txt")
     sha = git(repository, "rev-parse", "HEAD")
-    assert "warning: changes in" in output
+    assert "warning: uncommitted changes in" in output
     assert "hf_secret" not in output + json.dumps(cloud.calls)
     for home in cloud.workers:
         assert (home / "mlm" / "COMMIT").read_text().strip() == sha
@@ -120,21 +120,21 @@ def test_setup_puts_one_commit_on_every_worker(cloud, repository):
         assert sorted(path.name for path in home.iterdir()) == ["mlm", "mlm-run", "mlm-venv", "uv"]
 
 
-def test_setup_takes_another_commit_but_not_under_a_run(cloud, repository):
+def test_setup_installs_another_commit_but_not_during_a_run(cloud, repository):
     first = git(repository, "rev-parse", "HEAD")
     git(repository, "commit", "--quiet", "--allow-empty", "--message", "more")
     cloud("setup", "tpu")
     cloud("setup", "tpu", f"--commit={first}")
     assert (cloud.workers[1] / "mlm" / "COMMIT").read_text().strip() == first
     cloud("train", "tpu", "--no-watch", *TRAIN)
-    assert "a run is under way here" in cloud("setup", "tpu", code=1)
+    assert "a run is in progress" in cloud("setup", "tpu", code=1)
     assert (cloud.workers[1] / "mlm" / "COMMIT").read_text().strip() == first
 
 
 def test_train_starts_the_same_command_on_every_worker_once(cloud):
     cloud("setup", "tpu")
     assert "worker-1: started" in cloud("train", "tpu", "--no-watch", *TRAIN)
-    assert "worker-1: the run is under way" in cloud("train", "tpu", "--no-watch", *TRAIN)
+    assert "worker-1: the run is in progress" in cloud("train", "tpu", "--no-watch", *TRAIN)
     for home in cloud.workers:
         python = home / "mlm-venv" / "bin" / "python"
         python.write_text('#!/bin/sh\npwd; for word; do echo "$word"; done\n')
@@ -143,14 +143,14 @@ def test_train_starts_the_same_command_on_every_worker_once(cloud):
         assert (home / "systemctl").read_text().count("start --no-block mlm.service") == 1
 
 
-def test_the_unit_restarts_after_a_preemption_alone(cloud):
+def test_the_service_restarts_only_after_a_preemption(cloud):
     cloud("setup", "tpu")
     cloud("train", "tpu", "--no-watch", *TRAIN)
     unit = (cloud.workers[0] / "mlm-run" / "mlm.service").read_text().splitlines()
-    # systemd.service(5): the codes named restart whatever Restart= says; 75 is main.py's "saved, call me again".
+    # systemd.service(5): RestartForceExitStatus takes precedence over Restart; main.py exits with 75 after a save.
     assert "Restart=no" in unit
     assert "RestartForceExitStatus=75" in unit
-    # SIGTERM to main.py alone, and the time for a checkpoint.
+    # SIGTERM goes to main.py only, which has the time to save a checkpoint.
     assert {"KillMode=mixed", "TimeoutStopSec=600"} <= set(unit)
     assert "WantedBy=multi-user.target" in unit
     assert (
@@ -171,7 +171,7 @@ def test_the_unit_restarts_after_a_preemption_alone(cloud):
         ("failed", "exit-code", "exited 2", "failed 2"),
         ("failed", "exit-code", "exited 1", "failed 1"),
         ("failed", "signal", "killed KILL", "failed KILL"),
-        ("failed", "start-limit-hit", "exited 75", "failed preempted-again-and-again"),
+        ("failed", "start-limit-hit", "exited 75", "failed too-many-restarts"),
     ],
 )
 def test_the_state_of_a_worker(cloud, active, result, end, state):
@@ -188,7 +188,7 @@ def test_the_state_of_a_worker(cloud, active, result, end, state):
         return subprocess.run(["bash", script, command], env=environment, capture_output=True, text=True, check=False)
 
     assert worker("status").stdout == f"worker w no-code {state}\n"
-    # At boot: what was cut off or never ended goes on, what finished or failed does not.
+    # At boot an interrupted run starts again; a finished or failed one does not.
     assert (worker("may-start").returncode == 0) == (end in (None, "exited 75", "killed KILL"))
 
 
@@ -208,8 +208,8 @@ def test_status_logs_and_delete(cloud):
     assert cloud.calls[-1][2:] == ["queued-resources", "delete", "tpu", "--force", "--quiet"]
 
 
-def test_workers_that_are_not_set_up_alike_do_not_start(cloud):
-    assert "error: tpu is not set up yet" in cloud("train", "tpu", *TRAIN, code=2)
+def test_workers_at_different_commits_do_not_start(cloud):
+    assert "error: tpu: is not set up yet" in cloud("train", "tpu", *TRAIN, code=2)
     cloud("setup", "tpu")
     (cloud.workers[1] / "mlm" / "COMMIT").write_text("another\n")
     assert "at different commits" in cloud("train", "tpu", *TRAIN, code=2)
@@ -219,22 +219,22 @@ def test_workers_that_are_not_set_up_alike_do_not_start(cloud):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["fly", "tpu"], "error: fly is none of create"),
-        (["create"], "error: create needs the TPU VM's name"),
-        (["create", "tpu"], "error: create needs the TPU's type"),
-        (["create", "tpu", "--type=v9-8"], "error: --type=v9-8: no software version is known"),
-        (["create", "tpu", "--tpye=v3-8"], "error: --tpye=v3-8 is not an option"),
-        (["setup", "tpu", "--commit=nowhere"], "error: --commit=nowhere: there is no such commit"),
-        (["setup", "tpu", "--env=NOT_THERE"], "error: --env=NOT_THERE: there is no such variable"),
-        (["stop", "tpu", *TRAIN], "error: only train takes arguments"),
-        (["train", "tpu"], "error: train needs the arguments of main.py"),
+        (["fly", "tpu"], "error: fly: must be one of create"),
+        (["create"], "error: create: needs the name of the TPU VM"),
+        (["create", "tpu"], "error: --type: missing; create needs it"),
+        (["create", "tpu", "--type=v9-8"], "error: --type=v9-8: has no known runtime version"),
+        (["create", "tpu", "--tpye=v3-8"], "error: --tpye=v3-8: is no option"),
+        (["setup", "tpu", "--commit=nowhere"], "error: --commit=nowhere: no such commit"),
+        (["setup", "tpu", "--env=NOT_THERE"], "error: --env=NOT_THERE: not set in your environment"),
+        (["stop", "tpu", *TRAIN], "error: stop: takes no arguments of main.py"),
+        (["train", "tpu"], "error: --workdir: missing; give the arguments"),
     ],
 )
-def test_a_mistake_is_one_line(cloud, words, message):
+def test_an_error_is_one_line(cloud, words, message):
     assert message in cloud(*words, code=2)
     assert cloud.verbs == []
 
 
-def test_alone_it_says_how(cloud):
+def test_without_arguments_it_prints_its_usage(cloud):
     assert cloud("help").startswith("launch/tpu_vm.sh COMMAND NAME")
     assert cloud(code=2).startswith("launch/tpu_vm.sh COMMAND NAME")

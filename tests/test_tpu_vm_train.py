@@ -1,4 +1,4 @@
-"""launch/tpu_vm.sh train: what it starts, watches, makes anew after a preemption, and refuses."""
+"""launch/tpu_vm.sh train: starting, monitoring, re-creating a preempted VM, and errors."""
 
 import subprocess
 
@@ -19,7 +19,7 @@ def cloud(tmp_path, repository):
 
 @pytest.mark.parametrize("kind", [ON_DEMAND, SPOT, QUEUED])
 @pytest.mark.parametrize("workdir", ["gs://bucket/run", "gs://bucket/runs/it's a b", "/mnt/disk/run"])
-def test_a_work_directory_that_outlives_the_vm_is_taken(cloud, kind, workdir):
+def test_a_work_directory_that_outlives_the_vm_is_accepted(cloud, kind, workdir):
     cloud("setup", "tpu")
     cloud.play(**{"is": kind})
     cloud("train", "tpu", "--no-watch", "--", "--config=configs/roberta_base.py", f"--workdir={workdir}")
@@ -32,14 +32,14 @@ def test_a_work_directory_that_outlives_the_vm_is_taken(cloud, kind, workdir):
 @pytest.mark.parametrize(
     ("workdir", "message"),
     [
-        ("runs/a", "is on the VM's own disk, which goes when the VM is preempted; use gs://BUCKET/PATH"),
-        ("/home/me/run", "is on the VM's own disk"),
-        ("gs://bucket", "of URLs only gs://BUCKET/PATH can be a work directory"),
-        ("gs://bucket/", "of URLs only gs://BUCKET/PATH can be a work directory"),
-        ("s3://bucket/run", "of URLs only gs://BUCKET/PATH can be a work directory"),
+        ("runs/a", "is on the disk of the VM, which is deleted at a preemption; use gs://BUCKET/PATH"),
+        ("/home/me/run", "is on the disk of the VM"),
+        ("gs://bucket", "is no supported URL; use gs://BUCKET/PATH"),
+        ("gs://bucket/", "is no supported URL; use gs://BUCKET/PATH"),
+        ("s3://bucket/run", "is no supported URL; use gs://BUCKET/PATH"),
     ],
 )
-def test_a_work_directory_that_goes_with_the_vm_is_refused(cloud, workdir, message):
+def test_a_work_directory_that_is_deleted_with_the_vm_is_refused(cloud, workdir, message):
     cloud("setup", "tpu")
     cloud.play(**{"is": SPOT})
     output = cloud("train", "tpu", "--", "--config=configs/roberta_base.py", f"--workdir={workdir}", code=2)
@@ -47,12 +47,12 @@ def test_a_work_directory_that_goes_with_the_vm_is_refused(cloud, workdir, messa
     assert message in output
 
 
-def test_a_directory_of_its_own_does_for_a_vm_that_stays(cloud):
+def test_a_local_work_directory_is_accepted_on_a_vm_that_is_not_preempted(cloud):
     cloud("setup", "tpu")
     cloud("train", "tpu", "--no-watch", "--", "--config=configs/roberta_base.py", "--workdir=runs/a")
 
 
-def test_train_watches_until_the_run_is_finished(cloud):
+def test_train_monitors_until_the_run_is_finished(cloud):
     cloud("setup", "tpu")
     cloud.play(states=[READY, READY, {"vm": "UNREACHABLE"}, READY, FINISHED])
     output = cloud("train", "tpu", "--poll=0", *TRAIN)
@@ -62,7 +62,7 @@ def test_train_watches_until_the_run_is_finished(cloud):
 
 
 @pytest.mark.parametrize("end", ["exited 1", "exited 2", "killed SEGV"])
-def test_train_stops_on_a_failure_and_does_not_start_again(cloud, end):
+def test_train_ends_after_a_failure_and_does_not_restart(cloud, end):
     cloud("setup", "tpu")
     cloud.play(**{"is": SPOT}, states=[READY, {"vm": "READY", "exits": {"1": end}}])
     (cloud.workers[0] / "mlm-run" / "log").write_text("the cause\n")
@@ -77,20 +77,20 @@ def test_train_stops_on_a_failure_and_does_not_start_again(cloud, end):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("gone", ["PREEMPTED", "TERMINATED", "GONE"])
-def test_a_preempted_spot_vm_is_made_anew_at_the_same_commit(cloud, repository, gone):
+def test_a_preempted_spot_vm_is_recreated_at_the_same_commit(cloud, repository, gone):
     cloud("setup", "tpu")
     sha = git(repository, "rev-parse", "HEAD")
     no_capacity = '{"code": 8, "message": "There is no more capacity in the zone \\"z\\"; you can try in another zone"}'
     cloud.play(
         **{"is": SPOT},
-        # A worker fails first, for the other host is gone: it is no failure of the run.
+        # A worker fails first because the other host is gone, which is no failure of the run.
         states=[READY, {"vm": "READY", "exits": {"0": "exited 1"}}, {"vm": gone}, READY, FINISHED],
         creates=[no_capacity, no_capacity],
     )
     git(repository, "commit", "--quiet", "--allow-empty", "--message", "later")
     before = len(cloud.verbs)
     output = cloud("train", "tpu", "--poll=0", "--zone=z", *TRAIN)
-    assert "no TPU to be had now" in output
+    assert "no TPU is available now" in output
     verbs = cloud.verbs[before:]
     at = verbs.index("tpu-vm create")
     assert verbs[at - 1] == ("tpu-vm ssh" if gone == "GONE" else "tpu-vm delete")
@@ -103,7 +103,7 @@ def test_a_preempted_spot_vm_is_made_anew_at_the_same_commit(cloud, repository, 
         assert "--workdir=gs://bucket/run" in (home / "mlm-run" / "command").read_text()
 
 
-def test_a_vm_that_was_preempted_while_nobody_watched(cloud):
+def test_a_vm_that_was_preempted_while_not_monitored_is_recreated(cloud):
     cloud.play(states=[{"vm": "GONE"}, {"vm": "GONE"}, READY, FINISHED])
     (cloud.folder / "scenario.json").write_text(
         (cloud.folder / "scenario.json").read_text().replace(f'"is": "{ON_DEMAND}"', '"is": null')
@@ -113,7 +113,7 @@ def test_a_vm_that_was_preempted_while_nobody_watched(cloud):
     assert "--workdir=gs://bucket/run" in (cloud.workers[1] / "mlm-run" / "command").read_text()
 
 
-def test_a_vm_that_is_not_ready_yet_is_waited_for_and_started(cloud):
+def test_train_waits_for_a_vm_that_is_not_ready_yet(cloud):
     cloud("setup", "tpu")
     cloud.play(states=[{"vm": "STARTING"}, {"vm": "STARTING"}, READY, READY, FINISHED])
     output = cloud("train", "tpu", "--poll=0", *TRAIN)
@@ -121,7 +121,7 @@ def test_a_vm_that_is_not_ready_yet_is_waited_for_and_started(cloud):
     assert "worker-1: started" in output
 
 
-def test_a_preempted_queued_vm_queues_again(cloud):
+def test_a_preempted_queued_vm_is_queued_again(cloud):
     cloud("setup", "tpu")
     cloud.play(
         **{"is": QUEUED}, states=[READY, {"vm": "GONE"}, READY, FINISHED], queue=["WAITING_FOR_RESOURCES", "ACTIVE"]
@@ -137,24 +137,24 @@ def test_a_preempted_queued_vm_queues_again(cloud):
     assert [call.split()[1] for call in calls[2:]] == ["describe", "describe"]
 
 
-def test_what_waiting_does_not_mend_ends_the_watching(cloud):
+def test_an_error_that_waiting_cannot_fix_ends_the_monitoring(cloud):
     cloud("setup", "tpu")
     cloud.play(**{"is": SPOT}, states=[READY, {"vm": "GONE"}], creates=["PERMISSION_DENIED: you may not"])
-    assert "error: tpu cannot be made anew; see above" in cloud("train", "tpu", "--poll=0", *TRAIN, code=1)
+    assert "error: tpu: cannot be re-created; see the error above" in cloud("train", "tpu", "--poll=0", *TRAIN, code=1)
 
 
-def test_a_vm_that_cannot_be_preempted_is_not_made_anew(cloud):
+def test_a_vm_that_cannot_be_preempted_is_not_recreated(cloud):
     cloud("setup", "tpu")
     cloud.play(states=[READY, {"vm": "TERMINATED"}])
     before = len(cloud.verbs)
-    assert "error: tpu is TERMINATED; make it again" in cloud("train", "tpu", "--poll=0", *TRAIN, code=1)
+    assert "error: tpu: is TERMINATED; re-create it" in cloud("train", "tpu", "--poll=0", *TRAIN, code=1)
     assert set(cloud.verbs[before:]) == {"tpu-vm ssh"}
 
 
-def test_stop_saves_and_train_goes_on(cloud):
+def test_stop_saves_and_train_resumes(cloud):
     cloud("setup", "tpu")
     cloud("train", "tpu", "--no-watch", *TRAIN)
     assert "worker-1: stopped" in cloud("stop", "tpu")
     assert "disable --quiet mlm.service" in (cloud.workers[1] / "systemctl").read_text()
     cloud.play(states=[READY, {"vm": "READY", "exits": {"0": "exited 75", "1": "exited 75"}}])
-    assert "the run was stopped; train goes on with it" in cloud("train", "tpu", "--poll=0", *TRAIN)
+    assert "the run was stopped; train resumes it" in cloud("train", "tpu", "--poll=0", *TRAIN)

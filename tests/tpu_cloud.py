@@ -1,5 +1,5 @@
-"""A project with a TPU VM, for tests of launch/tpu_vm.sh: a gcloud of our own, which records calls, plays failures, and
-runs in folders what is sent to the workers. No test calls the real one."""
+"""A Google Cloud project with a TPU VM for tests of launch/tpu_vm.sh, through a fake gcloud that records calls,
+simulates failures, and runs the workers' commands in local directories. No test calls the real gcloud."""
 
 import json
 import os
@@ -24,7 +24,7 @@ def git(repository, *words):
 
 
 def make_repository(folder):
-    """With the scripts of the working tree, committed."""
+    """Creates a repository with the scripts of the working tree, committed."""
     shutil.copytree(ROOT / "launch", folder / "launch")
     shutil.copy(ROOT / "requirements.txt", folder)
     git(folder, "init", "--quiet")
@@ -48,7 +48,7 @@ class Cloud:
         (self.folder / "scenario.json").write_text(json.dumps(scenario))
 
     def __call__(self, *words, code=0, env=None):
-        """Runs the script; returns what it wrote."""
+        """Runs the script; returns stdout and stderr."""
         done = subprocess.run(
             [self.repository / "launch" / "tpu_vm.sh", *words],
             env=os.environ
@@ -69,5 +69,5 @@ class Cloud:
 
     @property
     def verbs(self):
-        """Of the calls, without the looks at the VM's state."""
+        """The resource and verb of each call, without queries of the VM's state."""
         return [" ".join(call[2:4]) for call in self.calls if call[3] != "describe"]
