@@ -93,7 +93,7 @@ def test_main_trains_exports_and_does_not_train_twice(corpus, tmp_path):
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
     again = run_main(*flags)
     assert again.returncode == 0, again.stderr
-    assert "nothing to do: all 8 updates are made" in again.stderr
+    assert "nothing to do: all 8 steps are done" in again.stderr
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")} == before
 
 

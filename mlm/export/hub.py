@@ -150,8 +150,12 @@ class Hub:
                 with self._changed:
                     if self._waiting is None and not is_permanent and tries_left > 0:
                         self._waiting, snapshot = snapshot, None
+
+                    def has_run_ended(was_closing: bool = closing) -> bool:
+                        return self._closing and not was_closing
+
                     # The end of the run ends the wait; a newer model does not.
-                    self._changed.wait_for(lambda closing=closing: self._closing and not closing, timeout=wait)
+                    self._changed.wait_for(has_run_ended, timeout=wait)
                 wait = min(2 * wait, 300.0)
             else:
                 self._failure = None

@@ -85,20 +85,21 @@ def build_card(
       hardware: the devices; empty if unknown.
     """
     pretrained = settings.model.model_name_or_path
-    is_local = bool(pretrained) and _is_local(pretrained)
+    base_model = None
     if not pretrained:
         initialization = "from scratch"
-    elif is_local:
+    elif _is_local(pretrained):
         initialization = f"from the weights of `{_basename(pretrained)}`"
     else:
         initialization = f"from [{pretrained}](https://huggingface.co/{pretrained})"
+        base_model = pretrained
     options = dataclasses.asdict(settings.optimizer) | dataclasses.asdict(settings.masking)
     return Card(
         title=title,
         model_type=model_type,
         data=_training_data(settings),
         initialization=initialization,
-        base_model=pretrained if pretrained and not is_local else None,
+        base_model=base_model,
         license=settings.hub.license,
         languages=settings.hub.languages,
         tokens_seen=tokens_seen,
@@ -127,7 +128,7 @@ def _training_data(settings: RunSettings) -> tuple[TrainingData, ...]:
     total = sum(entry.weight for entry in entries)
     found = []
     for entry in entries:
-        data = _describe(defaults | {"dataset_name": entry.name} | entry.options)
+        data = _describe(defaults | {"dataset_name": entry.name} | dict(entry.options))
         description = f"{data.description}, {entry.weight / total:.1%} of the sequences"
         found.append(dataclasses.replace(data, description=description))
     return tuple(found)

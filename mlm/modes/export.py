@@ -1,6 +1,7 @@
 """--mode=export: writes a checkpoint of a run, or the mean of several, as a Hugging Face model directory."""
 
 import json
+import math
 import os
 
 from absl import logging
@@ -48,6 +49,9 @@ def run(
     if output is not None and is_url(output):
         raise UserError(f"--output={output}: URLs are not supported; name a local directory and copy it to the URL")
     workdir = WorkDir(workdir_path)
+    topology = workdir.last_topology()
+    if topology is None:
+        raise UserError(f"--workdir={workdir_path}: there is no run; name the directory of one")
     directory = os.path.abspath(os.path.expanduser(output)) if output is not None else workdir.model
     if os.path.exists(directory) and not os.path.isdir(directory):
         raise UserError(f"--output={output}: is a file; name a directory")
@@ -61,13 +65,12 @@ def run(
         title = os.path.basename(workdir.path)
         if average > 1:
             title += f", mean of the checkpoints {', '.join(map(str, loaded.steps))}"
-        processes, sequences_per_process = workdir.last_topology()
         card = build_card(
             settings,
             title=title,
             model_type=loaded.encoder.model_type,
             step=last,
-            sequences_per_step=processes * sequences_per_process,
+            sequences_per_step=math.prod(topology),
             tokens_seen=loaded.tokens_seen,
             hardware=_hardware(workdir),
         )
