@@ -116,7 +116,7 @@ def read_run(workdir: WorkDir, name: str) -> dict[str, Any]:
     }
 
 
-def _axes(lines: list[dict[str, Any]], steps: list[int]) -> dict[str, list[float]]:
+def _axes(lines: list[dict[str, Any]], steps: list[int]) -> dict[str, Sequence[float]]:
     """Returns the steps, and the tokens and hours at these steps: interpolated between the lines that have them."""
     return {
         "steps": steps,

@@ -136,8 +136,9 @@ class Reporter:
 
     def _report_skipped(self, metrics: TrainMetrics) -> None:
         step, count = self._step, self.accumulator.consecutive_skipped_steps
+        tokens = float(metrics.sums.count)
         finding = (
-            f"loss {metrics.sums.loss / max(metrics.sums.count, 1.0):.4g} over {metrics.sums.count:.0f} tokens, "
+            f"loss {float(metrics.sums.loss) / max(tokens, 1.0):.4g} over {tokens:.0f} tokens, "
             f"gradient norm {metrics.grad_norm:.4g}"
         )
         if count <= self._max_skipped_steps:
