@@ -42,7 +42,7 @@ def get_config():
 
 
 def trainer_of(directory: Path, corpus: str, *flags: str, compiles: bool = False) -> Trainer:
-    """main.py on a tiny config, which is written to `directory`; one that compiles does so as a user's first run."""
+    """main.py with a tiny config, written to `directory`; with `compiles`, without the tests' compilation cache."""
     (directory / "config.py").write_text(CONFIG.format(corpus=corpus, eval_steps=EVAL_STEPS))
     env = environment(str(directory))
     if compiles:
@@ -60,15 +60,15 @@ def trainer(tmp_path_factory) -> Trainer:
 
 @pytest.fixture(scope="module")
 def straight(trainer, tmp_path_factory) -> tuple[str, float]:
-    """The work directory of the undisturbed run, and its processor seconds to the first checkpoint."""
+    """The work directory of the uninterrupted run, and its CPU seconds to the first checkpoint."""
     workdir = str(tmp_path_factory.mktemp("straight") / "run")
     return workdir, run_straight(trainer, workdir)[1]
 
 
 @pytest.mark.slow
-def test_a_run_killed_anywhere_is_the_run_that_would_have_been(trainer, straight, tmp_path):
-    # In what comes once, in what comes again and again, and blindly.
-    # The blind one comes last: from the cache a run may be at its end before its time.
+def test_a_run_killed_at_any_time_is_identical_to_an_uninterrupted_one(trainer, straight, tmp_path):
+    # In phases that occur once, in repeated phases, and at fixed times. The later fixed time is last: with a warm
+    # compilation cache the run may have ended by then.
     plan = [0.2 * straight[1], "tokenizer training", "save", "evaluation", "export", "save", 0.5 * straight[1]]
     hit = collections.Counter()
     result = campaign(
@@ -87,8 +87,8 @@ def test_a_run_killed_anywhere_is_the_run_that_would_have_been(trainer, straight
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_run_asked_to_stop_anywhere_goes_on_as_if_nothing_had_been(trainer, straight, tmp_path, number):
-    # `campaign` holds exit codes and last lines to what they should be.
+def test_a_run_stopped_by_a_signal_at_any_time_is_identical_to_an_uninterrupted_one(trainer, straight, tmp_path, number):
+    # `campaign` checks exit codes and last lines.
     plan = ["tokenizer training", "compilation", "evaluation", "steps"] if number == signal.SIGTERM else ["steps"]
     workdir, hit = str(tmp_path / "run"), collections.Counter()
     saved = []
@@ -96,7 +96,7 @@ def test_a_run_asked_to_stop_anywhere_goes_on_as_if_nothing_had_been(trainer, st
     def planned():
         for phase in plan:
             yield phase
-            # It asks for the next one after the last one's end.
+            # This runs when the killed process has ended.
             saved.append(max((int(path.name) for path in Path(workdir).glob("checkpoints/*")), default=0))
 
     result = campaign(
@@ -119,7 +119,7 @@ def test_a_run_asked_to_stop_anywhere_goes_on_as_if_nothing_had_been(trainer, st
 
 
 @pytest.mark.slow
-def test_a_signal_while_the_text_stalls(tmp_path):
+def test_a_signal_stops_a_run_that_waits_for_text(tmp_path):
     server = Server(files={"/text.jsonl": encode("text.jsonl", sentences(300))})
     server.silence_seconds = 600.0
     try:
@@ -132,8 +132,8 @@ def test_a_signal_while_the_text_stalls(tmp_path):
             await_phase(process, lambda: phase_of(workdir, log, eval_steps=EVAL_STEPS), "steps")
             # The next epoch opens the file again.
             server.always["/text.jsonl"] = "hang"
-            asked = server.count("/text.jsonl")
-            while server.count("/text.jsonl") == asked and process.poll() is None:
+            num_requests = server.count("/text.jsonl")
+            while server.count("/text.jsonl") == num_requests and process.poll() is None:
                 time.sleep(0.1)
             time.sleep(3.0)
             start = time.monotonic()
@@ -148,7 +148,7 @@ def test_a_signal_while_the_text_stalls(tmp_path):
     assert lines[-1].endswith("; rerun the same command to resume")
     with Checkpointer(LocalStorage(workdir), keep_checkpoints=2) as checkpointer:
         saved = checkpointer.latest_step()
-    # The last update that had its text.
+    # Saved after the last step that had a batch.
     assert saved >= read_metrics(f"{workdir}/metrics.jsonl")[-1]["step"]
     assert saved < 100_000
 
@@ -247,7 +247,7 @@ def test_signals_raise_only_outside_deferred_and_handlers_are_restored():
 
 
 def make_run(run: Path, *, weight: float = 1.0, row: int = 5, loss: float = 2.0, seconds: float = 1.0) -> None:
-    """What `differences` looks at."""
+    """Writes what `differences` compares."""
     for name in ("model", "tokenizer", "checkpoints"):
         (run / name).mkdir(parents=True)
         (run / name / "file").write_text(name)
@@ -255,13 +255,13 @@ def make_run(run: Path, *, weight: float = 1.0, row: int = 5, loss: float = 2.0,
     (run / "model" / "curves.png").write_text(str(seconds))
     (run / "metrics.jsonl").write_text(json.dumps({"step": 4, "train/loss": loss, "perf/step_ms": seconds}) + "\n")
     state = parallel.to_global(parallel.replicate({"weight": np.full(3, weight, np.float32)}))
-    loop = {"counts_V": [1], "tokens_seen": 2, "skipped": [0, 0], "evaluated": True, "hours": seconds}
-    loop["interval"] = {"loss": loss, "seconds": seconds, "apart_seconds": {"save": seconds}}
+    loop = {"counts_V": [1], "tokens_seen": 2, "skipped_steps": 0, "evaluated": True, "seconds": seconds}
+    loop["interval"] = {"loss": loss, "seconds": seconds, "pause_seconds": {"save": seconds}}
     with Checkpointer(LocalStorage(str(run)), keep_checkpoints=1) as checkpointer:
         checkpointer.save(4, state=state, loop=loop, stream={"row": row})
 
 
-def test_what_differs_is_found_and_timings_are_not(tmp_path):
+def test_differences_are_found_and_timings_are_ignored(tmp_path):
     make_run(tmp_path / "a")
     make_run(tmp_path / "b", seconds=7.0)
     assert differences(str(tmp_path / "a"), str(tmp_path / "b")) == []
@@ -273,8 +273,8 @@ def test_what_differs_is_found_and_timings_are_not(tmp_path):
         "checkpoint 4: ['weight']",
         "checkpoint 4: loop",
         "checkpoint 4: stream",
-        "checkpoints/5.orbax-checkpoint-tmp is left",
+        "checkpoints/5.orbax-checkpoint-tmp is left over",
         "metrics.jsonl, steps [4]",
-        "model.old is left",
+        "model.old is left over",
         "model/file",
     ]

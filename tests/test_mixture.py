@@ -61,9 +61,9 @@ def test_batches_of_one_source_are_its_rows():
 )
 def test_skipped_batches_are_left_out_and_resume_exactly(make, skip_steps, skipped):
     straight = take(make(), 20)
-    kept = [n for n in range(1, 21) if n not in skipped]
+    numbers = [n for n in range(1, 21) if n not in skipped]
     stream = make(skip_steps=skip_steps)
-    for step, number in enumerate(kept[:-2], 1):
+    for step, number in enumerate(numbers[:-2], 1):
         assert next(stream).tolist() == straight[number - 1]
         assert stream.batch_number == number == mixture_lib.batch_of_step(step, skip_steps)
         state = saved(stream)
@@ -73,7 +73,7 @@ def test_skipped_batches_are_left_out_and_resume_exactly(make, skip_steps, skipp
         # It resumes exactly before, between and after them.
         again = make(skip_steps=skip_steps)
         again.restore([state])
-        assert take(again, 2) == [straight[n - 1] for n in kept[step : step + 2]]
+        assert take(again, 2) == [straight[n - 1] for n in numbers[step : step + 2]]
 
 
 def test_skip_steps_may_change_past_the_checkpoint_only():

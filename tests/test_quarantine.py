@@ -111,7 +111,7 @@ def test_the_next_epoch_reads_the_complete_shard(server, tiny_reads):
     assert rows.counters["failed_shards"] == 1
 
 
-def test_skipped_documents_stay_skipped_on_another_number_of_processes(server, tiny_reads):
+def test_skipped_rows_stay_skipped_on_another_number_of_processes(server, tiny_reads):
     """All other documents are used exactly once."""
     impatient, patient = serve_shards(server, retry_policy=SHORT_DEADLINE), serve_shards(server)
     broken = row_stream(patient, process_index=0, process_count=2).assignment()[0].shard

@@ -1,7 +1,7 @@
 """Ragged token ids -> units, which rows are made of.
 
-A unit is the smallest piece that moves from documents to rows: a token where documents are concatenated, a complete row
-where documents (or lines) are padded. L units make a row of L tokens in the first case, one unit in the second.
+A unit is the smallest amount that moves from documents to rows: a token where documents are concatenated, a complete
+row where documents (or lines) are padded. L units make a row of L tokens in the first case, one unit in the second.
 
 Everything is vectorized over the documents of a chunk, and nothing is carried from one chunk to the next: the stream
 fills a row across chunks, and knows its position as (document, unit).

@@ -85,17 +85,17 @@ class TextPipeline:
           process_index, process_count: which of the run's processes.
           batch_rows: rows per batch of this process.
         """
-        if self.sources[0].train is synthetic.SOURCE:
-            rows = synthetic.SyntheticRows(
-                self.tokenizer,
-                seed=self.stream_options["seed"],
-                max_seq_length=self.stream_options["max_seq_length"],
-                process_index=process_index,
-            )
-            weight = {self.sources[0].name: 1.0}
-            return BatchStream({self.sources[0].name: rows}, weights=weight, batch_rows=batch_rows)
-        streams = {
-            source.name: RowStream(
+        streams: dict[str, RowStream | synthetic.SyntheticRows] = {}
+        for source in self.sources:
+            if source.train is synthetic.SOURCE:
+                streams[source.name] = synthetic.SyntheticRows(
+                    self.tokenizer,
+                    seed=self.stream_options["seed"],
+                    max_seq_length=self.stream_options["max_seq_length"],
+                    process_index=process_index,
+                )
+                continue
+            streams[source.name] = RowStream(
                 source.train,
                 self.tokenizer,
                 # A batch of a mixture may need as little as one row of a source.
@@ -105,8 +105,6 @@ class TextPipeline:
                 process_count=process_count,
                 **self.stream_options,
             )
-            for source in self.sources
-        }
         return BatchStream(
             streams,
             weights={source.name: source.weight for source in self.sources},

@@ -92,6 +92,7 @@ class Prefetcher:
                 if self._closed:
                     raise ValueError("the prefetcher is closed")
                 if not self._batches:
+                    assert self._error is not None
                     raise self._error
                 batch = self._batches.popleft()
                 self._changed.notify_all()

@@ -27,7 +27,7 @@ class ChunkSlice(NamedTuple):
 
     Attributes:
         epoch: the epoch in which the chunk was read.
-        locations: int64 [N or more, 2], (shard, row) of each document of the chunk.
+        locations: int64 [N, 2], (shard, row) of each document of the chunk.
         offsets: int64 [N + 1], document n of the chunk is units offsets[n] to offsets[n + 1].
         begin, end: units of the chunk: begin <= unit < end.
     """
@@ -47,6 +47,7 @@ def document_spans(chunk_slices: Sequence[ChunkSlice]) -> list[DocumentSpan]:
         last = int(np.searchsorted(part.offsets, part.end, side="left"))
         borders = units_before + np.clip(part.offsets[first : last + 1], part.begin, part.end) - part.begin
         for n, (begin, end) in enumerate(zip(borders[:-1].tolist(), borders[1:].tolist(), strict=True), first):
-            spans.append(DocumentSpan(part.epoch, *part.locations[n].tolist(), begin, end))
+            shard, row = part.locations[n].tolist()
+            spans.append(DocumentSpan(part.epoch, shard, row, begin, end))
         units_before += part.end - part.begin
     return spans

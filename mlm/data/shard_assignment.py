@@ -214,15 +214,15 @@ def reassign(
             items.append(WorkItem(epoch, own))
     # The sort is stable: within an epoch, open windows come first.
     items.sort(key=lambda item: item.epoch)
-    counters = {}
-    if process_index == 0:
-        counters = {
-            "documents_before_window": sum(position.num_documents() for position in positions),
-            "skipped_documents": sum(position.skipped_documents for position in positions),
-            "held_out_documents": sum(position.held_out_documents for position in positions),
-            "failed_shards": sum(position.failed_shards for position in positions),
-        }
-    return Position(work_items=tuple(items), next_epoch=newest_epoch + 1, **counters).next_item()
+    counted = positions if process_index == 0 else ()
+    return Position(
+        work_items=tuple(items),
+        next_epoch=newest_epoch + 1,
+        documents_before_window=sum(position.num_documents() for position in counted),
+        skipped_documents=sum(position.skipped_documents for position in counted),
+        held_out_documents=sum(position.held_out_documents for position in counted),
+        failed_shards=sum(position.failed_shards for position in counted),
+    ).next_item()
 
 
 def _assign_open_windows(items: Sequence[WorkItem], *, process_index: int, process_count: int) -> list[WorkItem]:
@@ -231,6 +231,7 @@ def _assign_open_windows(items: Sequence[WorkItem], *, process_index: int, proce
         return list(items[process_index::process_count])
     index, rank, size = _group(len(items), process_index=process_index, process_count=process_count)
     window = items[index].open_window
+    assert window is not None
     part = window._replace(
         document=0,
         # The partly used document is the first one left, so it goes to the first process.

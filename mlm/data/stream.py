@@ -133,10 +133,9 @@ class RowStream:
                 self._advance()
                 continue
             part = self._chunk.data[begin : begin + needed - count]
-            locations = self._window.locations[self._chunk_start :]
             self._batch_slices.append(
                 provenance.ChunkSlice(
-                    self._start.epoch, locations, self._chunk.offsets, begin=begin, end=begin + len(part)
+                    self._start.epoch, self._chunk_locations, self._chunk.offsets, begin=begin, end=begin + len(part)
                 )
             )
             parts.append(part)
@@ -229,13 +228,19 @@ class RowStream:
 
     def _seek(self, position: Position) -> None:
         """Sets the position from which `_advance` reads."""
-        # `_start` is the start of the window. Its `document` and `unit` are not 0 only after a resume: how far into
-        # the window to continue.
+        # Where the current window starts; after a resume `document` and `unit` say how much of the window is used.
         self._start = position
         self._units_used = position.units_used
         self._window: _Window | None = None
-        self._reader: reader_lib.Reader | None = None
+        self._reader = reader_lib.Reader(
+            self._source,
+            self.assignment(),
+            slice_index=position.slice_index,
+            row=position.row,
+            failure_budget=self._failure_budget,
+        )
         self._chunk = _EMPTY_CHUNK
+        self._chunk_locations = np.empty((0, 2), np.int64)
         self._chunk_start = position.document  # Index in the window of the chunk's first document.
         self._chunk_unit = 0  # Units of the chunk that are used.
 
@@ -256,12 +261,12 @@ class RowStream:
         first_unit = 0
         if self._window is None:  # A work item starts, or a resumed run.
             first_unit = self._start.unit
-            self._open_first_window()
+            self._window = self._read_window()
         else:
             self._chunk_start += len(self._chunk.offsets) - 1
         window = self._window
         if window is not None and self._chunk_start < len(window.order):
-            self._pack_chunk(first_unit)
+            self._pack_chunk(window, first_unit)
             return
         self._chunk, self._chunk_unit = _EMPTY_CHUNK, 0
         if window is not None:
@@ -283,20 +288,6 @@ class RowStream:
         if self._window is None:
             self._finish_item()
 
-    def _open_first_window(self) -> None:
-        """Reads the window in which `_start` lies; there is none if the work item has no documents."""
-        self._reader = reader_lib.Reader(
-            self._source,
-            self.assignment(),
-            slice_index=self._start.slice_index,
-            row=self._start.row,
-            failure_budget=self._failure_budget,
-        )
-        was_read_before = self._start.window_end is not None
-        self._window = self._read_window()
-        if was_read_before and self._window is None:
-            raise self._source_changed_error()
-
     def _read_window(self) -> _Window | None:
         """Reads, filters and permutes the next documents; returns None at the end of the work item."""
         reader = self._reader
@@ -308,6 +299,8 @@ class RowStream:
             failed_shards = self._start.failed_shards + reader.failed_shards
             reader.failed_shards = 0
             self._start = dataclasses.replace(self._start, slices=reader.slices, failed_shards=failed_shards)
+        if texts is None and was_read_before:
+            raise self._source_changed_error()
         if texts is None:
             return None
         order = np.arange(len(texts))
@@ -335,15 +328,16 @@ class RowStream:
         byte_ends = np.cumsum(reader_lib.num_bytes(texts)[order])
         return _Window(texts=texts, order=order, byte_ends=byte_ends, locations=reader.locations[order], end=end)
 
-    def _pack_chunk(self, first_unit: int) -> None:
-        """Tokenizes and packs the documents of the window from `_chunk_start` on; `first_unit` units are used."""
-        window, first = self._window, self._chunk_start
+    def _pack_chunk(self, window: _Window, first_unit: int) -> None:
+        """Tokenizes and packs documents of the window from `_chunk_start` on, and skips the first units."""
+        first = self._chunk_start
         bytes_before = window.byte_ends[first - 1] if first else 0
         last = max(first + 1, int(np.searchsorted(window.byte_ends, bytes_before + _CHUNK_BYTES, side="right")))
         texts = window.texts.take(pa.array(window.order[first:last]))
         self._chunk = packing_lib.pack(
             texts, self._tokenizer, packing=self._packing, max_seq_length=self._max_seq_length
         )
+        self._chunk_locations = window.locations[first:last]
         self._chunk_unit = first_unit
         if first_unit > len(self._chunk.data):
             raise self._source_changed_error()
@@ -366,8 +360,7 @@ class RowStream:
             return
         counters = self.counters
         kind = "rows that are not UTF-8" if self._source.blank_rows_are_separators else "blank rows"
-        skipped = f"{counters['skipped_documents']} {kind}"
-        skipped += f", {counters['held_out_documents']} held-out documents"
+        skipped = f"{counters['skipped_documents']} {kind}, {counters['held_out_documents']} held-out documents"
         who = f" for process {self._process_index} of {self._process_count}" if self._process_count > 1 else ""
         if self._units_used == 0:
             raise UserError(f"the data set {self._source.name!r} has no documents to train on{who} ({skipped})")
