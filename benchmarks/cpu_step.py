@@ -31,7 +31,7 @@ def jax_step(side: str, shape: str) -> Callable[[], None]:
     import reference_step as sides
 
     from mlm import parallel
-    from mlm.models.execution import Execution
+    from mlm.models.block import Execution
 
     name, rows, length = SHAPES[shape]
     config = sides.roberta(**(getattr(sides, name) if name else {}))
@@ -129,7 +129,7 @@ def compile_quickstart() -> None:
 
     from configs import quickstart
     from mlm import parallel
-    from mlm.models.execution import Execution
+    from mlm.models.block import Execution
 
     config = quickstart.get_config()
     overrides = {name: value for name, value in config.model.overrides.to_dict().items() if value is not None}

@@ -97,7 +97,7 @@ def our_update(shape: str, rows: int, options: argparse.Namespace) -> None:
     import reference_step as sides
 
     from mlm import parallel
-    from mlm.models.execution import Execution
+    from mlm.models.block import Execution
 
     overrides, length, _ = SHAPES[shape]
     config = sides.roberta(**overrides, attention_probs_dropout_prob=options.attention_dropout)

@@ -24,9 +24,9 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from mlm import parallel, steps
 from mlm.masking import MaskingSpec
+from mlm.models.block import Execution
 from mlm.models.config import EncoderConfig
 from mlm.models.encoder import MaskedLM
-from mlm.models.execution import Execution
 from mlm.optimizer import create_optimizer, decay_mask
 from mlm.schedules import create_schedule
 from mlm.settings import OptimizerSettings

@@ -32,7 +32,8 @@ import reference_step as sides
 from jax.experimental import topologies
 
 from mlm import parallel
-from mlm.models.execution import REMATS, Execution
+from mlm.models.block import Execution
+from mlm.settings import REMATS
 
 ROWS, LENGTH = 128, 128
 # An estimate from here on is none.
@@ -115,15 +116,13 @@ def compile_side(
     )
 
 
-def show(name: str, cost: Cost | None, chip: Chip, *, counted: bool = True) -> None:
-    """Prints a row. A scanned layer is counted once, however often it runs: then the counts mean nothing."""
+def show(name: str, cost: Cost | None, chip: Chip) -> None:
+    """Prints a row of the table."""
     if cost is None:
         print(f"  {name:28} does not fit into {chip.memory / 2**30:.0f} GiB", flush=True)
         return
     counts = (
         f"{cost.flops / 1e12:6.2f} {cost.accessed / 1e9:7.1f} {1e3 * cost.bound(chip):9.1f} {cost.cycles / 1e6:8.1f}"
-        if counted
-        else f"{'-':>6} {'-':>7} {'-':>9} {'-':>8}"
     )
     share = cost.peak / chip.memory
     print(
@@ -166,7 +165,7 @@ def main() -> None:
     parser.add_argument("--dtypes", default="float32,bfloat16")
     parser.add_argument("--sides", default="ours,reference")
     parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument("--remat", default="", help="a table of these, unrolled and scanned: none,dots,full")
+    parser.add_argument("--remat", default="", help="a row for each of these: none,dots,full")
     parser.add_argument("--largest", action="store_true", help="the largest batch that fits")
     options = parser.parse_args()
     layers, remats = options.layers, list(filter(None, options.remat.split(",")))
@@ -184,10 +183,8 @@ def main() -> None:
                 costs[side] = compile_side(side, chip, dtype=dtype, layers=layers, execution=Execution(remat="dots"))
                 show(side, costs[side], chip)
             for remat in remats:
-                for scan in (False, True):
-                    execution = Execution(remat=remat, scan_layers=scan)
-                    cost = compile_side("ours", chip, dtype=dtype, layers=layers, execution=execution)
-                    show(f"remat={remat}{' scanned' * scan}", cost, chip, counted=not scan)
+                cost = compile_side("ours", chip, dtype=dtype, layers=layers, execution=Execution(remat=remat))
+                show(f"remat={remat}", cost, chip)
             if options.largest:
                 rows = largest(chip, dtype=dtype, layers=layers, execution=Execution(remat="dots"))
                 print(f"  the most rows a device that fit: {rows}")

@@ -20,9 +20,9 @@ from mlm.errors import UserError
 from mlm.export import fill_mask
 from mlm.export.hub import Hub, check_token, is_pushed
 from mlm.masking import MaskingSpec
+from mlm.models.block import Execution
 from mlm.models.config import EncoderConfig, default_config
 from mlm.models.encoder import MaskedLM
-from mlm.models.execution import Execution
 from mlm.models.hf import pretrained
 from mlm.models.hf.pretrained import AdaptedWeights, PretrainedWeights
 from mlm.optimizer import create_optimizer
@@ -83,7 +83,7 @@ def build(settings: RunSettings, workdir: WorkDir) -> Components:
         model_type=model_type,
     )
     encoder = _encoder_config(settings, copied, checkpoint, tokenizer)
-    start = checkpoint and pretrained.fit(checkpoint, encoder, vocabulary=tokenizer.hf.get_vocab())
+    start = checkpoint and pretrained.adapt_to_config(checkpoint, encoder, vocabulary=tokenizer.hf.get_vocab())
 
     text = pipeline.open_text(settings.data, text_sources, tokenizer, seed=settings.seed)
     fill_mask.encode(tokenizer, settings.report.sentences, max_seq_length=encoder.max_seq_length)
@@ -232,8 +232,8 @@ def load_model(settings: RunSettings) -> tuple[EncoderConfig | None, PretrainedW
     """The config to copy and the weights to start from, where they are asked for."""
     model = settings.model
     if model.model_name_or_path:
-        checkpoint = pretrained.open_checkpoint(model.model_name_or_path, cache_dir=settings.data.cache_dir)
+        checkpoint = pretrained.load_weights(model.model_name_or_path, cache_dir=settings.data.cache_dir)
         return checkpoint.config, checkpoint
     if model.config_name:
-        return pretrained.open_config(model.config_name, cache_dir=settings.data.cache_dir), None
+        return pretrained.load_config(model.config_name, cache_dir=settings.data.cache_dir), None
     return None, None

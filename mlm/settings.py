@@ -338,7 +338,7 @@ class ModelSettings:
                     width,
                     f"must be a multiple of num_attention_heads={heads}; change one of them",
                 )
-            if self.family is not None and self.family.positions.rotary and width // heads % 2:
+            if self.family is not None and self.family.position_embedding.rotary and width // heads % 2:
                 raise _error(
                     "model.overrides.num_attention_heads",
                     heads,
@@ -547,7 +547,7 @@ class RunSettings:
         """Checks the length of sequences as far as the model's config and its padding id are known."""
         length, positions = self.data.max_seq_length, self.model.config_field("max_position_embeddings")
         family = self.model.family
-        has_offset = family is not None and family.positions is PositionEmbedding.LEARNED_PAD_OFFSET
+        has_offset = family is not None and family.position_embedding is PositionEmbedding.LEARNED_PAD_OFFSET
         # Such a family counts positions from pad_token_id + 1, and the tokenizer may have another padding id: sequences
         # that fit with padding id 0 pass here, and are checked again with the tokenizer.
         if positions is None or length <= (positions - 1 if has_offset else positions):

@@ -1,4 +1,4 @@
-"""Products with parameters: the gradients by hand are those of JAX, but for what JAX rounds."""
+"""Matrix products and lookups: gradients match those of JAX, but are not rounded to bfloat16."""
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +7,7 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 
 from mlm.models.block import _materialize
-from mlm.models.ops.dense import Dense, add_bias, decode, product
+from mlm.models.ops.dense import Dense, add_bias, matmul, qkv_projection, tied_logits
 from mlm.models.ops.gather import embedding_lookup, gather_tokens
 
 DRAW = np.random.default_rng(0)
@@ -18,13 +18,13 @@ def draw(*shape, dtype=jnp.float32):
 
 
 def gradients(function, *arguments):
-    """Of the parameters and the inputs, under an output gradient that is not all ones."""
+    """Output and gradients, for an output gradient that is not all ones."""
     output, backward = jax.vjp(function, *arguments)
     return output, *backward(jnp.asarray(np.random.default_rng(1).normal(size=output.shape), output.dtype))
 
 
 def primitives(function, *arguments):
-    """Names and operand dtypes of all operations of a function and its gradient."""
+    """Names and operand dtypes of the operations of a function and its gradient."""
 
     def walk(jaxpr):
         for equation in jaxpr.eqns:
@@ -35,49 +35,69 @@ def primitives(function, *arguments):
     return list(walk(jax.make_jaxpr(lambda *arrays: gradients(function, *arrays))(*arguments).jaxpr))
 
 
-WAYS = {
-    "product": (product, jnp.dot, (draw(2, 5, 6), draw(6, 4))),
+OPS = {
+    "matmul": (matmul, jnp.dot, (draw(2, 5, 6), draw(6, 4))),
     "bias": (add_bias, lambda x, bias: x + bias[None, None], (draw(2, 5, 6), draw(6))),
     "bias of heads": (add_bias, lambda x, bias: x + bias[None, None], (draw(2, 5, 3, 4), draw(3, 4))),
-    "decode": (decode, lambda x, table: x @ table.T, (draw(2, 5, 6), draw(9, 6))),
+    "tied_logits": (tied_logits, lambda x, table: x @ table.T, (draw(2, 5, 6), draw(9, 6))),
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_gradients_are_jaxs(way):
-    ours, jaxs, arguments = WAYS[way]
-    for found, wanted in zip(gradients(ours, *arguments), gradients(jaxs, *arguments), strict=True):
-        np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
+@pytest.mark.parametrize("op", OPS)
+def test_values_and_gradients_match_jax(op):
+    ours, reference, arguments = OPS[op]
+    for found, expected in zip(gradients(ours, *arguments), gradients(reference, *arguments), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_parameters_gradients_are_not_rounded(way):
-    ours, _, (inputs, parameter) = WAYS[way]
+@pytest.mark.parametrize("op", OPS)
+def test_gradients_of_parameters_are_not_rounded(op):
+    ours, _, (inputs, parameter) = OPS[op]
     half = inputs.astype(jnp.bfloat16)
     output, d_inputs, d_parameter = gradients(ours, half, parameter)
     assert d_inputs.dtype == jnp.bfloat16
-    assert output.dtype == (jnp.float32 if way == "decode" else jnp.bfloat16)
-    # What went in, in float64: the gradient is linear in it. Logits' gradients are rounded, as in training.
+    assert output.dtype == (jnp.float32 if op == "tied_logits" else jnp.bfloat16)
+    # The exact gradient in float64. Gradients of logits are rounded to bfloat16 first, as in training.
     d_output = np.random.default_rng(1).normal(size=output.shape)
     d_output = np.asarray(jnp.asarray(jnp.asarray(d_output, output.dtype), jnp.bfloat16), np.float64)
     rows = np.asarray(half, np.float64).reshape(-1, half.shape[-1])
     exact = {
-        "product": lambda: rows.T @ d_output.reshape(-1, d_output.shape[-1]),
-        "decode": lambda: d_output.reshape(-1, d_output.shape[-1]).T @ rows,
+        "matmul": lambda: rows.T @ d_output.reshape(-1, d_output.shape[-1]),
+        "tied_logits": lambda: d_output.reshape(-1, d_output.shape[-1]).T @ rows,
         "bias": lambda: d_output.sum((0, 1)),
         "bias of heads": lambda: d_output.sum((0, 1)),
-    }[way]()
+    }[op]()
     np.testing.assert_allclose(d_parameter, exact, rtol=1e-5, atol=1e-5)
     assert np.any(np.asarray(d_parameter.astype(jnp.bfloat16), np.float32) != d_parameter)
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("num_projections", [1, 2, 3])
+def test_qkv_projection_matches_plain_jnp(dtype, num_projections):
+    hidden, weight = draw(2, 5, 6, dtype=dtype), draw(num_projections, 4, 3, 6)
+    cotangents = [draw(2, 5, 4, 3, dtype=dtype) for _ in range(num_projections)]
+
+    def reference(hidden, weight):
+        return [jnp.einsum("BLD,HED->BLHE", hidden.astype(jnp.float32), w) for w in weight]
+
+    outputs, backward = jax.vjp(qkv_projection, hidden, weight)
+    expected, reference_backward = jax.vjp(reference, hidden, weight)
+    found = [*outputs, *backward(cotangents)]
+    exact = [*expected, *reference_backward([x.astype(jnp.float32) for x in cotangents])]
+    assert {array.dtype for array in outputs} == {jnp.dtype(dtype)}
+    assert found[-1].dtype == jnp.float32  # The weight's gradient.
+    for array, wanted in zip(found, exact, strict=True):
+        atol = 4 * float(jnp.finfo(dtype).eps) * np.abs(wanted).max()
+        np.testing.assert_allclose(array.astype(jnp.float32), wanted.astype(jnp.float32), rtol=0, atol=atol)
+
+
 def test_products_in_bfloat16_have_bfloat16_operands():
-    for ours, _, (inputs, parameter) in (WAYS["product"], WAYS["decode"]):
+    for ours, _, (inputs, parameter) in (OPS["matmul"], OPS["tied_logits"]):
         found = primitives(ours, inputs.astype(jnp.bfloat16), parameter)
         assert [dtypes for name, dtypes in found if name == "dot_general"] == 3 * [{"bfloat16"}]
 
 
-def test_dense_has_linens_parameters():
+def test_dense_has_the_parameters_of_linen():
     layer = Dense(4, dtype=jnp.float32, kernel_init=jax.nn.initializers.normal(0.1))
     params = layer.init(jax.random.key(0), draw(2, 6))["params"]
     assert jax.tree.map(jnp.shape, params) == {"kernel": (6, 4), "bias": (4,)}
@@ -88,36 +108,35 @@ def test_dense_has_linens_parameters():
     )
 
 
-def test_what_is_written_has_no_barrier_before_its_gradient():
+def test_gradient_of_materialize_has_no_barrier():
     names = [name for name, _ in primitives(_materialize, draw(3))]
     assert names.count("optimization_barrier") == 1
 
 
-# Some places more than once, some never.
-PLACES = jnp.asarray([[0, 2, 2], [4, 0, 4]], jnp.int32)
+# Some positions more than once, some never.
+POSITIONS = jnp.asarray([[0, 2, 2], [4, 0, 4]], jnp.int32)
 
 
-def test_chosen_tokens():
+def test_gather_tokens_matches_jax():
     hidden = draw(2, 5, 6)
-    by_jax = lambda hidden: jnp.take_along_axis(hidden, PLACES[..., None], axis=1)  # noqa: E731
-    found = gradients(lambda hidden: gather_tokens(hidden, PLACES), hidden)
-    for array, wanted in zip(found, gradients(by_jax, hidden), strict=True):
-        np.testing.assert_allclose(array, wanted, rtol=1e-6)
+    reference = lambda hidden: jnp.take_along_axis(hidden, POSITIONS[..., None], axis=1)  # noqa: E731
+    found = gradients(lambda hidden: gather_tokens(hidden, POSITIONS), hidden)
+    for array, expected in zip(found, gradients(reference, hidden), strict=True):
+        np.testing.assert_allclose(array, expected, rtol=1e-6)
     assert not [
-        name for name, _ in primitives(lambda hidden: gather_tokens(hidden, PLACES), hidden) if "scatter" in name
+        name for name, _ in primitives(lambda hidden: gather_tokens(hidden, POSITIONS), hidden) if "scatter" in name
     ]
-    assert np.isnan(gather_tokens(hidden, PLACES.at[0, 0].set(5))[0, 0]).all()
+    assert np.isnan(gather_tokens(hidden, POSITIONS.at[0, 0].set(5))[0, 0]).all()
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_entries_of_a_table(dtype):
+def test_embedding_lookup_matches_jax(dtype):
     table = draw(7, 6)
-    found = gradients(lambda table: embedding_lookup(table, PLACES, dtype), table)
-    # Rounded before it comes to the table, and not again.
-    by_jax = gradients(lambda table: table[PLACES].astype(dtype), table)
-    for array, wanted in zip(found, by_jax, strict=True):
-        assert array.dtype == wanted.dtype
-        np.testing.assert_allclose(array, wanted, rtol=1e-6)
-    names = [name for name, _ in primitives(lambda table: embedding_lookup(table, PLACES, dtype), table)]
+    found = gradients(lambda table: embedding_lookup(table, POSITIONS, dtype), table)
+    expected = gradients(lambda table: table[POSITIONS].astype(dtype), table)
+    for array, exact in zip(found, expected, strict=True):
+        assert array.dtype == exact.dtype
+        np.testing.assert_allclose(array, exact, rtol=1e-6)
+    names = [name for name, _ in primitives(lambda table: embedding_lookup(table, POSITIONS, dtype), table)]
     assert not [name for name in names if "scatter" in name]
-    assert np.isnan(embedding_lookup(table, PLACES.at[0, 0].set(7), jnp.float32)[0, 0]).all()
+    assert np.isnan(embedding_lookup(table, POSITIONS.at[0, 0].set(7), jnp.float32)[0, 0]).all()

@@ -1,4 +1,4 @@
-"""How layers are computed changes no model: remat, scan, and what is compiled once."""
+"""`Execution` changes speed and memory, and results by rounding only."""
 
 import dataclasses
 import functools
@@ -10,12 +10,12 @@ import pytest
 
 from configs import default
 from mlm import build
+from mlm.models.block import Execution
 from mlm.models.config import default_config
 from mlm.models.encoder import MaskedLM
-from mlm.models.execution import REMATS, Execution, _repeats
+from mlm.settings import REMATS
 from tests.tiny import settings_of
 
-PLAIN = Execution()
 SHAPE = {
     "vocab_size": 40,
     "hidden_size": 16,
@@ -27,7 +27,7 @@ SHAPE = {
 FAMILIES = {
     "roberta": {},
     "albert": {"embedding_size": 8},
-    "modernbert": {"num_hidden_layers": 7, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2},
+    "modernbert": {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2},
 }
 INPUTS = np.random.default_rng(0).integers(3, 40, (2, 12)).astype(np.int32)
 
@@ -45,7 +45,7 @@ def params_of(family):
     return jax.jit(MaskedLM(config_of(family)).init)(jax.random.key(0), INPUTS)["params"]
 
 
-def gradients(family, execution, *, dropout=0.0, key=0):
+def loss_and_gradients(family, execution, *, dropout=0.0, key=0):
     model = MaskedLM(config_of(family, dropout), execution=execution)
 
     @jax.jit
@@ -61,54 +61,40 @@ def gradients(family, execution, *, dropout=0.0, key=0):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("remat", REMATS)
-def test_the_same_loss_and_gradients(family, remat):
-    wanted, wanted_gradients = gradients(family, PLAIN)
-    largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(wanted_gradients))
-    for scan in (False, True):
-        if (remat, scan) == ("none", False):
-            continue
-        found, found_gradients = gradients(family, Execution(remat=remat, scan_layers=scan))
-        np.testing.assert_allclose(found, wanted, rtol=1e-6)
-        near = functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-5 * largest)
-        jax.tree.map(near, found_gradients, wanted_gradients)
-
-
-def test_parameters_begin_the_same_and_have_the_same_names():
-    for execution in (Execution(remat="dots"), Execution(remat="full", scan_layers=True)):
-        model = MaskedLM(config_of("roberta"), execution=execution)
-        params = jax.jit(model.init)(jax.random.key(0), INPUTS)["params"]
-        jax.tree.map(np.testing.assert_array_equal, params, params_of("roberta"))
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_remat_changes_neither_loss_nor_gradients(family, dropout):
+    expected, expected_gradients = loss_and_gradients(family, Execution(remat="none"), dropout=dropout)
+    largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(expected_gradients))
+    assert_close = functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-5 * largest)
+    for remat in REMATS[1:]:
+        found, gradients = loss_and_gradients(family, Execution(remat=remat), dropout=dropout)
+        np.testing.assert_allclose(found, expected, rtol=1e-6)
+        jax.tree.map(assert_close, gradients, expected_gradients)
 
 
 @pytest.mark.slow
-def test_dropout_of_a_scanned_layer_follows_its_key_and_differs_by_layer():
-    scanned = Execution(scan_layers=True)
-    first, again, other = (gradients("roberta", scanned, dropout=0.5, key=key)[0] for key in (0, 0, 1))
+def test_dropout_follows_its_key_in_rematerialized_layers():
+    first, again, other = (
+        loss_and_gradients("roberta", Execution(remat="full"), dropout=0.5, key=key)[0] for key in (0, 0, 1)
+    )
     assert first == again != other
-    # Full rematerialization drops the same again: else the gradient would be another function's.
-    full = gradients("roberta", Execution(remat="full", scan_layers=True), dropout=0.5)
-    unrolled = gradients("roberta", Execution(remat="full"), dropout=0.5)
-    for found in (full, unrolled):
-        np.testing.assert_allclose(found[0], first, rtol=1e-5)
 
 
-def test_a_scan_is_traced_once_for_all_layers():
-    def products(layers, execution):
-        model = MaskedLM(config_of("roberta").replace(num_hidden_layers=layers), execution=execution)
-        params = jax.eval_shape(model.init, jax.random.key(0), INPUTS)["params"]
-        return str(jax.make_jaxpr(lambda p: model.apply({"params": p}, INPUTS))(params)).count("dot_general")
-
-    scanned = Execution(scan_layers=True)
-    assert products(3, scanned) == products(12, scanned)
-    assert products(12, PLAIN) == products(3, PLAIN) + 9 * 8  # Three of heads, two of attention, three others.
+@pytest.mark.parametrize("remat", REMATS[1:])
+def test_parameters_do_not_depend_on_remat(remat):
+    model = MaskedLM(config_of("roberta"), execution=Execution(remat=remat))
+    params = jax.jit(model.init)(jax.random.key(0), INPUTS)["params"]
+    jax.tree.map(np.testing.assert_array_equal, params, params_of("roberta"))
 
 
-def test_what_repeats_itself():
-    assert _repeats(config_of("roberta").layers) == (0, 1)
-    # The first layer has no norm before attention; then two local ones and a global one.
-    assert _repeats(config_of("modernbert").layers) == (1, 3)
-    assert _repeats(config_of("roberta").replace(num_hidden_layers=1).layers) == (0, 1)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_full_remat_recomputes_the_matrix_products_of_every_layer(family):
+    def num_products(remat):
+        model = MaskedLM(config_of(family), execution=Execution(remat=remat))
+        gradient = jax.make_jaxpr(jax.grad(lambda params: model.apply({"params": params}, INPUTS).sum()))
+        return str(gradient(params_of(family))).count("dot_general")
+
+    assert num_products("full") >= num_products("none") + 3 * 7
 
 
 @pytest.mark.parametrize(
@@ -120,9 +106,9 @@ def test_what_repeats_itself():
         ("gpu", "bfloat16", Execution(attention="cudnn", remat="dots")),
     ],
 )
-def test_auto_is_by_device(backend, dtype, expected):
+def test_auto_depends_on_the_device(backend, dtype, expected):
     config = default.get_config()
     config.model.dtype = dtype
     assert build.open_execution(settings_of(config), backend=backend) == expected
-    config.model.attention, config.model.remat, config.model.scan_layers = "xla", "full", True
-    assert build.open_execution(settings_of(config), backend=backend) == Execution("xla", "full", True)
+    config.model.attention, config.model.remat = "xla", "full"
+    assert build.open_execution(settings_of(config), backend=backend) == Execution("xla", "full")

@@ -1,4 +1,4 @@
-"""Every family of encoders against PyTorch's: golden/<case>.npz, made by golden/make_families.py."""
+"""Every family against transformers' PyTorch model: golden/<case>.npz, made by golden/make_families.py."""
 
 import functools
 import itertools
@@ -26,8 +26,8 @@ GOLDEN = pathlib.Path(__file__).parent / "golden"
 CASES = sorted(path.stem for path in GOLDEN.glob("*.npz"))
 
 
-def slow_but(*quick):
-    """All cases; those that are not named are slow."""
+def slow_except(*quick):
+    """All cases, marked slow except the named ones."""
     return [case if case in quick else pytest.param(case, marks=pytest.mark.slow) for case in CASES]
 
 
@@ -55,22 +55,22 @@ def test_every_family_has_a_case():
     assert {load(case)[1].model_type for case in CASES} == set(FAMILIES)
 
 
-@pytest.mark.parametrize("case", slow_but("bert", "roberta", "modernbert"))
-def test_logits_and_loss_are_those_of_pytorch(case):
+@pytest.mark.parametrize("case", slow_except("bert", "roberta", "modernbert"))
+def test_logits_and_loss_match_pytorch(case):
     golden, config, _ = load(case)
     *arrays, _ = arguments(case)
     loss, logits = jax.jit(loss_and_logits, static_argnames="config")(*arrays, config=config)
-    # Nothing is ever read from padding.
+    # Outputs of padding are not used.
     is_token = golden["inputs"] != config.pad_token_id
-    wanted = golden["logits"][is_token]
-    # Float32 carries 24 bits; a few layers lose up to seven of them.
-    np.testing.assert_allclose(logits[is_token], wanted, rtol=0, atol=2.0**-16 * np.abs(wanted).max())
+    expected = golden["logits"][is_token]
+    # float32 has 24 bits; a few layers lose up to seven of them.
+    np.testing.assert_allclose(logits[is_token], expected, rtol=0, atol=2.0**-16 * np.abs(expected).max())
     np.testing.assert_allclose(loss, golden["loss"], rtol=1e-6)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
-def test_gradients_are_those_of_pytorch(case):
+def test_gradients_match_pytorch(case):
     golden, config, _ = load(case)
     *arrays, _ = arguments(case)
     gradient = jax.jit(jax.grad(loss_and_logits, has_aux=True), static_argnames="config")
@@ -79,22 +79,22 @@ def test_gradients_are_those_of_pytorch(case):
     shown = [name.removeprefix("gradient/") for name in golden if name.startswith("gradient/")]
     assert len(shown) > 5
     for name in shown:
-        wanted = golden[f"gradient/{name}"]
-        np.testing.assert_allclose(gradients[name], wanted, rtol=0, atol=2.0**-15 * largest, err_msg=name)
+        expected = golden[f"gradient/{name}"]
+        np.testing.assert_allclose(gradients[name], expected, rtol=0, atol=2.0**-15 * largest, err_msg=name)
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_names_and_shapes_are_those_of_pytorch(case):
-    """What state_dict() has besides are second names of tied tensors, and a bias that nothing reads."""
+def test_names_and_shapes_match_pytorch(case):
+    """state_dict() also has the second names of tied tensors."""
     golden, config, tensors = load(case)
-    theirs = {name: tuple(shape) for name, shape in json.loads(str(golden["state_dict_shapes"])).items()}
-    assert {name: tensor.shape for name, tensor in tensors.items()}.items() <= theirs.items()
-    assert weights.shapes(config).items() <= theirs.items()
-    assert theirs.keys() - tensors.keys() == weights.tied_names(config).keys()
+    state_dict = {name: tuple(shape) for name, shape in json.loads(str(golden["state_dict_shapes"])).items()}
+    assert {name: tensor.shape for name, tensor in tensors.items()}.items() <= state_dict.items()
+    assert weights.tensor_shapes(config).items() <= state_dict.items()
+    assert state_dict.keys() - tensors.keys() == weights.tied_tensors(config).keys()
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_pytorch_to_ours_and_back_is_bit_identical(case):
+def test_conversion_from_pytorch_and_back_is_bitwise_identical(case):
     _, config, tensors = load(case)
     back = weights.to_hf(weights.from_hf(tensors, config), config)
     assert set(back) == set(tensors)
@@ -103,17 +103,16 @@ def test_pytorch_to_ours_and_back_is_bit_identical(case):
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
-def test_defaults(model_type):
+def test_defaults_match_transformers(model_type):
     golden = next(golden for golden, config, _ in map(load, CASES) if config.model_type == model_type)
-    theirs = json.loads(str(golden["default_config"]))
-    ours = default_config(model_type)
-    assert EncoderConfig.from_hf(theirs) == ours
-    assert EncoderConfig.from_hf({"model_type": model_type}) == ours
+    expected = default_config(model_type)
+    assert EncoderConfig.from_hf(json.loads(str(golden["default_config"]))) == expected
+    assert EncoderConfig.from_hf({"model_type": model_type}) == expected
 
 
 def test_hub_configs_are_read():
-    """Of google-bert/bert-base-multilingual-cased, albert/albert-base-v2 and answerdotai/ModernBERT-base, what is odd
-    in them: fields of no meaning, other names, and none of those that transformers 5 writes."""
+    """Fields without meaning, other names and the fields of transformers 4 in google-bert/bert-base-multilingual-cased,
+    albert/albert-base-v2 and answerdotai/ModernBERT-base."""
     bert = {"model_type": "bert", "vocab_size": 119547, "directionality": "bidi", "pooler_fc_size": 768}
     assert EncoderConfig.from_hf(bert) == default_config("bert").replace(vocab_size=119547)
     albert = {"model_type": "albert", "hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072}
@@ -129,17 +128,33 @@ def test_hub_configs_are_read():
 @pytest.mark.parametrize(
     ("model_type", "fields", "message"),
     [
-        ("bert", {"embedding_size": 3}, "embedding_size=3 will not do; the field is unknown"),
-        ("bert", {"tie_word_embeddings": False}, "tie_word_embeddings=False will not do"),
-        ("bert", {"hidden_act": "mish"}, "hidden_act='mish' will not do; known: gelu, gelu_new"),
-        ("distilbert", {"sinusoidal_pos_embds": True}, "sinusoidal_pos_embds=True will not do"),
-        ("distilbert", {"type_vocab_size": 2}, "type_vocab_size=2 will not do"),
-        ("distilbert", {"hidden_size": 12}, "hidden_size=12 will not do; the field is unknown"),
-        ("albert", {"num_hidden_groups": 13}, "at most num_hidden_layers=12"),
-        ("albert", {"inner_group_num": None}, "inner_group_num=None will not do; the family albert needs it"),
-        ("roformer", {"num_attention_heads": 768}, "a head is 1 wide, and rotary positions need an even width"),
-        ("roformer", {"rotary_value": 1}, "rotary_value=1 will not do"),
-        ("modernbert", {"hidden_dropout_prob": 0.1}, "hidden_dropout_prob=0.1 will not do; the field is unknown"),
+        (
+            "bert",
+            {"embedding_size": 3},
+            "model config embedding_size=3: unknown field of the family bert, which may change the model",
+        ),
+        (
+            "bert",
+            {"tie_word_embeddings": False},
+            "tie_word_embeddings=False: the family bert supports true only; set it to true",
+        ),
+        ("bert", {"hidden_act": "mish"}, "hidden_act='mish': must be one of gelu, gelu_new"),
+        (
+            "distilbert",
+            {"sinusoidal_pos_embds": True},
+            "sinusoidal_pos_embds=True: only False is supported; choose another model",
+        ),
+        ("distilbert", {"type_vocab_size": 2}, "type_vocab_size=2: unknown field"),
+        ("distilbert", {"hidden_size": 12}, "hidden_size=12: unknown field"),
+        ("albert", {"num_hidden_groups": 13}, "num_hidden_groups=13: must be at most num_hidden_layers=12"),
+        ("albert", {"inner_group_num": None}, "inner_group_num=None: the family albert needs a value; set it"),
+        (
+            "roformer",
+            {"num_attention_heads": 768},
+            "num_attention_heads=768: rotary embeddings need an even head size, not 1",
+        ),
+        ("roformer", {"rotary_value": 1}, "rotary_value=1: must be of type bool"),
+        ("modernbert", {"hidden_dropout_prob": 0.1}, "hidden_dropout_prob=0.1: unknown field"),
         ("modernbert", {"rope_scaling": {"type": "linear"}}, "rope_scaling="),
         ("modernbert", {"layer_types": ["sliding_attention"]}, "layer_types="),
         ("modernbert", {"layer_types": ["full_attention", "conv"]}, "layer_types="),
@@ -150,34 +165,37 @@ def test_hub_configs_are_read():
         ),
         ("modernbert", {"rope_parameters": {"full_attention": {"factor": 2.0}}}, "rope_parameters.full_attention"),
         ("modernbert", {"rope_parameters": {"rope_theta": 1e4}}, "rope_parameters="),
-        ("modernbert", {"local_attention": 0}, "local_attention=0 will not do; it must be at least 1"),
+        ("modernbert", {"local_attention": 0}, "local_attention=0: must be at least 1"),
         ("modernbert", {"classifier_activation": None}, "classifier_activation=None"),
-        ("deberta-v2", {}, "model_type='deberta-v2' will not do; known: roberta, xlm-roberta, camembert"),
+        ("deberta-v2", {}, "model_type='deberta-v2': must be one of roberta, xlm-roberta, camembert"),
     ],
 )
-def test_what_a_family_does_not_have_is_refused_by_name(model_type, fields, message):
+def test_unsupported_fields_are_errors_with_their_name(model_type, fields, message):
     with pytest.raises(UserError, match=message) as error:
         EncoderConfig.from_hf({"model_type": model_type} | fields)
     assert "\n" not in str(error.value)
 
 
-def test_fields_of_other_families_are_refused_but_for_their_one_value():
-    with pytest.raises(UserError, match="local_attention=128 will not do; the family roberta has no such field"):
+def test_overrides_of_other_families_are_errors_with_family_and_key():
+    message = r"^model\.overrides\.local_attention=128: the family roberta has no such field; set it to None$"
+    with pytest.raises(UserError, match=message):
         default_config("roberta").replace(local_attention=128)
-    with pytest.raises(UserError, match="type_vocab_size=2 will not do; the family modernbert has no such field"):
+    with pytest.raises(
+        UserError, match=r"model\.overrides\.type_vocab_size=2: the family modernbert has no such field"
+    ):
         default_config("modernbert").replace(type_vocab_size=2)
     assert default_config("modernbert").replace(type_vocab_size=0, hidden_dropout_prob=0.0).max_seq_length == 8192
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_matrices_decay_and_nothing_else(case):
+def test_weight_decay_applies_to_matrices_only(case):
     _, config, tensors = load(case)
     flat = jax.tree_util.tree_leaves_with_path(decay_mask(weights.from_hf(tensors, config)))
     assert {path[-1].key for path, decayed in flat if decayed} - {"decoder"} == {"kernel", "weight", "embedding"}
     assert {path[-1].key for path, decayed in flat if not decayed} <= {"bias", "scale"}
 
 
-def test_layers():
+def test_layers_of_modernbert_albert_and_distilbert():
     modern = default_config("modernbert").layers
     assert [i for i, layer in enumerate(modern) if layer.window is None] == [0, 3, 6, 9, 12, 15, 18, 21]
     assert {(layer.window, layer.rope_theta) for layer in modern} == {(None, 160_000.0), (64, 10_000.0)}
@@ -187,8 +205,8 @@ def test_layers():
     assert [layer.block for layer in default_config("distilbert").layers] == [0, 1, 2, 3, 4, 5]
 
 
-# Where transformers has dropout: the embeddings, then attention weights and outputs of each layer.
-DROPPED = {
+# Dropout in transformers: the embeddings, then attention weights and outputs of each layer.
+DROPOUT_SITES = {
     "distilbert": ["hidden", "attention", "hidden"],
     "albert": ["hidden", "attention", "hidden"],
     "modernbert": ["embedding", "attention", "attention", "mlp"],
@@ -196,10 +214,10 @@ DROPPED = {
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
-def test_dropout_is_where_transformers_has_it(model_type, monkeypatch):
+def test_dropout_sites_match_transformers(model_type, monkeypatch):
     _, config, _ = load(model_type.replace("-", "_"))
     rates = {"hidden": 0.25, "attention": 0.5, "embedding": 0.125, "mlp": 0.375}
-    fields = ["attention_probs_dropout_prob", *sorted({*FAMILIES[model_type].dropout.values()})]
+    fields = ["attention_probs_dropout_prob", *sorted({*FAMILIES[model_type].dropout_fields.values()})]
     config = config.replace(**{field: rates[field.split("_")[0]] for field in fields})
     calls = []
 
@@ -207,19 +225,19 @@ def test_dropout_is_where_transformers_has_it(model_type, monkeypatch):
         calls.append(rate)
         return jnp.ones(shape, bool)
 
-    monkeypatch.setattr(dropout, "kept", record)
-    monkeypatch.setattr(attention, "kept", record)
+    monkeypatch.setattr(dropout, "dropout_keep_mask", record)
+    monkeypatch.setattr(attention, "dropout_keep_mask", record)
     model = MaskedLM(config)
     keys = {"params": jax.random.key(0), "dropout": jax.random.key(1)}
     jax.eval_shape(lambda: model.init(keys, jnp.zeros((1, 5), jnp.int32), deterministic=False))
-    first, *layer = DROPPED.get(model_type, ["hidden", "attention", "hidden", "hidden"])
-    assert calls == [rates[first]] + [rates[place] for place in layer] * len(config.layers)
+    first, *layer = DROPOUT_SITES.get(model_type, ["hidden", "attention", "hidden", "hidden"])
+    assert calls == [rates[first]] + [rates[kind] for kind in layer] * len(config.layers)
 
 
-@pytest.mark.parametrize("case", slow_but("modernbert", "electra"))
-def test_parameters_start_as_in_transformers(case):
+@pytest.mark.parametrize("case", slow_except("modernbert", "electra"))
+def test_initialization_matches_transformers(case):
     golden, config, _ = load(case)
-    if case == "roberta":  # Has a test of its own, and another golden file.
+    if case == "roberta":  # tests/test_models.py has this test for its golden file.
         return
     params = jax.jit(MaskedLM(config).init)(jax.random.key(2, impl="rbg"), golden["inputs"])["params"]
     zero_rows, deviation = (json.loads(str(golden[f"initial_{name}"])) for name in ("zero_rows", "deviation"))
@@ -230,15 +248,15 @@ def test_parameters_start_as_in_transformers(case):
         rows = np.flatnonzero(~tensor.any(axis=1)).tolist()
         assert rows == zero_rows[name], name
         values = np.delete(tensor, rows, axis=0)
-        # Ours and theirs each have their own draws: five standard errors of a deviation of that many, twice.
+        # Two independent samples: five standard errors of a standard deviation, for each of them.
         assert abs(values.std() / deviation[name] - 1) < 10 / (2 * values.size) ** 0.5, name
         if config.initializer_cutoff_factor:
-            # What is cut at 2 deviations has 0.88 of the deviation that it is drawn with.
+            # Truncation at 2 standard deviations reduces the standard deviation to 0.88 of it.
             assert np.abs(values).max() <= 2 * values.std() / 0.8, name
 
 
-@pytest.mark.parametrize("case", slow_but("modernbert", "roformer"))
-def test_a_document_in_a_row_has_the_logits_it_has_alone(case):
+@pytest.mark.parametrize("case", slow_except("modernbert", "roformer"))
+def test_isolated_document_has_the_same_logits_as_alone(case):
     _, config, tensors = load(case)
     params, begin, pad = weights.from_hf(tensors, config), 1, config.pad_token_id
     draw = np.random.default_rng(0)
@@ -250,22 +268,22 @@ def test_a_document_in_a_row_has_the_logits_it_has_alone(case):
     logits = jax.jit(
         lambda begin_id: MaskedLM(config, begin_id=begin_id).apply({"params": params}, rows), static_argnums=0
     )
-    isolated, run_on = logits(begin), logits(None)
+    isolated, concatenated = logits(begin), logits(None)
     start = 0
     for row, part in enumerate(parts, start=1):
         alone = isolated[row, : len(part)]
         atol = 1e-5 * np.abs(alone).max()
         np.testing.assert_allclose(isolated[0, start : start + len(part)], alone, rtol=0, atol=atol)
-        np.testing.assert_allclose(run_on[row, : len(part)], alone, rtol=0, atol=atol)
+        np.testing.assert_allclose(concatenated[row, : len(part)], alone, rtol=0, atol=atol)
         start += len(part)
-    # "concatenate" lets them see each other: the test can fail.
-    assert np.abs(run_on[0] - isolated[0]).max() > 1e-2 * np.abs(isolated).max()
+    # Without isolation documents see each other, so the test can fail.
+    assert np.abs(concatenated[0] - isolated[0]).max() > 1e-2 * np.abs(isolated).max()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model_type", FAMILIES)
-def test_updates_lower_the_loss(model_type):
-    """Eight rows of one token each, from PyTorch's weights, through the real train step."""
+def test_training_lowers_the_loss(model_type):
+    """Eight rows of one repeated token each, from PyTorch's weights, through the real train step."""
     _, config, tensors = load(model_type.replace("-", "_"))
     optimizer = optimizer_settings(learning_rate=5e-3, adam_epsilon=1e-6, weight_decay=0.01)
     schedule = create_schedule(optimizer, num_train_steps=100)
@@ -292,15 +310,15 @@ def test_updates_lower_the_loss(model_type):
         sums = parallel.first_replica(metrics.sums)
         losses.append(sums.loss / sums.count)
     print(f"{model_type}: {losses[0]:.2f} -> {np.mean(losses[-5:]):.2f}")
-    # Worse than an even guess over all tokens at first, better than one over the eight in the end.
+    # Worse than uniform over the vocabulary at first, better than uniform over the eight tokens in the end.
     assert losses[0] > np.log(61)
     assert np.mean(losses[-5:]) < np.log(8)
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_config(case):
+def test_config_round_trip(case):
     golden, config, _ = load(case)
-    theirs = json.loads(str(golden["config"]))
-    ours = config.to_hf()
-    assert {name: theirs[name] for name in ours} == ours
-    assert EncoderConfig.from_hf(ours) == config
+    expected = json.loads(str(golden["config"]))
+    written = config.to_hf()
+    assert {name: expected[name] for name in written} == written
+    assert EncoderConfig.from_hf(written) == config

@@ -1,4 +1,4 @@
-"""The count of floating-point operations against the matrix products that the model is traced to."""
+"""flops_per_token against the matrix products in the traced model."""
 
 import json
 import math
@@ -20,7 +20,7 @@ CASES = sorted(path.stem for path in GOLDEN.glob("*.npz"))
 
 
 def products(jaxpr):
-    """Multiply-adds of every dot_general, those of inner functions included."""
+    """Multiply-adds of every dot_general, including those of inner functions."""
     total = 0
     for equation in jaxpr.eqns:
         if equation.primitive.name == "dot_general":
@@ -32,11 +32,13 @@ def products(jaxpr):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_flops_are_those_of_every_matrix_product(case):
+def test_flops_match_all_matrix_products(case):
     with np.load(GOLDEN / f"{case}.npz") as file:
         config = EncoderConfig.from_hf(json.loads(str(file["config"])))
     if config.local_attention:
-        config = config.replace(local_attention=100)  # Windows longer than the row: all is computed, all is counted.
+        config = config.replace(
+            local_attention=100
+        )  # Longer than the row: products outside a window are computed, but not counted.
     length, max_predictions_per_seq = 12, 5
 
     def forward(inputs_BxL, positions_BxK):
@@ -49,9 +51,9 @@ def test_flops_are_those_of_every_matrix_product(case):
     assert counted == pytest.approx(3 * 2 * products(jaxpr.jaxpr), rel=1e-12)
 
 
-def test_a_window_counts_with_what_it_holds():
+def test_window_limits_the_counted_keys():
     config = default_config("modernbert")
-    # 14 of 22 layers see 64 tokens on each side; scores and their use are 2 x 768 multiply-adds a token seen.
+    # 14 of 22 layers see 64 tokens to each side, at 2 x 768 multiply-adds per token seen.
     difference = flops_per_token(
         config.replace(local_attention=10_000), length=512, max_predictions_per_seq=77
     ) - flops_per_token(config, length=512, max_predictions_per_seq=77)
@@ -59,7 +61,7 @@ def test_a_window_counts_with_what_it_holds():
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
-def test_a_wider_head_and_more_layers_cost_more(model_type):
+def test_larger_vocabularies_and_more_layers_cost_more(model_type):
     config = default_config(model_type)
     cost = flops_per_token(config, length=128, max_predictions_per_seq=20)
     assert flops_per_token(config.replace(vocab_size=60_000), length=128, max_predictions_per_seq=20) > cost

@@ -1,4 +1,4 @@
-"""packing="isolate": documents that share a row do not know of each other, in training and in evaluation."""
+"""packing="isolate": documents in one row do not see each other, in training and evaluation."""
 
 import dataclasses
 import functools
@@ -16,7 +16,7 @@ from mlm import build, parallel, steps
 from mlm.evaluate import Evaluator
 from mlm.masking import MaskingSpec, mask_tokens
 from mlm.models.encoder import MaskedLM
-from mlm.models.ops.position_ids import segments
+from mlm.models.ops.position_ids import segment_ids
 from mlm.run.workdir import WorkDir
 from tests.tiny import settings_of
 
@@ -28,7 +28,7 @@ def text(length, seed):
     return np.random.default_rng(seed).integers(5, VOCAB, length).tolist()
 
 
-# The tail of a document that began in a row before, a whole document, an empty one, and one that the row cuts.
+# The tail of a document from an earlier row, a complete document, an empty one, and one that is cut at the row's end.
 PARTS = [[*text(3, 0), END], [BEGIN, *text(3, 1), END], [BEGIN, END], [BEGIN, *text(4, 2)]]
 ROW = np.array([[*itertools.chain(*PARTS)]], np.int32)
 STARTS = np.cumsum([0] + [len(part) for part in PARTS])
@@ -36,7 +36,7 @@ STARTS = np.cumsum([0] + [len(part) for part in PARTS])
 
 @pytest.fixture(scope="module")
 def config(tiny_config):
-    # Far from the start, so that attention and positions weigh as much as the token itself.
+    # Large initial weights, so that attention and positions matter as much as the token itself.
     return tiny_config.replace(num_hidden_layers=2, initializer_range=0.5)
 
 
@@ -50,10 +50,10 @@ def logits_of(params, rows, *, config, begin_id):
     return MaskedLM(config, begin_id=begin_id).apply({"params": params}, rows)
 
 
-def test_segments_and_counts():
+def test_segment_ids_and_counts():
     rows = np.array([ROW[0], [7] * LENGTH, [PAD] * LENGTH, [BEGIN, 7, END] + [PAD] * 13])
-    segments_BxL, counts_BxL = segments(rows, pad_id=PAD, begin_id=BEGIN)
-    assert segments_BxL.tolist() == [
+    segment_ids_BxL, counts_BxL = segment_ids(rows, pad_id=PAD, begin_id=BEGIN)
+    assert segment_ids_BxL.tolist() == [
         [1] * 4 + [2] * 5 + [3] * 2 + [4] * 5,
         [1] * LENGTH,
         [0] * LENGTH,
@@ -65,14 +65,14 @@ def test_segments_and_counts():
         [0] * LENGTH,
         [1, 2, 3] + [0] * 13,
     ]
-    segments_BxL, counts_BxL = segments(rows[[0, 3]], pad_id=PAD, begin_id=None)
-    assert segments_BxL.tolist() == [[1] * LENGTH, [1] * 3 + [0] * 13]
+    segment_ids_BxL, counts_BxL = segment_ids(rows[[0, 3]], pad_id=PAD, begin_id=None)
+    assert segment_ids_BxL.tolist() == [[1] * LENGTH, [1] * 3 + [0] * 13]
     assert counts_BxL.tolist() == [list(range(1, 17)), [1, 2, 3] + [0] * 13]
 
 
-def test_a_document_in_a_row_has_the_logits_it_has_alone(config, params):
+def test_isolated_document_has_the_same_logits_as_alone(config, params):
     together = logits_of(params, ROW, config=config, begin_id=BEGIN)[0]
-    run_on = logits_of(params, ROW, config=config, begin_id=None)[0]
+    concatenated = logits_of(params, ROW, config=config, begin_id=None)[0]
     for part, start in zip(PARTS, STARTS[:-1], strict=True):
         alone = np.full((1, LENGTH), PAD, np.int32)
         alone[0, : len(part)] = part
@@ -80,11 +80,11 @@ def test_a_document_in_a_row_has_the_logits_it_has_alone(config, params):
         for begin_id in (None, BEGIN):
             wanted = logits_of(params, alone, config=config, begin_id=begin_id)[0, : len(part)]
             np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5 * np.abs(wanted).max())
-        # "concatenate" lets them see each other: the test can fail.
-        assert np.abs(run_on[start : start + len(part)] - wanted).max() > 0.01 * np.abs(wanted).max()
+        # Without isolation documents see each other, so the test can fail.
+        assert np.abs(concatenated[start : start + len(part)] - wanted).max() > 0.01 * np.abs(wanted).max()
 
 
-def test_the_loss_of_a_document_has_no_gradient_at_another(config, params):
+def test_loss_of_a_document_has_no_gradient_in_other_documents(config, params):
     def logits(delta_BxLxD):
         def add(next_fun, args, kwargs, context):
             out = next_fun(*args, **kwargs)
@@ -107,7 +107,7 @@ def test_the_loss_of_a_document_has_no_gradient_at_another(config, params):
         assert (gradient_LxD[inside_L] != 0).any(axis=1).all()
 
 
-def test_masking_leaves_the_segments_as_they_are():
+def test_masking_does_not_change_segment_ids():
     spec = MaskingSpec(
         mlm_probability=1.0,
         mask_replace_prob=0.4,
@@ -120,11 +120,11 @@ def test_masking_leaves_the_segments_as_they_are():
     mask = jax.jit(functools.partial(mask_tokens, spec=spec))
     masked = mask(rows, rows_B=np.arange(500), key=jax.random.key(0)).inputs_BxL
     assert (masked != rows).mean() > 0.3
-    wanted, found = (segments(array, pad_id=PAD, begin_id=BEGIN) for array in (rows, masked))
+    wanted, found = (segment_ids(array, pad_id=PAD, begin_id=BEGIN) for array in (rows, masked))
     jax.tree.map(np.testing.assert_array_equal, found, wanted)
 
 
-def test_parameters_are_those_of_every_packing(config, params):
+def test_parameters_do_not_depend_on_begin_id(config, params):
     ours = jax.jit(MaskedLM(config, begin_id=BEGIN).init)(jax.random.key(0), ROW)["params"]
     jax.tree.map(np.testing.assert_array_equal, ours, params)
 

@@ -1,4 +1,4 @@
-"""Our parameter tree from and to PyTorch's tensors: golden/roberta.npz, made by golden/make_roberta.py."""
+"""Conversion of parameters from and to PyTorch: golden/roberta.npz, made by golden/make_roberta.py."""
 
 import json
 import pathlib
@@ -40,9 +40,9 @@ def params(config):
     return jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), shapes["params"])
 
 
-def assert_same_bits(actual, wanted):
-    assert set(actual) == set(wanted)
-    for name, tensor in wanted.items():
+def assert_same_bits(actual, expected):
+    assert set(actual) == set(expected)
+    for name, tensor in expected.items():
         assert actual[name].dtype == np.float32, name
         np.testing.assert_array_equal(actual[name].view(np.uint32), tensor.view(np.uint32), err_msg=name)
 
@@ -51,38 +51,38 @@ def test_the_golden_file_is_small():
     assert GOLDEN.stat().st_size < 1_000_000
 
 
-def test_pytorch_to_ours_and_back_is_bit_identical(tensors, config):
+def test_conversion_from_pytorch_and_back_is_bitwise_identical(tensors, config):
     assert_same_bits(weights.to_hf(weights.from_hf(tensors, config), config), tensors)
 
 
-def test_ours_to_pytorch_and_back_is_bit_identical(params, config):
+def test_conversion_to_pytorch_and_back_is_bitwise_identical(params, config):
     back = weights.from_hf(weights.to_hf(params, config), config)
     assert jax.tree.structure(back) == jax.tree.structure(params)
     jax.tree.map(np.testing.assert_array_equal, back, params)
 
 
-def test_names_and_shapes_are_those_pytorch_saves(golden, params, config):
+def test_names_and_shapes_match_what_pytorch_saves(golden, params, config):
     ours = {name: list(tensor.shape) for name, tensor in weights.to_hf(params, config).items()}
     assert ours == json.loads(str(golden["saved_shapes"]))
-    # state_dict() has the tied decoder under its second names too.
+    # state_dict() also has the second names of the tied decoder.
     tied = {"lm_head.decoder.weight": [97, 36], "lm_head.decoder.bias": [97]}
     assert {**ours, **tied} == json.loads(str(golden["state_dict_shapes"]))
 
 
-def test_the_arrays_survive_a_safetensors_file(tensors, config, tmp_path):
+def test_tensors_survive_a_safetensors_file(tensors, config, tmp_path):
     path = tmp_path / "model.safetensors"
     safetensors.numpy.save_file(weights.to_hf(weights.from_hf(tensors, config), config), path)
     assert_same_bits(safetensors.numpy.load_file(path), tensors)
 
 
-def test_to_hf_moves_nothing_behind_a_transfer_guard(params, config):
+def test_to_hf_makes_no_implicit_transfers(params, config):
     params = jax.device_put(params)
-    longer = config.replace(hidden_dropout_prob=0.3)  # a config not seen before, hence nothing cached
+    longer = config.replace(hidden_dropout_prob=0.3)  # A new config, for which nothing is cached.
     with jax.transfer_guard("disallow"):
         assert len(weights.to_hf(params, longer)) == 58
 
 
-def test_what_older_versions_saved_is_accepted(tensors, config):
+def test_tensors_of_older_versions_are_accepted(tensors, config):
     older = {
         **tensors,
         "lm_head.decoder.weight": tensors["roberta.embeddings.word_embeddings.weight"],
@@ -94,7 +94,7 @@ def test_what_older_versions_saved_is_accepted(tensors, config):
     jax.tree.map(np.testing.assert_array_equal, weights.from_hf(older, config), weights.from_hf(tensors, config))
 
 
-def test_half_precision_becomes_float32(tensors, config):
+def test_half_precision_is_converted_to_float32(tensors, config):
     half = {name: tensor.astype(jnp.bfloat16) for name, tensor in tensors.items()}
     assert_same_bits(
         weights.to_hf(weights.from_hf(half, config), config),
@@ -102,7 +102,7 @@ def test_half_precision_becomes_float32(tensors, config):
     )
 
 
-def test_all_that_is_wrong_is_listed(tensors, config):
+def test_every_problem_is_listed(tensors, config):
     del tensors["lm_head.bias"]
     tensors["classifier.weight"] = np.zeros(3, np.float32)
     tensors["lm_head.dense.weight"] = np.zeros((36, 35), np.float32)
@@ -114,21 +114,21 @@ def test_all_that_is_wrong_is_listed(tensors, config):
     for part in (
         "missing: lm_head.bias;",
         "unexpected: classifier.weight;",
-        "of the wrong shape: lm_head.dense.weight [36, 35] (wanted [36, 36]);",
+        "of the wrong shape: lm_head.dense.weight [36, 35] (expected [36, 36]);",
         "not floating-point: lm_head.dense.bias int8;",
-        "unlike what they are tied to: lm_head.decoder.weight",
+        "different from the tensor they are tied to: lm_head.decoder.weight",
     ):
         assert part in message
     assert "\n" not in message
 
 
-def test_a_long_list_is_cut(config):
-    with pytest.raises(UserError, match=r"missing: .* and 50 more$") as error:
+def test_long_list_is_abbreviated(config):
+    with pytest.raises(UserError, match=r"missing: .* and 50 more; use") as error:
         weights.from_hf({}, config)
     assert len(str(error.value)) < 1000
 
 
-def test_a_model_of_other_depth_is_refused(tensors, config):
+def test_weights_of_another_depth_are_an_error(tensors, config):
     with pytest.raises(UserError, match=r"unexpected: roberta\.encoder\.layer\.2"):
         weights.from_hf(tensors, config.replace(num_hidden_layers=2))
     with pytest.raises(UserError, match=r"missing: roberta\.encoder\.layer\.3"):

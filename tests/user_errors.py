@@ -254,55 +254,58 @@ VALUES = [
         {"tokenizer.vocab_size": 10, "tokenizer.algorithm": "unigram"},
         "tokenizer.vocab_size=10: no Unigram tokenizer of this size can be trained on this text (...); change it",
     ),
-    ({"model.config_name": "/nowhere/model"}, "there is no model directory '/nowhere/model'; check the path"),
-    ({"model.model_name_or_path": "/nowhere/model"}, "there is no model directory '/nowhere/model'; check the path"),
+    ({"model.config_name": "/nowhere/model"}, "the model '/nowhere/model': no such directory; check the path"),
+    ({"model.model_name_or_path": "/nowhere/model"}, "the model '/nowhere/model': no such directory; check the path"),
     (
         {"model.model_name_or_path": "{world}/data"},
-        "the model directory '{world}/data' has no config.json; check the path",
+        "the model '{world}/data': has no config.json; check the path",
     ),
     (
         {"model.model_name_or_path": "nobody/no-model"},
-        "the model 'nobody/no-model' is neither a local directory nor to be had from the hub; check the name and the network, or set model.config_name to a directory with a config.json",
+        "the model 'nobody/no-model': is not a local directory, and cannot be downloaded from the hub; check the name and the network",
     ),
     (
         {
             "tokenizer.tokenizer_name": "{world}/tokenizers/words",
             "model.model_name_or_path": "{world}/models/other_weights",
         },
-        "the tensors are not those of a roberta masked language model; missing: ...roberta...",
+        "the tensors do not match the config of the roberta model: missing: ...roberta...; use config and weights of the same model",
     ),
-    ({"model.config_name": "{world}/models/garbled"}, "{world}/models/garbled/config.json is not JSON; fetch it anew"),
+    (
+        {"model.config_name": "{world}/models/garbled"},
+        "{world}/models/garbled/config.json: is not JSON; download it again",
+    ),
     (
         {"model.config_name": "{world}/models/no_type"},
-        "model config: model_type is missing; one of: roberta, xlm-roberta, camembert, roberta-prelayernorm, bert, distilbert, electra, albert, roformer, modernbert",
+        "model config: model_type is missing; set it to one of roberta, xlm-roberta, camembert, roberta-prelayernorm, bert, distilbert, electra, albert, roformer, modernbert",
     ),
     (
         {"model.config_name": "{world}/models/decoder"},
-        "model config: is_decoder=True will not do; only False is supported",
+        "model config is_decoder=True: only False is supported; choose another model",
     ),
     (
         {"model.config_name": "{world}/models/unknown_field"},
-        "model config: moe_experts=4 will not do; the field is unknown, and ignoring it might change the model",
+        "model config moe_experts=4: unknown field of the family roberta, which may change the model; if not, remove it",
     ),
     (
         {"model.model_name_or_path": "{world}/models/ids_only"},
-        "{world}/models/ids_only has neither model.safetensors nor pytorch_model.bin to start from; for its config alone, set model.config_name",
+        "the model '{world}/models/ids_only': has neither model.safetensors nor pytorch_model.bin; to use its config only, set model.config_name",
     ),
     (
         {"model.model_name_or_path": "{world}/models/bad_weights"},
-        "{world}/models/bad_weights/model.safetensors cannot be read (...); fetch it anew",
+        "{world}/models/bad_weights/model.safetensors: cannot be read (...); download it again",
     ),
     (
         {"model.model_name_or_path": "{world}/models/pytorch"},
-        "{world}/models/pytorch/pytorch_model.bin is PyTorch's own format, and PyTorch is not installed: `pip install torch`, or save the model with transformers' save_pretrained, which writes safetensors",
+        "{world}/models/pytorch/pytorch_model.bin: is in PyTorch's format, and PyTorch is not installed; `pip install torch`, or convert the model to safetensors with transformers' save_pretrained",
     ),
     (
         {"model.model_name_or_path": "{world}/models/bad_index"},
-        "{world}/models/bad_index/model.safetensors.index.json is not an index of shards; fetch it anew",
+        "{world}/models/bad_index/model.safetensors.index.json: is not an index of shards; download it again",
     ),
     (
         {"model.model_name_or_path": "{world}/models/lost_shard"},
-        "{world}/models/lost_shard/model.safetensors.index.json names model-1-of-2.safetensors, which {world}/models/lost_shard does not have; fetch it anew",
+        "{world}/models/lost_shard/model.safetensors.index.json: lists model-1-of-2.safetensors, which {world}/models/lost_shard does not have; download them",
     ),
     (
         {"model.overrides.vocab_size": 100},
@@ -489,7 +492,7 @@ def rows_longer_than_the_model(config: ConfigDict, world: Path) -> None:
 def a_pytorch_file_with_code(config: ConfigDict, world: Path) -> None:
     torch = types.SimpleNamespace(load=mock.Mock(side_effect=pickle.UnpicklingError))
     with mock.patch.dict(sys.modules, torch=torch):
-        pretrained.open_checkpoint(str(world / "models" / "pytorch"), cache_dir=None)
+        pretrained.load_weights(str(world / "models" / "pytorch"), cache_dir=None)
 
 
 def a_slow_tokenizer(config: ConfigDict, world: Path) -> None:
@@ -651,11 +654,11 @@ CALLS = [
     ),
     (
         rows_longer_than_the_model,
-        "rows of 30 tokens are too long for a model of max_position_embeddings=20, which takes at most 18",
+        "max_position_embeddings=20: allows rows of at most 18 tokens, not 30; shorten them",
     ),
     (
         a_pytorch_file_with_code,
-        "{world}/models/pytorch/pytorch_model.bin is damaged, or holds more than tensors, which could run anything; fetch it anew, or save the model as safetensors where it can be trusted",
+        "{world}/models/pytorch/pytorch_model.bin: is damaged, or contains code besides tensors; download it again, or convert it to safetensors if you trust it",
     ),
     (a_slow_tokenizer, "the tokenizer '{world}/tokenizers/words': has no fast version; choose one that has"),
     (
@@ -730,7 +733,8 @@ ELSEWHERE = {
         "hub.push_to_hub=True: the run is finished, but uploading the model to {} failed ({}); rerun the same command, or upload it yourself: {}": "tests/test_hub.py::test_a_final_upload_that_fails_is_an_error_with_a_command",
     },
     "mlm/models/config.py": {
-        "model config: there is no field {}; {}": "tests/test_models.py::test_replace_names_the_nearest_field",
+        "model config: unknown field {}; {}": "tests/test_models.py::test_replace_suggests_the_nearest_field",
+        "model.overrides.{}={}: the family {} has no such field; set it to None": "tests/test_families.py::test_overrides_of_other_families_are_errors_with_family_and_key",
     },
     "mlm/reporting/reporter.py": {
         "optimizer.max_skipped_steps={}: steps {} to {} were skipped, the last one with {}; print its sequences with --mode=show_data --step={}, then resume with a lower optimizer.learning_rate, more optimizer.warmup_steps, optimizer.max_grad_norm=1.0 or data.skip_steps": "tests/test_reporter.py::test_too_many_skipped_steps_in_a_row_end_the_run_also_after_a_restart",

@@ -1,5 +1,6 @@
-"""The encoder, its configuration and its Hugging Face doubles.
+"""The encoder and its configuration. Nothing here reads data or knows devices.
 
-`config.EncoderConfig` says which model, `encoder.MaskedLM` is the model, `weights` carries its parameters
-from and to PyTorch's names and layouts. Nothing here knows data, devices or files.
+config     `EncoderConfig`, a model's `config.json`; families  the differences between the ten families
+encoder    `MaskedLM`: embeddings, layers (block), head; ops  the operations of a layer
+flops      operations of a training step; hf  conversion from and to transformers' checkpoints
 """

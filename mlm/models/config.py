@@ -1,12 +1,12 @@
-"""Which encoder: a frozen, hashable description, read from and written as a Hugging Face `config.json`.
+"""`EncoderConfig`: a frozen, hashable model config, read from and written to a Hugging Face `config.json`.
 
-What the encoder cannot do is refused here by the field's name, so that a config is either honoured whole or not at
-all. A key of a `config.json` is one of:
+A field that the encoder does not support is an error with the field's name: a config is used completely or not at all.
+A field of a `config.json` is one of
 
-- a field of `EncoderConfig` that the family has (`families.py`): read, and checked;
-- in `_REQUIRED`: it changes the model and we have one value of it; null means that one, any other is refused;
-- harmless: it does not move a logit of the transformers classes, and is dropped;
-- anything else: not known to us. Null, false and empty mean "off" and are dropped, all else is refused.
+- a field of `EncoderConfig` that the family has (`families.py`): read and checked;
+- a field of `_REQUIRED`, which changes the model and has one supported value: null stands for that value;
+- a field of `_IGNORED_FIELDS` or `Family.ignored_fields`, which does not change the logits: dropped;
+- unknown: dropped if null, false or empty, which mean "off"; otherwise an error.
 """
 
 import dataclasses
@@ -20,8 +20,9 @@ from typing import Any
 from mlm.errors import UserError
 from mlm.models import modernbert_fields
 from mlm.models.families import FAMILIES, Family, PositionEmbedding
+from mlm.settings import ACTIVATIONS
 
-# Fields that change the model, with the only value the encoder has.
+# Fields that change the model, with the only supported value.
 _REQUIRED = {
     "add_cross_attention": False,
     "cross_attention_hidden_size": None,
@@ -35,7 +36,7 @@ _REQUIRED = {
     "torchscript": False,  # unties the decoder
 }
 
-# Labels of heads we do not have, what to return, how to store or generate: none of them moves a logit.
+# Labels of other heads, output options, storage, generation: none of them changes the logits.
 _IGNORED_FIELDS = frozenset({
     "_attn_implementation", "_attn_implementation_internal", "_commit_hash", "_name_or_path", "_num_labels",
     "architectures", "attn_implementation", "bad_words_ids", "begin_suppress_tokens",
@@ -51,30 +52,19 @@ _IGNORED_FIELDS = frozenset({
     "torch_dtype", "transformers_version", "typical_p", "unk_token_id", "use_bfloat16", "use_cache",
 })  # fmt: skip
 
-# What fields are in families that do not have them, where that is not the default below.
+# Values of fields in families that do not have them, where these differ from the defaults below.
 _ABSENT = {"hidden_dropout_prob": 0.0, "type_vocab_size": 0}
-
-# transformers' name -> jax.nn's, where "gelu" is the exact one, x * Phi(x), not its tanh approximation.
-ACTIVATIONS = {
-    "gelu": "gelu_exact",
-    "gelu_new": "gelu_tanh",
-    "gelu_fast": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "relu": "relu",
-    "silu": "silu",
-    "swish": "silu",
-}
 
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """One layer of the stack, as it is applied.
+    """One layer, in the order of application.
 
     Attributes:
-      block: whose parameters it has; layers that share them have the same number.
-      window: tokens see those at most so many places away; None for all.
-      rope_theta: of its rotary positions; None where the family has none.
-      attention_norm: whether a norm belongs to its attention.
+      block: number of its parameters, layer_<block>; layers with shared parameters have the same number.
+      window: largest distance between a query and the keys it sees, in positions; None for no limit.
+      rope_theta: base of its rotary embeddings; None in families without.
+      attention_norm: True if its attention has a layer norm.
     """
 
     block: int
@@ -85,11 +75,10 @@ class Layer:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EncoderConfig:
-    """An encoder's shape and rates; names, meanings and defaults are those of transformers' `RobertaConfig`.
+    """Sizes and rates of an encoder; names, meanings and defaults are those of transformers' `RobertaConfig`.
 
-    What only other families have comes last, at a value that means "none". `default_config` gives the defaults of any
-    family. Raises `UserError` for a value of the wrong type, one that no model can have, or one that the family has no
-    field for.
+    Fields of other families come last, with a default that means "none"; `default_config` returns the defaults of any
+    family. Raises `UserError` for a wrong type, an invalid value, or a field that the family does not have.
     """
 
     model_type: str = "roberta"
@@ -109,15 +98,15 @@ class EncoderConfig:
     bos_token_id: int | None = 0
     eos_token_id: int | None = 2
     tie_word_embeddings: bool = True
-    # electra, albert, roformer: width of the embeddings. None: hidden_size.
+    # electra, albert, roformer: embedding size. None: hidden_size.
     embedding_size: int | None = None
-    # albert: there are num_hidden_groups x inner_group_num blocks of parameters; a layer is a group's inner blocks.
+    # albert: num_hidden_groups x inner_group_num blocks of parameters; each layer applies all blocks of its group.
     num_hidden_groups: int | None = None
     inner_group_num: int | None = None
-    # roformer: whether values are turned too.
+    # roformer: rotary embeddings for values too.
     rotary_value: bool = False
-    # modernbert: attention is global in every so many layers, from the first on, and reaches local_attention // 2
-    # tokens to either side in the others. Rotary positions have a base for either kind.
+    # modernbert: attention is global in every n-th layer, from the first on; in the others it reaches
+    # local_attention // 2 tokens to each side. Both kinds have their own base of rotary embeddings.
     global_attn_every_n_layers: int | None = None
     local_attention: int | None = None
     global_rope_theta: float | None = None
@@ -130,109 +119,116 @@ class EncoderConfig:
     classifier_activation: str | None = None
     embedding_dropout: float = 0.0
     mlp_dropout: float = 0.0
-    # Initial weights so many standard deviations out are drawn again.
+    # Initial weights are truncated at this many standard deviations.
     initializer_cutoff_factor: float | None = None
 
     def __post_init__(self):
         for name, kind in typing.get_type_hints(type(self)).items():
             _check_type(name, getattr(self, name), kind=kind)
         _check_model_type(self.model_type)
-        self._check_alone()
-        self._check_together()
+        self._check_values()
+        self._check_combinations()
 
-    def _check_alone(self) -> None:
+    def _check_values(self) -> None:
         has = self.family.fields
         for name, value in _absent_fields(self.family).items():
             if getattr(self, name) != value:
-                raise _refusal(name, getattr(self, name), f"the family {self.model_type} has no such field")
+                raise UserError(
+                    f"model.overrides.{name}={getattr(self, name)!r}: the family {self.model_type} has no such field; "
+                    "set it to None"
+                )
         for name, default in self.family.defaults.items():
             if getattr(self, name) is None and default is not None:
-                raise _refusal(name, None, f"the family {self.model_type} needs it")
+                raise _error(name, None, f"the family {self.model_type} needs a value; set it")
         for name in ("hidden_act", "classifier_activation"):
             if name in has and getattr(self, name) not in ACTIVATIONS:
-                raise _refusal(name, getattr(self, name), f"known: {', '.join(ACTIVATIONS)} (gelu is the exact one)")
+                raise _error(
+                    name, getattr(self, name), f"must be one of {', '.join(ACTIVATIONS)} (gelu is the exact one)"
+                )
         if not self.tie_word_embeddings and not self.family.supports_untied_embeddings:
-            raise _refusal("tie_word_embeddings", False, "only true is supported")
+            raise _error(
+                "tie_word_embeddings", False, f"the family {self.model_type} supports true only; set it to true"
+            )
         for name in (
             "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
             "max_position_embeddings", "type_vocab_size", "embedding_size", "num_hidden_groups", "inner_group_num",
             "global_attn_every_n_layers", "local_attention",
         ):  # fmt: skip
             if name in has and getattr(self, name) is not None and getattr(self, name) < 1:
-                raise _refusal(name, getattr(self, name), "it must be at least 1")
+                raise _error(name, getattr(self, name), "must be at least 1")
         for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "embedding_dropout", "mlp_dropout"):
             if not 0 <= getattr(self, name) < 1:
-                raise _refusal(name, getattr(self, name), "it must be at least 0 and less than 1")
+                raise _error(name, getattr(self, name), "must be at least 0 and less than 1")
         for name in (
             "initializer_range", "layer_norm_eps", "global_rope_theta", "local_rope_theta", "initializer_cutoff_factor",
         ):  # fmt: skip
             if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf:
-                raise _refusal(name, getattr(self, name), "it must be positive and finite")
+                raise _error(name, getattr(self, name), "must be positive and finite")
 
-    def _check_together(self) -> None:
+    def _check_combinations(self) -> None:
         if self.hidden_size % self.num_attention_heads:
-            raise _refusal(
+            raise _error(
                 "hidden_size",
                 self.hidden_size,
-                f"num_attention_heads={self.num_attention_heads} must divide it",
+                f"must be a multiple of num_attention_heads={self.num_attention_heads}; change one of them",
             )
-        if self.family.positions.rotary and self.head_size % 2:
-            raise _refusal(
+        if self.family.position_embedding.rotary and self.head_size % 2:
+            raise _error(
                 "num_attention_heads",
                 self.num_attention_heads,
-                f"a head is {self.head_size} wide, and rotary positions need an even width",
+                f"rotary embeddings need an even head size, not {self.head_size}; change it, or hidden_size",
             )
         if self.num_hidden_groups is not None and self.num_hidden_groups > self.num_hidden_layers:
-            raise _refusal(
+            raise _error(
                 "num_hidden_groups",
                 self.num_hidden_groups,
-                f"it must be at most num_hidden_layers={self.num_hidden_layers}",
+                f"must be at most num_hidden_layers={self.num_hidden_layers}",
             )
         if not 0 <= self.pad_token_id < self.vocab_size:
-            raise _refusal(
-                "pad_token_id", self.pad_token_id, f"it must be from 0 to vocab_size-1={self.vocab_size - 1}"
+            raise _error(
+                "pad_token_id", self.pad_token_id, f"must lie between 0 and vocab_size - 1 = {self.vocab_size - 1}"
             )
         if self.max_seq_length < 1:
-            raise _refusal(
+            raise _error(
                 "max_position_embeddings",
                 self.max_position_embeddings,
-                f"pad_token_id={self.pad_token_id} and the ids below it take {self.pad_token_id + 1} of them",
+                f"must be more than pad_token_id + 1 = {self.pad_token_id + 1} in the family {self.model_type}",
             )
 
     @property
     def family(self) -> Family:
-        """The traits of its model_type."""
+        """The table row of its model_type."""
         return FAMILIES[self.model_type]
 
     @property
     def head_size(self) -> int:
-        """Width of one attention head."""
+        """Size of one attention head."""
         return self.hidden_size // self.num_attention_heads
 
     @property
     def embedding_width(self) -> int:
-        """Width of the embeddings, and of what the decoder takes."""
+        """Size of the embeddings, and of the decoder's input."""
         return self.embedding_size or self.hidden_size
 
     @property
     def has_projection(self) -> bool:
-        """Whether a dense layer stands between the embeddings and the first layer."""
+        """True if a dense layer projects the embeddings to hidden_size."""
         return self.family.always_projects or self.embedding_width != self.hidden_size
 
     @property
     def max_seq_length(self) -> int:
-        """Tokens in the longest row the positions allow: RoBERTa counts them from pad_token_id + 1."""
-        if self.family.positions is PositionEmbedding.LEARNED_PAD_OFFSET:
+        """The most tokens that a row may have; RoBERTa's positions start at pad_token_id + 1."""
+        if self.family.position_embedding is PositionEmbedding.LEARNED_PAD_OFFSET:
             return self.max_position_embeddings - self.pad_token_id - 1
         return self.max_position_embeddings
 
     @property
     def layers(self) -> tuple[Layer, ...]:
-        """The stack, in the order of application."""
+        """The layers, in the order of application."""
         if self.num_hidden_groups is None:
             blocks = list(range(self.num_hidden_layers))
         else:
-            per_group = self.num_hidden_layers / self.num_hidden_groups  # Not whole at times, in transformers too.
+            per_group = self.num_hidden_layers / self.num_hidden_groups  # Not always an integer, as in transformers.
             groups = [int(layer / per_group) for layer in range(self.num_hidden_layers)]
             blocks = [group * self.inner_group_num + i for group in groups for i in range(self.inner_group_num)]
         return tuple(self._layer(number, block) for number, block in enumerate(blocks))
@@ -246,53 +242,57 @@ class EncoderConfig:
             attention_norm=self.family.norm_before_first_attention or number > 0,
         )
 
-    def dropout(self, place: str) -> float:
-        """The rate at a place that `Family.dropout` names; 0 where the family has none."""
-        field = self.family.dropout.get(place)
+    def dropout_rate(self, site: str) -> float:
+        """Returns the rate at a site of `Family.dropout_fields`; 0 if the family has no dropout there."""
+        field = self.family.dropout_fields.get(site)
         return getattr(self, field) if field else 0.0
 
     def replace(self, **overrides: Any) -> "EncoderConfig":
-        """Return a copy with some fields changed, checked anew; `UserError` for a name that is no field."""
+        """Returns a checked copy with some fields changed; raises `UserError` for a name that is no field."""
         names = [field.name for field in dataclasses.fields(self)]
         for name in overrides:
             if name not in names:
                 nearest = difflib.get_close_matches(name, names, n=1)
                 hint = f"did you mean {nearest[0]}?" if nearest else f"known: {', '.join(names)}"
-                raise UserError(f"model config: there is no field {name}; {hint}")
+                raise UserError(f"model config: unknown field {name}; {hint}")
         return dataclasses.replace(self, **overrides)
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> "EncoderConfig":
-        """Read a parsed `config.json`; absent fields take the family's defaults, as in transformers.
+        """Reads a parsed `config.json`; absent fields have the family's defaults, as in transformers.
 
-        Raises `UserError`, by name, for an unknown model_type, a field that changes the model and is not
-        supported, and an unknown field that is not off (see the module's docstring for the rule).
+        Raises:
+          UserError: unknown model_type, or an unsupported or unknown field (see the module's docstring).
         """
         if "model_type" not in config:
-            raise UserError(f"model config: model_type is missing; one of: {', '.join(FAMILIES)}")
+            raise UserError(f"model config: model_type is missing; set it to one of {', '.join(FAMILIES)}")
         default = default_config(config["model_type"])
         if default.model_type == "modernbert":
             config = modernbert_fields.flatten(config)
-        ours = {theirs: name for name, theirs in default.family.fields.items()}
+        names = {hf_name: name for name, hf_name in default.family.fields.items()}
         overrides = {}
         for name, value in config.items():
-            if name in ours:
-                overrides[ours[name]] = value
+            if name in names:
+                overrides[names[name]] = value
             elif name in _REQUIRED:
                 if value is not None and value != _REQUIRED[name]:
-                    raise _refusal(name, value, f"only {_REQUIRED[name]!r} is supported")
+                    raise _error(name, value, f"only {_REQUIRED[name]!r} is supported; choose another model")
             elif name in _IGNORED_FIELDS or name in default.family.ignored_fields:
                 continue
             elif not (value is None or value is False or value in ("", [], {})):
-                raise _refusal(name, value, "the field is unknown, and ignoring it might change the model")
+                raise _error(
+                    name,
+                    value,
+                    f"unknown field of the family {default.model_type}, which may change the model; if not, remove it",
+                )
         read = default.replace(**overrides)
-        # transformers writes the width it fell back to.
-        falls_back = default.embedding_size is None and read.embedding_size == read.hidden_size
-        return read.replace(embedding_size=None) if falls_back else read
+        # transformers writes hidden_size here if the field is not set.
+        is_unset = default.embedding_size is None and read.embedding_size == read.hidden_size
+        return read.replace(embedding_size=None) if is_unset else read
 
     def to_hf(self) -> dict[str, Any]:
-        """Return the `config.json`, as a dict, from which transformers' Auto classes build the same model."""
-        fields = {theirs: getattr(self, name) for name, theirs in self.family.fields.items()}
+        """Returns the `config.json`, as a dict, from which transformers' Auto classes build the same model."""
+        fields = {hf_name: getattr(self, name) for name, hf_name in self.family.fields.items()}
         if "embedding_size" in fields:
             fields["embedding_size"] = self.embedding_width
         if self.model_type == "modernbert":
@@ -301,14 +301,14 @@ class EncoderConfig:
 
 
 def default_config(model_type: str) -> EncoderConfig:
-    """Return the defaults transformers' config class of this type has; `UserError` for an unknown type."""
+    """Returns the defaults of transformers' config class of this type; raises `UserError` for an unknown type."""
     _check_model_type(model_type)
     family = FAMILIES[model_type]
     return EncoderConfig(**({"model_type": model_type} | _absent_fields(family) | dict(family.defaults)))
 
 
 def _absent_fields(family: Family) -> dict[str, Any]:
-    """The fields a family does not have, with the values they must have."""
+    """Returns the fields that a family does not have, with the values that stand for "none"."""
     return {
         field.name: family.defaults.get(field.name, _ABSENT.get(field.name, field.default))
         for field in dataclasses.fields(EncoderConfig)
@@ -318,7 +318,7 @@ def _absent_fields(family: Family) -> dict[str, Any]:
 
 def _check_model_type(model_type: Any) -> None:
     if not isinstance(model_type, str) or model_type not in FAMILIES:
-        raise _refusal("model_type", model_type, f"known: {', '.join(FAMILIES)}")
+        raise _error("model_type", model_type, f"must be one of {', '.join(FAMILIES)}")
 
 
 def _check_type(name: str, value: Any, *, kind: Any) -> None:
@@ -327,8 +327,8 @@ def _check_type(name: str, value: Any, *, kind: Any) -> None:
     accepted = (*kinds, int) if float in kinds else kinds
     # bool is an int to Python, but `hidden_size: true` is a mistake.
     if not isinstance(value, accepted) or (isinstance(value, bool) and bool not in kinds):
-        raise _refusal(name, value, f"it must be of type {wanted}")
+        raise _error(name, value, f"must be of type {wanted}")
 
 
-def _refusal(name: str, value: Any, reason: str) -> UserError:
-    return UserError(f"model config: {name}={value!r} will not do; {reason}")
+def _error(name: str, value: Any, problem: str) -> UserError:
+    return UserError(f"model config {name}={value!r}: {problem}")

@@ -1,7 +1,7 @@
-"""What tells the families of encoders apart: the fields of their configs, and how their layers are put together.
+"""The differences between the families of encoders: the fields of their configs, and how their layers are built.
 
-A family is a table, not a module: `encoder.MaskedLM` reads these traits, `config.EncoderConfig` these fields.
-Everything here is what transformers' classes of the same `model_type` do (transformers 5.23).
+A family is a row of a table: `encoder.MaskedLM` reads its traits, `config.EncoderConfig` its fields. They reproduce the
+classes of the same `model_type` in transformers 5.23.
 """
 
 import dataclasses
@@ -11,20 +11,20 @@ from typing import Any
 
 
 class PositionEmbedding(enum.Enum):
-    """How a token's place in its document reaches the model."""
+    """How the model knows the position of a token in its document."""
 
-    LEARNED = enum.auto()  # A learned row each, the first token's is row 0; padding counts too.
-    LEARNED_PAD_OFFSET = (
-        enum.auto()
-    )  # A learned row each, the first token's is row pad_token_id + 1; padding has its own.
-    ROTARY_INTERLEAVED = (
-        enum.auto()
-    )  # Queries and keys turned, neighbouring numbers (0, 1), (2, 3)... as points of a plane.
-    ROTARY_HALF = enum.auto()  # The same of the numbers (0, E/2), (1, E/2 + 1)...
+    # Learned embeddings; the first token has row 0, and padding counts as a token.
+    LEARNED = enum.auto()
+    # Learned embeddings; the first token has row pad_token_id + 1, and all padding has row pad_token_id.
+    LEARNED_PAD_OFFSET = enum.auto()
+    # Rotary embeddings of the pairs of features (0, 1), (2, 3), ...
+    ROTARY_INTERLEAVED = enum.auto()
+    # Rotary embeddings of the pairs of features (0, E/2), (1, E/2 + 1), ... with E the head size.
+    ROTARY_HALF = enum.auto()
 
     @property
     def rotary(self) -> bool:
-        """Whether places turn queries and keys; else they add a learned row to the embeddings."""
+        """True for rotary embeddings, which have no parameters."""
         return self in (PositionEmbedding.ROTARY_INTERLEAVED, PositionEmbedding.ROTARY_HALF)
 
 
@@ -33,63 +33,65 @@ class Family:
     """One `model_type`.
 
     Attributes:
-      architecture: the transformers class whose logits and tensor names are ours.
-      fields: our names of the config's fields, to theirs.
-      defaults: of fields, where their config class has others than `EncoderConfig`.
-      harmless: fields of theirs that move no logit, beside those that do so in no family.
-      positions: see there.
-      norm_first: the norm stands before attention and feed-forward net, with one more at the end; else after each sum.
-      first_norm: whether the first layer has a norm before its attention.
-      gated: the feed-forward net's inner half is multiplied with its other half (Shazeer, arXiv:2002.05202).
-      always_projects: embeddings go through a dense layer even when they are as wide as the hidden states.
-      head_act: the head's activation; None for hidden_act.
-      dropout: place -> the field with its rate. No dropout at places that are not named.
-      zero_pad_row: whether the word embedding of padding starts at zero.
-      may_untie: whether the decoder may have weights of its own.
+      architecture: the transformers class with the same logits and tensor names.
+      fields: `EncoderConfig`'s name of each field of the config -> its name in `config.json`.
+      defaults: defaults that differ from `EncoderConfig`'s.
+      ignored_fields: fields of `config.json` that do not change the logits, besides those ignored for all families.
+      position_embedding: how positions are represented.
+      norm_first: layer norm before attention and feed-forward network, and once more at the end (pre-LN), instead of
+        after each residual sum (post-LN).
+      norm_before_first_attention: the first layer has an attention norm.
+      gated: gated feed-forward network (Shazeer, arXiv:2002.05202).
+      always_projects: embeddings are projected even if they are as wide as the hidden states.
+      head_act: activation of the head; None for hidden_act.
+      dropout_fields: dropout site -> the field with its rate. There is no dropout at other sites.
+      zero_pad_embedding: the word embedding of padding is initialized to zero.
+      supports_untied_embeddings: the decoder may have its own weight.
     """
 
     architecture: str
     fields: Mapping[str, str]
     defaults: Mapping[str, Any]
     ignored_fields: frozenset[str] = frozenset()
-    positions: PositionEmbedding = PositionEmbedding.LEARNED
+    position_embedding: PositionEmbedding = PositionEmbedding.LEARNED
     norm_first: bool = False
     norm_before_first_attention: bool = True
     gated: bool = False
     always_projects: bool = False
     head_act: str | None = None
-    dropout: Mapping[str, str]
-    zero_pad_row: bool = True
+    dropout_fields: Mapping[str, str]
+    zero_pad_embedding: bool = True
     supports_untied_embeddings: bool = False
 
 
-_EVERYWHERE = (
+_COMMON_FIELDS = (
     "model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
     "hidden_act", "attention_probs_dropout_prob", "max_position_embeddings", "initializer_range", "pad_token_id",
     "bos_token_id", "eos_token_id", "tie_word_embeddings",
 )  # fmt: skip
-_BERT_LIKE = (*_EVERYWHERE, "hidden_dropout_prob", "type_vocab_size", "layer_norm_eps")
-_NO_BEGIN = {"pad_token_id": 0, "bos_token_id": None, "eos_token_id": None}
-_EVERY_DROPOUT = {
+_BERT_FIELDS = (*_COMMON_FIELDS, "hidden_dropout_prob", "type_vocab_size", "layer_norm_eps")
+_BERT_IDS = {"pad_token_id": 0, "bos_token_id": None, "eos_token_id": None}
+_BERT_DROPOUT = {
     "embedding": "hidden_dropout_prob",
     "attention_output": "hidden_dropout_prob",
     "feed_forward_output": "hidden_dropout_prob",
 }
 
 
-def _same(*names: str) -> dict[str, str]:
+def _unchanged(*names: str) -> dict[str, str]:
+    """Fields with the same name in `config.json`."""
     return {name: name for name in names}
 
 
 def _roberta(architecture: str, *, vocab_size: int = 50265, norm_first: bool = False) -> Family:
     return Family(
         architecture=architecture,
-        fields=_same(*_BERT_LIKE),
+        fields=_unchanged(*_BERT_FIELDS),
         defaults={"vocab_size": vocab_size},
-        positions=PositionEmbedding.LEARNED_PAD_OFFSET,
+        position_embedding=PositionEmbedding.LEARNED_PAD_OFFSET,
         norm_first=norm_first,
         head_act="gelu",
-        dropout=_EVERY_DROPOUT,
+        dropout_fields=_BERT_DROPOUT,
     )
 
 
@@ -100,8 +102,8 @@ FAMILIES: dict[str, Family] = {
     "roberta-prelayernorm": _roberta("RobertaPreLayerNormForMaskedLM", norm_first=True),
     "bert": Family(
         architecture="BertForMaskedLM",
-        fields=_same(*_BERT_LIKE),
-        defaults={"vocab_size": 30522, **_NO_BEGIN},
+        fields=_unchanged(*_BERT_FIELDS),
+        defaults={"vocab_size": 30522, **_BERT_IDS},
         ignored_fields=frozenset(
             {
                 "directionality",
@@ -112,11 +114,11 @@ FAMILIES: dict[str, Family] = {
                 "pooler_type",
             }
         ),
-        dropout=_EVERY_DROPOUT,
+        dropout_fields=_BERT_DROPOUT,
     ),
     "distilbert": Family(
         architecture="DistilBertForMaskedLM",
-        fields=_same(*_EVERYWHERE)
+        fields=_unchanged(*_COMMON_FIELDS)
         | {
             "hidden_size": "dim",
             "num_hidden_layers": "n_layers",
@@ -126,28 +128,28 @@ FAMILIES: dict[str, Family] = {
             "hidden_dropout_prob": "dropout",
             "attention_probs_dropout_prob": "attention_dropout",
         },
-        defaults={"vocab_size": 30522, "num_hidden_layers": 6, **_NO_BEGIN},
+        defaults={"vocab_size": 30522, "num_hidden_layers": 6, **_BERT_IDS},
         ignored_fields=frozenset({"qa_dropout", "seq_classif_dropout", "tie_weights_"}),
-        dropout={"embedding": "hidden_dropout_prob", "feed_forward_output": "hidden_dropout_prob"},
+        dropout_fields={"embedding": "hidden_dropout_prob", "feed_forward_output": "hidden_dropout_prob"},
     ),
     "electra": Family(
         architecture="ElectraForMaskedLM",
-        fields=_same(*_BERT_LIKE, "embedding_size"),
+        fields=_unchanged(*_BERT_FIELDS, "embedding_size"),
         defaults={
             "vocab_size": 30522,
             "embedding_size": 128,
             "hidden_size": 256,
             "num_attention_heads": 4,
             "intermediate_size": 1024,
-            **_NO_BEGIN,
+            **_BERT_IDS,
         },
         ignored_fields=frozenset({"summary_activation", "summary_last_dropout", "summary_type", "summary_use_proj"}),
         head_act="gelu",
-        dropout=_EVERY_DROPOUT,
+        dropout_fields=_BERT_DROPOUT,
     ),
     "albert": Family(
         architecture="AlbertForMaskedLM",
-        fields=_same(*_BERT_LIKE, "embedding_size", "num_hidden_groups", "inner_group_num"),
+        fields=_unchanged(*_BERT_FIELDS, "embedding_size", "num_hidden_groups", "inner_group_num"),
         defaults={
             "vocab_size": 30000,
             "embedding_size": 128,
@@ -173,19 +175,19 @@ FAMILIES: dict[str, Family] = {
             }
         ),
         always_projects=True,
-        dropout={"embedding": "hidden_dropout_prob", "attention_output": "hidden_dropout_prob"},
+        dropout_fields={"embedding": "hidden_dropout_prob", "attention_output": "hidden_dropout_prob"},
     ),
     "roformer": Family(
         architecture="RoFormerForMaskedLM",
-        fields=_same(*_BERT_LIKE, "embedding_size", "rotary_value"),
-        defaults={"vocab_size": 50000, "max_position_embeddings": 1536, "global_rope_theta": 10_000.0, **_NO_BEGIN},
-        positions=PositionEmbedding.ROTARY_INTERLEAVED,
-        dropout=_EVERY_DROPOUT,
+        fields=_unchanged(*_BERT_FIELDS, "embedding_size", "rotary_value"),
+        defaults={"vocab_size": 50000, "max_position_embeddings": 1536, "global_rope_theta": 10_000.0, **_BERT_IDS},
+        position_embedding=PositionEmbedding.ROTARY_INTERLEAVED,
+        dropout_fields=_BERT_DROPOUT,
     ),
     "modernbert": Family(
         architecture="ModernBertForMaskedLM",
-        fields=_same(
-            *_EVERYWHERE,
+        fields=_unchanged(
+            *_COMMON_FIELDS,
             "embedding_dropout",
             "mlp_dropout",
             "attention_bias",
@@ -226,8 +228,8 @@ FAMILIES: dict[str, Family] = {
             "global_rope_theta": 160_000.0,
             "local_rope_theta": 10_000.0,
         },
-        # Hub configs of the family have layer_norm_eps beside norm_eps; the class reads the latter only. With
-        # sparse_prediction it leaves logits out where there is no label; those it gives are the same.
+        # Configs on the hub have layer_norm_eps and norm_eps, of which the class reads the second. sparse_prediction
+        # computes logits of labelled tokens only, which does not change them.
         ignored_fields=frozenset(
             {
                 "classifier_pooling",
@@ -239,16 +241,16 @@ FAMILIES: dict[str, Family] = {
                 "sparse_prediction",
             }
         ),
-        positions=PositionEmbedding.ROTARY_HALF,
+        position_embedding=PositionEmbedding.ROTARY_HALF,
         norm_first=True,
         norm_before_first_attention=False,
         gated=True,
-        dropout={
+        dropout_fields={
             "embedding": "embedding_dropout",
             "attention_output": "attention_probs_dropout_prob",
             "feed_forward_inner": "mlp_dropout",
         },
-        zero_pad_row=False,
+        zero_pad_embedding=False,
         supports_untied_embeddings=True,
     ),
 }

@@ -1,1 +1,1 @@
-"""The Hugging Face side of the models: tensor names, weights, pretrained weights."""
+"""Hugging Face checkpoints: tensor names, conversion of weights, loading of pretrained models."""

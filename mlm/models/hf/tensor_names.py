@@ -1,4 +1,4 @@
-"""Where the modules of our parameter tree stand in the tensors of transformers' `...ForMaskedLM`, by family."""
+"""Names of our modules in the checkpoints of transformers' `...ForMaskedLM`, by family."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -8,15 +8,15 @@ from mlm.models.config import EncoderConfig
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TensorNames:
-    """Their name of each of our modules, or several whose tensors stand side by side in ours.
+    """transformers' name for each of our modules.
 
     Attributes:
-      base: what all names but the head's begin with; a checkpoint of an encoder without a head leaves it out.
-      encoder: what is not in a layer nor in the head, after `base`.
-      stack: where a layer is, after `base`: its number, or that of its group and of its place therein, filled in.
-      layer: what is in a layer, after `stack`.
-      head: the head.
-      decoder: where the tied weight, and a second copy of the bias, are under names that need not be saved.
+      base: prefix of all names but the head's; absent in checkpoints of an encoder without a head.
+      encoder: our module -> name after `base`, for modules outside layers and head.
+      stack: name of a layer after `base`, with the placeholders {block} (its number), or {group} and {inner}.
+      layer: our module -> names after `stack`; several if our tensor concatenates theirs.
+      head: our module -> name, for the head.
+      decoder: second name of the tied weight and of the head's bias.
     """
 
     base: str
@@ -27,25 +27,25 @@ class TensorNames:
     decoder: str
 
     def modules(self, config: EncoderConfig) -> dict[str, tuple[str, ...]]:
-        """Every module that this config may have."""
-        names = {ours: (self.base + theirs,) for ours, theirs in self.encoder.items()}
-        names |= {ours: (theirs,) for ours, theirs in self.head.items()}
+        """Returns our module -> names, for every module that a model of this config may have."""
+        names = {module: (self.base + name,) for module, name in self.encoder.items()}
+        names |= {module: (name,) for module, name in self.head.items()}
         inner = config.inner_group_num or 1
         for block in {layer.block for layer in config.layers}:
             stack = self.base + self.stack.format(block=block, group=block // inner, inner=block % inner)
-            for ours, theirs in self.layer.items():
-                names[f"layer_{block}/{ours}"] = tuple(f"{stack}.{name}" for name in theirs)
+            for module, layer_names in self.layer.items():
+                names[f"layer_{block}/{module}"] = tuple(f"{stack}.{name}" for name in layer_names)
         return names
 
     def tied(self, config: EncoderConfig) -> dict[str, str]:
-        """Second names of tensors that are one. transformers 5 does not save them, older versions did."""
-        twins = {
+        """Returns second name -> first name of tied tensors."""
+        tied = {
             f"{self.decoder}.weight": f"{self.base}{self.encoder['embeddings/word']}.weight",
             f"{self.decoder}.bias": f"{self.head['head']}.bias",
         }
         if not config.tie_word_embeddings:
             return {}
-        return {name: twin for name, twin in twins.items() if name != twin}
+        return {second: first for second, first in tied.items() if second != first}
 
 
 _EMBEDDINGS = {

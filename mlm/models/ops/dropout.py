@@ -1,9 +1,8 @@
-"""Dropout (Srivastava et al., 2014) whose masks are computed where they are used, and never stored.
+"""Dropout (Srivastava et al., 2014) whose mask is a hash of a value's index and a key.
 
-Whether a value is kept is a hash of its place and of a key: some integer operations that the compiler fuses into
-whatever reads the values, forward and backward. Random bits from a generator (threefry, rbg) are either far more
-work for every value or an array in memory, written once and read three times; see benchmarks/tpu_compile.py. The
-same key drops the same places on any kind of device.
+The mask is recomputed wherever it is used, by a few integer operations that the compiler fuses into its reader, and is
+never stored. Random bits of a generator would cost more operations per value (threefry) or an array in memory that is
+written once and read three times (rbg). The same key gives the same mask on every kind of device.
 """
 
 import functools
@@ -18,40 +17,38 @@ _ROUNDS = ((17, 0xED5AD4BB), (11, 0xAC4C1B51), (15, 0x31848BAB))
 _LAST_SHIFT = 14
 
 
-def kept(key: jax.Array, shape: tuple[int, ...], *, rate: float) -> jax.Array:
-    """Returns a boolean array, False with probability `rate` (rounded to a multiple of 2^-32).
-
-    After 2^32 values the mask repeats itself.
-    """
+def dropout_keep_mask(key: jax.Array, shape: tuple[int, ...], *, rate: float) -> jax.Array:
+    """Returns a boolean array, False with probability `rate` (rounded to a multiple of 2^-32), with period 2^32."""
     first, second = jax.random.key_data(key).reshape(-1)[-2:]  # An rbg key is two threefry keys side by side.
-    place = jnp.zeros((1,) * len(shape), jnp.uint32)
+    index = jnp.zeros((1,) * len(shape), jnp.uint32)
     stride = 1
     for axis in reversed(range(len(shape))):
-        along = (1,) * axis + (shape[axis],) + (1,) * (len(shape) - 1 - axis)
-        place = place + jax.lax.broadcasted_iota(jnp.uint32, along, axis) * np.uint32(stride % 2**32)
+        axis_shape = (1,) * axis + (shape[axis],) + (1,) * (len(shape) - 1 - axis)
+        index = index + jax.lax.broadcasted_iota(jnp.uint32, axis_shape, axis) * np.uint32(stride % 2**32)
         stride *= shape[axis]
-    # The key comes last: the compiler keeps sums of iotas, which are then the same for all keys.
-    hash_ = place + first
+    # The key is added last, so that the compiler can compute the index once for all keys.
+    hash_ = index + first
     for number, (shift, multiplier) in enumerate(_ROUNDS):
         hash_ = (hash_ ^ (hash_ >> np.uint32(shift))) * np.uint32(multiplier)
         if number == 0:
-            # Here, so that keys whose first words lie close together do not give shifted copies of one mask.
+            # After a round: otherwise keys with neighbouring first words would give shifted copies of one mask.
             hash_ = hash_ ^ second
     hash_ = hash_ ^ (hash_ >> np.uint32(_LAST_SHIFT))
     return hash_ >= np.uint32(round(rate * 2**32))
 
 
 def dropout(values: jax.Array, *, rate: float, key: jax.Array | None) -> jax.Array:
-    """Zeroes each value with probability `rate` and divides the others by 1 - rate; nothing without a key."""
+    """Zeroes each value with probability `rate` and divides the others by 1 - rate; without a key, changes nothing."""
     if key is None or rate == 0.0:
         return values
     return _dropout(values, key, rate)
 
 
-# By hand, for JAX would save the mask for the backward pass.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _dropout(values: jax.Array, key: jax.Array, rate: float) -> jax.Array:
-    return jnp.where(kept(key, values.shape, rate=rate), values / (1.0 - rate), 0.0).astype(values.dtype)
+    """Dropout whose backward pass recomputes the mask; JAX's own gradient would save it."""
+    keep_mask = dropout_keep_mask(key, values.shape, rate=rate)
+    return jnp.where(keep_mask, values / (1.0 - rate), 0.0).astype(values.dtype)
 
 
 def _forward(values: jax.Array, key: jax.Array, rate: float) -> tuple[jax.Array, jax.Array]:
@@ -66,12 +63,12 @@ _dropout.defvjp(_forward, _backward)
 
 
 class Dropout(nn.Module):
-    """Dropout whose keys come from the "dropout" stream."""
+    """`dropout` with keys from the "dropout" stream."""
 
     rate: float
 
     @nn.compact
     def __call__(self, values: jax.Array, *, deterministic: bool) -> jax.Array:
-        """The values, some of them dropped unless `deterministic`."""
-        dropped = self.rate > 0 and not deterministic
-        return dropout(values, rate=self.rate, key=self.make_rng("dropout") if dropped else None)
+        """Drops values unless `deterministic`."""
+        has_dropout = self.rate > 0 and not deterministic
+        return dropout(values, rate=self.rate, key=self.make_rng("dropout") if has_dropout else None)

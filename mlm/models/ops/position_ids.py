@@ -1,37 +1,37 @@
-"""Where documents begin in a row, and where tokens stand in them. Shapes: B rows, L tokens a row."""
+"""Document boundaries and positions of tokens within their documents. Shapes: B rows, L tokens per row.
+
+A document begins at every `begin_id`; tokens before the first one are the tail of a document that began in an earlier
+row. Without a `begin_id` each row is one document. Packing writes begin tokens, text never contains them, and masking
+leaves special tokens alone, so a masked row has the same documents as the original.
+"""
 
 import jax
 import jax.numpy as jnp
 
 
-def segments(inputs_BxL: jax.Array, *, pad_id: int, begin_id: int | None) -> tuple[jax.Array, jax.Array]:
-    """Return which document of its row a token belongs to, and its number there.
-
-    A document begins at every `begin_id`; what stands before a row's first one is the tail of a document. Without
-    a `begin_id` a row is one document. Packing lays begin tokens and text never holds one; masking neither hides
-    nor draws special tokens: a masked row has the segments of the row.
+def segment_ids(inputs_BxL: jax.Array, *, pad_id: int, begin_id: int | None) -> tuple[jax.Array, jax.Array]:
+    """Numbers the documents of a row, and the tokens of each document.
 
     Returns:
-      segments_BxL: int32; 1 for the tail, 2... for the documents that begin in the row (1 if none does), 0 for padding.
-      counts_BxL: int32; tokens of a document (or of what the row has of it) are 1, 2..., padding is 0.
+      segment_ids_BxL: int32, 1 for the tail of an earlier document, then 2, 3, ...; 0 for padding.
+      counts_BxL: int32, 1, 2, ... for the tokens of each document; 0 for padding.
     """
     is_token_BxL = inputs_BxL != pad_id
     counts_BxL = jnp.cumsum(is_token_BxL, axis=1, dtype=jnp.int32)
     if begin_id is None:
         return is_token_BxL.astype(jnp.int32), counts_BxL * is_token_BxL
-    begins_BxL = inputs_BxL == begin_id
-    segments_BxL = 1 + jnp.cumsum(begins_BxL, axis=1, dtype=jnp.int32)
-    # Tokens of the row before the document.
-    before_BxL = jax.lax.cummax(jnp.where(begins_BxL, counts_BxL - 1, 0), axis=1)
-    return segments_BxL * is_token_BxL, (counts_BxL - before_BxL) * is_token_BxL
+    is_begin_BxL = inputs_BxL == begin_id
+    segment_ids_BxL = 1 + jnp.cumsum(is_begin_BxL, axis=1, dtype=jnp.int32)
+    tokens_before_BxL = jax.lax.cummax(jnp.where(is_begin_BxL, counts_BxL - 1, 0), axis=1)
+    return segment_ids_BxL * is_token_BxL, (counts_BxL - tokens_before_BxL) * is_token_BxL
 
 
-def places(inputs_BxL: jax.Array, *, begin_id: int | None) -> jax.Array:
-    """Return how far a token stands from the beginning of its document (or of what the row has of it), padding too.
+def position_ids(inputs_BxL: jax.Array, *, begin_id: int | None) -> jax.Array:
+    """Returns the distance of each token, padding included, from the beginning of its document, from 0 on.
 
-    Documents are those of `segments`. int32 [B, L], or [1, L] without a `begin_id`, for all rows have the same.
+    int32 [B, L], or [1, L] without a `begin_id`, when all rows have the same.
     """
-    places_1xL = jnp.arange(inputs_BxL.shape[1], dtype=jnp.int32)[None]
+    positions_1xL = jnp.arange(inputs_BxL.shape[1], dtype=jnp.int32)[None]
     if begin_id is None:
-        return places_1xL
-    return places_1xL - jax.lax.cummax(jnp.where(inputs_BxL == begin_id, places_1xL, 0), axis=1)
+        return positions_1xL
+    return positions_1xL - jax.lax.cummax(jnp.where(inputs_BxL == begin_id, positions_1xL, 0), axis=1)
