@@ -147,7 +147,7 @@ def open_masking(settings: RunSettings, tokenizer: Tokenizer) -> MaskingSpec:
 
 
 def open_hub(settings: RunSettings, workdir: WorkDir) -> Hub | None:
-    """Returns the repository to push to, created if needed; None on other processes than the first, or if not wanted."""
+    """Returns the repository to push to, created if needed; None on other processes than the first, or without one."""
     if not settings.hub.push_to_hub or jax.process_index() > 0:
         return None
     return Hub(
@@ -210,8 +210,8 @@ def _encoder_config(
         )
     if tokenizer.pad_id != encoder.pad_token_id:
         raise UserError(
-            f"tokenizer.tokenizer_name={tokenizer.name!r}: pads with id {tokenizer.pad_id}, but the model's pad_token_id "
-            f"is {encoder.pad_token_id}; use the model's own tokenizer"
+            f"tokenizer.tokenizer_name={tokenizer.name!r}: pads with id {tokenizer.pad_id}, but the model's "
+            f"pad_token_id is {encoder.pad_token_id}; use the model's own tokenizer"
         )
     _check_positions(settings, encoder)
     return encoder
@@ -223,8 +223,8 @@ def _check_positions(settings: RunSettings, encoder: EncoderConfig) -> None:
         # Some families have positions before that of the first token.
         needed = length + encoder.max_position_embeddings - encoder.max_seq_length
         raise UserError(
-            f"data.max_seq_length={length}: is longer than the model's {encoder.max_seq_length} positions; lower it, or "
-            f"set model.overrides.max_position_embeddings={needed}"
+            f"data.max_seq_length={length}: is longer than the model's {encoder.max_seq_length} positions; lower it, "
+            f"or set model.overrides.max_position_embeddings={needed}"
         )
 
 

@@ -49,9 +49,11 @@ def test_no_eval_sequences():
 
 
 def test_too_few_eval_sequences_are_an_error():
-    with pytest.raises(UserError, match="'memory' has 1 sequences of 6 tokens, fewer than the 2 to evaluate on"):
+    with pytest.raises(
+        UserError, match="data.num_eval_samples=2: the dataset 'memory' has only 1 sequences of 6 tokens"
+    ):
         read(memory_source([["abc", "de"]]), 2)
-    with pytest.raises(UserError, match="has 0 sequences of 6 tokens"):
+    with pytest.raises(UserError, match="has only 0 sequences of 6 tokens"):
         read(memory_source([[None]]), 1)
 
 
@@ -61,7 +63,7 @@ def test_fewer_eval_sequences_are_accepted_with_allow_fewer():
     assert found.sequences.tolist() == read(source, 1).sequences.tolist()
     assert found.documents.to_pylist() == ["abc", "de"]
     assert read(source, 2, packing="pad", allow_fewer=True).sequences.shape == (2, 6)
-    with pytest.raises(UserError, match="has 0 sequences of 6 tokens"):
+    with pytest.raises(UserError, match="has only 0 sequences of 6 tokens"):
         read(memory_source([["a"]]), 1, allow_fewer=True)
 
 

@@ -185,7 +185,7 @@ def test_data_that_changed_since_the_checkpoint_is_an_error(how):
     rows = rows_of(memory_source([["a\nb\nc\nd\ne\nf" + "g" * 99] * 9]), packing=how, batch_rows=3)
     take(rows, 4)
     for changed in (["a"], [" "], []):
-        with pytest.raises(UserError, match="data set 'memory' has changed since"):
+        with pytest.raises(UserError, match="dataset 'memory' has changed since"):
             next(resumed(memory_source([changed]), saved(rows), packing=how, batch_rows=3))
 
 
@@ -337,13 +337,13 @@ def test_documents_of_ten_megabytes_and_of_one_letter():
 
 def test_a_data_set_that_is_too_small_or_empty_is_an_error():
     source = memory_source([["abc", "d", None]])
-    with pytest.raises(UserError, match=r"too small: an epoch has 2 sequences of 4 tokens and a batch needs 3 "):
+    with pytest.raises(UserError, match=r"an epoch has only 2 sequences of 4 tokens, and a batch needs 3 "):
         next(rows_of(source, max_seq_length=4, batch_rows=3))
-    with pytest.raises(UserError, match=r"1 sequences of 4 tokens for process 1 of 2 and a batch needs 2 "):
+    with pytest.raises(UserError, match=r"1 sequences of 4 tokens for process 1 of 2, and a batch needs 2 "):
         next(rows_of(source, max_seq_length=4, batch_rows=2, packing="pad", process_index=1, process_count=2))
     with pytest.raises(UserError, match=r"has no documents to train on \(1 blank rows, 2 held-out documents\)"):
         next(rows_of(source, held_out=pa.array(["d", "abc"])))
-    with pytest.raises(UserError, match="'memory' has no documents"):
+    with pytest.raises(UserError, match="'memory': has no documents"):
         next(rows_of(memory_source([[]])))
 
 

@@ -147,24 +147,27 @@ VALUES = [
     ),
     (
         {"data.text_column_name": "body"},
-        "no column 'body' in '{world}/data/part-0.jsonl': set data.text_column_name to one of: id, text",
+        "data.text_column_name='body': there is no such column in '{world}/data/part-0.jsonl'; set it to one of id, text",
     ),
     (
         {"data.text_column_name": "id"},
-        "the column 'id' of '{world}/data/part-0.jsonl' holds 0, not text: set data.text_column_name to another",
+        "data.text_column_name='id': the column of '{world}/data/part-0.jsonl' has values such as 0, not text; set it to another column",
     ),
     (
         {"data.num_eval_samples": 1000000},
-        "the data set '{world}/data/part-*.jsonl' has ... sequences of 16 tokens, fewer than the 1000000 to evaluate on; lower data.num_eval_samples, or add text",
+        "data.num_eval_samples=1000000: the dataset '{world}/data/part-*.jsonl' has only ... sequences of 16 tokens; lower it, or add text",
     ),
     (
         {"per_device_train_batch_size": 100000},
-        "the data set '{world}/data/part-*.jsonl' is too small: an epoch has ... sequences of 16 tokens and a batch needs 400000 (0 blank rows, ... held-out documents); lower per_device_train_batch_size or data.max_seq_length, or add data",
+        "the dataset '{world}/data/part-*.jsonl': an epoch has only ... sequences of 16 tokens, and a batch needs 400000 (0 blank rows, ... held-out documents); lower per_device_train_batch_size or data.max_seq_length, or add data",
     ),
-    ({"data.data_files": "{world}/data/absent.txt"}, "no data file '{world}/data/absent.txt': check data.data_files"),
+    (
+        {"data.data_files": "{world}/data/absent.txt"},
+        "data.data_files='{world}/data/absent.txt': there is no such file; check the path",
+    ),
     (
         {"data.data_files": "{world}/data/*.csv"},
-        "no file matches data.data_files='{world}/data/*.csv': check the folder and the pattern",
+        "data.data_files='{world}/data/*.csv': no file matches; check the directory and the pattern",
     ),
     (
         {"data.data_files": "{world}/data/notes.odt"},
@@ -184,15 +187,15 @@ VALUES = [
     ),
     (
         {"data.data_files": "{world}/data/empty.txt"},
-        "the dataset '{world}/data/empty.txt' is empty; name one that has rows",
+        "the dataset '{world}/data/empty.txt': is empty; name one that has rows",
     ),
     (
         {"data.data_files": "{world}/data/blank.txt"},
-        "the data set '{world}/data/blank.txt' has 0 sequences of 16 tokens, fewer than the 30 to evaluate on; lower data.num_eval_samples, or add text",
+        "data.num_eval_samples=30: the dataset '{world}/data/blank.txt' has only 0 sequences of 16 tokens; lower it, or add text",
     ),
     (
         {"data.data_files": "{world}/data/short.txt"},
-        "the data set '{world}/data/short.txt' has 0 sequences of 16 tokens, fewer than the 30 to evaluate on; lower data.num_eval_samples, or add text",
+        "data.num_eval_samples=30: the dataset '{world}/data/short.txt' has only 0 sequences of 16 tokens; lower it, or add text",
     ),
     (
         {"data.data_files": "{world}/data/"},
@@ -719,12 +722,13 @@ ELSEWHERE = {
         "{}; run the same command when it can be read (failed shard {}, data.max_failed_shards={})": "tests/test_quarantine.py::test_a_server_that_stops_answering_ends_the_stream",
     },
     "mlm/data/sources/source.py": {
+        "data.text_column_name={}: the column of {} has the type {}, not text; set it to another column": "tests/test_sources.py::test_errors_are_one_line",
         "{}: is not a local directory, and {} cannot be reached ({}); check the network, or name local files": "tests/test_sources.py::test_an_unreachable_hub_is_an_error_within_seconds",
     },
     "mlm/data/stream.py": {
-        "cannot resume the data stream: the data set {} has changed since the checkpoint was saved; restore it, or choose another --workdir": "tests/test_stream.py::test_data_that_changed_since_the_checkpoint_is_an_error",
+        "cannot resume the data stream: the dataset {} has changed since the checkpoint was saved; restore it, or choose another --workdir": "tests/test_stream.py::test_data_that_changed_since_the_checkpoint_is_an_error",
         "cannot resume the data stream: {}={}, but the checkpoint was saved with {}; restore the old value, or choose another --workdir": "tests/test_stream.py::test_a_state_of_another_order_is_refused",
-        "the data set {} has no documents to train on{} ({})": "tests/test_stream.py::test_a_data_set_that_is_too_small_or_empty_is_an_error",
+        "the dataset {}: has no documents to train on{} ({}); add data": "tests/test_stream.py::test_a_data_set_that_is_too_small_or_empty_is_an_error",
     },
     "mlm/export/hub.py": {
         "hub.push_to_hub=True: the token of {} cannot write to {}; create one with write access at https://huggingface.co/settings/tokens and run `hf auth login`, or set hub.push_to_hub=False": "tests/test_hub.py::test_write_access_of_tokens",
@@ -751,7 +755,13 @@ ELSEWHERE = {
         "{}": "tests/test_check.py::test_every_problem_is_reported_at_once",
     },
     "mlm/command_line.py": {
+        # With the words of absl and ml_collections.
         "{}": "tests/test_user_errors.py::test_command_line",
+        "{}: must be {}": "tests/test_user_errors.py::test_command_line",
+        "--config={}: {}": "tests/test_user_errors.py::test_command_line",
+    },
+    "mlm/settings.py": {
+        "{}={}: {}": "tests/test_settings.py::test_a_wrong_value_is_an_error_that_names_the_key",
     },
     "mlm/modes/show_data.py": {
         "--process={}: step {} had processes 0 to {}; choose one of them": "tests/test_show_data.py::test_errors",

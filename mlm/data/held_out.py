@@ -61,8 +61,8 @@ def read_eval_set(
             if allow_fewer and count >= units_per_row:
                 break
             raise UserError(
-                f"the data set {source.name!r} has {count // units_per_row} sequences of {max_seq_length} tokens, "
-                f"fewer than the {num_sequences} to evaluate on; lower data.num_eval_samples, or add text"
+                f"data.num_eval_samples={num_sequences}: the dataset {source.name!r} has only {count // units_per_row} "
+                f"sequences of {max_seq_length} tokens; lower it, or add text"
             )
         texts = texts.filter(pa.array(reader_lib.has_text(texts)))
         chunk = packing_lib.pack(texts, tokenizer, packing=packing, max_seq_length=max_seq_length)

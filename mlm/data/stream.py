@@ -363,11 +363,13 @@ class RowStream:
         skipped = f"{counters['skipped_documents']} {kind}, {counters['held_out_documents']} held-out documents"
         who = f" for process {self._process_index} of {self._process_count}" if self._process_count > 1 else ""
         if self._units_used == 0:
-            raise UserError(f"the data set {self._source.name!r} has no documents to train on{who} ({skipped})")
+            raise UserError(
+                f"the dataset {self._source.name!r}: has no documents to train on{who} ({skipped}); add data"
+            )
         raise UserError(
-            f"the data set {self._source.name!r} is too small: an epoch has {num_rows} sequences of "
-            f"{self._max_seq_length} tokens{who} and a batch needs {self._batch_rows} ({skipped}); "
-            "lower per_device_train_batch_size or data.max_seq_length, or add data"
+            f"the dataset {self._source.name!r}: an epoch has only {num_rows} sequences of {self._max_seq_length} "
+            f"tokens{who}, and a batch needs {self._batch_rows} ({skipped}); lower per_device_train_batch_size or "
+            "data.max_seq_length, or add data"
         )
 
     def _initial_assignment(self, epoch: int, process_index: int, process_count: int) -> tuple[ShardSlice, ...]:
@@ -382,6 +384,6 @@ class RowStream:
 
     def _source_changed_error(self) -> UserError:
         return UserError(
-            f"cannot resume the data stream: the data set {self._source.name!r} has changed since the checkpoint was "
+            f"cannot resume the data stream: the dataset {self._source.name!r} has changed since the checkpoint was "
             "saved; restore it, or choose another --workdir"
         )

@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -123,6 +124,10 @@ class Tokenizer:
         if not (np.array_equal(offsets, expected_offsets) and np.array_equal(ids, expected)):
             logging.info("gigatoken gives other ids than tokenizers for %s; using tokenizers", self.name)
             self._gigatoken = None
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Returns the text of ids, special tokens included; blanks before punctuation stay."""
+        return str(self.hf.decode(ids, clean_up_tokenization_spaces=False))
 
     def save(self, path: str) -> None:
         """Writes the files that `AutoTokenizer.from_pretrained(path)` loads."""

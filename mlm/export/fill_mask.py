@@ -52,7 +52,7 @@ def fill_mask(
 
     def candidates(row: int, mask: int) -> tuple[tuple[str, float], ...]:
         pairs = zip(ids_BxMxK[row, mask], probs_BxMxK[row, mask], strict=True)
-        return tuple((tokenizer.hf.decode([id]), float(prob)) for id, prob in pairs)
+        return tuple((tokenizer.decode([id]), float(prob)) for id, prob in pairs)
 
     return [
         MaskPrediction(sentence, tuple(candidates(row, mask) for mask in range(len(masks[row]))))

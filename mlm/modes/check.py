@@ -150,12 +150,12 @@ def show_documents(text: text_lib.TextPipeline, *, count: int = 3) -> None:
     for source in text.sources:
         shards = source.train.num_shards
         print(f"{source.train.name}: {shards:,} shard{'s' * (shards > 1)}, column {source.train.text_column!r}")
-    heads = [text_lib.first_documents(source.train, count) for source in text.sources]
-    for number in range(1, count + 1):
-        source = text.sources[(number - 1) % len(text.sources)].train
-        document = next(heads[(number - 1) % len(heads)], None)
+    documents = [text_lib.first_documents(source.train, count) for source in text.sources]
+    for number in range(count):
+        index = number % len(text.sources)
+        document = next(documents[index], None)
         if document is not None:
-            print(f"\ndocument {number} of {source.name}\n  {_shortened(document)}")
+            print(f"\ndocument {number + 1} of {text.sources[index].train.name}\n  {_shortened(document)}")
 
 
 def show_sequences(settings: RunSettings, components: build.Components, machine: Machine) -> None:
@@ -171,9 +171,9 @@ def show_sequences(settings: RunSettings, components: build.Components, machine:
             batch_rows=_sequences_per_device(settings) * machine.devices // machine.hosts,
         )
     )
-    decode = functools.partial(components.tokenizer.hf.decode, clean_up_tokenization_spaces=False)
     for number, tokens_L in enumerate(tokens_BxL[:2]):
-        print(f"\nrow {number} of step 1 (data.packing={settings.data.packing!r})\n  {_shortened(decode(tokens_L))}")
+        text = _shortened(components.tokenizer.decode(tokens_L))
+        print(f"\nrow {number} of step 1 (data.packing={settings.data.packing!r})\n  {text}")
     key = jax.random.fold_in(steps.random_key(settings.seed, steps.TRAIN_MASKS), 0)
     rows_B = np.arange(1, dtype=np.int32)
     masked = jax.jit(functools.partial(mask_tokens, spec=components.step_config.masking))(
@@ -345,6 +345,7 @@ def show_compiled(settings: RunSettings, components: build.Components, machine: 
         microbatches=microbatches,
         batch=batch,
     )
+    assert machine.memory_bytes is not None, "known for every machine that steps are compiled for"
     device = f"the {_gigabytes(machine.memory_bytes)} of a {machine.kind} device"
     largest = estimate.largest_batch
     if estimate.needed_bytes is not None:

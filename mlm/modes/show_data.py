@@ -96,7 +96,8 @@ def replay(
 ) -> StepData:
     """Recomputes the batch of a process in a step; arguments and errors as in `run`."""
     workdir = WorkDir(workdir_path, key_changes=key_changes)
-    if workdir.last_topology() is None:
+    last_topology = workdir.last_topology()
+    if last_topology is None:
         raise UserError(f"--workdir={workdir_path}: there is no run; name the directory of one")
     if step < 1:
         raise UserError(f"--step={step}: must be at least 1, the first step")
@@ -107,7 +108,7 @@ def replay(
     )
     text = text_lib.open_text(settings.data, sources, tokenizer, seed=settings.seed)
 
-    process_count, batch_rows = workdir.last_topology()
+    process_count, batch_rows = last_topology
     history = [{"after_batch": 0, "process_count": process_count, "batch_rows": batch_rows}]
     states = None
     with Checkpointer(workdir.storage, keep_checkpoints=settings.checkpoint.keep_checkpoints) as checkpointer:
@@ -167,10 +168,9 @@ def decode_masked(tokenizer: Tokenizer, masked: MaskedBatch, row: int) -> str:
     labels = dict(
         zip(masked.masked_positions_BxK[row][chosen].tolist(), masked.labels_BxK[row][chosen].tolist(), strict=True)
     )
-    decode = functools.partial(tokenizer.hf.decode, clean_up_tokenization_spaces=False)
     parts, start = [], 0
     for position in sorted(labels):
-        parts.append(decode(inputs[start:position]))
-        parts.append(f"[{decode([inputs[position]])}={decode([labels[position]])}]")
+        parts.append(tokenizer.decode(inputs[start:position]))
+        parts.append(f"[{tokenizer.decode([inputs[position]])}={tokenizer.decode([labels[position]])}]")
         start = position + 1
-    return "".join([*parts, decode(inputs[start:])])
+    return "".join([*parts, tokenizer.decode(inputs[start:])])
