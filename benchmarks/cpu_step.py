@@ -1,12 +1,12 @@
-"""How fast is an update on a CPU, against the reference's Flax step and PyTorch's?
+"""Speed of a training step on CPU, against the reference's Flax step and PyTorch.
 
-    python benchmarks/cpu_step.py                                  # both shapes, some minutes
+    python benchmarks/cpu_step.py                                  # both shapes, a few minutes
     python benchmarks/cpu_step.py --shapes=small --torch_python=PYTHON_WITH_TORCH_AND_TRANSFORMERS
     python benchmarks/cpu_step.py --shapes= --compile              # compile time of the quickstart's step
 
-Every side is a process of its own with all cores, and they take turns for `--rounds`: one update each, then in the
-opposite order. A side is given its fastest update: what else the machine does only slows. All compute in float32, with
-dropout; PyTorch runs transformers' `RobertaForMaskedLM` with SDPA attention and AdamW.
+Each side runs in its own process with all cores. They take turns for `--rounds` rounds, one step each, in alternating
+order, and the fastest step of each counts, because other load on the machine can only slow a step. All compute in
+float32, with dropout. PyTorch runs transformers' `RobertaForMaskedLM` with SDPA attention and AdamW.
 """
 
 import argparse
@@ -15,16 +15,17 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
-# Shape -> overrides of roberta-base by name in reference_step, rows and tokens a row.
+# Shape -> name in reference_step of the overrides of roberta-base, sequences per batch, tokens per sequence.
 SHAPES = {"base": ("", 8, 128), "small": ("SMALL", 32, 128)}
+SIDES = {"ours": "ours", "flax": "reference, Flax", "torch": "PyTorch"}
+# Side -> the speed ratio to reach.
 GOALS = {"flax": 1.35, "torch": 1.0}
-NAMES = {"ours": "ours", "flax": "reference, Flax", "torch": "PyTorch"}
 
 
 def jax_step(side: str, shape: str) -> Callable[[], None]:
-    """One update of a JAX side, compiled."""
+    """Returns a function that makes one compiled step of a JAX side."""
     os.environ["JAX_PLATFORMS"] = "cpu"
     import jax
     import jax.numpy as jnp
@@ -35,7 +36,7 @@ def jax_step(side: str, shape: str) -> Callable[[], None]:
 
     name, rows, length = SHAPES[shape]
     config = sides.roberta(**(getattr(sides, name) if name else {}))
-    tokens = sides.tokens(rows, length, vocab_size=config.vocab_size)
+    tokens = sides.random_tokens(rows, length, vocab_size=config.vocab_size)
     if side == "ours":
         step_config = sides.our_step_config(config, jnp.float32, Execution())
         state, step = jax.jit(sides.our_state, static_argnums=0)(step_config), sides.our_step(step_config)
@@ -49,22 +50,22 @@ def jax_step(side: str, shape: str) -> Callable[[], None]:
 
     def run() -> None:
         nonlocal state
-        state, result = step(state, batch)
-        jax.block_until_ready(result)
+        state, metrics = step(state, batch)
+        jax.block_until_ready(metrics)
 
     run()
     return run
 
 
 def torch_step(shape: str) -> Callable[[], None]:
-    """One update of PyTorch's."""
-    import reference_step as sides  # Before torch, for it needs jax.
+    """Returns a function that makes one step of PyTorch."""
+    import reference_step as sides  # Imported before torch, because it imports jax.
     import torch
     import transformers
 
     name, rows, length = SHAPES[shape]
     config = sides.roberta(**(getattr(sides, name) if name else {}))
-    batch = sides.reference_batch(sides.tokens(rows, length, vocab_size=config.vocab_size))
+    batch = sides.reference_batch(sides.random_tokens(rows, length, vocab_size=config.vocab_size))
     batch = {key: torch.from_numpy(value.astype("int64")) for key, value in batch.items()}
     torch.manual_seed(0)
     model = transformers.RobertaForMaskedLM(transformers.RobertaConfig(**config.to_hf())).train()
@@ -79,8 +80,8 @@ def torch_step(shape: str) -> Callable[[], None]:
     return run
 
 
-def work(side: str, shape: str) -> None:
-    """Makes an update for each line that comes in, and answers with its seconds."""
+def run_worker(side: str, shape: str) -> None:
+    """Makes a step for every line on standard input and prints its seconds."""
     run = torch_step(shape) if side == "torch" else jax_step(side, shape)
     print("ready", flush=True)
     for _ in sys.stdin:
@@ -89,39 +90,35 @@ def work(side: str, shape: str) -> None:
         print(time.perf_counter() - start, flush=True)
 
 
-def start(side: str, shape: str, python: str) -> subprocess.Popen | None:
-    """The process of a side, ready; None where it cannot run."""
+def start_worker(side: str, shape: str, python: str) -> subprocess.Popen | None:
+    """Returns the process of a side once it is ready; None if it cannot run."""
     command = [python, os.path.abspath(__file__), f"--worker={side}", f"--shapes={shape}"]
     process = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     if process.stdout.readline().strip() == "ready":
         return process
-    print(f"left out: {NAMES[side]} ({process.stderr.read().strip().splitlines()[-1]})")
+    print(f"skipped: {SIDES[side]} ({process.stderr.read().strip().splitlines()[-1]})")
     return None
 
 
 def measure(shape: str, *, rounds: int, torch_python: str) -> dict[str, float]:
-    """Seconds of each side's fastest update."""
+    """Returns the seconds of each side's fastest step."""
     pythons = {"ours": sys.executable, "flax": sys.executable, "torch": torch_python}
-    workers = {side: worker for side, python in pythons.items() if (worker := start(side, shape, python))}
+    workers = {side: worker for side, python in pythons.items() if (worker := start_worker(side, shape, python))}
     seconds = {side: float("inf") for side in workers}
-
-    def turns() -> Iterator[str]:
-        for turn in range(rounds):
-            yield from list(workers)[:: 1 if turn % 2 else -1]
-
-    for side in turns():
-        workers[side].stdin.write("\n")
-        workers[side].stdin.flush()
-        seconds[side] = min(seconds[side], float(workers[side].stdout.readline()))
+    for round_index in range(rounds):
+        for side in list(workers)[:: 1 if round_index % 2 else -1]:
+            workers[side].stdin.write("\n")
+            workers[side].stdin.flush()
+            seconds[side] = min(seconds[side], float(workers[side].stdout.readline()))
     for worker in workers.values():
         worker.communicate()
     return seconds
 
 
 def compile_quickstart() -> None:
-    """Compiles the step of configs/quickstart.py and prints how long that took."""
+    """Prints the seconds it takes to compile the step of configs/quickstart.py."""
     os.environ["JAX_PLATFORMS"] = "cpu"
     import jax
     import jax.numpy as jnp
@@ -136,7 +133,7 @@ def compile_quickstart() -> None:
     encoder = sides.roberta(vocab_size=config.tokenizer.vocab_size, **overrides)
     step_config = sides.our_step_config(encoder, jnp.float32, Execution())
     state = parallel.replicate(jax.jit(sides.our_state, static_argnums=0)(step_config))
-    tokens = sides.tokens(config.per_device_train_batch_size, config.data.max_seq_length, vocab_size=2_048)
+    tokens = sides.random_tokens(config.per_device_train_batch_size, config.data.max_seq_length, vocab_size=2_048)
     step = parallel.data_parallel(sides.our_step(step_config), donate_argnums=(0,))
     start = time.perf_counter()
     step.lower(state, parallel.shard(tokens, shape=(1,))).compile()
@@ -144,7 +141,7 @@ def compile_quickstart() -> None:
 
 
 def compile_twice() -> None:
-    """Prints the compile time in a fresh process and in a second one that finds the first one's cache."""
+    """Prints the compile time in a first process, and in a second one that finds the program in the cache."""
     command = [sys.executable, os.path.abspath(__file__), "--worker=compile"]
     with tempfile.TemporaryDirectory() as cache:
         environment = os.environ | {
@@ -160,7 +157,7 @@ def compile_twice() -> None:
 
 
 def main() -> None:
-    """Prints the tables."""
+    """Prints tokens per second for each side and the ratios."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shapes", default="small,base")
     parser.add_argument("--rounds", type=int, default=6)
@@ -171,15 +168,15 @@ def main() -> None:
     if options.worker == "compile":
         return compile_quickstart()
     if options.worker:
-        return work(options.worker, options.shapes)
+        return run_worker(options.worker, options.shapes)
     for shape in filter(None, options.shapes.split(",")):
         _, rows, length = SHAPES[shape]
-        print(f"\n{shape}: {rows} rows of {length} tokens")
+        print(f"\n{shape}: {rows} sequences of {length} tokens")
         seconds = measure(shape, rounds=options.rounds, torch_python=options.torch_python)
         for side, best in seconds.items():
-            print(f"  {NAMES[side]:16} {rows * length / best:8,.0f} tokens/s")
+            print(f"  {SIDES[side]:16} {rows * length / best:8,.0f} tokens/s")
         for side in seconds.keys() - {"ours"}:
-            print(f"  ratio ours / {NAMES[side]}: {seconds[side] / seconds['ours']:.2f} (goal {GOALS[side]})")
+            print(f"  ratio ours / {SIDES[side]}: {seconds[side] / seconds['ours']:.2f} (goal {GOALS[side]})")
     if options.compile:
         compile_twice()
     return None

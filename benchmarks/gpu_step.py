@@ -1,25 +1,26 @@
-"""How fast is an update on an NVIDIA GPU, and what share of its peak is that, against PyTorch's?
+"""Speed of a training step on an NVIDIA GPU, and its fraction of the GPU's peak, against PyTorch.
 
-    python benchmarks/gpu_step.py                                  # needs jax[cuda13], flax and optax alone
+    python benchmarks/gpu_step.py                                  # needs jax[cuda13], flax and optax only
     python benchmarks/gpu_step.py --shapes=base-512 --tokens=65536,131072 --torch_python=PYTHON_WITH_TORCH
-    python benchmarks/gpu_step.py --sides=ours --remat=dots,none   # two ways of ours, without the other side
-    JAX_PLATFORMS=cpu python benchmarks/gpu_step.py --shapes=tiny --tokens=256   # only to see that it runs
+    python benchmarks/gpu_step.py --sides=ours --remat=dots,none   # two variants of ours, without PyTorch
+    JAX_PLATFORMS=cpu python benchmarks/gpu_step.py --shapes=tiny --tokens=256   # only checks that it runs
 
-bfloat16 on both sides, float32 parameters and AdamW. PyTorch runs transformers' `RobertaForMaskedLM` under autocast,
-with SDPA attention, fused AdamW and `torch.compile`; as no token is padding it gets no mask, so that SDPA may take its
-flash kernel. Dropout is 0.1 on hidden states on both sides, and 0 on attention weights unless `--attention_dropout`
-says otherwise: cuDNN's flash attention, as `jax.nn.dot_product_attention` has it, drops none, and with it ours takes
-the plain form. Each side takes the batch, of `--tokens`, at which it is fastest; where one does not fit, its half.
+Both sides compute in bfloat16 with float32 parameters and AdamW. PyTorch runs transformers' `RobertaForMaskedLM`
+under autocast, with SDPA attention, fused AdamW and `torch.compile`; no token is padding, so it gets no attention
+mask and SDPA can use its flash kernel. Dropout is 0.1 on hidden states on both sides, and 0 on attention weights
+unless `--attention_dropout` is given: cuDNN's flash attention in `jax.nn.dot_product_attention` has no dropout, so
+ours then uses the plain implementation. Each side uses the batch size out of `--tokens` with which it is fastest; a
+batch that does not fit is halved.
 
-Utilization is model operations a second / the matrix multiplications a second that this card is measured to do in
-bfloat16 (8192 x 8192 x 8192, the faster of the two sides' own). Model operations of an update are 3 x those of the
-forward pass (a product has two in the backward pass), 2 for each multiply-add of the products that the objective
-needs: `mlm/models/flops.py`, which counts the head on masked positions only. Both sides are held to the same number,
-whatever they compute.
+Utilization = model FLOP/s / measured peak. The peak is that of a bfloat16 matmul of 8192 x 8192 x 8192 on this GPU,
+the faster of the two sides' own. The model FLOP of a step are three times those of the forward pass (every matmul has
+two in the backward pass), with 2 per multiply-add, for the matmuls that the objective needs: `mlm/models/flops.py`
+counts the head at masked positions only. Both sides are rated by the same number, whatever they compute.
 
-Every side and shape is a process of its own, of a minute or two. Results are printed as they come; after `--minutes`
-no more are waited for. Kernels are those of three more updates, under the profiler: their share of all kernels' time,
-and milliseconds an update. JAX_COMPILATION_CACHE_DIR spares a second run on the same machine the compiling.
+Each side and shape runs in its own process, for one or two minutes. Results are printed as they arrive; measuring
+stops after `--minutes`. The kernels are those of three more steps under the profiler, with their fraction of all
+kernels' time and milliseconds per step. JAX_COMPILATION_CACHE_DIR saves compiling in a second run on the same
+machine.
 """
 
 import argparse
@@ -39,59 +40,59 @@ from typing import Any
 
 LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
 TINY = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
-# Overrides of roberta-base, tokens a row, the utilization that is the goal.
+# Shape -> overrides of roberta-base, tokens per sequence, utilization to reach.
 SHAPES = {
     "base-128": ({}, 128, None),
     "base-512": ({}, 512, 0.50),
     "large-512": (LARGE, 512, 0.55),
     "tiny": (TINY, 64, None),
 }
-UPDATES, PROFILED = 10, 3
+STEPS, PROFILED_STEPS = 10, 3
 Run = Callable[[], None]
 show = functools.partial(print, flush=True)
 
 
 def timed(run: Run, wait: Run) -> float:
-    """Seconds of an update: the fastest of three times `UPDATES`, after three to warm up."""
+    """Returns the seconds per step: the fastest of three series of STEPS, after three steps to warm up."""
     for _ in range(3):
         run()
     wait()
     best = float("inf")
     for _ in range(3):
         start = time.perf_counter()
-        for _ in range(UPDATES):
+        for _ in range(STEPS):
             run()
         wait()
-        best = min(best, (time.perf_counter() - start) / UPDATES)
+        best = min(best, (time.perf_counter() - start) / STEPS)
     return best
 
 
-def say(**what: Any) -> None:
-    """Tells the process that waits for this one."""
-    print(json.dumps(what), flush=True)
+def report(**result: Any) -> None:
+    """Sends a result to the parent process."""
+    print(json.dumps(result), flush=True)
 
 
-def our_product() -> None:
-    """Times a bfloat16 product, 8192 on every side (512 on a CPU)."""
+def our_matmul() -> None:
+    """Times a bfloat16 matmul, 8192 x 8192 x 8192 (512 on a CPU)."""
     import jax
     import jax.numpy as jnp
 
     device = jax.devices()[0]
     size = 8192 if device.platform == "gpu" else 512
-    product = jax.jit(lambda x, y: x @ y)
+    matmul = jax.jit(lambda x, y: x @ y)
     x, y = (jax.random.normal(jax.random.key(i), (size, size), jnp.bfloat16) for i in range(2))
     result = None
 
     def run() -> None:
         nonlocal result
-        result = product(x, y)
+        result = matmul(x, y)
 
     rate = 2 * size**3 / timed(run, lambda: result.block_until_ready())
-    say(rate=rate, about=f"{device.device_kind}, jax {jax.__version__}")
+    report(rate=rate, about=f"{device.device_kind}, jax {jax.__version__}")
 
 
-def our_update(shape: str, rows: int, options: argparse.Namespace) -> None:
-    """Times our update, and its kernels."""
+def our_step(shape: str, rows: int, options: argparse.Namespace) -> None:
+    """Times our step and its kernels."""
     import jax
     import jax.numpy as jnp
     import reference_step as sides
@@ -105,7 +106,7 @@ def our_update(shape: str, rows: int, options: argparse.Namespace) -> None:
     step_config = sides.our_step_config(config, jnp.bfloat16, Execution(attention=attention, remat=options.remat))
     state = parallel.replicate(jax.jit(sides.our_state, static_argnums=0)(step_config))
     step = parallel.data_parallel(sides.our_step(step_config), donate_argnums=(0,))
-    batch = parallel.shard(sides.tokens(rows, length, vocab_size=config.vocab_size), shape=(1,))
+    batch = parallel.shard(sides.random_tokens(rows, length, vocab_size=config.vocab_size), shape=(1,))
     metrics = None
 
     def run() -> None:
@@ -117,24 +118,24 @@ def our_update(shape: str, rows: int, options: argparse.Namespace) -> None:
 
     seconds = timed(run, wait)
     memory = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0)
-    say(seconds=seconds, memory=memory, loss=float(metrics.sums.loss[0] / metrics.sums.count[0]))
-    spent = collections.Counter()
+    report(seconds=seconds, memory=memory, loss=float(metrics.sums.loss[0] / metrics.sums.count[0]))
+    kernel_seconds = collections.Counter()
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
-            for _ in range(PROFILED):
+            for _ in range(PROFILED_STEPS):
                 run()
             wait()
         for path in glob.glob(f"{folder}/**/*.xplane.pb", recursive=True):
             planes = jax.profiler.ProfileData.from_file(path).planes
             for line in (line for plane in planes if plane.name.startswith("/device:GPU") for line in plane.lines):
-                # Other lines tell the same time again, by operation or by step.
+                # Other lines repeat the same time, by operation or by step.
                 for event in line.events if line.name.startswith("Stream") else ():
-                    spent[event.name] += event.duration_ns / 1e9 / PROFILED
-    say(kernels=spent)
+                    kernel_seconds[event.name] += event.duration_ns / 1e9 / PROFILED_STEPS
+    report(kernels=kernel_seconds)
 
 
-def torch_product() -> None:
-    """Times PyTorch's product."""
+def torch_matmul() -> None:
+    """Times PyTorch's matmul."""
     import torch
     import transformers
 
@@ -143,12 +144,12 @@ def torch_product() -> None:
     x, y = (torch.randn(size, size, device=device).bfloat16() for _ in range(2))
     rate = 2 * size**3 / timed(lambda: x @ y, torch.cuda.synchronize if on_gpu else lambda: None)
     about = torch.cuda.get_device_name() if on_gpu else device
-    say(rate=rate, about=f"{about}, torch {torch.__version__}, transformers {transformers.__version__}")
+    report(rate=rate, about=f"{about}, torch {torch.__version__}, transformers {transformers.__version__}")
 
 
-def torch_update(shape: str, rows: int, options: argparse.Namespace) -> None:
-    """Times PyTorch's update, and its kernels."""
-    import reference_step as sides  # Before torch, for it needs jax.
+def torch_step(shape: str, rows: int, options: argparse.Namespace) -> None:
+    """Times PyTorch's step and its kernels."""
+    import reference_step as sides  # Imported before torch, because it imports jax.
     import torch
     import transformers
 
@@ -156,7 +157,7 @@ def torch_update(shape: str, rows: int, options: argparse.Namespace) -> None:
     config = sides.roberta(**overrides, attention_probs_dropout_prob=options.attention_dropout)
     on_gpu = torch.cuda.is_available()
     device = "cuda" if on_gpu else "cpu"
-    batch = sides.reference_batch(sides.tokens(rows, length, vocab_size=config.vocab_size))
+    batch = sides.reference_batch(sides.random_tokens(rows, length, vocab_size=config.vocab_size))
     batch = {name: torch.from_numpy(batch[name].astype("int64")).to(device) for name in ("input_ids", "labels")}
     hf_config = transformers.RobertaConfig(**config.to_hf(), attn_implementation="sdpa")
     model = transformers.RobertaForMaskedLM(hf_config).to(device).train()
@@ -174,25 +175,27 @@ def torch_update(shape: str, rows: int, options: argparse.Namespace) -> None:
 
     wait = torch.cuda.synchronize if on_gpu else lambda: None
     seconds = timed(run, wait)
-    say(seconds=seconds, memory=torch.cuda.max_memory_allocated() if on_gpu else 0, loss=loss.item())
+    report(seconds=seconds, memory=torch.cuda.max_memory_allocated() if on_gpu else 0, loss=loss.item())
     if on_gpu:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as trace:
-            for _ in range(PROFILED):
+            for _ in range(PROFILED_STEPS):
                 run()
             wait()
-        say(kernels={event.key: event.self_device_time_total / 1e6 / PROFILED for event in trace.key_averages()})
+        report(
+            kernels={event.key: event.self_device_time_total / 1e6 / PROFILED_STEPS for event in trace.key_averages()}
+        )
 
 
-PRODUCTS = {"ours": our_product, "PyTorch": torch_product}
-UPDATE = {"ours": our_update, "PyTorch": torch_update}
+MATMULS = {"ours": our_matmul, "PyTorch": torch_matmul}
+TRAINING_STEPS = {"ours": our_step, "PyTorch": torch_step}
 
 
 def in_own_process(side: str, *arguments: str, python: str, until: float) -> Iterator[dict[str, Any]]:
-    """What a side says, when it says it; where it does not end well, last {"failed": why, "full": if memory was}."""
+    """Yields the results of a side; after a failure the last one is {"failed": reason, "full": was memory full}."""
     command = [python, os.path.abspath(__file__), f"--worker={side}", *arguments]
     environment = {"XLA_CLIENT_MEM_FRACTION": "0.95", "JAX_TRACEBACK_FILTERING": "off"} | os.environ
     if side == "PyTorch":
-        environment["JAX_PLATFORMS"] = "cpu"  # Its jax makes tokens, and must not take the GPU's memory.
+        environment["JAX_PLATFORMS"] = "cpu"  # It uses jax for the tokens only, which must not occupy the GPU's memory.
     with tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment)
         timer = threading.Timer(max(0.0, until - time.monotonic()), process.kill)
@@ -203,44 +206,45 @@ def in_own_process(side: str, *arguments: str, python: str, until: float) -> Ite
         code = process.wait()
         timer.cancel()
         errors.seek(0)
-        lines = [line for line in errors.read().splitlines() if line.strip()] or ["no reason given"]
+        lines = [line for line in errors.read().splitlines() if line.strip()] or ["no message"]
     if code:
-        named = [line for line in lines if re.match(r"[\w.]+(Error|Exception)\b", line)] or lines
-        why = named[-1][:300] if time.monotonic() < until else "out of time"
+        errors_found = [line for line in lines if re.match(r"[\w.]+(Error|Exception)\b", line)] or lines
+        reason = errors_found[-1][:300] if time.monotonic() < until else "out of time"
         full = re.search("RESOURCE_EXHAUSTED|out of memory", "\n".join(lines), re.IGNORECASE) is not None
-        yield {"failed": why, "full": full}
+        yield {"failed": reason, "full": full}
 
 
 def compare(options: argparse.Namespace, *, until: float) -> None:
-    """Measures, and prints what it finds as soon as it is known."""
+    """Measures all sides and shapes, and prints results as they arrive."""
     pythons = {"ours": sys.executable, "PyTorch": options.torch_python}
     run = {side: functools.partial(in_own_process, side, python=pythons[side], until=until) for side in pythons}
     rates = {}
     for side in options.sides.split(","):
-        for said in run[side]("--shapes="):
-            if "failed" in said:
-                show(f"{side} does not run here: {said['failed']}")
+        for result in run[side]("--shapes="):
+            if "failed" in result:
+                show(f"{side} does not run here: {result['failed']}")
             else:
-                rates[side] = said["rate"]
-                show(f"{side}: {said['about']}, bfloat16 products {said['rate'] / 1e12:.1f} TFLOP/s")
+                rates[side] = result["rate"]
+                show(f"{side}: {result['about']}, bfloat16 matmul {result['rate'] / 1e12:.1f} TFLOP/s")
     if not rates:
         sys.exit(1)
     remats = {"ours": options.remat.split(","), "PyTorch": [""]}
     for shape in options.shapes.split(","):
         _, length, goal = SHAPES[shape]
         flops = model_flops(shape)
-        show(f"\n{shape}, {length} tokens a row, {flops / 1e9:.3f} GFLOP a token")
-        # A token's share of the card's peak, times tokens a second, is utilization.
-        share = flops / max(rates.values())
+        show(f"\n{shape}, {length} tokens per sequence, {flops / 1e9:.3f} GFLOP per token")
+        seconds_per_token = flops / max(rates.values())  # at 100 % utilization
         best = dict.fromkeys(rates, 0.0)
         for size in options.tokens.split(","):
             for side in rates:
                 for remat in remats[side]:
-                    rate = measure(run[side], f"{side} {remat}", shape, int(size) // length, remat, options, share)
+                    rate = measure(
+                        run[side], f"{side} {remat}", shape, int(size) // length, remat, options, seconds_per_token
+                    )
                     best[side] = max(best[side], rate)
         for side, rate in best.items():
             aim = f" (goal {goal:.0%})" if goal and side == "ours" else ""
-            show(f"  utilization of {side}: {rate * share:.1%}{aim}" if rate else f"  {side} gave nothing")
+            show(f"  utilization of {side}: {rate * seconds_per_token:.1%}{aim}" if rate else f"  no result of {side}")
         if len(best) == 2 and all(best.values()):
             show(f"  ratio ours / PyTorch: {best['ours'] / best['PyTorch']:.2f} (goal 1.5)")
 
@@ -252,34 +256,34 @@ def measure(
     rows: int,
     remat: str,
     options: argparse.Namespace,
-    share: float,
+    seconds_per_token: float,
 ) -> float:
-    """Tokens a second of a side, of `rows` or the half, a quarter... that fits; 0 if it gives none."""
+    """Returns the tokens per second of a side with `rows` sequences, halved until they fit; 0 if it has no result."""
     rate, full = 0.0, False
-    given = (f"--attention_dropout={options.attention_dropout}", f"--attention={options.attention}", f"--remat={remat}")
-    for said in run(f"--shapes={shape}", f"--tokens={rows}", *given):
-        if "seconds" in said:
-            rate = rows * SHAPES[shape][1] / said["seconds"]
+    flags = (f"--attention_dropout={options.attention_dropout}", f"--attention={options.attention}", f"--remat={remat}")
+    for result in run(f"--shapes={shape}", f"--tokens={rows}", *flags):
+        if "seconds" in result:
+            rate = rows * SHAPES[shape][1] / result["seconds"]
             show(
-                f"  {name:12} {rows:>4} rows {rate:12,.0f} tokens/s  {rate * share:6.1%}  "
-                f"{1e3 * said['seconds']:8.2f} ms  {said['memory'] / 1e9:6.1f} GB  loss {said['loss']:.3f}"
+                f"  {name:12} {rows:>4} sequences {rate:12,.0f} tokens/s  {rate * seconds_per_token:6.1%}  "
+                f"{1e3 * result['seconds']:8.2f} ms  {result['memory'] / 1e9:6.1f} GB  loss {result['loss']:.3f}"
             )
-        elif "kernels" in said:
-            spent = said["kernels"]
-            total = sum(spent.values())
-            show(f"      {len(spent)} kernels by name, {1e3 * total:.2f} ms")
-            for kernel in sorted(spent, key=spent.get, reverse=True)[: options.kernels]:
-                show(f"      {spent[kernel] / total:6.1%} {1e3 * spent[kernel]:8.2f} ms  {kernel[:90]}")
+        elif "kernels" in result:
+            kernels = result["kernels"]
+            total = sum(kernels.values())
+            show(f"      {len(kernels)} kernels by name, {1e3 * total:.2f} ms")
+            for kernel in sorted(kernels, key=kernels.get, reverse=True)[: options.kernels]:
+                show(f"      {kernels[kernel] / total:6.1%} {1e3 * kernels[kernel]:8.2f} ms  {kernel[:90]}")
         else:
-            show(f"  {name:12} {rows:>4} rows, {'no profile' if rate else 'left out'}: {said['failed']}")
-            full = said["full"]
+            show(f"  {name:12} {rows:>4} sequences, {'no profile' if rate else 'skipped'}: {result['failed']}")
+            full = result["full"]
     if not rate and full and rows > 1:
-        return measure(run, name, shape, rows // 2, remat, options, share)
+        return measure(run, name, shape, rows // 2, remat, options, seconds_per_token)
     return rate
 
 
 def model_flops(shape: str) -> float:
-    """Operations that a token of an update needs."""
+    """Returns the FLOP per token that a step needs."""
     import reference_step as sides
 
     from mlm.models.flops import flops_per_token
@@ -289,23 +293,23 @@ def model_flops(shape: str) -> float:
 
 
 def main() -> None:
-    """Prints a table a shape, the ratio last."""
+    """Prints a table for each shape, and then the ratio."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shapes", default="base-512,large-512,base-128")
-    parser.add_argument("--tokens", default="65536", help="of a batch; several are tried one after the other")
-    parser.add_argument("--attention_dropout", type=float, default=0.0, help="of both sides")
-    parser.add_argument("--attention", default="cudnn", help="of ours: plain, xla or cudnn")
-    parser.add_argument("--remat", default="dots", help="of ours: none, dots or full; several are tried")
+    parser.add_argument("--tokens", default="65536", help="tokens per batch; several are tried")
+    parser.add_argument("--attention_dropout", type=float, default=0.0, help="both sides")
+    parser.add_argument("--attention", default="cudnn", help="ours: plain, xla or cudnn")
+    parser.add_argument("--remat", default="dots", help="ours: none, dots or full; several are tried")
     parser.add_argument("--sides", default="ours,PyTorch")
     parser.add_argument("--torch_python", default=sys.executable, help="has jax, flax, optax, torch and transformers")
     parser.add_argument("--minutes", type=float, default=9.5)
-    parser.add_argument("--kernels", type=int, default=5, help="how many of each side are named")
+    parser.add_argument("--kernels", type=int, default=5, help="number of kernels to print for each side")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker and options.shapes:
-        return UPDATE[options.worker](options.shapes, int(options.tokens), options)
+        return TRAINING_STEPS[options.worker](options.shapes, int(options.tokens), options)
     if options.worker:
-        return PRODUCTS[options.worker]()
+        return MATMULS[options.worker]()
     compare(options, until=time.monotonic() + 60 * options.minutes)
     return None
 

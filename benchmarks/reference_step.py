@@ -1,9 +1,9 @@
-"""The step that ours is measured against, and ours, as functions of one device's share, for the benchmarks.
+"""Our training step and the one that the benchmarks compare it with, as functions of one device's batch.
 
-The reference is Hugging Face's `run_mlm_flax.py` with the Flax `RobertaForMaskedLM` of transformers 4, told anew from
-its behaviour: query, key and value by three products, one dropout mask of attention weights for all rows and heads,
-logits of every position, cross-entropy with one-hot labels, mean gradients over devices, AdamW. Its labels come from
-the host, -100 where nothing is to be predicted; ours masks on the device.
+The reference is a reimplementation of Hugging Face's `run_mlm_flax.py` with the Flax `RobertaForMaskedLM` of
+transformers 4, written from its behaviour: separate matmuls for queries, keys and values, one attention dropout mask
+for all sequences and heads, logits at every position, cross-entropy with one-hot labels, gradients averaged over
+devices, AdamW. Its labels come from the host, -100 where nothing is predicted; ours masks on the device.
 
 Legend: B rows, L tokens, D hidden_size, H heads, E width of a head, V vocabulary.
 """
@@ -44,16 +44,16 @@ OPTIMIZER = OptimizerSettings(
     spike_factor=0.0,
 )
 SCHEDULE = create_schedule(OPTIMIZER, num_train_steps=10_000)
-SPECIAL = 5  # ids below are special; the last of them hides tokens
+SPECIAL = 5  # ids below are special; the last one is the mask token
 
 
 def roberta(**overrides: Any) -> EncoderConfig:
-    """roberta-base as on the hub, with some fields changed."""
+    """The config of roberta-base on the hub, with some fields changed."""
     shape = {"max_position_embeddings": 514, "type_vocab_size": 1, "layer_norm_eps": 1e-5}
     return EncoderConfig(**shape | overrides)
 
 
-# The small model of the CPU benchmark.
+# Overrides for the small model of the CPU benchmark.
 SMALL = {
     "vocab_size": 8_192,
     "hidden_size": 256,
@@ -64,7 +64,7 @@ SMALL = {
 
 
 def our_step_config(config: EncoderConfig, dtype: Any, execution: Execution) -> steps.StepConfig:
-    """What our step closes over."""
+    """Our model, masking and optimizer."""
     return steps.StepConfig(
         model=MaskedLM(config, dtype, execution=execution),
         masking=MaskingSpec(
@@ -82,22 +82,22 @@ def our_step_config(config: EncoderConfig, dtype: Any, execution: Execution) -> 
 
 
 def our_step(step_config: steps.StepConfig) -> Callable[..., Any]:
-    """(state, tokens_1xBxL) -> (state, metrics)."""
+    """Our step: (state, tokens_1xBxL) -> (state, metrics)."""
     return functools.partial(steps.train_step, step_config=step_config, axis_name=parallel.AXIS)
 
 
 def our_state(step_config: steps.StepConfig) -> steps.TrainState:
-    """The state before the first update."""
+    """Our state before step 1."""
     return steps.init_state(step_config, steps.init_params(step_config, length=8))
 
 
-def tokens(rows: int, length: int, *, vocab_size: int) -> np.ndarray:
-    """Rows of random tokens without padding, [rows, length]."""
+def random_tokens(rows: int, length: int, *, vocab_size: int) -> np.ndarray:
+    """int32 [rows, length], random tokens without padding."""
     return np.random.default_rng(0).integers(SPECIAL, vocab_size, (rows, length)).astype(np.int32)
 
 
 def reference_batch(tokens_BxL: np.ndarray) -> dict[str, np.ndarray]:
-    """What the reference's collator gives: a sixth of the tokens hidden, and labels."""
+    """A batch as from the reference's collator: 15 % of the tokens masked, and labels."""
     chosen_BxL = np.random.default_rng(1).random(tokens_BxL.shape) < 0.15
     return {
         "input_ids": np.where(chosen_BxL, SPECIAL - 1, tokens_BxL).astype(np.int32),
@@ -118,9 +118,9 @@ class _Layer(nn.Module):
         def dense(size: int, name: str) -> nn.Dense:
             return nn.Dense(size, dtype=self.dtype, kernel_init=nn.initializers.normal(0.02), name=name)
 
-        def add_norm(update_BxLxD: jax.Array, to_BxLxD: jax.Array, name: str) -> jax.Array:
-            update_BxLxD = nn.Dropout(cfg.hidden_dropout_prob)(update_BxLxD, deterministic=False)
-            return nn.LayerNorm(cfg.layer_norm_eps, dtype=self.dtype, name=name)(update_BxLxD + to_BxLxD)
+        def add_norm(output_BxLxD: jax.Array, residual_BxLxD: jax.Array, name: str) -> jax.Array:
+            output_BxLxD = nn.Dropout(cfg.hidden_dropout_prob)(output_BxLxD, deterministic=False)
+            return nn.LayerNorm(cfg.layer_norm_eps, dtype=self.dtype, name=name)(output_BxLxD + residual_BxLxD)
 
         query, key, value = (dense(cfg.hidden_size, name)(hidden_BxLxD).reshape(heads) for name in ("q", "k", "v"))
         scores_BxHxLxL = jnp.einsum("...qhd,...khd->...hqk", query / np.sqrt(cfg.head_size).astype(self.dtype), key)
@@ -154,8 +154,8 @@ class _Model(nn.Module):
         hidden = nn.LayerNorm(cfg.layer_norm_eps, dtype=self.dtype, name="norm")(hidden)
         hidden = nn.Dropout(cfg.hidden_dropout_prob)(hidden, deterministic=False)
         bias = jnp.where(attention_mask[:, None, None] > 0, 0.0, jnp.finfo(self.dtype).min).astype(self.dtype)
-        for number in range(cfg.num_hidden_layers):
-            hidden = _Layer(cfg, self.dtype, name=f"layer_{number}")(hidden, bias)
+        for index in range(cfg.num_hidden_layers):
+            hidden = _Layer(cfg, self.dtype, name=f"layer_{index}")(hidden, bias)
         hidden = nn.gelu(nn.Dense(cfg.hidden_size, dtype=self.dtype, name="head")(hidden), approximate=False)
         hidden = nn.LayerNorm(cfg.layer_norm_eps, dtype=self.dtype, name="head_norm")(hidden)
         logits = hidden @ word.embedding.T.astype(self.dtype)
@@ -167,7 +167,7 @@ def _reference_optimizer() -> optax.GradientTransformation:
 
 
 def reference_state(config: EncoderConfig, dtype: Any) -> dict[str, Any]:
-    """The state before the first update."""
+    """The reference's state before step 1."""
     ids = jnp.ones((1, 8), jnp.int32)
     keys = {"params": jax.random.key(0), "dropout": jax.random.key(1)}
     params = _Model(config, dtype).init(keys, ids, ids)["params"]
@@ -175,7 +175,7 @@ def reference_state(config: EncoderConfig, dtype: Any) -> dict[str, Any]:
 
 
 def reference_step(config: EncoderConfig, dtype: Any) -> Callable[..., Any]:
-    """(state, batch) -> (state, mean loss)."""
+    """The reference's step: (state, batch) -> (state, mean loss)."""
     model = _Model(config, dtype)
 
     def step(state: dict[str, Any], batch: dict[str, jax.Array]) -> tuple[dict[str, Any], jax.Array]:
