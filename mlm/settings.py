@@ -756,5 +756,5 @@ def _parse_mixture_entry(key: str, value: Any) -> MixtureEntry:
         elif not isinstance(option_value, str) and not (option == "dataset_config_name" and option_value is None):
             raise _error(f"{key}.{option}", option_value, "must be a string")
     if not name or (options.get("data_files") is None and not options.get("dataset_name", name)):
-        raise _error(key, value, "there is no data; its name must be a data set's, or it needs data_files")
+        raise _error(key, value, "there is no data; its name must be that of a dataset, or it needs data_files")
     return MixtureEntry(name, float(weight), dict(options))

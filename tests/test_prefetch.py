@@ -81,7 +81,7 @@ def test_waiting_time_is_measured():
         assert batches.wait_seconds - waited < 0.1
 
 
-@pytest.mark.parametrize("error", [UserError("the data set is empty"), OSError(5, "disk"), KeyboardInterrupt()])
+@pytest.mark.parametrize("error", [UserError("the dataset is empty"), OSError(5, "disk"), KeyboardInterrupt()])
 def test_an_error_reaches_the_caller_after_the_batches_before_it(error):
     with prefetch.Prefetcher(Count(error=error, after=2), depth=4) as batches:
         assert [next(batches).state["n"] for _ in range(2)] == [1, 2]

@@ -179,7 +179,7 @@ WRONG = [
     ),
     (
         {"data.mixture": (("wiki", 1, {"dataset_name": ""}),)},
-        "data.mixture[0]=('wiki', 1, {'dataset_name': ''}): there is no data; its name must be a data set's, or it needs data_files",
+        "data.mixture[0]=('wiki', 1, {'dataset_name': ''}): there is no data; its name must be that of a dataset, or it needs data_files",
     ),
     (
         {"data.mixture": (("wiki", 1),), "data.data_files": "a.txt"},

@@ -723,6 +723,7 @@ ELSEWHERE = {
     },
     "mlm/data/sources/source.py": {
         "data.text_column_name={}: the column of {} has the type {}, not text; set it to another column": "tests/test_sources.py::test_errors_are_one_line",
+        "data.text_column_name={}: the column of {} has the type {}, not text; set it to another column": "tests/test_sources.py::test_errors_are_one_line",
         "{}: is not a local directory, and {} cannot be reached ({}); check the network, or name local files": "tests/test_sources.py::test_an_unreachable_hub_is_an_error_within_seconds",
     },
     "mlm/data/stream.py": {

@@ -17,14 +17,7 @@ from mlm.data.sources.source import Source, open_source
 from mlm.data.stream import RowStream
 from mlm.data.tokenizer import Tokenizer, load_tokenizer
 from mlm.data.train_tokenizer import train_tokenizer as train_on_texts
-from mlm.settings import (
-    MIXTURE_KEYS,
-    DataSettings,
-    MixtureEntry,
-    RunSettings,
-    TokenizerSettings,
-    resolve_algorithm,
-)
+from mlm.settings import DataSettings, MixtureEntry, RunSettings, TokenizerSettings, resolve_algorithm
 
 # Shards of a process that the log names.
 _MAX_NAMED_SHARDS = 4
@@ -144,7 +137,14 @@ def open_sources(data: DataSettings) -> tuple[TextSource, ...]:
 
 
 def _open_entry(data: DataSettings, entry: MixtureEntry) -> TextSource:
-    options = {key: getattr(data, key) for key in MIXTURE_KEYS} | {"dataset_name": entry.name} | dict(entry.options)
+    options = {
+        "dataset_name": entry.name,
+        "dataset_config_name": data.dataset_config_name,
+        "data_files": data.data_files,
+        "eval_data_files": data.eval_data_files,
+        "split": data.split,
+        "text_column_name": data.text_column_name,
+    } | dict(entry.options)
     eval_data_files = options.pop("eval_data_files")
     open_with = functools.partial(open_source, cache_dir=data.cache_dir, retry_policy=retry_policy(data))
     train = open_with(**options)

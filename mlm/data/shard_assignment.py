@@ -1,4 +1,4 @@
-"""Assigns the shards of a data set to processes, and reassigns them when a run resumes on another number of processes.
+"""Assigns the shards of a dataset to processes, and reassigns them when a run resumes on another number of processes.
 
 Every process trains on its own documents. In each epoch the shards (files, say) are divided among the processes:
 

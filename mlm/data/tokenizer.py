@@ -165,7 +165,7 @@ def load_tokenizer(tokenizer_name: str, *, cache_dir: str | None = None, backend
                 f"the tokenizer {tokenizer_name!r}: cannot be loaded from the hub ({one_line(error)}); "
                 "check tokenizer.tokenizer_name, or set it to None to train one"
             ) from None
-    if not getattr(hf, "is_fast", False):
+    if not isinstance(hf, transformers.PreTrainedTokenizerFast):
         raise UserError(f"the tokenizer {tokenizer_name!r}: has no fast version; choose one that has")
     return Tokenizer(hf, name=tokenizer_name, backend=backend)
 

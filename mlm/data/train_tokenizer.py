@@ -102,7 +102,9 @@ def _train_bpe(
             model_max_length=model_max_length,
         )
     model = json.loads(bpe.to_str())["model"]
-    return transformers.RobertaTokenizer(
+    # Its annotations allow strings only.
+    tokenizer_class: Any = transformers.RobertaTokenizer
+    return tokenizer_class(
         vocab=model["vocab"],
         merges=[tuple(merge) for merge in model["merges"]],
         mask_token=mask,
@@ -222,7 +224,7 @@ def _train_unigram(
             f"tokenizer.vocab_size={vocab_size}: no Unigram tokenizer of this size can be trained on this text "
             f"({one_line(error)}); change it"
         ) from None
-    model = sentencepiece_model_pb2.ModelProto.FromString(model_file.getvalue())
+    model = sentencepiece_model_pb2.ModelProto.FromString(model_file.getvalue())  # type: ignore[attr-defined]
     return tokenizer_class(
         vocab=[(piece.piece, piece.score) for piece in model.pieces],
         _spm_precompiled_charsmap=model.normalizer_spec.precompiled_charsmap,
