@@ -245,3 +245,26 @@ def test_tests_of_other_errors_exist(test):
     file, name = test.split("::")
     tree = ast.parse((REPO / file).read_text())
     assert name in {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+
+
+def texts_in_the_code() -> list[str]:
+    """Returns every string of main.py and mlm/, with "{}" for what is filled in."""
+    texts = []
+    for path in [REPO / "main.py", *sorted((REPO / "mlm").rglob("*.py"))]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                parts = [part.value if isinstance(part, ast.Constant) else "{}" for part in node.values]
+                texts.append("".join(map(str, parts)))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                texts.append(node.value)
+    return texts
+
+
+def test_the_page_on_troubleshooting_quotes_messages_of_the_code():
+    page = (REPO / "docs" / "troubleshooting.md").read_text()
+    entries = re.findall(r"^\*\*(.+?)\*\*:", page, flags=re.MULTILINE)
+    quotes = [quote for entry in entries for quote in re.findall(r"`(\.\.\. [^`]+|[^`]+\.\.\.[^`]*)`", entry)]
+    assert len(quotes) > 10
+    texts = texts_in_the_code()
+    patterns = {quote: ".*".join(re.escape(part.strip()) for part in quote.split("...")) for quote in quotes}
+    assert [quote for quote in quotes if not any(re.search(patterns[quote], text) for text in texts)] == []
