@@ -77,18 +77,18 @@ class Evaluator:
             ]
         )
         total = _add(results)
-        loss = _mean_loss(total)
+        loss = _mean(total.sums.loss, total)
         metrics = {
             "eval/loss": loss,
-            "eval/accuracy": total.sums.correct / max(total.sums.count, 1.0),
+            "eval/accuracy": _mean(total.sums.correct, total),
             "eval/perplexity": math.exp(min(loss, 700.0)),
-            "eval/unigram_loss": total.unigram_loss / max(total.sums.count, 1.0),
+            "eval/unigram_loss": _mean(total.unigram_loss, total),
         }
         sources = [batch.source for batch in self._batches]
         if len(set(sources)) > 1:
             for source in dict.fromkeys(sources):
-                own = [result for result, name in zip(results, sources, strict=True) if name == source]
-                metrics[f"eval/{source}/loss"] = _mean_loss(_add(own))
+                own = _add([result for result, name in zip(results, sources, strict=True) if name == source])
+                metrics[f"eval/{source}/loss"] = _mean(own.sums.loss, own)
         return metrics
 
 
@@ -114,5 +114,6 @@ def _add(results: Sequence[EvalSums]) -> EvalSums:
     return jax.tree.map(lambda *values: float(np.sum(values, dtype=np.float64)), *results)
 
 
-def _mean_loss(result: EvalSums) -> float:
-    return result.sums.loss / max(result.sums.count, 1.0)
+def _mean(value: Any, result: EvalSums) -> float:
+    """The mean over predicted tokens of a value that was summed over them."""
+    return float(value) / max(float(result.sums.count), 1.0)

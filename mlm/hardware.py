@@ -141,12 +141,12 @@ def parse_topology(name: str) -> Machine:
       UserError: there is no such machine.
     """
     match = re.fullmatch(r"([a-z0-9]+)-(\d+)", name.lower())
-    device = DEVICES.get(match[1]) if match else None
-    if device is None:
+    if match is None or match[1] not in DEVICES:
         raise UserError(
             f"--topology={name}: unknown machine; set a kind and a number, such as v3-8. The kinds are "
             f"{', '.join(DEVICES)}"
         )
+    device = DEVICES[match[1]]
     devices, rest = divmod(int(match[2]), device.units_per_device)
     if devices < 1 or rest:
         unit = "devices" if device.units_per_device == 1 else f"cores, {device.units_per_device} per device"

@@ -11,6 +11,7 @@ import functools
 import importlib.util
 import os
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -54,12 +55,15 @@ def find_batch_size(
     Raises:
       UserError: the memory of the devices is unknown, or not even one sequence fits.
     """
+    devices: Sequence[jax.Device]
+    available: float | None
     if machine is None:
         devices = jax.local_devices()
-        kind, available = devices[0].device_kind, _local_memory_bytes(devices[0])
+        available = _local_memory_bytes(devices[0])
     else:
         devices = topology_devices(machine)
-        kind, available = machine.kind, AVAILABLE * machine.memory_bytes
+        available = AVAILABLE * _table_row(machine).memory_bytes
+    kind = machine.kind if machine else devices[0].device_kind
     if available is None:
         raise UserError(
             f"per_device_train_batch_size=0: the memory of a {kind} device is unknown, so the largest batch that fits "
@@ -81,7 +85,7 @@ def estimate_memory(
     step_config: steps.StepConfig, machine: hardware.Machine, *, length: int, microbatches: int, batch: int
 ) -> MemoryEstimate:
     """Compiles the step for a machine: does `batch` fit, and which is the largest batch that does?"""
-    available = AVAILABLE * machine.memory_bytes
+    available = AVAILABLE * _table_row(machine).memory_bytes
     batch_bytes = functools.cache(
         functools.partial(step_bytes, step_config, topology_devices(machine), length=length, microbatches=microbatches)
     )
@@ -153,7 +157,7 @@ def step_bytes(
     tokens = jax.ShapeDtypeStruct((len(devices), microbatches, batch, length), jnp.int32)
     try:
         with _without_compilation_cache():
-            memory = step.lower(stacked, tokens).compile().memory_analysis()
+            memory: Any = step.lower(stacked, tokens).compile().memory_analysis()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" in str(error):
             return None
@@ -180,8 +184,13 @@ def topology_devices(machine: hardware.Machine) -> Sequence[jax.Device]:
     os.environ.setdefault("TPU_MIN_LOG_LEVEL", "3")
     # Without it, libtpu makes two devices of the two cores of a v4 chip.
     options = {"chip_config_name": "megacore"} if machine.kind == "TPU v4" else {}
+    return topologies.get_topology_desc(_table_row(machine).topology or "", platform="tpu", **options).devices
+
+
+def _table_row(machine: hardware.Machine) -> hardware.Device:
     device = hardware.find_device(machine.kind)
-    return topologies.get_topology_desc(device.topology, platform="tpu", **options).devices
+    assert device is not None, machine.kind
+    return device
 
 
 def _local_memory_bytes(device: jax.Device) -> int | None:
@@ -192,7 +201,7 @@ def _local_memory_bytes(device: jax.Device) -> int | None:
 @contextlib.contextmanager
 def _without_compilation_cache() -> Iterator[None]:
     """Keeps programs out of jax's compilation cache: jax warns about those for devices that this machine lacks."""
-    enabled = jax.config.jax_enable_compilation_cache
+    enabled = jax.config.jax_enable_compilation_cache  # type: ignore[attr-defined]
     # jax checks once per process whether the cache is enabled, until a reset.
     jax.config.update("jax_enable_compilation_cache", False)
     compilation_cache.reset_cache()

@@ -46,7 +46,7 @@ def data_parallel(step: Callable[..., Any], *, donate_argnums: tuple[int, ...] =
 
 def over_mesh(
     step: Callable[..., Any], devices: Sequence[jax.Device], *, donate_argnums: tuple[int, ...] = ()
-) -> Callable[..., Any]:
+) -> jax.stages.Wrapped:
     """`data_parallel` for ahead-of-time compilation: the devices may be those of another machine's topology.
 
     Usage: `over_mesh(step, devices).lower(*shapes).compile()`, where shapes have a leading axis of devices.

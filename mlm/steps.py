@@ -126,7 +126,7 @@ def forward(
 ) -> tuple[jax.Array, MaskedBatch]:
     """Masks a batch and runs the model on it. Returns float32 logits_BxKxV and the masked batch."""
     batch = mask_tokens(tokens_BxL, rows_B=rows_B, key=mask_key, spec=step_config.masking)
-    logits_BxKxV = step_config.model.apply(
+    logits_BxKxV: Any = step_config.model.apply(
         {"params": params}, batch.inputs_BxL, positions_BxK=batch.masked_positions_BxK, **model_args
     )
     return logits_BxKxV, batch
