@@ -81,14 +81,14 @@ def test_qkv_projection_matches_plain_jnp(dtype, num_projections):
         return [jnp.einsum("BLD,HED->BLHE", hidden.astype(jnp.float32), w) for w in weight]
 
     outputs, backward = jax.vjp(qkv_projection, hidden, weight)
-    expected, reference_backward = jax.vjp(reference, hidden, weight)
+    reference_outputs, reference_backward = jax.vjp(reference, hidden, weight)
     found = [*outputs, *backward(cotangents)]
-    exact = [*expected, *reference_backward([x.astype(jnp.float32) for x in cotangents])]
+    exact = [*reference_outputs, *reference_backward([x.astype(jnp.float32) for x in cotangents])]
     assert {array.dtype for array in outputs} == {jnp.dtype(dtype)}
     assert found[-1].dtype == jnp.float32  # The weight's gradient.
-    for array, wanted in zip(found, exact, strict=True):
-        atol = 4 * float(jnp.finfo(dtype).eps) * np.abs(wanted).max()
-        np.testing.assert_allclose(array.astype(jnp.float32), wanted.astype(jnp.float32), rtol=0, atol=atol)
+    for array, expected in zip(found, exact, strict=True):
+        atol = 4 * float(jnp.finfo(dtype).eps) * np.abs(expected).max()
+        np.testing.assert_allclose(array.astype(jnp.float32), expected.astype(jnp.float32), rtol=0, atol=atol)
 
 
 def test_products_in_bfloat16_have_bfloat16_operands():

@@ -78,10 +78,10 @@ def test_isolated_document_has_the_same_logits_as_alone(config, params):
         alone[0, : len(part)] = part
         found = together[start : start + len(part)]
         for begin_id in (None, BEGIN):
-            wanted = logits_of(params, alone, config=config, begin_id=begin_id)[0, : len(part)]
-            np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5 * np.abs(wanted).max())
+            expected = logits_of(params, alone, config=config, begin_id=begin_id)[0, : len(part)]
+            np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
         # Without isolation documents see each other, so the test can fail.
-        assert np.abs(concatenated[start : start + len(part)] - wanted).max() > 0.01 * np.abs(wanted).max()
+        assert np.abs(concatenated[start : start + len(part)] - expected).max() > 0.01 * np.abs(expected).max()
 
 
 def test_loss_of_a_document_has_no_gradient_in_other_documents(config, params):
@@ -120,8 +120,8 @@ def test_masking_does_not_change_segment_ids():
     mask = jax.jit(functools.partial(mask_tokens, spec=spec))
     masked = mask(rows, rows_B=np.arange(500), key=jax.random.key(0)).inputs_BxL
     assert (masked != rows).mean() > 0.3
-    wanted, found = (segment_ids(array, pad_id=PAD, begin_id=BEGIN) for array in (rows, masked))
-    jax.tree.map(np.testing.assert_array_equal, found, wanted)
+    expected, found = (segment_ids(array, pad_id=PAD, begin_id=BEGIN) for array in (rows, masked))
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
 def test_parameters_do_not_depend_on_begin_id(config, params):
@@ -130,8 +130,8 @@ def test_parameters_do_not_depend_on_begin_id(config, params):
 
 
 @pytest.mark.slow
-def test_a_step_trains(encoder_step_config, encoder_state, train_step):
-    """Eight rows of five documents "begin, x, x": the first x of each says what the second is."""
+def test_training_with_isolated_documents_lowers_the_loss(encoder_step_config, encoder_state, train_step):
+    """Eight rows of five documents "begin, x, x", in each of which one x predicts the other."""
     step_config = dataclasses.replace(
         encoder_step_config, model=dataclasses.replace(encoder_step_config.model, begin_id=BEGIN)
     )
@@ -143,24 +143,24 @@ def test_a_step_trains(encoder_step_config, encoder_state, train_step):
         state, metrics = step(state, parallel.shard(rows, shape=(1,)))
         sums = parallel.first_replica(metrics.sums)
         losses.append(sums.loss / sums.count)
-    assert abs(losses[0] - np.log(VOCAB)) < 0.1  # An even guess over the vocabulary.
-    assert losses[-1] < np.log(8) + 0.1  # An even guess over the eight words.
+    assert abs(losses[0] - np.log(VOCAB)) < 0.1  # Uniform over the vocabulary.
+    assert losses[-1] < np.log(8) + 0.1  # Uniform over the eight words.
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """packing -> a run's parts, of one corpus and one tokenizer."""
+    """packing -> the components of a run, for one corpus and one tokenizer."""
     folder = tmp_path_factory.mktemp("isolate")
-    corpus, place = write_corpus(folder), WorkDir(str(folder / "run"))
-    parts = {}
+    corpus, workdir = write_corpus(folder), WorkDir(str(folder / "run"))
+    components = {}
     for packing in ("concatenate", "isolate"):
         config = tiny_run_config(corpus)
         config.data.packing = packing
-        parts[packing] = build.build(settings_of(config), place)
-    return parts
+        components[packing] = build.build(settings_of(config), workdir)
+    return components
 
 
-def test_setup_tells_the_model_and_the_rows_are_those_of_concatenate(runs):
+def test_isolate_sets_begin_id_and_has_the_rows_of_concatenate(runs):
     isolate, concatenate = runs["isolate"], runs["concatenate"]
     assert concatenate.step_config.model.begin_id is None
     assert isolate.step_config.model.begin_id == isolate.tokenizer.bos_id == 0
@@ -170,7 +170,7 @@ def test_setup_tells_the_model_and_the_rows_are_those_of_concatenate(runs):
 
 
 @pytest.mark.slow
-def test_evaluation_isolates_too(runs):
+def test_evaluation_isolates_documents(runs):
     params = parallel.replicate(runs["isolate"].initial_params())
 
     eval_steps = {
@@ -186,6 +186,6 @@ def test_evaluation_isolates_too(runs):
         return evaluator(params, np.zeros(tokenizer.num_ids, np.float32))["eval/loss"]
 
     assert loss("isolate", rows_RxL) != loss("concatenate", rows_RxL)
-    # Rows without a begin token are one document to both.
+    # For both, a row without a begin token is one document.
     tails_RxL = np.where(rows_RxL == tokenizer.bos_id, tokenizer.eos_id, rows_RxL)
     assert loss("isolate", tails_RxL) == pytest.approx(loss("concatenate", tails_RxL), rel=1e-6)

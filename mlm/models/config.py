@@ -323,11 +323,11 @@ def _check_model_type(model_type: Any) -> None:
 
 def _check_type(name: str, value: Any, *, kind: Any) -> None:
     kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
-    wanted = " or ".join("null" if k is types.NoneType else k.__name__ for k in kinds)
+    names = " or ".join("null" if k is types.NoneType else k.__name__ for k in kinds)
     accepted = (*kinds, int) if float in kinds else kinds
-    # bool is an int to Python, but `hidden_size: true` is a mistake.
+    # In Python, bool is a subclass of int, but `hidden_size: true` is a mistake.
     if not isinstance(value, accepted) or (isinstance(value, bool) and bool not in kinds):
-        raise _error(name, value, f"must be of type {wanted}")
+        raise _error(name, value, f"must be of type {names}")
 
 
 def _error(name: str, value: Any, problem: str) -> UserError:

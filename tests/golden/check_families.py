@@ -1,13 +1,13 @@
-"""Does transformers give our evaluation loss? For every family: train a tiny model, and ask PyTorch.
+"""Compares the evaluation loss of an exported model with transformers', for every family.
 
 In the trainer's environment, then in one with torch and transformers (see make_families.py):
 
     python tests/golden/check_families.py train /tmp/families
     /tmp/torchenv/bin/python tests/golden/check_families.py check /tmp/families
 
-The first makes a run a family, and writes the masked rows of its evaluation beside the model. The second loads
-`<workdir>/model` with `AutoModelForMaskedLM`, gives it those rows, and compares its mean loss over what was masked
-with the run's `eval/loss`. It prints a table, and fails where they differ by more than 1e-4.
+The first command trains a tiny model of each family and saves the masked evaluation sequences beside it. The second
+loads `<workdir>/model` with `AutoModelForMaskedLM` and compares its mean loss on them with the run's `eval/loss`. It
+prints a table, and exits with an error if a difference exceeds 1e-4.
 """
 
 import json
@@ -16,8 +16,8 @@ import sys
 
 import numpy as np
 
-# Beside the tiny run of the tests.
-_CHANGES = {
+# Overrides in addition to those of the tests' tiny run.
+_OVERRIDES = {
     "electra": {"embedding_size": 8},
     "albert": {"embedding_size": 8, "num_hidden_groups": 2, "inner_group_num": 2},
     "roformer": {"embedding_size": 8, "rotary_value": True},
@@ -26,7 +26,7 @@ _CHANGES = {
 
 
 def train(folder: pathlib.Path) -> None:
-    """Makes `folder`/<family>, a work directory each, with its masked evaluation rows in masked.npz."""
+    """Trains a model of each family in `folder`/<family> and writes masked.npz there."""
     root = pathlib.Path(__file__).parent.parent.parent
     sys.path[:0] = [str(root), str(root / "tests")]
     import jax
@@ -43,11 +43,11 @@ def train(folder: pathlib.Path) -> None:
         config = tiny_config(corpus)
         config.num_train_steps = config.eval_steps = config.save_steps = 200
         config.logging_steps = 50
-        config.data.packing = "pad_lines"  # With padding.
+        config.data.packing = "pad_lines"  # Rows with padding.
         config.data.max_seq_length = 24
         config.model.overrides.max_position_embeddings = 40
         config.model.model_type = family
-        config.model.overrides.update(_CHANGES.get(family, {}))
+        config.model.overrides.update(_OVERRIDES.get(family, {}))
         workdir = folder / family
         train.train_and_evaluate(settings_of(config), str(workdir))
 
@@ -68,11 +68,11 @@ def train(folder: pathlib.Path) -> None:
 
 
 def check(folder: pathlib.Path) -> None:
-    """Compares, and prints a line a family."""
+    """Prints a line for each family."""
     import torch
     import transformers
 
-    print("| family | class | train/loss, first and last | eval/loss | transformers' | difference |")
+    print("| family | class | train/loss, first and last | eval/loss | in transformers | difference |")
     print("|---|---|---|---|---|---|")
     worst = 0.0
     for path in sorted(folder.glob("*/masked.npz")):
@@ -82,16 +82,16 @@ def check(folder: pathlib.Path) -> None:
         inputs = torch.tensor(rows["inputs_BxL"]).long()
         with torch.no_grad():
             logits = model(inputs, attention_mask=(inputs != int(rows["pad_id"])).long()).logits
-        positions, targets = (torch.tensor(rows[name]).long() for name in ("positions_BxK", "targets_BxK"))
-        at_masks = torch.take_along_dim(torch.log_softmax(logits, dim=-1), positions[:, :, None], dim=1)
-        losses = -torch.take_along_dim(at_masks, targets[:, :, None], dim=2)[:, :, 0].numpy()
-        theirs, ours = np.average(losses, weights=rows["weights_BxK"]), float(rows["loss"])
-        worst = max(worst, abs(theirs - ours))
-        fell = f"{rows['first_train_loss']:.2f}, {rows['last_train_loss']:.2f}"
+        positions, labels = (torch.tensor(rows[name]).long() for name in ("masked_positions_BxK", "labels_BxK"))
+        log_probs = torch.take_along_dim(torch.log_softmax(logits, dim=-1), positions[:, :, None], dim=1)
+        losses = -torch.take_along_dim(log_probs, labels[:, :, None], dim=2)[:, :, 0].numpy()
+        expected, loss = np.average(losses, weights=rows["label_weights_BxK"]), float(rows["loss"])
+        worst = max(worst, abs(expected - loss))
+        train_losses = f"{rows['first_train_loss']:.2f}, {rows['last_train_loss']:.2f}"
         names = f"{path.parent.name} | {type(model).__name__}"
-        print(f"| {names} | {fell} | {ours:.6f} | {theirs:.6f} | {abs(theirs - ours):.1e} |")
+        print(f"| {names} | {train_losses} | {loss:.6f} | {expected:.6f} | {abs(expected - loss):.1e} |")
     if not worst <= 1e-4:
-        sys.exit(f"they differ by {worst:.1e}")
+        sys.exit(f"the losses differ by {worst:.1e}")
 
 
 if __name__ == "__main__":

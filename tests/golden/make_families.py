@@ -1,28 +1,28 @@
-"""Make the golden files of tests/test_families.py with PyTorch, one a case.
+"""Makes the golden files of tests/test_families.py with PyTorch, one per case.
 
-Run it in an environment of its own, which the trainer itself does not need:
+Run it in a separate environment, because the trainer does not need PyTorch:
 
     python3.11 -m venv /tmp/torchenv
     /tmp/torchenv/bin/pip install torch==2.13.0 transformers==5.23.0
     /tmp/torchenv/bin/python tests/golden/make_families.py
 
-As in make_roberta.py the models are small and of odd shapes, no parameter is left at a trivial value, and the norms'
-epsilon is large enough to be seen where it can be set. A file holds
+As in make_roberta.py the models are small with odd sizes, no parameter has a trivial value, and the epsilon of the
+norms, where it can be set, is large enough to affect the result. A file contains
 
     config             config.json as save_pretrained writes it
     default_config     to_dict() of the config class's defaults
     state_dict_shapes  {name: shape} of state_dict()
-    inputs             [B, L] token ids; padding at the end, at the start, in the middle
-    token_types        [B, L] where the family has them, segments of several tokens
-    labels             [B, L] the ids to predict, -100 where there is nothing to predict
+    inputs             [B, L] token ids; padding at the end, at the start and in the middle
+    token_types        [B, L] in families that have them, in segments of several tokens
+    labels             [B, L] token ids, -100 where no token is predicted
     logits             [B, L, V] in eval mode
     loss               mean cross-entropy over labels
-    initial_zero_rows  {name: rows} of the matrices' rows that a new model starts at zero
+    initial_zero_rows  {name: rows} of matrices that are initialized to zero
     initial_deviation  {name: standard deviation} of the matrices of a new model
     tensor/<name>      the tensors of model.safetensors
-    gradient/<name>    of loss, for some of them
+    gradient/<name>    gradient of the loss, for some of the tensors
 
-JSON values are strings. The same seed gives the same files but for the last digits of logits and gradients.
+JSON values are strings. The same seed gives the same files, except for the last digits of logits and gradients.
 """
 
 import json
@@ -47,7 +47,7 @@ _BERT = {
 }
 _WITHOUT_TYPES = {name: _BERT[name] for name in _BERT if name not in ("type_vocab_size", "layer_norm_eps")}
 _MODERN = {**_WITHOUT_TYPES, "num_hidden_layers": 5, "norm_eps": 1e-3, "bos_token_id": 0, "eos_token_id": 2}
-# Case -> model_type and what differs from its defaults.
+# Case -> model_type and overrides of its defaults.
 _CASES = {
     "xlm_roberta": ("xlm-roberta", {**_BERT, "num_hidden_layers": 1}),
     "camembert": ("camembert", {**_BERT, "num_hidden_layers": 1, "hidden_act": "relu"}),
@@ -173,7 +173,7 @@ def _make(case: str, model_type: str, changes: dict) -> None:
 
 
 def main() -> None:
-    """Write the files beside this one."""
+    """Writes the files beside this one."""
     for case, (model_type, changes) in _CASES.items():
         _make(case, model_type, changes)
 

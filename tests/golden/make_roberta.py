@@ -1,27 +1,27 @@
-"""Make roberta.npz, the golden file of tests/test_models.py and tests/test_weights.py, with PyTorch.
+"""Makes roberta.npz, the golden file of tests/test_models.py and tests/test_weights.py, with PyTorch.
 
-Run it in an environment of its own, which the trainer itself does not need:
+Run it in a separate environment, because the trainer does not need PyTorch:
 
     python3.11 -m venv /tmp/torchenv
     /tmp/torchenv/bin/pip install torch==2.13.0 transformers==5.23.0
     /tmp/torchenv/bin/python tests/golden/make_roberta.py
 
-The model is small and of odd shapes, with no parameter left at a trivial value: biases and padding rows are
-not zero, norm scales are not one, and the norms' epsilon is large enough to be seen. The file holds
+The model is small with odd sizes, and no parameter has a trivial value: biases and padding rows are not zero, norm
+scales are not one, and the norms' epsilon is large enough to affect the result. The file contains
 
     config              config.json as save_pretrained writes it
     default_config      RobertaConfig().to_dict()
     state_dict_shapes   {name: shape} of state_dict()
     saved_shapes        {name: shape} of model.safetensors
-    inputs              [B, L] token ids; padding at the end, at the start, in the middle
-    labels              [B, L] the ids to predict, -100 where there is nothing to predict
+    inputs              [B, L] token ids; padding at the end, at the start and in the middle
+    labels              [B, L] token ids, -100 where no token is predicted
     logits              [B, L, V] in eval mode
     loss                mean cross-entropy over labels
-    initial_zero_rows   {name: rows} of the embedding rows that a new model starts at zero
+    initial_zero_rows   {name: rows} of embeddings that are initialized to zero
     tensor/<name>       the tensors of model.safetensors
-    gradient/<name>     of loss, of the same tensors
+    gradient/<name>     gradient of the loss, for the same tensors
 
-JSON values are strings. The same seed gives the same file but for the last digits of logits and gradients.
+JSON values are strings. The same seed gives the same file, except for the last digits of logits and gradients.
 """
 
 import json
@@ -81,7 +81,7 @@ def _initial_zero_rows(model: RobertaForMaskedLM) -> dict[str, list[int]]:
 
 
 def main() -> None:
-    """Write roberta.npz beside this file."""
+    """Writes roberta.npz beside this file."""
     torch.manual_seed(0)
     model = RobertaForMaskedLM(_config()).eval()
     initial_zero_rows = _initial_zero_rows(model)
