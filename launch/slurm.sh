@@ -20,7 +20,7 @@ launch/slurm.sh [OPTION]... -- ARGUMENT OF main.py... (--config=... --workdir=..
 
 Ten minutes before its limit, or when Slurm preempts it, the run saves a checkpoint and the job is requeued; it resumes
 from the checkpoint. A run that failed or was cancelled by scancel is not requeued. The work directory must be on a disk
-that all nodes share. A job refuses to run at another commit than that at which it was submitted.
+that all nodes see. A job refuses to run at another commit than that at which it was submitted.
 END
 }
 

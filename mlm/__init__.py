@@ -35,7 +35,7 @@ Around them:
       config, families  EncoderConfig and the table of model families;  flops  operations per token
       ops/          attention, dense, dropout, activation, rotary, gather, position_ids
       hf/           tensor names, weights, and loading published weights
-    run/        workdir, checkpoint (the only file that imports Orbax), gcs, signals, multihost
+    run/        workdir; storage, local or gcs; checkpoint (the only file that imports Orbax); signals, multihost
     reporting/  metrics, writers, progress, curves, summary
     export/     the Hugging Face model directory, model card, hub, mask filling
 

@@ -39,7 +39,7 @@ class KeyChanges:
     removed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     given: Collection[str] = ()
 
-    def update(self, stored: Mapping[str, Any]) -> dict[str, Any]:
+    def apply(self, stored: Mapping[str, Any]) -> dict[str, Any]:
         """Returns the keys that `config.json` has, renamed, without those removed."""
         return {
             self.renamed.get(key, key): as_tuples(value)
@@ -124,7 +124,7 @@ class WorkDir:
         return settings
 
     def _stored_keys(self) -> dict[str, Any]:
-        return self._key_changes.update(self._read()["config"])
+        return self._key_changes.apply(self._read()["config"])
 
     def _changes(self, settings: RunSettings) -> dict[str, list[Any]]:
         """Returns key -> [old value, new value] of the keys that differ, "absent" where a version has no such key."""
