@@ -2,9 +2,9 @@
 
     python tests/golden/make_run.py
 
-The run is stopped after 4 steps, in the middle of a shuffle window. Whoever raises the format version, in
-mlm/run/workdir.py, mlm/run/checkpoint.py or mlm/data/mixture.py, makes a new directory and keeps the earlier ones: every
-later version of the code must resume them.
+The run is stopped after 4 steps, in the middle of a shuffle window. If you raise a format version, in
+mlm/run/workdir.py, mlm/run/checkpoint.py or mlm/data/mixture.py, make a new directory and keep the earlier ones: all
+later versions of the code must resume them.
 """
 
 import os
@@ -17,9 +17,9 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 REPO = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(REPO))
 
-from mlm.run.workdir import FORMAT_VERSION
-from mlm.train import train_and_evaluate
-from tests.tiny import settings_of, tiny_config, write_corpus
+from mlm.run.workdir import FORMAT_VERSION  # noqa: E402
+from mlm.train import train_and_evaluate  # noqa: E402
+from tests.tiny import settings_of, tiny_config, write_corpus  # noqa: E402
 
 
 def main() -> None:
