@@ -83,7 +83,9 @@ def build(settings: RunSettings, workdir: WorkDir) -> Components:
         model_type=model_type,
     )
     encoder = _encoder_config(settings, copied, checkpoint, tokenizer)
-    start = checkpoint and pretrained.adapt_to_config(checkpoint, encoder, vocabulary=tokenizer.hf.get_vocab())
+    adapted = None
+    if checkpoint is not None:
+        adapted = pretrained.adapt_to_config(checkpoint, encoder, vocabulary=tokenizer.hf.get_vocab())
 
     text = pipeline.open_text(settings.data, text_sources, tokenizer, seed=settings.seed)
     fill_mask.encode(tokenizer, settings.report.sentences, max_seq_length=encoder.max_seq_length)
@@ -105,7 +107,7 @@ def build(settings: RunSettings, workdir: WorkDir) -> Components:
         tokenizer=tokenizer,
         stream=_open_batches(settings, text),
         text=text,
-        pretrained=start,
+        pretrained=adapted,
     )
 
 

@@ -628,7 +628,7 @@ def check_keys(nested: Mapping[str, Any]) -> None:
         raise UserError(f"{', '.join(missing[:4])}{more}: missing; let get_config() start from configs/default.py")
 
 
-def _keys(group: type, prefix: str = "") -> Iterator[str]:
+def _keys(group: Any, prefix: str = "") -> Iterator[str]:
     for field in dataclasses.fields(group):
         if dataclasses.is_dataclass(field.type):
             yield from _keys(field.type, f"{prefix}{field.name}.")
@@ -655,7 +655,7 @@ def _value_at(nested: Mapping[str, Any], key: str) -> Any:
     return value
 
 
-def _build(group: type, nested: Mapping[str, Any]) -> Any:
+def _build(group: Any, nested: Mapping[str, Any]) -> Any:
     values = {}
     for field in dataclasses.fields(group):
         value = nested[field.name]

@@ -129,7 +129,8 @@ def open_run(
         max_seq_length=settings.data.max_seq_length,
         start_step=start_step,
     )
-    step_options = {"step_config": components.step_config, "axis_name": parallel.AXIS}
+    train_step = functools.partial(steps.train_step, step_config=components.step_config, axis_name=parallel.AXIS)
+    eval_step = functools.partial(steps.eval_step, step_config=components.step_config, axis_name=parallel.AXIS)
     return Run(
         settings=settings,
         workdir=workdir,
@@ -137,9 +138,9 @@ def open_run(
         state=state,
         start_step=start_step,
         is_evaluated=loop_state is None or loop_state["evaluated"],
-        train_step=parallel.data_parallel(functools.partial(steps.train_step, **step_options), donate_argnums=(0,)),
+        train_step=parallel.data_parallel(train_step, donate_argnums=(0,)),
         evaluator=Evaluator(
-            parallel.data_parallel(functools.partial(steps.eval_step, **step_options)),
+            parallel.data_parallel(eval_step),
             components.text.eval_rows_RxL,
             per_device_batch_size=settings.per_device_eval_batch_size,
             pad_id=components.tokenizer.pad_id,
@@ -199,7 +200,8 @@ def _restore(components: Components, checkpointer: Checkpointer) -> tuple[TrainS
             restored = checkpointer.restore(step, like=like)
         except CorruptCheckpointError as error:
             problem = str(error)
-        if not parallel.any_process(restored is None):
+        failed = parallel.any_process(restored is None)
+        if restored is not None and not failed:
             components.stream.restore(restored.streams)
             return parallel.from_global(restored.state), restored.loop
         if jax.process_index() == 0:

@@ -83,7 +83,7 @@ def encode(tokenizer: Tokenizer, sentences: Sequence[str], *, max_seq_length: in
 def _top_candidates(
     params: Any, tokens_BxL: jax.Array, positions_BxM: jax.Array, *, model: MaskedLM, top_k: int
 ) -> tuple[jax.Array, jax.Array]:
-    logits_BxMxV = model.apply({"params": params}, tokens_BxL, positions_BxK=positions_BxM)
+    logits_BxMxV: Any = model.apply({"params": params}, tokens_BxL, positions_BxK=positions_BxM)
     return jax.lax.top_k(jax.nn.softmax(logits_BxMxV), top_k)
 
 
