@@ -60,7 +60,7 @@ def test_docstrings_of_a_module_from_top_to_bottom(tmp_path):
     [b"def f(:", b"\xff\xfe\x00", b"x = '\0'", b"(" * 10_000, b"# coding: none\n", b""],
     ids=["syntax", "bytes", "null", "deep", "coding", "empty"],
 )
-def test_files_that_cannot_be_parsed_have_no_docstrings(tmp_path, code):
+def test_files_that_do_not_parse_have_no_docstrings(tmp_path, code):
     path = tmp_path / "a.py"
     path.write_bytes(code)
     assert docstrings.read_docstrings(str(path)) == []

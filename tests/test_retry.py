@@ -95,7 +95,7 @@ def test_a_body_that_is_always_interrupted_continues_from_there(server, name):
 
 @pytest.mark.parametrize("fault", ["cut, no length", "garbled"])
 @pytest.mark.parametrize("name", DECODED_NAMES)
-def test_data_that_cannot_be_decoded_is_fetched_again(server, name, fault):
+def test_data_that_does_not_decode_is_fetched_again(server, name, fault):
     source = serve(server, name)
     server.faults[f"/{name}"].extend([fault] * (retry._MAX_DECODE_TRIES - 1))
     assert rows_of(source) == TEXTS

@@ -143,7 +143,7 @@ def test_an_error_that_waiting_cannot_fix_ends_the_monitoring(cloud):
     assert "error: tpu: cannot be re-created; see the error above" in cloud("train", "tpu", "--poll=0", *TRAIN, code=1)
 
 
-def test_a_vm_that_cannot_be_preempted_is_not_recreated(cloud):
+def test_a_vm_that_is_not_preemptible_is_not_recreated(cloud):
     cloud("setup", "tpu")
     cloud.play(states=[READY, {"vm": "TERMINATED"}])
     before = len(cloud.verbs)

@@ -214,7 +214,7 @@ def test_a_run_in_progress_is_not_moved(workdir):
         holder.communicate()
 
 
-def test_a_directory_that_cannot_be_written_can_still_be_read(tmp_path):
+def test_a_read_only_directory_can_still_be_read(tmp_path):
     if not os.path.isdir("/proc/self"):
         pytest.skip("needs a read-only directory")
     workdir = WorkDir("/proc/run")

@@ -401,7 +401,7 @@ def a_work_directory_with_a_glob_in_its_name(config: ConfigDict, world: Path) ->
     train_and_evaluate(settings_of(config), str(world / "a[1]"))
 
 
-def a_work_directory_that_cannot_be_written(config: ConfigDict, world: Path) -> None:
+def a_read_only_work_directory(config: ConfigDict, world: Path) -> None:
     train_and_evaluate(settings_of(config), "/proc/run")
 
 
@@ -457,7 +457,7 @@ def a_damaged_model(config: ConfigDict, world: Path) -> None:
     load.load_model(str(world / "models" / "damaged"))
 
 
-def a_work_directory_that_cannot_be_moved(config: ConfigDict, world: Path) -> None:
+def a_work_directory_that_does_not_move(config: ConfigDict, world: Path) -> None:
     with mock.patch.object(storage.os, "rename", side_effect=OSError(30, "Read-only file system")):
         WorkDir(str(world / "started")).move_aside()
 
@@ -601,7 +601,7 @@ CALLS = [
         a_work_directory_with_a_glob_in_its_name,
         "--workdir={world}/a[1]: *, ? and [ are not supported in checkpoint paths; choose another path",
     ),
-    (a_work_directory_that_cannot_be_written, "--workdir=/proc/run: /proc is not writable (...); choose another"),
+    (a_read_only_work_directory, "--workdir=/proc/run: /proc is not writable (...); choose another"),
     (
         a_work_directory_at_another_kind_of_url,
         "--workdir=s3://bucket/run: is no supported URL; use gs://BUCKET/PATH, or mount the storage",
@@ -640,7 +640,7 @@ CALLS = [
     ),
     (a_damaged_model, "{world}/models/damaged/config.json: is not JSON; export the model again with --mode=export"),
     (
-        a_work_directory_that_cannot_be_moved,
+        a_work_directory_that_does_not_move,
         "--overwrite: {world}/started cannot be renamed to {world}/started.old-1 (Read-only file system); choose another --workdir",
     ),
     (
@@ -722,7 +722,6 @@ ELSEWHERE = {
         "{}; run the same command when it can be read (failed shard {}, data.max_failed_shards={})": "tests/test_quarantine.py::test_a_server_that_stops_answering_ends_the_stream",
     },
     "mlm/data/sources/source.py": {
-        "data.text_column_name={}: the column of {} has the type {}, not text; set it to another column": "tests/test_sources.py::test_errors_are_one_line",
         "data.text_column_name={}: the column of {} has the type {}, not text; set it to another column": "tests/test_sources.py::test_errors_are_one_line",
         "{}: is not a local directory, and {} cannot be reached ({}); check the network, or name local files": "tests/test_sources.py::test_an_unreachable_hub_is_an_error_within_seconds",
     },

@@ -12,7 +12,7 @@ that is interrupted twice ends a read; and a README that fails once counts as mi
 configuration.
 
 Two failures cannot be detected: a body that ends early, after a complete line, from a server that does not send the
-length; and a server that sends one byte within every time-out. Data that cannot be decoded may have been cut, so it is
+length; and a server that sends one byte within every time-out. Data that does not decode may have been cut, so it is
 fetched again a few times.
 """
 
@@ -37,7 +37,7 @@ from huggingface_hub.utils import httpx
 _RETRYABLE_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504, 507, 509, 520, 521, 522, 523, 524, 529, 530})
 # A host that never answered is more likely misspelled than down.
 _MAX_FIRST_CONTACT_TRIES = 3
-# Data that cannot be decoded this many times was not cut, but is corrupt on the server.
+# Data that fails to decode this many times was not cut, but is corrupt on the server.
 _MAX_DECODE_TRIES = 5
 # What the clients raise besides OSError.
 CLIENT_ERRORS = (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError, aiohttp.ClientError)
