@@ -96,7 +96,8 @@ def logits_of(name, *, query_scale=1.0):
     tensors = {key: tensor * query_scale if ".query." in key else tensor for key, tensor in tensors.items()}
     tokens = jnp.arange(5, 5 + 3 * 16, dtype=jnp.int32).reshape(3, 16)
     positions = jnp.arange(16)[None].repeat(3, 0)
-    return MaskedLM(config).apply({"params": weights.from_hf(tensors, config)}, tokens, positions_BxK=positions), tensors
+    params = weights.from_hf(tensors, config)
+    return MaskedLM(config).apply({"params": params}, tokens, positions_BxK=positions), tensors
 """
 
 
@@ -122,7 +123,8 @@ def test_the_loss(copy):
         np.testing.assert_allclose(gradient, 2 * log_z * jax.nn.softmax(logits) * label_weights[..., None], rtol=1e-5)
 
         # A large weight shows an effect within 40 steps.
-        plain, with_z = run("plain", num_train_steps=40), run("with_z", num_train_steps=40, optimizer__z_loss_weight=1.0)
+        plain = run("plain", num_train_steps=40)
+        with_z = run("with_z", num_train_steps=40, optimizer__z_loss_weight=1.0)
         assert plain[0]["train/loss"] == with_z[0]["train/loss"]
         assert with_z[0]["train/grad_norm"] > 1.5 * plain[0]["train/grad_norm"]
 
