@@ -50,7 +50,6 @@ NEEDS = {
     "python main.py --mode=check --config=configs/roberta_base.py": "Google",
     "python main.py --config=configs/roberta_base.py --workdir=runs/roberta_base": "TPU",
     "python main.py --config=configs/default.py --workdir=runs/my_bert": "hub",
-    "python benchmarks/input_pipeline.py": "CPU cores",
     "python benchmarks/cpu_step.py": "CPU cores",
     "python benchmarks/tpu_compile.py": "TPU",
 }
