@@ -12,7 +12,7 @@ import pytest
 import safetensors.numpy
 from transformers import AutoConfig, AutoTokenizer
 
-from mlm import parallel, steps
+from mlm import parallel, steps, train
 from mlm.data import prefetch
 from mlm.errors import UserError
 from mlm.reporting import reporter
@@ -196,9 +196,7 @@ def test_a_run_that_crashes_and_resumes_is_identical(corpus, finished, tmp_path,
 
 @pytest.mark.slow
 def test_a_crash_between_the_last_checkpoint_and_the_export(corpus, finished, tmp_path, monkeypatch):
-    from mlm.export import model_directory
-
-    real = model_directory.export_model
+    real = train.export_model
 
     def crash(directory, *, step, **kwargs):
         if step == 8:
@@ -206,7 +204,7 @@ def test_a_crash_between_the_last_checkpoint_and_the_export(corpus, finished, tm
         real(directory, step=step, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(model_directory, "export_model", crash)
+        patch.setattr(train, "export_model", crash)
         with pytest.raises(RuntimeError, match="pulled the plug"):
             train_and_evaluate(settings_of(tiny_config(corpus)), str(tmp_path))
     train_and_evaluate(settings_of(tiny_config(corpus)), str(tmp_path))

@@ -17,7 +17,7 @@ import safetensors
 import safetensors.numpy
 from transformers import AutoTokenizer
 
-from mlm import build, load, steps
+from mlm import build, load, steps, train
 from mlm.errors import UserError
 from mlm.export import model_directory
 from mlm.export.fill_mask import fill_mask
@@ -52,7 +52,7 @@ def run(tmp_path_factory):
         exports[step] = shutil.copytree(directory, workdir.parent / f"export{step}")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(model_directory, "export_model", copy)
+        patch.setattr(train, "export_model", copy)
         train_and_evaluate(settings_of(config), str(workdir))
     return config, workdir, exports
 
