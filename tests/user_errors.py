@@ -718,8 +718,8 @@ ELSEWHERE = {
         "data.skip_steps: skips {} of the first {} batches, but the run skipped {}; change only what is past batch {}, or remove the checkpoints that are too new": "tests/test_mixture.py::test_skip_steps_may_change_past_the_checkpoint_only",
     },
     "mlm/data/reader.py": {
-        "cannot resume the data stream: {}; run the same command when it can be read": "tests/test_quarantine.py::test_a_partly_used_window_must_be_read_completely_on_resuming",
-        "{}; run the same command when it can be read (failed shard {}, data.max_failed_shards={})": "tests/test_quarantine.py::test_a_server_that_stops_answering_ends_the_stream",
+        "cannot resume the data stream: {}; run the same command when it can be read": "tests/test_failed_shards.py::test_a_partly_used_window_must_be_read_completely_on_resuming",
+        "{}; run the same command when it can be read (failed shard {}, data.max_failed_shards={})": "tests/test_failed_shards.py::test_a_server_that_stops_answering_ends_the_stream",
     },
     "mlm/data/sources/source.py": {
         "data.text_column_name={}: the column of {} has the type {}, not text; set it to another column": "tests/test_sources.py::test_errors_are_one_line",

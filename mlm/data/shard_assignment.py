@@ -23,8 +23,8 @@ may be reassigned any number of times.
 Guaranteed: over all processes, every document of the newest epoch that any process had started is used exactly once,
 and so is every document of the older epochs that other processes were still in. Of a document that was partly used,
 only the rest is used.
-Not guaranteed: the order of documents. And if a process was more than one epoch behind the newest, it skips the epochs
-between; its documents have then been used less often than others, which would be so without a restart, too.
+Not guaranteed: the order of documents. And what a process more than one epoch behind the newest has not read of the
+epochs between is not made up for. The documents of such a slow process are used less often than the others' anyway.
 """
 
 import dataclasses
