@@ -128,7 +128,7 @@ class Checkpointer:
           UserError: the checkpoints cannot be listed.
         """
         self._storage = storage
-        self._exceptions = (OSError, ValueError, *storage.exceptions)
+        self._exceptions: tuple[type[Exception], ...] = (OSError, ValueError, *storage.exceptions)
         self._options = ocp.CheckpointManagerOptions(
             max_to_keep=keep_checkpoints,
             keep_period=keep_every_steps or None,

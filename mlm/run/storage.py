@@ -8,6 +8,7 @@ import glob
 import os
 import shutil
 import tempfile
+from typing import IO
 
 from mlm.errors import UserError
 from mlm.run.gcs import GcsStorage, is_url
@@ -41,7 +42,7 @@ class LocalStorage:
         self.path = self.display_path = os.path.abspath(os.path.expanduser(path))
         self.checkpoints = os.path.join(self.path, "checkpoints")
         self.damaged = os.path.join(self.path, "damaged")
-        self._lock = None
+        self._lock: IO[str] | None = None
         if glob.has_magic(self.path):
             # Orbax lists files with glob, and would not find the checkpoints that it writes.
             raise UserError(f"--workdir={path}: *, ? and [ are not supported in checkpoint paths; choose another path")
