@@ -20,7 +20,7 @@ from mlm.errors import UserError
 from mlm.hardware import Machine, parse_topology
 from mlm.modes import check as check_mode
 from mlm.reporting.progress import duration
-from mlm.run.workdir import WorkDir
+from mlm.run.workdir import KeyChanges, WorkDir
 from mlm.settings import RunSettings
 from tests.tiny import settings_of, tiny_config, write_corpus
 
@@ -141,11 +141,10 @@ def test_every_problem_is_reported_at_once(config, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
     config.hub.push_to_hub = True
     config.model.overrides.vocab_size = 100
-    problems = check(config, tmp_path / "run")
-    assert [problem.split(" ")[0] for problem in problems] == [
-        "hub.push_to_hub=True:",
-        "model.overrides.vocab_size=100:",
-    ]
+    options = {"defaults": DEFAULTS, "topology": None, "utilization": 0.4, "key_changes": KeyChanges()}
+    message = r"^not ready: \(1\) hub.push_to_hub=True: .* \(2\) model.overrides.vocab_size=100: "
+    with pytest.raises(UserError, match=message):
+        check_mode.run(settings_of(config), str(tmp_path / "run"), **options)
 
 
 @pytest.mark.parametrize(

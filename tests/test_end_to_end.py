@@ -23,8 +23,8 @@ from tests.tiny import settings_of, tiny_config, write_corpus
 REPO = Path(__file__).parent.parent
 
 
-# Runs a command and prints its CPU seconds and its peak memory in KiB. A separate process, because a child's peak memory
-# starts at that of its parent, and the tests hold gigabytes.
+# Runs a command and prints its CPU seconds and its peak memory in KiB. In a separate process, because a child's peak
+# memory starts at that of its parent, and the tests hold gigabytes.
 LAUNCHER = """
 import resource, subprocess, sys
 code = subprocess.run(sys.argv[1:]).returncode
@@ -155,8 +155,8 @@ def test_the_exported_directory_loads_and_has_the_trained_weights(finished):
 
 @pytest.mark.slow
 def test_a_run_that_is_stopped_and_resumed_is_identical(corpus, finished, tmp_path):
-    # 5 is no multiple of logging_steps (3), eval_steps or save_steps (4): it is evaluated and saved as the last step, and
-    # the resumed run continues the interval of the metrics in its middle.
+    # 5 is no multiple of logging_steps (3), eval_steps or save_steps (4): it is evaluated and saved as the last step,
+    # and the resumed run continues the interval of the metrics in its middle.
     config = tiny_config(corpus)
     config.num_train_steps = 5
     train_and_evaluate(settings_of(config), str(tmp_path))

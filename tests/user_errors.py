@@ -564,7 +564,7 @@ CALLS = [
     ),
     (
         export_without_checkpoints,
-        "--workdir={world}/started: has no checkpoints; name the directory of a run that has saved one",
+        "--workdir={world}/started: has no checkpoints; name the work directory of a run with some",
     ),
     (export_the_mean_of_none, "--average=0: must be at least 1"),
     (
@@ -572,7 +572,7 @@ CALLS = [
         "{world}/started/model: there is no model, since the run has not evaluated yet; export a checkpoint with --mode=export",
     ),
     (show_step_0, "--step=0: must be at least 1, the first step"),
-    (show_a_run_that_does_not_exist, "--workdir={world}/x: there is no run; name the directory of one"),
+    (show_a_run_that_does_not_exist, "--workdir={world}/x: there is no run; name the work directory of one"),
     (
         train_a_tokenizer_into_other_files,
         "--output={world}/data: exists and is not an empty directory; name another directory",
@@ -752,7 +752,7 @@ ELSEWHERE = {
         "--mode=fill_mask: no sentence; write some after the flags, or send lines to standard input": "tests/test_load.py::test_fill_mask_errors",
     },
     "mlm/modes/check.py": {
-        "{}": "tests/test_check.py::test_every_problem_is_reported_at_once",
+        "not ready: {}": "tests/test_check.py::test_every_problem_is_reported_at_once",
     },
     "mlm/command_line.py": {
         # With the words of absl and ml_collections.

@@ -80,7 +80,8 @@ def run(
         settings, workdir_path, defaults=defaults, machine=machine, utilization=utilization, key_changes=key_changes
     )
     if problems:
-        raise UserError("; ".join(["not ready", *problems]))
+        numbered = [f"({number}) {problem}" for number, problem in enumerate(problems, start=1)]
+        raise UserError(f"not ready: {' '.join(numbered if len(problems) > 1 else problems)}")
     print("\nready")
 
 
