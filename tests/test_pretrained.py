@@ -87,7 +87,7 @@ def test_head_of_a_plain_encoder_is_initialized(case, tmp_path, caplog):
     expected = weights.from_hf(tensors, config) | {"head": init_params(config)["head"]}
     assert_same(found.params(lambda: init_params(config)), expected)
     assert "has no masked-language-model head; it is initialized" in caplog.text
-    assert f"ignored tensors of other heads: {base}pooler.dense.weight" in caplog.text
+    assert f"ignored unused tensors: {base}pooler.dense.weight" in caplog.text
 
 
 def test_params_can_be_traced(tmp_path):
@@ -107,7 +107,7 @@ def test_another_head_is_ignored(tmp_path, caplog):
     with caplog.at_level("INFO"):
         found = adapt(write(tmp_path / "model", "bert", tensors=other))
     assert not found.has_head
-    assert "ignored tensors of other heads: classifier.bias, classifier.weight" in caplog.text
+    assert "ignored unused tensors: classifier.bias, classifier.weight" in caplog.text
 
 
 def test_incomplete_head_is_an_error(tmp_path):
@@ -237,7 +237,7 @@ def test_embeddings_are_matched_by_token(case, tmp_path, caplog):
     with caplog.at_level("INFO"):
         found = adapt(path, vocabulary=new, vocab_size=len(new))
     assert (
-        "vocabulary: 8 of 18 embeddings are pretrained, matched by token; the others start at the mean of all 61"
+        "vocabulary: 8 of 18 embeddings are pretrained, matched by token; the others start at the mean of its 61"
         in caplog.text
     )
 
@@ -267,7 +267,7 @@ def test_embeddings_are_matched_by_id_without_a_tokenizer(tmp_path, caplog):
     _, config, tensors = load("bert")
     with caplog.at_level("INFO"):
         found = adapt(write(tmp_path / "model", "bert"), vocabulary=words(*range(100, 165)), vocab_size=70)
-    assert "61 of 70 embeddings are pretrained, matched by id because it has no tokenizer" in caplog.text
+    assert "61 of 70 embeddings are pretrained, matched by id because the checkpoint has no tokenizer" in caplog.text
     before = weights.from_hf(tensors, config)["head"]["bias"]
     after = found.params(never)["head"]["bias"]
     np.testing.assert_array_equal(after, [*before, *[before.mean(dtype=np.float64).astype(np.float32)] * 9])

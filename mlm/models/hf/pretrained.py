@@ -103,7 +103,7 @@ def load_weights(name: str, *, cache_dir: str | None) -> PretrainedWeights:
     weights.check_tensors(checked, config, without_head=not has_head)
     used = weights.tensor_shapes(config)
     if unused := found.keys() - used.keys() - weights.redundant_tensors(config):
-        _log("%s: ignored tensors of other heads: %s", name, weights.format_names(unused))
+        _log("%s: ignored unused tensors: %s", name, weights.format_names(unused))
     return PretrainedWeights(
         name=name,
         config=config,
@@ -132,10 +132,10 @@ def adapt_to_config(
                 if tensor in tensors:
                     tensors[tensor] = _select_rows(tensors[tensor], source_V)
         _log(
-            "vocabulary: %d of %d embeddings are pretrained, matched by %s; the others start at the mean of all %d",
+            "vocabulary: %d of %d embeddings are pretrained, matched by %s; the others start at the mean of its %d",
             np.sum(source_V >= 0),
             len(source_V),
-            "id because it has no tokenizer" if pretrained.vocabulary is None else "token",
+            "id because the checkpoint has no tokenizer" if pretrained.vocabulary is None else "token",
             pretrained.config.vocab_size,
         )
     for tensor in weights.tensor_names("embeddings/position/embedding", config):
