@@ -100,7 +100,7 @@ def test_corrupt_work_directories(config, trained, caplog):
     good = (trained / "config.json").read_bytes()
     for damage in (b"\xff\xfe", b'{"config": 3}', b"{", b'{"config"'):
         (trained / "config.json").write_bytes(damage)
-        refuse_damage("is damaged or not a run's config")
+        refuse_damage("is damaged, or not the config of a run")
     (trained / "config.json").unlink()
     refuse_damage("has checkpoints but no config.json")
     (trained / "config.json").write_bytes(good)
@@ -121,8 +121,8 @@ def test_corrupt_work_directories(config, trained, caplog):
     (trained / "model" / "trainer_state.json").write_text("")
     caplog.clear()
     train_and_evaluate(settings_of(config), str(trained))
-    (message,) = [record.getMessage() for record in caplog.records if "is damaged" in record.getMessage()]
-    assert message.startswith("checkpoint 2 is damaged (")
+    (message,) = [record.getMessage() for record in caplog.records if "is corrupt" in record.getMessage()]
+    assert message.startswith("checkpoint 2 is corrupt (")
     assert message.endswith(f"moved to {trained / 'damaged' / '2.1'}")
     assert sorted(path.name for path in (trained / "checkpoints").iterdir()) == ["2", "3"]
     assert json.loads((trained / "model" / "trainer_state.json").read_text())["global_step"] == 3
