@@ -61,7 +61,7 @@ class Evaluator:
           rows_RxL: int32, the evaluation set.
           per_device_batch_size: sequences per batch and device.
           pad_id: id of the padding token.
-          counts: number of sequences per source, in order. With several sources each gets a metric of its own,
+          counts: number of sequences per source, in order. With several sources each also gets its metric,
             `eval/<name>/loss`.
         """
         self._eval_step = eval_step

@@ -26,7 +26,7 @@ from mlm.errors import UserError, one_line
 BATCH_SIZES = (1, 2, 4, *range(8, (1 << 16) + 1, 8))
 # Where a search starts.
 FIRST_BATCH = 8
-# A guess is at most so many times the largest batch that is known.
+# Limit of a guess, as a multiple of the largest batch that is known.
 _MAX_GROWTH = 64
 # Fraction of the available memory that a chosen batch may use; the rest is for fragmentation.
 USABLE = 0.95

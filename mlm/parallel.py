@@ -163,7 +163,7 @@ def distributed_state() -> Any:
 
 @contextlib.contextmanager
 def _every_process_writes_the_cache() -> Iterator[None]:
-    """Lets every process write to the compilation cache, which is a directory of its own machine.
+    """Lets every process write to the compilation cache, which is on its machine.
 
     By default only process 0 writes it, so every start would wait for the others to compile again.
     """
