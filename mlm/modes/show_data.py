@@ -118,30 +118,30 @@ def replay(
         if before := [other for other in saved if other < step]:
             states = [upgrade_state(state) for state in checkpointer.streams(before[-1])]
 
-    number = batch_of_step(step, settings.data.skip_steps)
-    at = states[0]["batches"] if states else 0
+    batch_number = batch_of_step(step, settings.data.skip_steps)
+    batches_done = states[0]["batches"] if states else 0
     while True:
-        topology = next(entry for entry in reversed(history) if entry["after_batch"] <= at)
+        topology = next(entry for entry in reversed(history) if entry["after_batch"] <= batches_done)
         process_count, batch_rows = topology["process_count"], topology["batch_rows"]
-        # The next batch after which the run had other numbers, if that is before the step.
+        # The last batch before the run had other numbers of processes or rows, or that of the step.
         changes = [entry["after_batch"] for entry in history]
-        until = min((change for change in changes if at < change < number), default=number)
-        if until == number and not 0 <= process_index < process_count:
+        last_batch = min((change for change in changes if batches_done < change < batch_number), default=batch_number)
+        if last_batch == batch_number and not 0 <= process_index < process_count:
             raise UserError(
                 f"--process={process_index}: step {step} had processes 0 to {process_count - 1}; choose one of them"
             )
-        indices = range(process_count) if until < number else (process_index,)
+        indices = range(process_count) if last_batch < batch_number else (process_index,)
         streams = [
             text.batches(process_index=index, process_count=process_count, batch_rows=batch_rows) for index in indices
         ]
         for stream in streams:
             if states is not None:
                 stream.restore(states)
-            while stream.batch_number < until:
+            while stream.batch_number < last_batch:
                 tokens_BxL = next(stream)
-        if until == number:
+        if last_batch == batch_number:
             break
-        at, states = until, [stream.state_dict() for stream in streams]
+        batches_done, states = last_batch, [stream.state_dict() for stream in streams]
 
     first_row = process_index * batch_rows
     key = jax.random.fold_in(steps.random_key(settings.seed, steps.TRAIN_MASKS), step - 1)
@@ -149,7 +149,7 @@ def replay(
     masked = mask(tokens_BxL, rows_B=first_row + np.arange(batch_rows, dtype=np.int32), key=key)
     return StepData(
         text=text,
-        batch_number=number,
+        batch_number=batch_number,
         epoch=streams[0].epoch,
         process_count=process_count,
         first_row=first_row,
