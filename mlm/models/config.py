@@ -23,7 +23,7 @@ from mlm.models.families import FAMILIES, Family, PositionEmbedding
 from mlm.settings import ACTIVATIONS
 
 # Fields that change the model, with the only supported value.
-_REQUIRED = {
+_REQUIRED: dict[str, Any] = {
     "add_cross_attention": False,
     "cross_attention_hidden_size": None,
     "is_decoder": False,
@@ -225,7 +225,7 @@ class EncoderConfig:
     @property
     def layers(self) -> tuple[Layer, ...]:
         """The layers, in the order of application."""
-        if self.num_hidden_groups is None:
+        if self.num_hidden_groups is None or self.inner_group_num is None:
             blocks = list(range(self.num_hidden_layers))
         else:
             per_group = self.num_hidden_layers / self.num_hidden_groups  # Not always an integer, as in transformers.
@@ -234,11 +234,12 @@ class EncoderConfig:
         return tuple(self._layer(number, block) for number, block in enumerate(blocks))
 
     def _layer(self, number: int, block: int) -> Layer:
-        local = self.global_attn_every_n_layers is not None and number % self.global_attn_every_n_layers > 0
+        every, local_attention = self.global_attn_every_n_layers, self.local_attention
+        is_local = every is not None and number % every > 0
         return Layer(
             block=block,
-            window=self.local_attention // 2 if local else None,
-            rope_theta=self.local_rope_theta if local else self.global_rope_theta,
+            window=local_attention // 2 if is_local and local_attention is not None else None,
+            rope_theta=self.local_rope_theta if is_local else self.global_rope_theta,
             attention_norm=self.family.norm_before_first_attention or number > 0,
         )
 

@@ -218,8 +218,10 @@ class MaskedLM(nn.Module):
         """Returns the rotary embedding for each `Layer.rope_theta`."""
         cfg = self.config
         float64 = cfg.family.position_embedding is PositionEmbedding.ROTARY_INTERLEAVED
-        thetas = {layer.rope_theta for layer in cfg.layers} - {None}
-        return {None: None} | {
-            theta: rotary_embedding(position_ids_BxL, head_size=cfg.head_size, theta=theta, float64=float64)
-            for theta in thetas
-        }
+        rotations: dict[float | None, Rotation | None] = {None: None}
+        for theta in {layer.rope_theta for layer in cfg.layers}:
+            if theta is not None:
+                rotations[theta] = rotary_embedding(
+                    position_ids_BxL, head_size=cfg.head_size, theta=theta, float64=float64
+                )
+        return rotations

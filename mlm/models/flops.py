@@ -20,7 +20,9 @@ def flops_per_token(config: EncoderConfig, *, length: int, max_predictions_per_s
     feed_forward = (3 if config.family.gated else 2) * hidden * inner
     keys_and_values = 2 * hidden**2
     # Queries, attention, its output projection and the feed-forward network.
-    rest = [2 * hidden**2 + 2 * hidden * _num_keys(layer.window, length) + feed_forward for layer in config.layers]
+    rest: list[float] = [
+        2 * hidden**2 + 2 * hidden * _num_keys(layer.window, length) + feed_forward for layer in config.layers
+    ]
     rest[-1] *= predicted_fraction
     layers = len(rest) * keys_and_values + sum(rest)
     project = embedding * hidden if config.has_projection else 0

@@ -28,7 +28,7 @@ class TensorNames:
 
     def modules(self, config: EncoderConfig) -> dict[str, tuple[str, ...]]:
         """Returns our module -> names, for every module that a model of this config may have."""
-        names = {module: (self.base + name,) for module, name in self.encoder.items()}
+        names: dict[str, tuple[str, ...]] = {module: (self.base + name,) for module, name in self.encoder.items()}
         names |= {module: (name,) for module, name in self.head.items()}
         inner = config.inner_group_num or 1
         for block in {layer.block for layer in config.layers}:

@@ -14,7 +14,7 @@ def _gelu_exact(values: jax.Array) -> jax.Array:
     return 0.5 * values * (1.0 + jax.lax.erf(values * 0.5**0.5))
 
 
-_FUNCTIONS = {
+_FUNCTIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     # GELU, x * Phi(x) (Hendrycks and Gimpel, arXiv:1606.08415), and its tanh approximation.
     "gelu_exact": _gelu_exact,
     "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
@@ -32,7 +32,7 @@ def activation(name: str, *, save_input: bool = False) -> Callable[[jax.Array], 
     function = _FUNCTIONS[ACTIVATIONS[name]]
     if not save_input:
         return function
-    recomputed = jax.custom_vjp(function)
+    recomputed: jax.custom_vjp[jax.Array] = jax.custom_vjp(function)
 
     def backward(values: jax.Array, gradient: jax.Array) -> tuple[jax.Array]:
         return jax.vjp(function, jax.lax.optimization_barrier(values))[1](gradient)

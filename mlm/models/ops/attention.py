@@ -60,7 +60,11 @@ def attend(
     mask_BxXxK = attention_mask(segment_ids_BxK, query_positions_BxQ, isolate=isolate, window=window)
     if implementation != "plain":
         return jax.nn.dot_product_attention(
-            query_BxQxHxE, key_BxKxHxE, value_BxKxHxE, mask=mask_BxXxK[:, None], implementation=implementation
+            query_BxQxHxE,
+            key_BxKxHxE,
+            value_BxKxHxE,
+            mask=mask_BxXxK[:, None],
+            implementation="cudnn" if implementation == "cudnn" else "xla",
         )
     return _attend(
         query_BxQxHxE,

@@ -4,6 +4,8 @@ position.
 Shapes: B rows, L tokens per row, K selected tokens, H heads, E head size, P = E / 2 pairs of features.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,7 +24,7 @@ def rotary_embedding(position_ids_BxL: jax.Array, *, head_size: int, theta: floa
       float64: compute the angles in float64, as transformers does for RoFormer, instead of float32, as it does for
         ModernBERT. At position 8192 the two differ by up to 5e-4 radians.
     """
-    dtype = np.float64 if float64 else np.float32
+    dtype: Any = np.float64 if float64 else np.float32
     frequencies_P = dtype(1) / dtype(theta) ** (np.arange(0, head_size, 2, dtype=dtype) / dtype(head_size))
     angles_LxP = np.arange(position_ids_BxL.shape[1], dtype=dtype)[:, None] * frequencies_P[None, :]
     cos_LxP, sin_LxP = (jnp.asarray(f(angles_LxP), jnp.float32) for f in (np.cos, np.sin))
