@@ -133,13 +133,13 @@ def phase_of(workdir: str, log: str, *, eval_steps: int) -> tuple[str, int]:
     return "steps", step
 
 
-def kill(process: subprocess.Popen, number: int, looked_at: Callable[[], tuple[str, int]], start: float) -> Kill | None:
+def kill(process: subprocess.Popen, number: int, current_phase: Callable[[], tuple[str, int]], start: float) -> Kill | None:
     """Signals a process and waits for its end; returns None if it had ended by itself."""
     seconds = time.monotonic() - start
     if process.poll() is not None:
         return None
     process.send_signal(signal.SIGSTOP)
-    phase, step = looked_at()
+    phase, step = current_phase()
     process.send_signal(number)
     before = time.monotonic()
     process.send_signal(signal.SIGCONT)
@@ -193,7 +193,7 @@ def campaign(
     done: list[Kill] = []
     replayed, began = 0, time.monotonic()
 
-    def looked_at() -> tuple[str, int]:
+    def current_phase() -> tuple[str, int]:
         return phase_of(workdir, log, eval_steps=eval_steps)
 
     while True:
@@ -203,11 +203,11 @@ def campaign(
         try:
             if (when := next(plan, None)) is not None:
                 if isinstance(when, str):
-                    await_phase(process, looked_at, when)
+                    await_phase(process, current_phase, when)
                     when = cpu_seconds(process) + rng.uniform(0.0, 0.05 if when in ("save", "evaluation") else 0.2)
                 while process.poll() is None and cpu_seconds(process) < when:
                     time.sleep(0.005)
-                killed = kill(process, number, looked_at, start)
+                killed = kill(process, number, current_phase, start)
             code = process.wait(TIMEOUT)
         finally:
             process.kill()
@@ -235,11 +235,11 @@ def cpu_seconds(process: subprocess.Popen) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def await_phase(process: subprocess.Popen, looked_at: Callable[[], tuple[str, int]], wanted: str) -> None:
+def await_phase(process: subprocess.Popen, current_phase: Callable[[], tuple[str, int]], wanted: str) -> None:
     """Waits for a phase or the end of the process; a phase that occurs once may be over before it is seen."""
     deadline = time.monotonic() + TIMEOUT
     while process.poll() is None and time.monotonic() < deadline:
-        phase, _ = looked_at()
+        phase, _ = current_phase()
         if phase == wanted or (PHASES.index(wanted) < PHASES.index("steps") <= PHASES.index(phase)):
             return
         time.sleep(0.005)
