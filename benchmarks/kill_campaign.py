@@ -133,7 +133,9 @@ def phase_of(workdir: str, log: str, *, eval_steps: int) -> tuple[str, int]:
     return "steps", step
 
 
-def kill(process: subprocess.Popen, number: int, current_phase: Callable[[], tuple[str, int]], start: float) -> Kill | None:
+def kill(
+    process: subprocess.Popen, number: int, current_phase: Callable[[], tuple[str, int]], start: float
+) -> Kill | None:
     """Signals a process and waits for its end; returns None if it had ended by itself."""
     seconds = time.monotonic() - start
     if process.poll() is not None:
