@@ -78,14 +78,17 @@ class Reporter:
         self._wait_seconds = 0.0
         self._logged: dict[str, float] = {}  # The scalars of the last log line.
         self._logged_skipped_documents = 0
-        self._profile = None
+        self._progress = periodic_actions.ReportProgress(num_train_steps=num_train_steps, every_secs=60.0)
+        self._hooks: list[periodic_actions.PeriodicAction] = [self._progress]
         if profile.num_steps and jax.process_index() == 0:
-            self._profile = periodic_actions.Profile(
-                logdir=workdir.path,
-                num_profile_steps=profile.num_steps,
-                profile_duration_ms=None,  # The default traces for 3 s, however few steps are asked for.
-                first_profile=step + profile.first_step,
-                every_secs=None,
+            self._hooks.append(
+                periodic_actions.Profile(
+                    logdir=workdir.path,
+                    num_profile_steps=profile.num_steps,
+                    profile_duration_ms=None,  # The default traces for 3 s, however few steps are asked for.
+                    first_profile=step + profile.first_step,
+                    every_secs=None,
+                )
             )
 
     def add_step(self, step: int, metrics: TrainMetrics, batch: Batch, *, wait_seconds: float) -> None:
@@ -103,8 +106,8 @@ class Reporter:
         self._pending = step, metrics, batch
         self.accumulator.add_part("input_wait", wait_seconds - self._wait_seconds)
         self._wait_seconds = wait_seconds
-        if self._profile is not None:
-            self._profile(step)
+        for hook in self._hooks:
+            hook(step)
 
     @contextlib.contextmanager
     def transfer(self) -> Iterator[None]:
@@ -171,7 +174,8 @@ class Reporter:
         """Keeps the time of a block out of the steps' time, and logs it as perf/<name>_ms."""
         self.accumulator.add_seconds(self._lap())
         self._show(activity=name)
-        yield
+        with self._progress.timed(name, wait_jax_async_dispatch=False):
+            yield
         self.accumulator.add_pause(name, self._lap())
         self._show()
 
