@@ -50,7 +50,7 @@ def test_no_eval_sequences():
 
 def test_too_few_eval_sequences_are_an_error():
     with pytest.raises(
-        UserError, match="data.num_eval_samples=2: the dataset 'memory' has only 1 sequences of 6 tokens"
+        UserError, match=r"data\.num_eval_samples=2: the dataset 'memory' has only 1 sequences of 6 tokens"
     ):
         read(memory_source([["abc", "de"]]), 2)
     with pytest.raises(UserError, match="has only 0 sequences of 6 tokens"):

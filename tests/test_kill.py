@@ -87,7 +87,7 @@ def test_a_run_killed_at_any_time_is_identical_to_an_uninterrupted_one(trainer, 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_run_stopped_by_a_signal_at_any_time_is_identical_to_an_uninterrupted_one(trainer, straight, tmp_path, number):
+def test_a_run_stopped_by_a_signal_is_identical_to_an_uninterrupted_one(trainer, straight, tmp_path, number):
     # `campaign` checks exit codes and last lines.
     plan = ["tokenizer training", "compilation", "evaluation", "steps"] if number == signal.SIGTERM else ["steps"]
     workdir, hit = str(tmp_path / "run"), collections.Counter()
