@@ -42,8 +42,8 @@ os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 # gs:// paths without TensorFlow: mlm/run/gcs.py explains why.
 os.environ.setdefault("EPATH_USE_TF", "0")
 # The second start of a run compiles nothing. jax's own limit, one second, would leave out some eighty small programs.
-_CACHE = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(_CACHE, "mlm", "jax"))
+os.environ.setdefault("XDG_CACHE_HOME", os.path.expanduser("~/.cache"))
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(os.environ["XDG_CACHE_HOME"], "mlm", "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
 from absl import app, flags
@@ -61,7 +61,8 @@ class Mode:
     """A value of --mode: `run` of mlm/modes/<mode>.py is called with the settings, the work directory and `options`.
 
     Attributes:
-      options: what else `run` takes: flags, "arguments" (those that are not flags), "command", or what is known of the defaults.
+      options: the other arguments of `run`: flags, "arguments" (those that are not flags), "command", "defaults" (the
+        values of configs/default.py) and "defaults_file" (its path).
       config: "flag": --config is required; "optional": it may be missing; "workdir": the run's own config is used;
         "none": no config is read.
       workdirs: the number of work directories: "none", "one" or "many".
@@ -128,7 +129,7 @@ def main(argv: list[str]) -> None:
     """Checks the flags, then runs the mode."""
     mode = MODES[FLAGS.mode]
     if len(argv) > 1 and "arguments" not in mode.options:
-        raise UserError(f"{argv[1]}: is not a flag; flags begin with --, and their values follow after =")
+        raise UserError(f"{argv[1]}: is not a flag; write flags as --NAME=VALUE")
     workdirs = FLAGS.workdir or []
     if not workdirs and mode.workdirs != "none":
         raise UserError("--workdir: missing; name the run's directory, such as --workdir=runs/quickstart")

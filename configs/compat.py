@@ -12,7 +12,9 @@
 from typing import Any
 
 # key -> value (lists as tuples).
-ADDED_KEYS: dict[str, Any] = {}
+ADDED_KEYS: dict[str, Any] = {
+    # One line per key.
+}
 # old key -> new key.
 RENAMED_KEYS: dict[str, str] = {}
 # key -> the only value with which a run can be resumed (lists as tuples).

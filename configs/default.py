@@ -81,7 +81,7 @@ def get_config() -> ConfigDict:
     data.network_timeout_seconds = 30.0
     # Shards that one process may skip in one epoch of a source before the run stops. Those that fail one after the
     # other are counted across epochs. 0: the first failure stops the run. 8, with the deadline above: if the server is
-    # down, the run stops after about 45 minutes instead of waiting for ever.
+    # down, the run stops after about 45 minutes instead of waiting forever.
     data.max_failed_shards = 8
     # Batches prepared in advance by a background thread. 4 cover short pauses of the input, as when a shard is opened.
     data.prefetch_batches = 4

@@ -164,7 +164,7 @@ check_train() {
   [[ $workdir ]] || die "--workdir: missing; give the arguments of main.py: -- --config=configs/... --workdir=gs://..."
   case $workdir in
     gs://?*/?* | /mnt/*) ;;
-    *://*) die "--workdir=$workdir: is no supported URL; use gs://BUCKET/PATH" ;;
+    *://*) die "--workdir=$workdir: is not a supported URL; use gs://BUCKET/PATH" ;;
     *)
       if [[ $spot || $queued ]]; then
         die "--workdir=$workdir: is on the disk of the VM, which is deleted at a preemption; use gs://BUCKET/PATH"

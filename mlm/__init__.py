@@ -1,6 +1,6 @@
 """Masked-language-model training in JAX: the map of the package.
 
-Read these first; whoever has read them knows how the trainer works:
+Read these first; they explain how the trainer works:
 
     train       the training loop: take the batch, step, log, evaluate, save, export
     steps       TrainState, train_step, eval_step: pure functions of one device's sequences

@@ -195,7 +195,7 @@ def _encoder_config(
 ) -> EncoderConfig:
     """The model's config: copied or the family's default, then the tokenizer's ids, then the overrides.
 
-    The ids of a copied config stay, but for weights that go with another tokenizer than their own.
+    The ids of a copied config are kept, unless its weights are used with a different tokenizer.
     """
     overrides = settings.model.overrides.given()
     encoder = copied or default_config(settings.model.model_type)

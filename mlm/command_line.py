@@ -87,7 +87,7 @@ def check_arguments(argv: Sequence[str]) -> None:
 def flag_error(error: Exception, path: str | None) -> UserError:
     """Returns the error of a flag's value; `path` is the config file."""
     message = str(error)
-    if "Traceback (most recent call last)" in message:  # ml_collections reports a config file's ValueError so.
+    if "Traceback (most recent call last)" in message:  # ml_collections reports a config file's ValueError this way.
         return _config_file_error(message.strip().splitlines()[-1], path)
     if match := re.match(r"flag --config\.([\w.]+)=(.*?): ", message, re.DOTALL):
         declared = _declared_type(match[1])

@@ -143,7 +143,7 @@ def parse_topology(name: str) -> Machine:
     match = re.fullmatch(r"([a-z0-9]+)-(\d+)", name.lower())
     if match is None or match[1] not in DEVICES:
         raise UserError(
-            f"--topology={name}: unknown machine; set a kind and a number, such as v3-8. The kinds are "
+            f"--topology={name}: unknown machine; use a kind and a number, such as v3-8. The kinds are "
             f"{', '.join(DEVICES)}"
         )
     device = DEVICES[match[1]]

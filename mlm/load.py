@@ -59,7 +59,7 @@ def load_checkpoint(settings: RunSettings, workdir: WorkDir, *, step: int | None
         available = checkpointer.steps()
         if not available:
             raise UserError(
-                f"--workdir={workdir.display_path}: has no checkpoints; name the work directory of a run with some"
+                f"--workdir={workdir.display_path}: has no checkpoints; give the work directory of a run that has some"
             )
         step = available[-1] if step is None else step
         if step not in available:

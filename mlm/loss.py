@@ -1,4 +1,4 @@
-"""Softmax cross-entropy of the masked tokens, as a sum and a count: whoever reports a mean divides once, at the end.
+"""Softmax cross-entropy of the masked tokens, as a sum and a count: divide once, at the end, to report a mean.
 
 Legend: B rows, K predicted tokens per row, V vocabulary size.
 """
@@ -26,7 +26,8 @@ class LossSums:
 def masked_cross_entropy(logits_BxKxV: jax.Array, labels_BxK: jax.Array, label_weights_BxK: jax.Array) -> LossSums:
     """Returns the sum over b and k of `weight * -log softmax(logits)[label]` (Devlin et al., 2019, section 3.1).
 
-    To change the loss, compute another `loss_BxK` here, in plain jnp: JAX derives the gradient.
+    Training and evaluation both use it, so another `loss_BxK` here changes both losses. A term for training only is
+    added in `sum_gradients` (mlm/steps.py); docs/changing.md has an example.
 
     Args:
       logits_BxKxV: float32 or bfloat16; the sums are float32 either way.

@@ -36,7 +36,7 @@ AVAILABLE = 15.75 / 16
 
 @dataclasses.dataclass(frozen=True)
 class MemoryEstimate:
-    """How a batch fits a device's memory.
+    """The memory that a batch needs, and the largest batch that fits.
 
     Attributes:
       needed_bytes: memory of the step; None if it does not fit.

@@ -134,7 +134,7 @@ def any_process_async(flag: bool) -> jax.Array:
 
 
 def maintenance_is_near(step: int) -> bool:
-    """True if a machine of the run is about to be preempted, as jax learns from the cloud, not from a signal.
+    """True if a machine of the run is about to be preempted, according to the cloud's notice rather than a signal.
 
     Every process must call it at every step; it becomes True at the same step on all.
     """
@@ -142,7 +142,7 @@ def maintenance_is_near(step: int) -> bool:
 
 
 def barrier(name: str) -> None:
-    """Waits until every process is here, without a time limit. A process that is lost ends the run by other means."""
+    """Waits, without a timeout, until every process has reached this point. A lost process is detected elsewhere."""
     if jax.process_count() > 1:
         # multihost_utils.sync_global_devices is a device collective, which times out after 30 s on CPUs.
         client = distributed_state().client

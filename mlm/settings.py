@@ -178,7 +178,7 @@ class DataSettings:
         for number, value in enumerate(self.mixture):
             entry = _parse_mixture_entry(f"data.mixture[{number}]", value)
             if entry.name in (other.name for other in entries):
-                raise _error(f"data.mixture[{number}]", value, f"there is another source {entry.name!r}; rename one")
+                raise _error(f"data.mixture[{number}]", value, f"the name {entry.name!r} is not unique; rename one")
             entries.append(entry)
         return tuple(entries)
 
@@ -369,7 +369,7 @@ class MaskingSettings:
             raise _error(
                 "masking.mask_replace_prob",
                 self.mask_replace_prob,
-                f"together with masking.random_replace_prob={self.random_replace_prob!r} it is more than 1; lower one",
+                f"together with masking.random_replace_prob={self.random_replace_prob!r} it exceeds 1; lower either",
             )
 
 
@@ -456,7 +456,7 @@ class ProfileSettings:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ReportSettings:
-    """`report`: examples that the model is shown with."""
+    """`report`: example sentences that the model fills in."""
 
     sentences: tuple[str, ...]
 
@@ -582,7 +582,7 @@ def resolve_algorithm(algorithm: str, *, model_type: str) -> str:
 
 
 def check_tokenizer_options(algorithm: str, *, model_type: str | None, vocab_size: int, lowercase: bool) -> None:
-    """Raises UserError unless a tokenizer can be trained so.
+    """Raises UserError unless a tokenizer can be trained with these options.
 
     Args:
       algorithm: one of `ALGORITHMS`.
@@ -725,7 +725,7 @@ def _check_minimums(group: Any, prefix: str, **minimums: int) -> None:
 def _check_files(key: str, files: Any) -> None:
     is_list = isinstance(files, tuple | list) and all(isinstance(file, str) for file in files)
     if files is not None and not (files and (isinstance(files, str) or (is_list and all(files)))):
-        raise _error(key, files, "names no file; set a path, a glob, a URL, a list of these, or None")
+        raise _error(key, files, "no files given; set a path, a glob, a URL, a list of these, or None")
 
 
 def _check_skip_steps(skip_steps: Sequence[Any]) -> None:

@@ -196,7 +196,10 @@ def sum_gradients(
         (_, sums), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, tokens_BxL, microbatch_index)
         return jax.tree.map(jnp.add, total, (grads, sums)), None
 
-    zeros = (jax.tree.map(jnp.zeros_like, state.params), LossSums(*(jnp.zeros((), jnp.float32) for _ in range(3))))
+    zeros = (
+        jax.tree.map(jnp.zeros_like, state.params),
+        LossSums(*(jnp.zeros((), jnp.float32) for _ in dataclasses.fields(LossSums))),
+    )
     microbatches = (jnp.arange(num_microbatches), tokens_AxBxL)
     # A loop of one iteration would only keep XLA from fusing across it.
     total, _ = jax.lax.scan(accumulate, zeros, microbatches, unroll=num_microbatches == 1)
@@ -206,7 +209,7 @@ def sum_gradients(
 def should_apply(sums: LossSums, grad_norm: jax.Array, stats: UpdateStats, *, spike_factor: float) -> jax.Array:
     """True if the step predicts a token, is finite, and its gradient norm is not a spike.
 
-    A spike is a norm over `spike_factor` times the running mean; with 0 no norm is one.
+    A spike is a norm over `spike_factor` times the running mean; 0 disables the check.
     """
     apply_update = (sums.count > 0) & jnp.isfinite(sums.loss) & jnp.isfinite(grad_norm)
     if spike_factor:

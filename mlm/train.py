@@ -132,7 +132,7 @@ def train_and_evaluate(
 class StopConsensus:
     """Decides whether to stop after a step: the same decision on all processes, whenever a signal reaches them.
 
-    With several processes the decision is the answer to the question of the step before, so that none waits for it.
+    With several processes the decision uses the flags sent at the previous step, so that none waits for it.
     """
 
     def __init__(self, interrupt: Interrupt):
@@ -214,4 +214,4 @@ def _log_and_retry_later(*, is_last_try: bool = False, on_all_processes: bool = 
         is_partial = on_all_processes and jax.process_count() > 1 and not isinstance(error, DiskFullError)
         if is_last_try or is_partial:
             raise UserError(f"{error}; free or mount the disk, then rerun the same command to resume") from None
-        logging.warning("%s; training continues, and the next save is the retry", error)
+        logging.warning("%s; training continues and will retry at the next save", error)

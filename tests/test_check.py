@@ -167,7 +167,7 @@ def test_a_batch_size_that_is_found_when_the_run_starts(config, tmp_path, monkey
     config.per_device_train_batch_size = 0
     assert check(config, tmp_path / "run", parse_topology("h100-8")) == []
     output = capsys.readouterr().out
-    assert "per_device_train_batch_size=0 is found when the run starts; 8 is assumed here" in output
+    assert "per_device_train_batch_size=0 is resolved when the run starts; the check uses 8" in output
     assert "step          64 sequences of 16 tokens: 8 per device" in output
     monkeypatch.setattr(memory, "can_compile_for", lambda machine: True)
     monkeypatch.setattr(memory, "find_batch_size", lambda *args, **options: 24)

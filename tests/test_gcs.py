@@ -64,9 +64,9 @@ def create(workdir: WorkDir, seed: int = 1) -> None:
 @pytest.mark.parametrize(
     ("workdir", "message"),
     [
-        ("s3://bucket/run", "is no supported URL; use gs://BUCKET/PATH"),
-        ("gs://bucket", ": names no path in a bucket"),
-        ("gs://bucket/", ": names no path in a bucket"),
+        ("s3://bucket/run", "is not a supported URL; use gs://BUCKET/PATH"),
+        ("gs://bucket", ": has no path after the bucket name"),
+        ("gs://bucket/", ": has no path after the bucket name"),
         ("gs://bucket/runs/a*", "are not supported in checkpoint paths"),
         ("gs://bucket//run", "are not supported in checkpoint paths"),
         ("gs://bucket/a/../b", "are not supported in checkpoint paths"),

@@ -106,7 +106,7 @@ def test_a_run_in_a_bucket_that_is_killed_and_resumed_equals_an_uninterrupted_lo
 def test_every_mode_accepts_a_run_in_a_bucket(server, tmp_path):
     trainer = trainer_of(tmp_path, write_corpus(tmp_path, documents=600))
     short = ("--config.num_train_steps=8", "--config.eval_steps=4")
-    assert "there is no run" in run(trainer, "--mode=report", f"--workdir={URL}", code=2)
+    assert "contains no run" in run(trainer, "--mode=report", f"--workdir={URL}", code=2)
     checked = run(trainer, "--mode=check", *trainer.flags, *short, f"--workdir={URL}")
     assert "\nready\n" in checked
     assert server.names() == []
@@ -159,7 +159,7 @@ def test_refused_uploads_are_repeated_later(server, tmp_path):
     server.refuse = refuse
     assert process.wait(300) == 0, log.read_text()[-3000:]
     assert len(refused) == 10
-    assert "training continues, and the next save is the retry" in log.read_text()
+    assert "training continues and will retry at the next save" in log.read_text()
     server.download("runs/run", tmp_path / "run")
     logged = [line["step"] for line in read_metrics(str(tmp_path / "run" / "metrics.jsonl"))]
     assert logged == sorted({*range(3, 49, 3), *range(12, 49, 12)})

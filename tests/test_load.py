@@ -288,7 +288,7 @@ def test_fill_mask_errors(run, tmp_path):
     ]:
         with pytest.raises(UserError, match=message):
             ask(config, workdir, sentence)
-    with pytest.raises(UserError, match="--mode=fill_mask: no sentence; write some after the flags"):
+    with pytest.raises(UserError, match="--mode=fill_mask: no sentences; pass them after the flags"):
         ask(config, workdir, lines="\n \n")
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"empty/model: there is no model, since the run has not evaluated yet"):
@@ -322,7 +322,7 @@ def test_the_command_line_needs_no_config(run, tmp_path):
         assert message in result.stderr.splitlines()[-1]
     result = main("--mode=export", workdir=tmp_path / "none")
     assert result.returncode == 2
-    assert "there is no run; name" in result.stderr
+    assert "contains no run; choose" in result.stderr
     assert not (tmp_path / "none").exists()
 
 

@@ -171,7 +171,7 @@ def test_damaged_and_missing_files_are_errors(tmp_path):
     write_shards(path, tensors, absent=["model-00002-of-00002.safetensors"])
     assert_error(r"index\.json: lists model-00002-of-00002\.safetensors, which .* does not have; download them")
     (path / "model.safetensors.index.json").write_text("[]")
-    assert_error("is not an index of shards; download it again")
+    assert_error("is not a valid shard index; download it again")
     (path / "model.safetensors").write_bytes(b"\x00" * 100)
     assert_error(r"model\.safetensors: cannot be read")
     (path / "config.json").write_text("{")

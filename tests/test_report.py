@@ -162,9 +162,9 @@ def test_the_page_loads_nothing_and_escapes_names(tmp_path):
 def test_user_errors(tmp_path):
     run = write_run(tmp_path / "a")
     page = str(tmp_path / "page.html")
-    with pytest.raises(UserError, match="there is no run"):
+    with pytest.raises(UserError, match="contains no run"):
         report.run(None, [str(tmp_path / "b")], output=page, defaults=DEFAULTS)
-    with pytest.raises(UserError, match="two of the runs are the same"):
+    with pytest.raises(UserError, match="the same run is given twice"):
         report.run(None, [run, run + "/"], output=page, defaults=DEFAULTS)
     with pytest.raises(UserError, match="cannot be written"):
         report.run(None, [run], output=str(tmp_path / "no" / "page.html"), defaults=DEFAULTS)

@@ -164,7 +164,7 @@ def test_a_file_that_changes_while_it_is_read_is_an_error(server):
 
 def test_parquet_from_a_server_without_range_requests_is_an_error(server):
     server.ranges = False
-    with pytest.raises(UserError, match="has no Range requests, which parquet needs"):
+    with pytest.raises(UserError, match="has no Range support, which parquet needs"):
         serve(server, "a.parquet")
 
 

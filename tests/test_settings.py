@@ -19,72 +19,81 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
 def valid() -> dict:
-    """One valid value for each key."""
-    return {
-        "seed": 0,
-        "num_train_steps": 8,
-        "per_device_train_batch_size": 4,
-        "per_device_eval_batch_size": 4,
-        "gradient_accumulation_steps": 1,
-        "logging_steps": 2,
-        "eval_steps": 4,
-        "save_steps": 4,
-        "data": {
-            "dataset_name": "docstrings",
-            "dataset_config_name": None,
-            "data_files": None,
-            "eval_data_files": None,
-            "mixture": (),
-            "split": "train",
-            "text_column_name": "text",
-            "max_seq_length": 16,
-            "packing": "concatenate",
-            "shuffle_buffer_size": 100,
-            "num_eval_samples": 30,
-            "skip_steps": (),
-            "network_deadline_seconds": 300.0,
-            "network_timeout_seconds": 30.0,
-            "max_failed_shards": 8,
-            "prefetch_batches": 4,
-            "cache_dir": None,
-        },
-        "tokenizer": {
-            "tokenizer_name": None,
-            "use_fast_tokenizer": True,
-            "algorithm": "auto",
-            "lowercase": False,
-            "vocab_size": 300,
-            "train_documents": 100,
-            "backend": "auto",
-        },
-        "model": {
-            "model_type": "roberta",
-            "config_name": None,
-            "model_name_or_path": None,
-            "dtype": "float32",
-            "attention": "auto",
-            "remat": "auto",
-            "overrides": {field.name: None for field in dataclasses.fields(ModelOverrides)},
-        },
-        "masking": {"mlm_probability": 0.15, "mask_replace_prob": 0.8, "random_replace_prob": 0.1},
-        "optimizer": {
-            "learning_rate": 1e-3,
-            "warmup_steps": 0,
-            "schedule": "linear",
-            "adam_beta1": 0.9,
-            "adam_beta2": 0.999,
-            "adam_epsilon": 1e-8,
-            "weight_decay": 0.0,
-            "max_grad_norm": 0.0,
-            "max_skipped_steps": 10,
-            "spike_factor": 0.0,
-        },
-        "checkpoint": {"keep_checkpoints": 2, "keep_every_steps": 0},
-        "export": {"dtype": "float32"},
-        "hub": {"push_to_hub": False, "hub_model_id": None, "private": False, "license": None, "languages": ()},
-        "profile": {"first_step": 10, "num_steps": 0},
-        "report": {"sentences": ("The <mask> is here.",)},
+    """A valid config: the defaults of configs/default.py, except for what the cases below build on."""
+    return merged(default.get_config().to_dict(), VALID)
+
+
+def merged(nested: dict, changes: dict) -> dict:
+    return nested | {
+        key: merged(nested[key], value) if isinstance(value, dict) else value for key, value in changes.items()
     }
+
+
+VALID = {
+    "seed": 0,
+    "num_train_steps": 8,
+    "per_device_train_batch_size": 4,
+    "per_device_eval_batch_size": 4,
+    "gradient_accumulation_steps": 1,
+    "logging_steps": 2,
+    "eval_steps": 4,
+    "save_steps": 4,
+    "data": {
+        "dataset_name": "docstrings",
+        "dataset_config_name": None,
+        "data_files": None,
+        "eval_data_files": None,
+        "mixture": (),
+        "split": "train",
+        "text_column_name": "text",
+        "max_seq_length": 16,
+        "packing": "concatenate",
+        "shuffle_buffer_size": 100,
+        "num_eval_samples": 30,
+        "skip_steps": (),
+        "network_deadline_seconds": 300.0,
+        "network_timeout_seconds": 30.0,
+        "max_failed_shards": 8,
+        "prefetch_batches": 4,
+        "cache_dir": None,
+    },
+    "tokenizer": {
+        "tokenizer_name": None,
+        "use_fast_tokenizer": True,
+        "algorithm": "auto",
+        "lowercase": False,
+        "vocab_size": 300,
+        "train_documents": 100,
+        "backend": "auto",
+    },
+    "model": {
+        "model_type": "roberta",
+        "config_name": None,
+        "model_name_or_path": None,
+        "dtype": "float32",
+        "attention": "auto",
+        "remat": "auto",
+        "overrides": {field.name: None for field in dataclasses.fields(ModelOverrides)},
+    },
+    "masking": {"mlm_probability": 0.15, "mask_replace_prob": 0.8, "random_replace_prob": 0.1},
+    "optimizer": {
+        "learning_rate": 1e-3,
+        "warmup_steps": 0,
+        "schedule": "linear",
+        "adam_beta1": 0.9,
+        "adam_beta2": 0.999,
+        "adam_epsilon": 1e-8,
+        "weight_decay": 0.0,
+        "max_grad_norm": 0.0,
+        "max_skipped_steps": 10,
+        "spike_factor": 0.0,
+    },
+    "checkpoint": {"keep_checkpoints": 2, "keep_every_steps": 0},
+    "export": {"dtype": "float32"},
+    "hub": {"push_to_hub": False, "hub_model_id": None, "private": False, "license": None, "languages": ()},
+    "profile": {"first_step": 10, "num_steps": 0},
+    "report": {"sentences": ("The <mask> is here.",)},
+}
 
 
 def changed(changes: dict) -> dict:
@@ -95,19 +104,6 @@ def changed(changes: dict) -> dict:
         for part in groups:
             group = group.setdefault(part, {})
         group[name] = value
-    return nested
-
-
-def with_new_names(nested: dict) -> dict:
-    """A config's dict, of before or after some keys were renamed."""
-    for group, old, new in (
-        ("masking", "mask_token_share", "mask_replace_prob"),
-        ("masking", "random_token_share", "random_replace_prob"),
-        ("optimizer", "max_skipped_updates", "max_skipped_steps"),
-    ):
-        if old in nested[group]:
-            nested[group][new] = nested[group].pop(old)
-    nested["model"].pop("scan_layers", None)
     return nested
 
 
@@ -126,11 +122,11 @@ WRONG = [
     ({"data.dataset_name": ""}, "data.dataset_name='': there is no data; set it, or data.data_files"),
     (
         {"data.data_files": ""},
-        "data.data_files='': names no file; set a path, a glob, a URL, a list of these, or None",
+        "data.data_files='': no files given; set a path, a glob, a URL, a list of these, or None",
     ),
     (
         {"data.eval_data_files": ()},
-        "data.eval_data_files=(): names no file; set a path, a glob, a URL, a list of these, or None",
+        "data.eval_data_files=(): no files given; set a path, a glob, a URL, a list of these, or None",
     ),
     ({"data.data_files": 5}, "data.data_files=5: must be a string or a list of strings or None"),
     ({"data.data_files": ("a.txt", 5)}, "data.data_files=('a.txt', 5): must be a string or a list of strings or None"),
@@ -166,7 +162,7 @@ WRONG = [
     ({"data.mixture": (("wiki", 0),)}, "data.mixture[0]=('wiki', 0): the weight must be positive and finite"),
     (
         {"data.mixture": (("wiki", 1), ("wiki", 2))},
-        "data.mixture[1]=('wiki', 2): there is another source 'wiki'; rename one",
+        "data.mixture[1]=('wiki', 2): the name 'wiki' is not unique; rename one",
     ),
     (
         {"data.mixture": (("wiki", 1, {"weight": 2}),)},
@@ -175,7 +171,7 @@ WRONG = [
     ({"data.mixture": (("wiki", 1, {"split": 2}),)}, "data.mixture[0].split=2: must be a string"),
     (
         {"data.mixture": (("wiki", 1, {"data_files": 5}),)},
-        "data.mixture[0].data_files=5: names no file; set a path, a glob, a URL, a list of these, or None",
+        "data.mixture[0].data_files=5: no files given; set a path, a glob, a URL, a list of these, or None",
     ),
     (
         {"data.mixture": (("wiki", 1, {"dataset_name": ""}),)},
@@ -289,7 +285,7 @@ WRONG = [
     ({"masking.mask_replace_prob": float("nan")}, "masking.mask_replace_prob=nan: must lie in [0, 1]"),
     (
         {"masking.mask_replace_prob": 0.95},
-        "masking.mask_replace_prob=0.95: together with masking.random_replace_prob=0.1 it is more than 1; lower one",
+        "masking.mask_replace_prob=0.95: together with masking.random_replace_prob=0.1 it exceeds 1; lower either",
     ),
     # optimizer
     ({"optimizer.learning_rate": -1}, "optimizer.learning_rate=-1.0: must be positive and finite"),
@@ -428,7 +424,7 @@ def test_optional_keys_take_none():
 
 
 def test_flat_keys_are_those_of_the_default_config():
-    nested = with_new_names(default.get_config().to_dict())
+    nested = default.get_config().to_dict()
     flat = RunSettings.from_dict(nested).flat()
     assert tuple(flat) == KEYS
     assert flat["seed"] == 42
@@ -440,13 +436,15 @@ def test_mutable_keys_are_keys_and_leave_out_what_defines_the_steps():
     assert len({*MUTABLE_KEYS}) == len(MUTABLE_KEYS)
     assert {*MUTABLE_KEYS} <= {*KEYS}
     fixed = {key for key in KEYS if key.startswith("optimizer.")} - {*MUTABLE_KEYS}
-    assert fixed == {"optimizer.adam_beta1", "optimizer.adam_beta2", "optimizer.adam_epsilon"}
+    assert {"optimizer.adam_beta1", "optimizer.adam_beta2", "optimizer.adam_epsilon"} <= fixed
 
 
-@pytest.mark.parametrize("path", sorted(glob.glob("configs/[a-z]*.py", root_dir=ROOT)))
+@pytest.mark.parametrize(
+    "path", sorted(path for path in glob.glob("configs/[a-z]*.py", root_dir=ROOT) if path != "configs/compat.py")
+)
 def test_every_config_is_accepted(path):
     module = importlib.import_module(path[: -len(".py")].replace("/", "."))
-    RunSettings.from_dict(with_new_names(module.get_config().to_dict()))
+    RunSettings.from_dict(module.get_config().to_dict())
 
 
 def test_tables_cover_every_family():

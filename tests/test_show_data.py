@@ -180,7 +180,7 @@ def test_the_command_line(run, tmp_path, capsys):
 
 def test_errors(run, tmp_path):
     config, workdir, *_ = run
-    with pytest.raises(UserError, match="there is no run"):
+    with pytest.raises(UserError, match="contains no run"):
         show_data.replay(settings_of(config), str(tmp_path / "none"), step=1)
     with pytest.raises(UserError, match="--step=0: must be at least 1"):
         show_data.replay(settings_of(config), workdir, step=0)

@@ -34,9 +34,9 @@ def test_a_work_directory_that_outlives_the_vm_is_accepted(cloud, kind, workdir)
     [
         ("runs/a", "is on the disk of the VM, which is deleted at a preemption; use gs://BUCKET/PATH"),
         ("/home/me/run", "is on the disk of the VM"),
-        ("gs://bucket", "is no supported URL; use gs://BUCKET/PATH"),
-        ("gs://bucket/", "is no supported URL; use gs://BUCKET/PATH"),
-        ("s3://bucket/run", "is no supported URL; use gs://BUCKET/PATH"),
+        ("gs://bucket", "is not a supported URL; use gs://BUCKET/PATH"),
+        ("gs://bucket/", "is not a supported URL; use gs://BUCKET/PATH"),
+        ("s3://bucket/run", "is not a supported URL; use gs://BUCKET/PATH"),
     ],
 )
 def test_a_work_directory_that_is_deleted_with_the_vm_is_refused(cloud, workdir, message):

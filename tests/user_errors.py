@@ -48,7 +48,7 @@ COMMAND_LINE = [
     ((QUICKSTART,), "--workdir: missing; name the run's directory, such as --workdir=runs/quickstart"),
     (
         (QUICKSTART, "--workdir={world}/x", "surplus"),
-        "surplus: is not a flag; flags begin with --, and their values follow after =",
+        "surplus: is not a flag; write flags as --NAME=VALUE",
     ),
     ((QUICKSTART, "--workdr={world}/x"), "--workdr: unknown flag; did you mean --workdir?"),
     (
@@ -110,21 +110,21 @@ COMMAND_LINE = [
         "--output: missing; --mode=train_tokenizer needs it, such as --output=tokenizers/mine",
     ),
     (("--mode=show_data", "--workdir={world}/x"), "--step: missing; --mode=show_data needs it, such as --step=100"),
-    (("--mode=export", "--workdir={world}/x"), "--workdir={world}/x: there is no run; name the work directory of one"),
+    (("--mode=export", "--workdir={world}/x"), "--workdir={world}/x: contains no run; choose a run's work directory"),
     (("--mode=explain", "learning_rate"), "learning_rate: unknown key; did you mean optimizer.learning_rate?"),
     (("--mode=report",), "--workdir: missing; name the run's directory, such as --workdir=runs/quickstart"),
     (
         ("--mode=export", "--config={world}/bare.py", "--workdir={world}/x"),
         "num_train_steps, per_device_train_batch_size, per_device_eval_batch_size, gradient_accumulation_steps and ... more: missing; let get_config() start from configs/default.py",
     ),
-    (("--mode=report", "--workdir={world}/x"), "--workdir={world}/x: there is no run; name the work directory of one"),
+    (("--mode=report", "--workdir={world}/x"), "--workdir={world}/x: contains no run; choose a run's work directory"),
     (
         ("--mode=report", "--workdir={world}/x", "--workdir={world}/x/"),
-        "--workdir: two of the runs are the same; name each once",
+        "--workdir: the same run is given twice; give each run once",
     ),
     (
         ("--mode=report", "--workdir={world}/started"),
-        "--workdir={world}/started: no metrics yet; come back after the first evaluation or checkpoint",
+        "--workdir={world}/started: has no metrics yet; try again after the first evaluation or checkpoint",
     ),
     (
         ("--mode=report", "--workdir={world}/logged", "--output={world}/nowhere/report.html"),
@@ -175,7 +175,7 @@ VALUES = [
     ),
     (
         {"data.data_files": "{world}/data/table.parquet.gz"},
-        "data.data_files='{world}/data/table.parquet.gz': is compressed twice; decompress it, parquet is compressed already",
+        "data.data_files='{world}/data/table.parquet.gz': is a parquet file compressed as a whole; decompress it",
     ),
     (
         {"data.data_files": "{world}/data/not.parquet"},
@@ -187,7 +187,7 @@ VALUES = [
     ),
     (
         {"data.data_files": "{world}/data/empty.txt"},
-        "the dataset '{world}/data/empty.txt': is empty; name one that has rows",
+        "the dataset '{world}/data/empty.txt': is empty; choose a dataset that has rows",
     ),
     (
         {"data.data_files": "{world}/data/blank.txt"},
@@ -304,7 +304,7 @@ VALUES = [
     ),
     (
         {"model.model_name_or_path": "{world}/models/bad_index"},
-        "{world}/models/bad_index/model.safetensors.index.json: is not an index of shards; download it again",
+        "{world}/models/bad_index/model.safetensors.index.json: is not a valid shard index; download it again",
     ),
     (
         {"model.model_name_or_path": "{world}/models/lost_shard"},
@@ -564,7 +564,7 @@ CALLS = [
     ),
     (
         export_without_checkpoints,
-        "--workdir={world}/started: has no checkpoints; name the work directory of a run with some",
+        "--workdir={world}/started: has no checkpoints; give the work directory of a run that has some",
     ),
     (export_the_mean_of_none, "--average=0: must be at least 1"),
     (
@@ -572,14 +572,14 @@ CALLS = [
         "{world}/started/model: there is no model, since the run has not evaluated yet; export a checkpoint with --mode=export",
     ),
     (show_step_0, "--step=0: must be at least 1, the first step"),
-    (show_a_run_that_does_not_exist, "--workdir={world}/x: there is no run; name the work directory of one"),
+    (show_a_run_that_does_not_exist, "--workdir={world}/x: contains no run; choose a run's work directory"),
     (
         train_a_tokenizer_into_other_files,
         "--output={world}/data: exists and is not an empty directory; name another directory",
     ),
     (
         a_machine_without_a_number,
-        "--topology=v3: unknown machine; set a kind and a number, such as v3-8. The kinds are v2, v3, v4, v5e, v5p, v6e, a100, h100, h200, b200, v5litepod",
+        "--topology=v3: unknown machine; use a kind and a number, such as v3-8. The kinds are v2, v3, v4, v5e, v5p, v6e, a100, h100, h200, b200, v5litepod",
     ),
     (
         a_machine_with_half_a_device,
@@ -591,11 +591,11 @@ CALLS = [
     ),
     (
         a_work_directory_that_is_a_file,
-        "--workdir={world}/file: {world}/file is a file; name a directory, which may be new",
+        "--workdir={world}/file: {world}/file is a file; choose a directory, which need not exist",
     ),
     (
         a_work_directory_below_a_file,
-        "--workdir={world}/file/run: {world}/file is a file; name a directory, which may be new",
+        "--workdir={world}/file/run: {world}/file is a file; choose a directory, which need not exist",
     ),
     (
         a_work_directory_with_a_glob_in_its_name,
@@ -604,11 +604,11 @@ CALLS = [
     (a_read_only_work_directory, "--workdir=/proc/run: /proc is not writable (...); choose another"),
     (
         a_work_directory_at_another_kind_of_url,
-        "--workdir=s3://bucket/run: is no supported URL; use gs://BUCKET/PATH, or mount the storage",
+        "--workdir=s3://bucket/run: is not a supported URL; use gs://BUCKET/PATH, or mount the storage",
     ),
     (
         a_work_directory_without_a_path_in_a_bucket,
-        "--workdir=gs://bucket: names no path in a bucket; use gs://BUCKET/PATH",
+        "--workdir=gs://bucket: has no path after the bucket name; use gs://BUCKET/PATH",
     ),
     (
         a_work_directory_with_a_glob_in_its_url,
@@ -663,7 +663,10 @@ CALLS = [
         a_pytorch_file_with_code,
         "{world}/models/pytorch/pytorch_model.bin: is damaged, or contains code besides tensors; download it again, or convert it to safetensors if you trust it",
     ),
-    (a_slow_tokenizer, "the tokenizer '{world}/tokenizers/words': has no fast version; choose one that has"),
+    (
+        a_slow_tokenizer,
+        "the tokenizer '{world}/tokenizers/words': has no fast version; choose a tokenizer that has one",
+    ),
     (
         a_tokenizer_that_is_not_on_the_hub,
         "the tokenizer 'nobody/none': cannot be loaded from the hub (nobody/none is not a valid model identifier); check tokenizer.tokenizer_name, or set it to None to train one",
@@ -749,7 +752,7 @@ ELSEWHERE = {
         "--workdir={}: cannot read checkpoint {} ({}); choose another --step": "tests/test_load.py::test_export_errors",
     },
     "mlm/modes/fill_mask.py": {
-        "--mode=fill_mask: no sentence; write some after the flags, or send lines to standard input": "tests/test_load.py::test_fill_mask_errors",
+        "--mode=fill_mask: no sentences; pass them after the flags, or one per line on standard input": "tests/test_load.py::test_fill_mask_errors",
     },
     "mlm/modes/check.py": {
         "not ready: {}": "tests/test_check.py::test_every_problem_is_reported_at_once",

@@ -1,7 +1,7 @@
 """This process's batches: rows of one source or of a weighted mixture, without the skipped batches.
 
 Batches are numbered from 1 in the order of the data. `skip_steps` names batches to skip, so step N is trained on the
-N-th batch that is not skipped: a run with `skip_steps` uses the batches of one without, in the same order, less the
+N-th batch that is not skipped: a run with `skip_steps` uses the batches of one without, in the same order, without the
 skipped ones. Restarts change nothing about that.
 
 Each row of a mixture comes from one source. The k-th row of source i (from 0) is due at (k + 1/2) / weight i, and rows

@@ -19,7 +19,7 @@ from mlm.data.tokenizer import Tokenizer, load_tokenizer
 from mlm.data.train_tokenizer import train_tokenizer as train_on_texts
 from mlm.settings import DataSettings, MixtureEntry, RunSettings, TokenizerSettings, resolve_algorithm
 
-# Shards of a process that the log names.
+# Maximum number of a process's shards that the log lists by name.
 _MAX_NAMED_SHARDS = 4
 
 
@@ -252,7 +252,7 @@ def _proportional_counts(total: int, text_sources: tuple[TextSource, ...]) -> di
 
 
 def first_documents(source: Source, num_documents: int) -> Iterator[str]:
-    """Yields the first documents in the order of the source, without nulls."""
+    """Yields the first non-null documents, in source order."""
     remaining = num_documents
     for shard in range(source.num_shards):
         for column in source.read(shard):

@@ -33,7 +33,7 @@ _MAX_BYTES = 64 << 20
 
 @dataclasses.dataclass
 class ShardFailureBudget:
-    """How many shards a process may skip, and how many it just skipped in succession; lives as long as the stream."""
+    """The number of shards a process may skip, and of consecutive skips so far; kept as long as the stream."""
 
     max_failed_shards: int = 0
     consecutive_failures: int = 0

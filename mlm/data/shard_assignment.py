@@ -21,10 +21,10 @@ document and token. If there are more processes than open windows, several proce
 may be reassigned any number of times.
 
 Guaranteed: over all processes, every document of the newest epoch that any process had started is used exactly once,
-and so is every document of the older epochs that other processes were still in. Of a document that was partly used,
+and so is every document of the older epochs that other processes were still in. If a document was partly used,
 only the rest is used.
-Not guaranteed: the order of documents. And what a process more than one epoch behind the newest has not read of the
-epochs between is not made up for. The documents of such a slow process are used less often than the others' anyway.
+Not guaranteed: the order of documents. A process over one epoch behind the newest skips what it has not read of the
+epochs in between. The documents of such a slow process are used less often than the others' anyway.
 """
 
 import dataclasses
@@ -51,8 +51,8 @@ class ShardSlice(NamedTuple):
 class OpenWindow(NamedTuple):
     """A shuffle window some of whose documents are used.
 
-    Its documents are the permuted ones at `offset`, `offset + stride`, ...; of these the first `document` are used,
-    and of the next one the first `unit` units (see packing.py).
+    Its documents are the permuted ones at `offset`, `offset + stride`, ...; the first `document` of these are used,
+    and the first `unit` units of the next one (see packing.py).
     """
 
     window_index: int

@@ -57,7 +57,7 @@ def draw_rows(count: int, *, length: int, tokenizer: Tokenizer, seed: Sequence[i
 
 
 class SyntheticRows:
-    """Rows in place of a `RowStream`'s: endless, in one epoch; the state is the number of rows taken."""
+    """Endless random rows, with the interface of `RowStream`; the state is the number of rows taken."""
 
     units_per_row = 1
     epoch = 0

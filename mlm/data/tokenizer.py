@@ -166,7 +166,7 @@ def load_tokenizer(tokenizer_name: str, *, cache_dir: str | None = None, backend
                 "check tokenizer.tokenizer_name, or set it to None to train one"
             ) from None
     if not isinstance(hf, transformers.PreTrainedTokenizerFast):
-        raise UserError(f"the tokenizer {tokenizer_name!r}: has no fast version; choose one that has")
+        raise UserError(f"the tokenizer {tokenizer_name!r}: has no fast version; choose a tokenizer that has one")
     return Tokenizer(hf, name=tokenizer_name, backend=backend)
 
 

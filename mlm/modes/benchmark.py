@@ -61,7 +61,7 @@ def run(settings: RunSettings, workdir: None, *, steps: int) -> None:
 
 
 def _step_ms(settings: RunSettings, *, num_steps: int) -> float:
-    """Returns milliseconds per call of the training step, repeated on one batch that is on the devices."""
+    """Returns the mean milliseconds per training step, run repeatedly on one on-device batch."""
     with tempfile.TemporaryDirectory(prefix="mlm-benchmark") as directory:
         run = build.build(settings, WorkDir(directory))
     logging.info("timing the training step alone")

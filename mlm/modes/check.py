@@ -312,7 +312,7 @@ def find_batch(settings: RunSettings, components: build.Components, machine: Mac
       UserError: not even one sequence fits.
     """
     if machine is None or not memory.can_compile_for(machine):
-        print(f"\nper_device_train_batch_size=0 is found when the run starts; {memory.FIRST_BATCH} is assumed here")
+        print(f"\nper_device_train_batch_size=0 is resolved when the run starts; the check uses {memory.FIRST_BATCH}")
         return memory.FIRST_BATCH
     print(f"\nper_device_train_batch_size=0: compiling the step for {machine.kind}, minutes at real size", flush=True)
     found = memory.find_batch_size(

@@ -51,7 +51,7 @@ def run(
     workdir = WorkDir(workdir_path)
     topology = workdir.last_topology()
     if topology is None:
-        raise UserError(f"--workdir={workdir_path}: there is no run; name the work directory of one")
+        raise UserError(f"--workdir={workdir_path}: contains no run; choose a run's work directory")
     directory = os.path.abspath(os.path.expanduser(output)) if output is not None else workdir.model
     if os.path.exists(directory) and not os.path.isdir(directory):
         raise UserError(f"--output={output}: is a file; name a directory")

@@ -41,7 +41,7 @@ def run(settings: RunSettings, workdir_path: str, *, arguments: Sequence[str], s
         is_empty = False
         print(format_predictions(fill_mask(model, params, loaded.tokenizer, sentences)), flush=True)
     if is_empty:
-        raise UserError("--mode=fill_mask: no sentence; write some after the flags, or send lines to standard input")
+        raise UserError("--mode=fill_mask: no sentences; pass them after the flags, or one per line on standard input")
 
 
 def _lines() -> Iterable[str]:

@@ -66,7 +66,7 @@ def run(
     workdirs = [WorkDir(path, key_changes=key_changes) for path in workdir]
     paths = [each.display_path for each in workdirs]
     if len(set(paths)) < len(paths):
-        raise UserError("--workdir: two of the runs are the same; name each once")
+        raise UserError("--workdir: the same run is given twice; give each run once")
     names = _short_names(paths)
     runs = [read_run(each, name) for each, name in zip(workdirs, names, strict=True)]
     page = {"panels": _panels(runs), "runs": runs, "keys": _differing_keys(runs, defaults)}
@@ -98,7 +98,7 @@ def read_run(workdir: WorkDir, name: str) -> dict[str, Any]:
     lines = read_metrics(workdir.metrics)
     if not lines:
         raise UserError(
-            f"--workdir={workdir.display_path}: no metrics yet; come back after the first evaluation or checkpoint"
+            f"--workdir={workdir.display_path}: has no metrics yet; try again after the first evaluation or checkpoint"
         )
     curves = {}
     for metric in sorted({metric for line in lines for metric in line} - {"step"}):

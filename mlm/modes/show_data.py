@@ -98,7 +98,7 @@ def replay(
     workdir = WorkDir(workdir_path, key_changes=key_changes)
     last_topology = workdir.last_topology()
     if last_topology is None:
-        raise UserError(f"--workdir={workdir_path}: there is no run; name the work directory of one")
+        raise UserError(f"--workdir={workdir_path}: contains no run; choose a run's work directory")
     if step < 1:
         raise UserError(f"--step={step}: must be at least 1, the first step")
     settings = workdir.resume(settings)

@@ -1,4 +1,4 @@
-"""Sums of metrics and timings over steps, and the scalars that are logged of them. No devices, files or clocks here."""
+"""Sums of metrics and timings over steps, and the scalars logged from them. Uses no devices, files or clocks."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -116,7 +116,7 @@ class MetricsAccumulator:
         self.interval.seconds += seconds
 
     def add_part(self, name: str, seconds: float) -> None:
-        """Says which part of the steps' time was input_wait, transfer or device; the rest is the host's."""
+        """Records how much of the steps' time was input_wait, transfer or device; the rest is the host's."""
         self.interval.part_seconds[name] += seconds
 
     def add_pause(self, name: str, seconds: float) -> None:

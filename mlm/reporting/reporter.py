@@ -20,7 +20,7 @@ from mlm.run.workdir import WorkDir
 from mlm.settings import ProfileSettings
 from mlm.steps import TrainMetrics
 
-# The live line shows the metrics of the interval before until the interval is this long.
+# The live line shows the previous interval's metrics until the current interval is this long.
 _MIN_RATE_WINDOW_SECONDS = 1.0
 
 

@@ -1,4 +1,4 @@
-"""Summaries of a run: in the log when it starts, on the terminal when it is finished."""
+"""Run summaries: logged at the start, printed at the end."""
 
 import os
 import re
@@ -62,7 +62,7 @@ def warn_batch_size_changed(workdir: WorkDir, *, sequences_per_step: int) -> Non
     topology = workdir.last_topology()
     if topology is not None and topology[0] * topology[1] != sequences_per_step:
         logging.warning(
-            "steps had %d sequences so far and have %d from now on, because the number of devices has changed; to keep "
+            "steps had %d sequences so far and now have %d, because the number of devices has changed; to keep "
             "the batch size in a new run, change per_device_train_batch_size or gradient_accumulation_steps",
             topology[0] * topology[1],
             sequences_per_step,

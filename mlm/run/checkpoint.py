@@ -363,7 +363,7 @@ def _by_path(tree: Any) -> dict[str, Any]:
 
 @jax.jit
 def _checksum(leaf: jax.Array) -> jax.Array:
-    """Returns the sum of all words, each times a different odd number, modulo 2^32: a change of one word shows."""
+    """Returns the sum of all words, each times a different odd number, modulo 2^32: any change of one word is found."""
     unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[leaf.dtype.itemsize]
     words = jax.lax.bitcast_convert_type(leaf, unsigned).ravel().astype(jnp.uint32)
     return jnp.sum(words * (2 * jnp.arange(words.size, dtype=jnp.uint32) + 1), dtype=jnp.uint32)

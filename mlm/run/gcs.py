@@ -83,10 +83,10 @@ class GcsPrefix:
           UserError: the URL is invalid, or the bucket cannot be read.
         """
         if not url.startswith("gs://"):
-            raise UserError(f"--workdir={url}: is no supported URL; use gs://BUCKET/PATH, or mount the storage")
+            raise UserError(f"--workdir={url}: is not a supported URL; use gs://BUCKET/PATH, or mount the storage")
         match = re.fullmatch(r"gs://([^/]+)/(.*[^/])/*", url)
         if match is None:
-            raise UserError(f"--workdir={url}: names no path in a bucket; use gs://BUCKET/PATH")
+            raise UserError(f"--workdir={url}: has no path after the bucket name; use gs://BUCKET/PATH")
         if re.search(r"[*?\[\]#]|(^|/)(\.{0,2})(/|$)", match[2]):
             raise UserError(
                 f"--workdir={url}: *, ?, [, #, // and .. are not supported in checkpoint paths; choose another path"
@@ -131,7 +131,7 @@ class GcsPrefix:
         return blob.generation
 
     def delete(self, names: Iterable[str]) -> None:
-        """Deletes objects; of a checkpoint the mark that it is complete first."""
+        """Deletes objects; for a checkpoint, its completion marker first."""
         from google.api_core.exceptions import NotFound
 
         for name in sorted(names, key=lambda name: not name.endswith("commit_success.txt")):

@@ -92,7 +92,7 @@ def on_tpu_pod() -> bool:
 
 @contextlib.contextmanager
 def propagate_failures() -> Iterator[None]:
-    """Inside, an exception in one process ends all processes, and each prints the first cause as its last line.
+    """Ends all processes if one raises inside this context; each prints the first cause as its last line.
 
     The failed process skips its clean-up: the other processes may be waiting for it in a collective, and files in the
     work directory are complete at every moment. Does nothing where there is only one process.

@@ -1,6 +1,6 @@
 """Where the files of a work directory are: a local directory, or Google Cloud Storage.
 
-`LocalStorage` and `gcs.GcsStorage` have the same attributes and methods, so that no other file asks which one it has.
+`LocalStorage` and `gcs.GcsStorage` have the same attributes and methods, so that callers need not know which they have.
 """
 
 import fcntl
@@ -48,7 +48,7 @@ class LocalStorage:
             raise UserError(f"--workdir={path}: *, ? and [ are not supported in checkpoint paths; choose another path")
         existing = _existing_parent(self.path)
         if not os.path.isdir(existing):
-            raise UserError(f"--workdir={path}: {existing} is a file; name a directory, which may be new")
+            raise UserError(f"--workdir={path}: {existing} is a file; choose a directory, which need not exist")
 
     def create(self) -> None:
         """Creates the directories."""
@@ -154,7 +154,7 @@ class LocalStorage:
         return target
 
     def is_unreachable(self, error: Exception) -> bool:
-        """Returns whether a failed read says nothing about the file: never so for a disk."""
+        """Returns whether a read failed because the storage is unreachable; always False for a disk."""
         return False
 
     def download_command(self, name: str) -> str | None:

@@ -152,7 +152,7 @@ class WorkDir:
             with open(self.config, encoding="utf-8") as file:
                 content = json.load(file)
         except FileNotFoundError:
-            raise UserError(f"--workdir={self.display_path}: there is no run; name the work directory of one") from None
+            raise UserError(f"--workdir={self.display_path}: contains no run; choose a run's work directory") from None
         except ValueError:
             content = None
         if not (isinstance(content, dict) and isinstance(content.get("config"), dict) and content.get("history")):
@@ -289,7 +289,7 @@ class WorkDir:
 
 
 def sync(path: str) -> None:
-    """Waits until a file, or the list of names in a directory, is on the disk."""
+    """Fsyncs a file, or the entries of a directory."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -60,7 +60,7 @@ def file_format(file: str) -> str:
             f"optionally followed by one of {', '.join(COMPRESSIONS)}"
         )
     if found == "parquet" and compression:
-        raise UserError(f"data.data_files={file!r}: is compressed twice; decompress it, parquet is compressed already")
+        raise UserError(f"data.data_files={file!r}: is a parquet file compressed as a whole; decompress it")
     return found
 
 
@@ -69,7 +69,7 @@ def read_column(
 ) -> Iterator[pa.Array]:
     """Reads a column from a row on, with values of any type: strings need not be valid UTF-8.
 
-    A text file has one column, "text", whose rows are the lines. Of a parquet file the row groups before `start_row`
+    A text file has one column, "text", whose rows are the lines. Row groups of a parquet file before `start_row`
     are skipped; other formats are read from the start to count their rows.
 
     Args:

@@ -173,7 +173,7 @@ class HttpRangeFile(_HttpFile):
         try:
             if response.status_code != 206:
                 raise retry.PermanentError(
-                    "the server has no Range requests, which parquet needs; download the file and name the copy"
+                    "the server has no Range support, which parquet needs; download the file and use the copy"
                 )
             self._check_start(response, self._position)
             yield response

@@ -76,7 +76,7 @@ class HostUnreachableError(httpx.ConnectError):
 
 
 class Failure(enum.Enum):
-    """What kind of failure an exception of a read is."""
+    """The kind of failure that an exception during a read stands for."""
 
     PERMANENT = "a retry would fail the same way"
     TRANSIENT = "the network or the server failed"
@@ -181,7 +181,7 @@ class Retries:
             raise RetriesExhaustedError(f"{message} (tried {self._tries} times in {now - self._since:.0f} s)") from None
         wait = min(seconds_left, max(retry_after, self._wait * self._jitter.uniform(0.5, 1.0)))
         self._wait = min(2 * self._wait, self._retry_policy.max_wait_seconds)
-        logging.warning("%s: %s; retry in %.1f s, for %.0f s more", self._what, message, wait, seconds_left)
+        logging.warning("%s: %s; retrying in %.1f s, giving up in %.0f s", self._what, message, wait, seconds_left)
         time.sleep(wait)
 
 

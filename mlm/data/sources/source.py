@@ -163,7 +163,7 @@ def open_source(
         for texts in source.read(shard):
             if len(texts):
                 return source
-    raise UserError(f"the dataset {source.name!r}: is empty; name one that has rows")
+    raise UserError(f"the dataset {source.name!r}: is empty; choose a dataset that has rows")
 
 
 def _open_files(patterns: tuple[str, ...], *, text_column: str, retry_policy: retry.RetryPolicy) -> Source:

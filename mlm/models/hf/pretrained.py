@@ -257,7 +257,7 @@ def _files(path: str, name: str) -> list[str]:
         with open(index, encoding="utf-8") as file:
             shards = sorted(set(json.load(file)["weight_map"].values()))
     except (ValueError, KeyError, AttributeError, TypeError):
-        raise UserError(f"{index}: is not an index of shards; download it again") from None
+        raise UserError(f"{index}: is not a valid shard index; download it again") from None
     if missing := [shard for shard in shards if not os.path.isfile(os.path.join(path, shard))]:
         raise UserError(f"{index}: lists {', '.join(missing[:4])}, which {path} does not have; download them")
     return [os.path.join(path, shard) for shard in shards]
