@@ -329,6 +329,7 @@ COMPILE = """
 import sys
 import jax
 from mlm import parallel
+from mlm.run import multihost
 port, index, cache = sys.argv[1:]
 jax.config.update("jax_compilation_cache_dir", cache)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
