@@ -146,12 +146,7 @@ def main(argv: list[str]) -> None:
     )
     defaults = RunSettings.from_dict(default.get_config().to_dict())
     if FLAGS.config is not None:
-        if not hasattr(FLAGS.config, "to_dict"):
-            path, kind = command_line.config_path(sys.argv), type(FLAGS.config).__name__
-            raise UserError(
-                f"--config={path}: get_config() returns a {kind}, not a ConfigDict; start from configs/default.py"
-            )
-        settings = RunSettings.from_dict(FLAGS.config.to_dict())
+        settings = command_line.read_config(FLAGS.config, command_line.config_path(sys.argv))
     elif mode.config == "workdir":
         settings = WorkDir(workdirs[0], key_changes=key_changes).read_settings()
     elif mode.config == "flag":

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from absl import flags, logging
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from mlm.errors import UserError
 from mlm.run import signals
@@ -125,6 +125,16 @@ def _declared_type(key: str) -> type | None:
     for name in key.split("."):
         group = typing.get_type_hints(group)[name]
     return next((kind for kind in typing.get_args(group) if kind is not type(None)), group)
+
+
+def read_config(config: Any, path: str | None) -> RunSettings:
+    """Returns the settings of what the config file's get_config() returned."""
+    if not isinstance(config, ConfigDict):
+        kind = type(config).__name__
+        raise UserError(
+            f"--config={path}: get_config() returns a {kind}, not a ConfigDict; start from configs/default.py"
+        )
+    return RunSettings.from_dict(config.to_dict())
 
 
 def set_up_logging(*, verbose: bool) -> None:

@@ -61,8 +61,8 @@ class Run:
 def open_run(
     settings: RunSettings,
     workdir_path: str,
-    *,
     stack: contextlib.ExitStack,
+    *,
     interrupt: Interrupt,
     overwrite: bool,
     key_changes: KeyChanges | None,

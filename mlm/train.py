@@ -47,20 +47,16 @@ def train_and_evaluate(
     """
     interrupt = interrupt or Interrupt()
     with contextlib.ExitStack() as stack:
-        run = open_run(
-            settings, workdir, stack=stack, interrupt=interrupt, overwrite=overwrite, key_changes=key_changes
-        )
+        run = open_run(settings, workdir, stack, interrupt=interrupt, overwrite=overwrite, key_changes=key_changes)
         if run is None:
             return
-        settings, reporter, state = run.settings, run.reporter, run.state
-        last_step = settings.num_train_steps
+        reporter, state, last_step = run.reporter, run.state, settings.num_train_steps
         predictions: list[MaskPrediction] = []  # Those of the newest evaluation.
 
         def evaluate(step: int) -> dict[str, float]:
             with reporter.timed("evaluation"):
-                unigram_V = unigram_log_probs(
-                    reporter.accumulator.counts_V, special_ids=run.components.tokenizer.special_ids
-                )
+                counts_V = reporter.accumulator.counts_V
+                unigram_V = unigram_log_probs(counts_V, special_ids=run.components.tokenizer.special_ids)
                 metrics = run.evaluator(state.params, parallel.broadcast_from_first(unigram_V))
                 reporter.log_evaluation(step, metrics)
             return metrics
@@ -92,10 +88,9 @@ def train_and_evaluate(
                     batch = next(run.batches)
                 except (UserError, Interrupted):
                     # There is no more text. Several processes cannot save here: the others do not take part.
-                    done = step - 1
-                    if run.start_step < done != run.checkpointer.latest_step() and jax.process_count() == 1:
+                    if run.start_step < step - 1 != run.checkpointer.latest_step() and jax.process_count() == 1:
                         reporter.wait_for_pending_step()
-                        save(done, batch.state, wait=True)
+                        save(step - 1, batch.state, wait=True)
                     raise
                 with reporter.transfer():
                     tokens = parallel.shard(batch.tokens, shape=(settings.gradient_accumulation_steps,))
@@ -104,10 +99,8 @@ def train_and_evaluate(
                 with _log_and_retry_later(on_all_processes=True):
                     run.checkpointer.check()
 
-                logs, evaluates, saves = (
-                    step % every == 0 or step == last_step
-                    for every in (settings.logging_steps, settings.eval_steps, settings.save_steps)
-                )
+                intervals = settings.logging_steps, settings.eval_steps, settings.save_steps
+                logs, evaluates, saves = (step % interval == 0 or step == last_step for interval in intervals)
                 stops = stop_consensus.should_stop(step)
                 if logs or evaluates or saves or stops:
                     reporter.wait_for_pending_step()
