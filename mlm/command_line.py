@@ -82,6 +82,9 @@ def check_arguments(argv: Sequence[str]) -> None:
         raise UserError(f"--config={path}: no such file; did you mean {nearest}?")
     for key in sorted(given_keys(argv)):
         check_key(key, shown=f"--config.{key}")
+    first = next((item for item in argv if re.match(r"--?(?:no)?config[.=]|--?config$", item)), "")
+    if path is not None and re.match(r"--?(?:no)?config\.", first):
+        raise UserError(f"{first}: comes before --config={path}; write --config first")
 
 
 def flag_error(error: Exception, path: str | None) -> UserError:

@@ -58,6 +58,12 @@ def test_only_one_file_imports(package, files):
     assert files_importing(package) == files
 
 
+def test_the_command_line_imports_nothing_slow():
+    code = "import sys, main; print({'jax', 'numpy', 'tensorflow', 'datasets', 'transformers'} & {*sys.modules})"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert result.stdout == "set()\n"
+
+
 def test_datasets_is_imported_in_the_data_folder_only():
     assert all(file.startswith("mlm/data/") for file in files_importing("datasets"))
 

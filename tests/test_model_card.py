@@ -134,7 +134,7 @@ def test_the_text_has_data_recipe_metrics_and_examples(config):
     assert "for 1,500 steps" in text
     assert "| tokens seen | 12,288,000 |" in text
     assert "| hardware | 8 x TPU v3 |" in text
-    assert "| `learning_rate` | 5e-05 |" in text
+    assert "| `optimizer.learning_rate` | 5e-05 |" in text
     assert "| eval/loss | 2.5000 |" in text
     assert "![Loss, accuracy, learning rate and throughput over steps](curves.png)" in text
     # The usage example has the model's own mask token; a bar in a table cell is escaped.

@@ -67,6 +67,10 @@ COMMAND_LINE = [
         ("--config=configs/roberta_base.py:bert",),
         "--config=configs/roberta_base.py:bert: get_config() takes no argument; remove the colon and what follows it",
     ),
+    (
+        ("--config.num_train_steps=3", QUICKSTART),
+        "--config.num_train_steps=3: comes before --config=configs/quickstart.py; write --config first",
+    ),
     ((QUICKSTART, "--config.num_train_steps=many"), "--config.num_train_steps=many: must be a whole number"),
     (
         (QUICKSTART, "--config.model.overrides.hidden_size=1.5"),

@@ -93,7 +93,7 @@ def build_card(
     else:
         initialization = f"from [{pretrained}](https://huggingface.co/{pretrained})"
         base_model = pretrained
-    options = dataclasses.asdict(settings.optimizer) | dataclasses.asdict(settings.masking)
+    options = {key: value for key, value in settings.flat().items() if key.startswith(("optimizer.", "masking."))}
     return Card(
         title=title,
         model_type=model_type,
