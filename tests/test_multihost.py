@@ -51,6 +51,7 @@ def get_config():
 # One of two processes; the test itself is the reference, alone on four devices.
 TRAIN_ONE_OF_TWO = """
 import json, sys
+from mlm.run import multihost
 port, index, directory, out = sys.argv[1:]
 multihost.start(coordinator_address=f"127.0.0.1:{port}", num_processes=2, process_id=int(index))
 from tests.test_multihost import train_save_and_restore
