@@ -198,7 +198,7 @@ def test_the_commands_of_the_pages_work_one_after_the_other(tmp_path):
     assert "optimizer.warmup_steps = 0\n" in next(printed)
     assert next(printed).rstrip().endswith("ready")
     assert "step 6 of 6   evaluation: loss" in next(printed)
-    assert "update 3: batch 3 of the data" in next(printed)
+    assert "step 3: batch 3 of the data" in next(printed)
     assert "exported step 4 to" in next(printed)
     assert "exported steps 2 + 4 + 6 to" in next(printed)
     assert next(printed).count(" %") >= 10

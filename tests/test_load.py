@@ -343,7 +343,7 @@ def test_train_tokenizer_on_the_command_line(tmp_path):
     assert AutoTokenizer.from_pretrained(tmp_path / "out").convert_ids_to_tokens([0, 4]) == ["[PAD]", "[MASK]"]
     for more, message in [
         ([], "--output: missing; --mode=train_tokenizer needs it"),
-        ([f"--output={tmp_path / 'out'}"], "is not empty; name another directory"),
+        ([f"--output={tmp_path / 'out'}"], "exists and is not an empty directory; name another directory"),
     ]:
         result = main(*more)
         assert result.returncode == 2
