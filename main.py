@@ -42,8 +42,10 @@ os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 # gs:// paths without TensorFlow: mlm/run/gcs.py explains why.
 os.environ.setdefault("EPATH_USE_TF", "0")
 # The second start of a run compiles nothing. jax's own limit, one second, would leave out some eighty small programs.
-os.environ.setdefault("XDG_CACHE_HOME", os.path.expanduser("~/.cache"))
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(os.environ["XDG_CACHE_HOME"], "mlm", "jax"))
+os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR",
+    os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "mlm", "jax"),
+)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
 from absl import app, flags

@@ -143,7 +143,7 @@ def read_config(config: Any, path: str | None) -> RunSettings:
 def set_up_logging(*, verbose: bool) -> None:
     """Formats log lines as "12:34:56  message"; shows other packages' messages from warnings up, all if `verbose`.
 
-    CLU's log writer repeats the progress lines in its own format, and Orbax logs a line for each of its stages.
+    CLU's ReportProgress repeats the progress lines in its own format, and Orbax logs a line for each of its stages.
     """
     logging.set_verbosity(logging.DEBUG if verbose else logging.INFO)
     if verbose:
