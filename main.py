@@ -47,6 +47,9 @@ os.environ.setdefault(
     os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "mlm", "jax"),
 )
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+# Otherwise a resumed run differs in the last digits on a GPU, where cuDNN's gradient of attention has no fixed order of
+# summation. The user's own flags come last and win.
+os.environ["XLA_FLAGS"] = "--xla_gpu_exclude_nondeterministic_ops=true " + os.environ.get("XLA_FLAGS", "")
 
 from absl import app, flags
 from ml_collections import config_flags

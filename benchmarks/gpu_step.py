@@ -3,6 +3,7 @@
     python benchmarks/gpu_step.py                                  # needs jax[cuda13], flax and optax only
     python benchmarks/gpu_step.py --shapes=base-512 --tokens=65536,131072 --torch_python=PYTHON_WITH_TORCH
     python benchmarks/gpu_step.py --sides=ours --remat=dots,none   # two variants of ours, without PyTorch
+    python benchmarks/gpu_step.py --shapes=modernbert-1024,modernbert-1024-isolate --sides=ours
     JAX_PLATFORMS=cpu python benchmarks/gpu_step.py --shapes=tiny --tokens=256   # only checks that it runs
 
 Both sides compute in bfloat16 with float32 parameters and AdamW. PyTorch runs transformers' `RobertaForMaskedLM`
@@ -25,9 +26,11 @@ machine.
 
 import argparse
 import collections
+import dataclasses
 import functools
 import glob
 import json
+import math
 import os
 import re
 import subprocess
@@ -35,19 +38,61 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
 TINY = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
-# Shape -> overrides of roberta-base, tokens per sequence, utilization to reach.
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """A model and a batch.
+
+    Attributes:
+      length: tokens per sequence.
+      overrides: fields that differ from roberta-base, or from answerdotai/ModernBERT-base.
+      family: "roberta" or "modernbert". PyTorch's side is measured for the first only.
+      mlm_probability: fraction of the tokens that is predicted.
+      document_length: a sequence holds documents of so many tokens, which do not attend to each other; 0 for one.
+      utilization: goal.
+      tokens_per_second: goal.
+    """
+
+    length: int
+    overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    family: str = "roberta"
+    mlm_probability: float = 0.15
+    document_length: int = 0
+    utilization: float | None = None
+    tokens_per_second: float | None = None
+
+
+# No random token may be padding. The goal is the rate of ModernBERT's authors on an H100.
+SPECIAL_IDS = {"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2}
+MODERNBERT = {
+    "length": 1_024,
+    "overrides": SPECIAL_IDS,
+    "family": "modernbert",
+    "mlm_probability": 0.3,
+    "tokens_per_second": 304_000,
+}
 SHAPES = {
-    "base-128": ({}, 128, None),
-    "base-512": ({}, 512, 0.50),
-    "large-512": (LARGE, 512, 0.55),
-    "tiny": (TINY, 64, None),
+    "base-128": Shape(128),
+    "base-512": Shape(512, utilization=0.50),
+    "large-512": Shape(512, LARGE, utilization=0.55),
+    "modernbert-1024": Shape(**MODERNBERT),
+    "modernbert-1024-isolate": Shape(**MODERNBERT, document_length=400),
+    "tiny": Shape(64, TINY),
+    "tiny-modernbert": Shape(
+        128, TINY | SPECIAL_IDS | {"local_attention": 16}, "modernbert", mlm_probability=0.3, document_length=40
+    ),
 }
 STEPS, PROFILED_STEPS = 10, 3
+# As main.py sets them, for results that are the same in every run.
+MAIN_FLAGS = "--xla_gpu_exclude_nondeterministic_ops=true"
 Run = Callable[[], None]
 show = functools.partial(print, flush=True)
 
@@ -91,7 +136,7 @@ def our_matmul() -> None:
     report(rate=rate, about=f"{device.device_kind}, jax {jax.__version__}")
 
 
-def our_step(shape: str, rows: int, options: argparse.Namespace) -> None:
+def our_step(shape: Shape, rows: int, options: argparse.Namespace) -> None:
     """Times our step and its kernels."""
     import jax
     import jax.numpy as jnp
@@ -100,13 +145,21 @@ def our_step(shape: str, rows: int, options: argparse.Namespace) -> None:
     from mlm import parallel
     from mlm.models.block import Execution
 
-    overrides, length, _ = SHAPES[shape]
-    config = sides.roberta(**overrides, attention_probs_dropout_prob=options.attention_dropout)
+    config = model_config(shape, attention_dropout=options.attention_dropout)
     attention = options.attention if jax.default_backend() == "gpu" else "xla"
-    step_config = sides.our_step_config(config, jnp.bfloat16, Execution(attention=attention, remat=options.remat))
+    step_config = sides.our_step_config(
+        config,
+        jnp.bfloat16,
+        Execution(attention=attention, remat=options.remat),
+        mlm_probability=shape.mlm_probability,
+        begin_id=sides.BEGIN if shape.document_length else None,
+    )
     state = parallel.replicate(jax.jit(sides.our_state, static_argnums=0)(step_config))
     step = parallel.data_parallel(sides.our_step(step_config), donate_argnums=(0,))
-    batch = parallel.shard(sides.random_tokens(rows, length, vocab_size=config.vocab_size), shape=(1,))
+    tokens = sides.random_tokens(
+        rows, shape.length, vocab_size=config.vocab_size, document_length=shape.document_length
+    )
+    batch = parallel.shard(tokens, shape=(1,))
     metrics = None
 
     def run() -> None:
@@ -147,17 +200,18 @@ def torch_matmul() -> None:
     report(rate=rate, about=f"{about}, torch {torch.__version__}, transformers {transformers.__version__}")
 
 
-def torch_step(shape: str, rows: int, options: argparse.Namespace) -> None:
+def torch_step(shape: Shape, rows: int, options: argparse.Namespace) -> None:
     """Times PyTorch's step and its kernels."""
     import reference_step as sides  # Imported before torch, because it imports jax.
     import torch
     import transformers
 
-    overrides, length, _ = SHAPES[shape]
-    config = sides.roberta(**overrides, attention_probs_dropout_prob=options.attention_dropout)
+    config = model_config(shape, attention_dropout=options.attention_dropout)
     on_gpu = torch.cuda.is_available()
     device = "cuda" if on_gpu else "cpu"
-    batch = sides.reference_batch(sides.random_tokens(rows, length, vocab_size=config.vocab_size))
+    # Autocast leaves some products in float32; TensorFloat-32 is faster for them, as in XLA.
+    torch.set_float32_matmul_precision("high")
+    batch = sides.reference_batch(sides.random_tokens(rows, shape.length, vocab_size=config.vocab_size))
     batch = {name: torch.from_numpy(batch[name].astype("int64")).to(device) for name in ("input_ids", "labels")}
     hf_config = transformers.RobertaConfig(**config.to_hf(), attn_implementation="sdpa")
     model = transformers.RobertaForMaskedLM(hf_config).to(device).train()
@@ -193,7 +247,8 @@ TRAINING_STEPS = {"ours": our_step, "PyTorch": torch_step}
 def in_own_process(side: str, *arguments: str, python: str, until: float) -> Iterator[dict[str, Any]]:
     """Yields the results of a side; after a failure the last one is {"failed": reason, "full": was memory full}."""
     command = [python, os.path.abspath(__file__), f"--worker={side}", *arguments]
-    environment = {"XLA_CLIENT_MEM_FRACTION": "0.95", "JAX_TRACEBACK_FILTERING": "off"} | os.environ
+    environment = {"XLA_CLIENT_MEM_FRACTION": "0.95", "JAX_TRACEBACK_FILTERING": "off", "XLA_FLAGS": MAIN_FLAGS}
+    environment |= os.environ
     if side == "PyTorch":
         environment["JAX_PLATFORMS"] = "cpu"  # It uses jax for the tokens only, which must not occupy the GPU's memory.
     with tempfile.TemporaryFile("w+") as errors:
@@ -229,21 +284,22 @@ def compare(options: argparse.Namespace, *, until: float) -> None:
     if not rates:
         sys.exit(1)
     remats = {"ours": options.remat.split(","), "PyTorch": [""]}
-    for shape in options.shapes.split(","):
-        _, length, goal = SHAPES[shape]
+    for name in options.shapes.split(","):
+        shape = SHAPES[name]
         flops = model_flops(shape)
-        show(f"\n{shape}, {length} tokens per sequence, {flops / 1e9:.3f} GFLOP per token")
+        show(f"\n{name}, {shape.length} tokens per sequence, {flops / 1e9:.3f} GFLOP per token")
         seconds_per_token = flops / max(rates.values())  # at 100 % utilization
-        best = dict.fromkeys(rates, 0.0)
+        best = dict.fromkeys((side for side in rates if side == "ours" or shape.family == "roberta"), 0.0)
         for size in options.tokens.split(","):
-            for side in rates:
+            for side in best:
                 for remat in remats[side]:
-                    rate = measure(
-                        run[side], f"{side} {remat}", shape, int(size) // length, remat, options, seconds_per_token
-                    )
+                    rows = int(size) // shape.length
+                    rate = measure(run[side], f"{side} {remat}", name, rows, remat, options, seconds_per_token)
                     best[side] = max(best[side], rate)
         for side, rate in best.items():
-            aim = f" (goal {goal:.0%})" if goal and side == "ours" else ""
+            goals = [f"{shape.utilization:.0%}"] if shape.utilization else []
+            goals += [f"{shape.tokens_per_second:,.0f} tokens/s"] if shape.tokens_per_second else []
+            aim = f" (goal {', '.join(goals)})" if goals and side == "ours" else ""
             show(f"  utilization of {side}: {rate * seconds_per_token:.1%}{aim}" if rate else f"  no result of {side}")
         if len(best) == 2 and all(best.values()):
             show(f"  ratio ours / PyTorch: {best['ours'] / best['PyTorch']:.2f} (goal 1.5)")
@@ -263,7 +319,7 @@ def measure(
     flags = (f"--attention_dropout={options.attention_dropout}", f"--attention={options.attention}", f"--remat={remat}")
     for result in run(f"--shapes={shape}", f"--tokens={rows}", *flags):
         if "seconds" in result:
-            rate = rows * SHAPES[shape][1] / result["seconds"]
+            rate = rows * SHAPES[shape].length / result["seconds"]
             show(
                 f"  {name:12} {rows:>4} sequences {rate:12,.0f} tokens/s  {rate * seconds_per_token:6.1%}  "
                 f"{1e3 * result['seconds']:8.2f} ms  {result['memory'] / 1e9:6.1f} GB  loss {result['loss']:.3f}"
@@ -282,20 +338,29 @@ def measure(
     return rate
 
 
-def model_flops(shape: str) -> float:
-    """Returns the FLOP per token that a step needs."""
+def model_config(shape: Shape, *, attention_dropout: float = 0.0) -> Any:
+    """Returns the `EncoderConfig`."""
     import reference_step as sides
 
+    from mlm.models.config import default_config
+
+    if shape.family == "roberta":
+        return sides.roberta(**shape.overrides, attention_probs_dropout_prob=attention_dropout)
+    return default_config(shape.family).replace(**shape.overrides, attention_probs_dropout_prob=attention_dropout)
+
+
+def model_flops(shape: Shape) -> float:
+    """Returns the FLOP per token that a step needs."""
     from mlm.models.flops import flops_per_token
 
-    overrides, length, _ = SHAPES[shape]
-    return flops_per_token(sides.roberta(**overrides), length=length, max_predictions_per_seq=-(-length * 15 // 100))
+    max_predictions = math.ceil(shape.mlm_probability * shape.length)
+    return flops_per_token(model_config(shape), length=shape.length, max_predictions_per_seq=max_predictions)
 
 
 def main() -> None:
     """Prints a table for each shape, and then the ratio."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shapes", default="base-512,large-512,base-128")
+    parser.add_argument("--shapes", default="base-512,large-512,base-128,modernbert-1024,modernbert-1024-isolate")
     parser.add_argument("--tokens", default="65536", help="tokens per batch; several are tried")
     parser.add_argument("--attention_dropout", type=float, default=0.0, help="both sides")
     parser.add_argument("--attention", default="cudnn", help="ours: plain, xla or cudnn")
@@ -307,7 +372,7 @@ def main() -> None:
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker and options.shapes:
-        return TRAINING_STEPS[options.worker](options.shapes, int(options.tokens), options)
+        return TRAINING_STEPS[options.worker](SHAPES[options.shapes], int(options.tokens), options)
     if options.worker:
         return MATMULS[options.worker]()
     compare(options, until=time.monotonic() + 60 * options.minutes)

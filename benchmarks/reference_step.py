@@ -45,6 +45,7 @@ OPTIMIZER = OptimizerSettings(
 )
 SCHEDULE = create_schedule(OPTIMIZER, num_train_steps=10_000)
 SPECIAL = 5  # ids below are special; the last one is the mask token
+BEGIN = 0
 
 
 def roberta(**overrides: Any) -> EncoderConfig:
@@ -63,12 +64,19 @@ SMALL = {
 }
 
 
-def our_step_config(config: EncoderConfig, dtype: Any, execution: Execution) -> steps.StepConfig:
+def our_step_config(
+    config: EncoderConfig,
+    dtype: Any,
+    execution: Execution,
+    *,
+    mlm_probability: float = 0.15,
+    begin_id: int | None = None,
+) -> steps.StepConfig:
     """Our model, masking and optimizer."""
     return steps.StepConfig(
-        model=MaskedLM(config, dtype, execution=execution),
+        model=MaskedLM(config, dtype, begin_id=begin_id, execution=execution),
         masking=MaskingSpec(
-            mlm_probability=0.15,
+            mlm_probability=mlm_probability,
             mask_replace_prob=0.8,
             random_replace_prob=0.1,
             mask_id=SPECIAL - 1,
@@ -91,9 +99,14 @@ def our_state(step_config: steps.StepConfig) -> steps.TrainState:
     return steps.init_state(step_config, steps.init_params(step_config, length=8))
 
 
-def random_tokens(rows: int, length: int, *, vocab_size: int) -> np.ndarray:
-    """int32 [rows, length], random tokens without padding."""
-    return np.random.default_rng(0).integers(SPECIAL, vocab_size, (rows, length)).astype(np.int32)
+def random_tokens(rows: int, length: int, *, vocab_size: int, document_length: int = 0) -> np.ndarray:
+    """int32 [rows, length], random tokens without padding; documents of `document_length` tokens begin with BEGIN."""
+    draw = np.random.default_rng(0)
+    tokens_BxL = draw.integers(SPECIAL, vocab_size, (rows, length)).astype(np.int32)
+    if document_length:
+        offsets_Bx1 = draw.integers(0, document_length, (rows, 1))
+        tokens_BxL[(np.arange(length) + offsets_Bx1) % document_length == 0] = BEGIN
+    return tokens_BxL
 
 
 def reference_batch(tokens_BxL: np.ndarray) -> dict[str, np.ndarray]:

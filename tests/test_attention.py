@@ -14,7 +14,14 @@ from mlm.models.ops.dropout import dropout_keep_mask
 B, L, H, E = 3, 24, 2, 8
 # Two documents and padding; one document; padding alone.
 SEGMENT_IDS = np.array([[1] * 10 + [2] * 9 + [0] * 5, [1] * 24, [0] * 24], np.int32)
-VISIBILITIES = [{"isolate": False}, {"isolate": True}, {"isolate": False, "window": 3}, {"isolate": True, "window": 5}]
+# Windows of 3 and 5 are computed in blocks (of 6 and 10 queries: the second does not divide L), one of 6 in whole rows.
+VISIBILITIES = [
+    {"isolate": False},
+    {"isolate": True},
+    {"isolate": False, "window": 3},
+    {"isolate": True, "window": 5},
+    {"isolate": True, "window": 6},
+]
 
 
 @pytest.fixture(scope="module")
@@ -41,8 +48,11 @@ def output_and_gradients(function, arrays, **options):
     @jax.jit
     def run(*inputs):
         output, backward = jax.vjp(functools.partial(function, **options), *inputs)
-        # No loss depends on the outputs of padding.
-        return output, backward(jnp.where(SEGMENT_IDS[..., None, None] > 0, cotangent, 0).astype(output.dtype))
+
+        def without_padding(array):  # No loss depends on its outputs.
+            return jnp.where(SEGMENT_IDS[..., None, None] > 0, array, 0).astype(output.dtype)
+
+        return without_padding(output), backward(without_padding(cotangent))
 
     return jax.tree.leaves(run(*inputs))
 
@@ -53,8 +63,10 @@ def assert_close(actual, expected, *, bits):
         assert difference.max() < 2.0**-bits * np.abs(np.asarray(exact, np.float32)).max()
 
 
-@pytest.mark.parametrize("visibility", VISIBILITIES)
-@pytest.mark.parametrize("rate", [0.0, 0.25])
+@pytest.mark.parametrize(
+    ("rate", "visibility"),
+    [*((0.0, visibility) for visibility in VISIBILITIES), *((0.25, VISIBILITIES[i]) for i in (0, 1, 4))],
+)
 def test_values_and_gradients_match_plain_jnp(arrays, visibility, rate):
     key = jax.random.key(5) if rate else None
     ours = output_and_gradients(
@@ -96,6 +108,45 @@ def test_dropout_always_uses_plain(arrays):
     for implementation in ("xla", "cudnn"):
         other = output_and_gradients(attend, arrays, implementation=implementation, **options)
         jax.tree.map(np.testing.assert_array_equal, other, plain)
+
+
+def test_dropout_in_blocks(arrays):
+    # One-hot values: the output is the weights. Each is dropped, or divided by 1 - rate.
+    rate, options = 0.25, {"segment_ids_BxK": SEGMENT_IDS, "isolate": False, "window": 3}
+    query, key, *_ = arrays
+    one_hot = jnp.broadcast_to(jnp.eye(L)[None, :, None, :], (B, L, H, L))
+    weights = attend(query, key, one_hot, **options)
+    dropped, again = (
+        attend(query, key, one_hot, dropout_rate=rate, dropout_key=jax.random.key(1), **options) for _ in range(2)
+    )
+    np.testing.assert_array_equal(dropped, again)
+    weights, dropped = (np.asarray(array)[:2] for array in (weights, dropped))
+    kept = dropped > 0
+    np.testing.assert_allclose(dropped[kept], weights[kept] / (1 - rate), rtol=1e-6)
+    # 24 rows x 2 heads x up to 7 keys, twice: four standard deviations are 0.07.
+    assert abs(kept[weights > 0].mean() - (1 - rate)) < 0.07
+    assert not np.array_equal(kept[0, :, 0], kept[0, :, 1])
+
+
+def test_window_costs_grow_linearly_with_the_row():
+    def cost(length: int, window: int | None):
+        array = jax.ShapeDtypeStruct((1, length, 2, 16), jnp.float32)
+
+        def total(query, key, value):
+            segments = jnp.ones((1, length), jnp.int32)
+            return jnp.sum(attend(query, key, value, segment_ids_BxK=segments, isolate=True, window=window))
+
+        compiled = jax.jit(jax.grad(total, argnums=(0, 1, 2))).trace(array, array, array).lower().compile()
+        return compiled.cost_analysis()["flops"], compiled.memory_analysis().temp_size_in_bytes
+
+    flops, temporaries = zip(*(cost(length, 16) for length in (512, 1024, 2048)), strict=True)
+    for costs in (flops, temporaries):
+        assert costs[1] / costs[0] == pytest.approx(2, rel=0.02)
+        assert costs[2] / costs[1] == pytest.approx(2, rel=0.02)
+    # All keys instead of 4 * window: 32 times as many.
+    full_flops, full_temporaries = cost(2048, None)
+    assert full_flops > 25 * flops[2]
+    assert full_temporaries > 15 * temporaries[2]
 
 
 @pytest.mark.parametrize("visibility", VISIBILITIES)

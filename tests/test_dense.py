@@ -8,7 +8,7 @@ from jax.extend.core import jaxprs_in_params
 
 from mlm.models.block import _materialize
 from mlm.models.ops.dense import Dense, add_bias, matmul, qkv_projection, tied_logits
-from mlm.models.ops.gather import embedding_lookup, gather_tokens
+from mlm.models.ops.gather import embedding_lookup, gather_tokens, sorted_sum, word_lookup
 
 DRAW = np.random.default_rng(0)
 
@@ -140,3 +140,47 @@ def test_embedding_lookup_matches_jax(dtype):
     names = [name for name, _ in primitives(lambda table: embedding_lookup(table, POSITIONS, dtype), table)]
     assert not [name for name in names if "scatter" in name]
     assert np.isnan(embedding_lookup(table, POSITIONS.at[0, 0].set(7), jnp.float32)[0, 0]).all()
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_word_lookup_matches_jax(dtype):
+    table = draw(7, 6)
+    found = gradients(lambda table: word_lookup(table, POSITIONS, dtype), table)
+    expected = gradients(lambda table: table[POSITIONS].astype(dtype), table)
+    for array, exact in zip(found, expected, strict=True):
+        assert array.dtype == exact.dtype
+        np.testing.assert_allclose(array, exact, rtol=1e-6)
+    assert np.isnan(word_lookup(table, POSITIONS.at[0, 0].set(7), jnp.float32)[0, 0]).all()
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [
+        np.random.default_rng(0).zipf(1.3, 1000) % 50,  # few ids fill several groups each
+        np.random.default_rng(0).permutation(500),  # none twice
+        np.full(100, 3),
+        np.repeat(np.arange(4), 16),  # ids change exactly between groups
+        np.array([7]),
+    ],
+)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_sorted_sum(ids, dtype):
+    # On GPUs the gradient of the word embeddings; it runs anywhere.
+    rows = draw(len(ids), 6, dtype=dtype)
+    exact = np.zeros((500, 6))
+    np.add.at(exact, ids, np.asarray(rows, np.float64))
+    for group_size in (16, 128):
+        found = sorted_sum(jnp.asarray(ids, jnp.int32), rows, table_size=500, group_size=group_size)
+        assert found.dtype == jnp.float32
+        np.testing.assert_allclose(found, exact, rtol=1e-5, atol=1e-5)
+
+
+def test_only_gpus_sort():
+    ids, table = jnp.zeros((2, 3), jnp.int32), jnp.zeros((5, 4))
+
+    def total(table):
+        return word_lookup(table, ids, jnp.bfloat16).astype(jnp.float32).sum()
+
+    traced = jax.jit(jax.grad(total)).trace(table)
+    for platform, sorts in (("cpu", False), ("tpu", False), ("cuda", True)):
+        assert ("stablehlo.sort" in traced.lower(lowering_platforms=(platform,)).as_text()) == sorts

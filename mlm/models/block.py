@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from mlm.models.config import EncoderConfig, Layer
 from mlm.models.families import PositionEmbedding
 from mlm.models.ops.activation import activation
-from mlm.models.ops.attention import attend
+from mlm.models.ops.attention import attend, uses_blocks
 from mlm.models.ops.dense import Dense, add_bias, qkv_projection
 from mlm.models.ops.dropout import Dropout
 from mlm.models.ops.gather import gather_tokens
@@ -140,6 +140,10 @@ class SelfAttention(nn.Module):
     ) -> jax.Array:
         """Returns attention's output [B, Q, D] for the tokens at `positions_BxQ`, or for all tokens if that is None."""
         cfg = self.config
+        selected_BxQ = None
+        if uses_blocks(self.window, length=hidden_BxLxD.shape[1]):
+            # Blocks need all queries; those at some positions would need the scores of all keys.
+            selected_BxQ, positions_BxQ = positions_BxQ, None
         query_BxQxHxE, key_BxLxHxE, value_BxLxHxE = QueryKeyValue(cfg, self.dtype, name="qkv")(
             hidden_BxLxD, positions_BxQ
         )
@@ -164,6 +168,8 @@ class SelfAttention(nn.Module):
             implementation=self.implementation,
         )
         output_BxQxD = output_BxQxHxE.reshape(*output_BxQxHxE.shape[:2], cfg.hidden_size)
+        if selected_BxQ is not None:
+            output_BxQxD = gather_tokens(output_BxQxD, selected_BxQ)
         return make_dense(
             cfg.hidden_size,
             config=cfg,

@@ -20,7 +20,7 @@ from mlm.models.families import PositionEmbedding
 from mlm.models.ops.activation import activation
 from mlm.models.ops.dense import tied_logits
 from mlm.models.ops.dropout import Dropout
-from mlm.models.ops.gather import embedding_lookup
+from mlm.models.ops.gather import embedding_lookup, word_lookup
 from mlm.models.ops.position_ids import position_ids, segment_ids
 from mlm.models.ops.rotary import Rotation, rotary_embedding
 
@@ -74,7 +74,7 @@ class Embeddings(nn.Module):
     ) -> jax.Array:
         """Returns hidden_BxLxD; `position_ids_BxL` are rows of the position table."""
         cfg = self.config
-        sum_BxLxC = self.word(inputs_BxL).astype(self.dtype)
+        sum_BxLxC = word_lookup(self.word.embedding, inputs_BxL, self.dtype)
         if cfg.type_vocab_size:
             token_types_BxL = jnp.zeros((1, 1), jnp.int32) if token_types_BxL is None else token_types_BxL
             sum_BxLxC += embedding_lookup(self.token_type.embedding, token_types_BxL, self.dtype)
