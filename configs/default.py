@@ -123,8 +123,9 @@ def get_config() -> ConfigDict:
     # the optimizer are float32 either way. "float32" as in the reference run.
     model.dtype = "float32"
     # Attention implementation: "plain"; "xla" or "cudnn" of jax.nn.dot_product_attention, the latter a flash kernel for
-    # NVIDIA GPUs and bfloat16; or "auto": "cudnn" where it can run, else "plain". Only "plain" has attention dropout:
-    # training uses it unless attention_probs_dropout_prob is 0.
+    # NVIDIA GPUs and bfloat16; "splash", jax's flash kernel for TPUs; or "auto": "cudnn" on GPUs in bfloat16, "splash"
+    # on TPUs for sequences of 1,024 tokens or more, else "plain". Only "plain" has attention dropout: training uses it
+    # unless attention_probs_dropout_prob is 0. Layers with a window (ModernBERT's) are computed in blocks either way.
     model.attention = "auto"
     # What the backward pass recomputes instead of reading it from memory: "none"; "dots", the feed-forward activations,
     # which saves memory and bandwidth; "full", all of a layer, which saves the most memory and costs another forward

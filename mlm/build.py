@@ -31,6 +31,9 @@ from mlm.schedules import create_schedule
 from mlm.settings import RunSettings
 from mlm.steps import StepConfig, init_params
 
+# Tokens per sequence from which "auto" uses the flash kernel on TPUs.
+SPLASH_LENGTH = 1_024
+
 
 @dataclasses.dataclass(frozen=True)
 class Components:
@@ -131,7 +134,11 @@ def open_execution(settings: RunSettings, *, backend: str) -> Execution:
     """Returns how the model is computed on a backend such as "cpu" or "gpu": resolves "auto"."""
     attention, remat = settings.model.attention, settings.model.remat
     if attention == "auto":
-        attention = "cudnn" if backend == "gpu" and settings.model.dtype == "bfloat16" else "plain"
+        attention = "plain"
+        if backend == "gpu" and settings.model.dtype == "bfloat16":
+            attention = "cudnn"
+        elif backend == "tpu" and settings.data.max_seq_length >= SPLASH_LENGTH:
+            attention = "splash"
     if remat == "auto":
         remat = "none" if backend == "cpu" else "dots"
     return Execution(attention=attention, remat=remat)
@@ -184,10 +191,10 @@ def _hub_name(settings: RunSettings, workdir: WorkDir) -> str:
 
 def check_device(settings: RunSettings) -> None:
     """Raises UserError if the devices here cannot run what `model.attention` asks for."""
-    if settings.model.attention == "cudnn" and jax.default_backend() != "gpu":
-        raise UserError(
-            f"model.attention='cudnn': needs an NVIDIA GPU, and jax runs on {jax.default_backend()}; set it to 'auto'"
-        )
+    attention, backend = settings.model.attention, jax.default_backend()
+    for kernel, platform, device in (("cudnn", "gpu", "an NVIDIA GPU"), ("splash", "tpu", "a TPU")):
+        if attention == kernel and backend != platform:
+            raise UserError(f"model.attention={kernel!r}: needs {device}, and jax runs on {backend}; set it to 'auto'")
 
 
 def _encoder_config(

@@ -69,13 +69,19 @@ def find_batch_size(
             f"per_device_train_batch_size=0: the memory of a {kind} device is unknown, so the largest batch that fits "
             "cannot be found; set a number"
         )
-    batch_bytes = functools.partial(step_bytes, step_config, devices, length=length, microbatches=microbatches)
-    found = largest_batch(batch_bytes, limit=USABLE * available)
+
+    def search(step_config: steps.StepConfig) -> int:
+        batch_bytes = functools.partial(step_bytes, step_config, devices, length=length, microbatches=microbatches)
+        return largest_batch(batch_bytes, limit=USABLE * available)
+
+    found = search(step_config)
     if found == 0:
+        advice = "lower data.max_seq_length or choose a smaller model"
+        if step_config.model.execution.remat != "full" and (with_full := search(with_remat(step_config, "full"))):
+            advice = f"set model.remat='full', with which {with_full} fit"
         raise UserError(
             f"per_device_train_batch_size=0: not even one sequence of {length} tokens fits the "
-            f"{available / 2**30:.1f} GiB of a {kind} device; lower data.max_seq_length, set model.remat='full', or "
-            "choose a smaller model"
+            f"{available / 2**30:.1f} GiB of a {kind} device; {advice}"
         )
     logging.info("per_device_train_batch_size=%d: the largest that fits %.1f GiB", found, available / 2**30)
     return found
@@ -130,6 +136,13 @@ def largest_batch(batch_bytes: Callable[[int], float | None], *, limit: float, f
         if guess >= high:  # The line is wrong.
             guess = (low + high) // 2
     return sizes[low] if low >= 0 else 0
+
+
+def with_remat(step_config: steps.StepConfig, remat: str) -> steps.StepConfig:
+    """Returns the same step with another `Execution.remat`."""
+    model = step_config.model
+    execution = dataclasses.replace(model.execution, remat=remat)
+    return dataclasses.replace(step_config, model=model.clone(execution=execution))
 
 
 def step_bytes(

@@ -37,7 +37,7 @@ NUM_SPECIAL_TOKENS = 5
 # model.dtype.
 DTYPES = ("float32", "bfloat16")
 # model.attention and model.remat; both also take "auto".
-IMPLEMENTATIONS = ("plain", "xla", "cudnn")
+IMPLEMENTATIONS = ("plain", "xla", "cudnn", "splash")
 REMATS = ("none", "dots", "full")
 # model.overrides.hidden_act and classifier_activation: transformers' name -> ours, where "gelu" is exact.
 ACTIVATIONS = {

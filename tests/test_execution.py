@@ -98,17 +98,20 @@ def test_full_remat_recomputes_the_matrix_products_of_every_layer(family):
 
 
 @pytest.mark.parametrize(
-    ("backend", "dtype", "expected"),
+    ("backend", "dtype", "length", "expected"),
     [
-        ("cpu", "float32", Execution(attention="plain", remat="none")),
-        ("tpu", "bfloat16", Execution(attention="plain", remat="dots")),
-        ("gpu", "float32", Execution(attention="plain", remat="dots")),
-        ("gpu", "bfloat16", Execution(attention="cudnn", remat="dots")),
+        ("cpu", "float32", 1_024, Execution(attention="plain", remat="none")),
+        ("tpu", "bfloat16", 1_023, Execution(attention="plain", remat="dots")),
+        ("tpu", "bfloat16", 1_024, Execution(attention="splash", remat="dots")),
+        ("gpu", "float32", 1_024, Execution(attention="plain", remat="dots")),
+        ("gpu", "bfloat16", 128, Execution(attention="cudnn", remat="dots")),
     ],
 )
-def test_auto_depends_on_the_device(backend, dtype, expected):
+def test_auto_depends_on_device_and_length(backend, dtype, length, expected):
     config = default.get_config()
+    config.model.model_type = "modernbert"
     config.model.dtype = dtype
+    config.data.max_seq_length = length
     assert build.open_execution(settings_of(config), backend=backend) == expected
     config.model.attention, config.model.remat = "xla", "full"
     assert build.open_execution(settings_of(config), backend=backend) == Execution("xla", "full")

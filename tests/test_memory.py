@@ -135,11 +135,11 @@ def test_a_chosen_batch_leaves_memory_for_fragmentation(v3):
     assert memory.find_batch_size(None, length=8, microbatches=1, machine=v3) == 136
 
 
-def test_a_model_that_never_fits_is_an_error(v3, monkeypatch):
+def test_a_model_that_never_fits_is_an_error(v3, encoder_step_config, monkeypatch):
     monkeypatch.setattr(memory, "step_bytes", lambda *args, **options: None)
-    assert memory.estimate_memory(None, v3, length=8, microbatches=1, batch=64).largest_batch == 0
+    assert memory.estimate_memory(encoder_step_config, v3, length=8, microbatches=1, batch=64).largest_batch == 0
     with pytest.raises(UserError, match=r"not even one sequence of 8 tokens fits the 15.8 GiB of a TPU v3 device"):
-        memory.find_batch_size(None, length=8, microbatches=1, machine=v3)
+        memory.find_batch_size(encoder_step_config, length=8, microbatches=1, machine=v3)
 
 
 def test_compiling_ahead_of_time_needs_a_tpu_machine_and_libtpu(monkeypatch):
@@ -150,40 +150,60 @@ def test_compiling_ahead_of_time_needs_a_tpu_machine_and_libtpu(monkeypatch):
     assert not memory.can_compile_for(parse_topology("v3-8"))
 
 
+FITS = "compiled      the step takes 2.0 GB of the 17.2 GB of a TPU v3 device; up to 40 sequences per microbatch fit\n"
+DOES_NOT_FIT = "compiled      the step does not fit the 17.2 GB of a TPU v3 device\n"
+FULL_REMAT = "compiling     the step with model.remat='full', which needs less memory and more time\n"
+SOME_FIT = "compiled      up to {} sequences per microbatch fit\n"
+
+
 @pytest.mark.parametrize(
-    ("estimate", "printed", "problems"),
+    ("batch", "estimates", "printed", "advice"),
     [
+        (64, {"dots": MemoryEstimate(2 * 10**9, 40)}, FITS, None),
+        (64, {"dots": MemoryEstimate(None, 24)}, DOES_NOT_FIT, "set 24 and gradient_accumulation_steps=6"),
         (
-            MemoryEstimate(2 * 10**9, 40),
-            "compiled      the step takes 2.0 GB of the 17.2 GB of a TPU v3 device; up to 40 sequences per microbatch "
-            "fit\n",
-            [],
+            64,
+            {"dots": MemoryEstimate(None, 0), "full": MemoryEstimate(None, 0)},
+            DOES_NOT_FIT + FULL_REMAT + "compiled      none fits\n",
+            "lower data.max_seq_length or choose a smaller model",
         ),
         (
-            MemoryEstimate(None, 24),
-            "compiled      the step does not fit the 17.2 GB of a TPU v3 device\n",
-            ["per_device_train_batch_size=64: does not fit a TPU v3 device; set 24 and gradient_accumulation_steps=6"],
+            64,
+            {"dots": MemoryEstimate(None, 0), "full": MemoryEstimate(None, 16)},
+            DOES_NOT_FIT + FULL_REMAT + SOME_FIT.format(16),
+            "set model.remat='full', 16 and gradient_accumulation_steps=8",
         ),
         (
-            MemoryEstimate(None, 0),
-            "compiled      the step does not fit the 17.2 GB of a TPU v3 device\n",
-            [
-                "per_device_train_batch_size=64: does not fit a TPU v3 device; lower data.max_seq_length, set "
-                "model.remat='full', or choose a smaller model"
-            ],
+            1,
+            {"dots": MemoryEstimate(None, 0), "full": MemoryEstimate(2 * 10**9, 3)},
+            DOES_NOT_FIT + FULL_REMAT + SOME_FIT.format(3),
+            "set model.remat='full'",
         ),
     ],
 )
-def test_check_prints_the_estimate(estimate, printed, problems, v3, encoder_step_config, monkeypatch, capsys):
-    monkeypatch.setattr(memory, "estimate_memory", lambda *args, **options: estimate)
+def test_check_prints_the_estimate(batch, estimates, printed, advice, v3, encoder_step_config, monkeypatch, capsys):
+    monkeypatch.setattr(memory, "estimate_memory", lambda config, **options: estimates[config.model.execution.remat])
     settings = settings_of(default.get_config()).replace(
-        {"per_device_train_batch_size": 64, "gradient_accumulation_steps": 2}
+        {"per_device_train_batch_size": batch, "gradient_accumulation_steps": 2}
     )
     findings = check.Findings()
     run = type("Run", (), {"step_config": encoder_step_config})
     check.show_compiled(settings, run, v3, findings)
     assert capsys.readouterr().out == "compiling     the step for TPU v3, minutes at real size\n" + printed
-    assert findings.problems == problems
+    expected = [f"per_device_train_batch_size={batch}: does not fit a TPU v3 device; {advice}"] if advice else []
+    assert findings.problems == expected
+
+
+def test_the_error_names_what_fits_with_full_remat(v3, encoder_step_config, monkeypatch):
+    def step_bytes(step_config, devices, batch, *, length, microbatches):
+        return batch * (1.5e9 if step_config.model.execution.remat == "full" else 20e9)
+
+    monkeypatch.setattr(memory, "step_bytes", step_bytes)
+    monkeypatch.setattr(memory, "topology_devices", lambda machine: [])
+    with pytest.raises(
+        UserError, match=r"not even one sequence of 8 tokens .* set model.remat='full', with which 8 fit"
+    ):
+        memory.find_batch_size(encoder_step_config, length=8, microbatches=1, machine=v3)
 
 
 @pytest.mark.slow

@@ -220,7 +220,7 @@ WRONG = [
         "model.model_name_or_path='y': cannot be combined with model.config_name='x'; set one of them to None",
     ),
     ({"model.dtype": "float64"}, "model.dtype='float64': must be one of float32, bfloat16"),
-    ({"model.attention": "flash"}, "model.attention='flash': must be one of auto, plain, xla, cudnn"),
+    ({"model.attention": "flash"}, "model.attention='flash': must be one of auto, plain, xla, cudnn, splash"),
     ({"model.remat": "some"}, "model.remat='some': must be one of auto, none, dots, full"),
     (
         {"model.attention": "cudnn"},

@@ -334,6 +334,7 @@ VALUES = [
         {"model.attention": "cudnn", "model.dtype": "bfloat16"},
         "model.attention='cudnn': needs an NVIDIA GPU, and jax runs on cpu; set it to 'auto'",
     ),
+    ({"model.attention": "splash"}, "model.attention='splash': needs a TPU, and jax runs on cpu; set it to 'auto'"),
     (
         {"per_device_train_batch_size": 0},
         "per_device_train_batch_size=0: the memory of a cpu device is unknown, so the largest batch that fits cannot be found; set a number",
@@ -653,11 +654,11 @@ CALLS = [
     ),
     (
         a_model_too_large_for_the_device,
-        "per_device_train_batch_size=0: not even one sequence of 512 tokens fits the 1.0 GiB of a cpu device; lower data.max_seq_length, set model.remat='full', or choose a smaller model",
+        "per_device_train_batch_size=0: not even one sequence of 512 tokens fits the 1.0 GiB of a cpu device; lower data.max_seq_length or choose a smaller model",
     ),
     (
         a_model_too_large_for_a_machine,
-        "per_device_train_batch_size=0: not even one sequence of 16 tokens fits the 15.8 GiB of a TPU v3 device; lower data.max_seq_length, set model.remat='full', or choose a smaller model",
+        "per_device_train_batch_size=0: not even one sequence of 16 tokens fits the 15.8 GiB of a TPU v3 device; lower data.max_seq_length or choose a smaller model",
     ),
     (
         rows_longer_than_the_model,

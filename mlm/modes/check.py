@@ -339,13 +339,15 @@ def show_compiled(settings: RunSettings, components: build.Components, machine: 
     # Flushed, so that a reader of a pipe sees everything above before the long wait.
     print(f"compiling     the step for {machine.kind}, minutes at real size", flush=True)
     batch, microbatches = settings.per_device_train_batch_size, settings.gradient_accumulation_steps
-    estimate = memory.estimate_memory(
-        _for_tpu(settings, components),
-        machine,
+    step_config = _for_tpu(settings, components)
+    estimate_of = functools.partial(
+        memory.estimate_memory,
+        machine=machine,
         length=settings.data.max_seq_length,
         microbatches=microbatches,
         batch=batch,
     )
+    estimate = estimate_of(step_config)
     assert machine.memory_bytes is not None, "known for every machine that steps are compiled for"
     device = f"the {_gigabytes(machine.memory_bytes)} of a {machine.kind} device"
     largest = estimate.largest_batch
@@ -354,10 +356,19 @@ def show_compiled(settings: RunSettings, components: build.Components, machine: 
         print(f"compiled      the step takes {needed} of {device}; up to {largest:,} sequences per microbatch fit")
         return
     print(f"compiled      the step does not fit {device}")
-    if largest:
-        advice = f"set {largest} and gradient_accumulation_steps={math.ceil(batch * microbatches / largest)}"
+    remat = ""
+    if not largest and step_config.model.execution.remat != "full":
+        print("compiling     the step with model.remat='full', which needs less memory and more time", flush=True)
+        largest = estimate_of(memory.with_remat(step_config, "full")).largest_batch
+        print(f"compiled      up to {largest:,} sequences per microbatch fit" if largest else "compiled      none fits")
+        remat = "model.remat='full', "
+    if largest >= batch:
+        advice = "set model.remat='full'"
+    elif largest:
+        accumulation = math.ceil(batch * microbatches / largest)
+        advice = f"set {remat}{largest} and gradient_accumulation_steps={accumulation}"
     else:
-        advice = "lower data.max_seq_length, set model.remat='full', or choose a smaller model"
+        advice = "lower data.max_seq_length or choose a smaller model"
     findings.problems.append(f"per_device_train_batch_size={batch}: does not fit a {machine.kind} device; {advice}")
 
 
