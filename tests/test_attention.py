@@ -149,21 +149,34 @@ def test_window_costs_grow_linearly_with_the_row():
     assert full_temporaries > 15 * temporaries[2]
 
 
+@pytest.mark.parametrize("num_positions", [None, 21])
+@pytest.mark.parametrize("length", [128, 127])
 @pytest.mark.parametrize("visibility", VISIBILITIES)
-def test_arguments_of_cudnn(monkeypatch, visibility):
-    # Lowered for a GPU on a machine without one: jax asks the GPU's libraries for their versions.
+def test_arguments_of_cudnn(monkeypatch, visibility, length, num_positions):
+    # Lowered for a GPU on a machine without one: jax asks the GPU's libraries for their versions. It refuses odd numbers
+    # of queries or keys.
     library = "jax._src.cudnn.fused_attention_stablehlo"
     monkeypatch.setattr(f"{library}.check_cudnn_version", lambda: 91000)
     monkeypatch.setattr(f"{library}.check_compute_capability", lambda capability: True)
     monkeypatch.setattr(f"{library}.is_cuda_compute_capability_equal", lambda capability: False)
+    positions = None if num_positions is None else jnp.tile(jnp.arange(num_positions), (4, 1))
 
     def total(query, key, value, segments):
-        output = attend(query, key, value, segment_ids_BxK=segments, implementation="cudnn", **visibility)
+        output = attend(
+            query,
+            key,
+            value,
+            segment_ids_BxK=segments,
+            query_positions_BxQ=positions,
+            implementation="cudnn",
+            **visibility,
+        )
+        assert output.shape == query.shape
         return jnp.sum(output.astype(jnp.float32))
 
-    array = jax.ShapeDtypeStruct((4, 128, 2, 64), jnp.bfloat16)
+    query, array = (jax.ShapeDtypeStruct((4, n, 2, 64), jnp.bfloat16) for n in (num_positions or length, length))
     traced = jax.jit(jax.grad(total, argnums=(0, 1, 2))).trace(
-        array, array, array, jax.ShapeDtypeStruct((4, 128), jnp.int32)
+        query, array, array, jax.ShapeDtypeStruct((4, length), jnp.int32)
     )
     lowered = traced.lower(lowering_platforms=("cuda",)).as_text()
     # One document per row: only its length. Otherwise a mask, which is added to the scores.

@@ -6,6 +6,7 @@ Z = B * number of blocks, with S = 2 * window queries and T = 4 * window keys ea
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -54,14 +55,15 @@ def attend(
     kernel = functools.partial(
         _run_kernel, dropout_rate=dropout_rate, dropout_key=dropout_key, implementation=implementation
     )
-    if query_positions_BxQ is None and uses_blocks(window, length=key_BxKxHxE.shape[1]):
+    if window is not None and query_positions_BxQ is None and uses_blocks(window, length=key_BxKxHxE.shape[1]):
         output_ZxSxHxE = kernel(
             _query_blocks(query_BxQxHxE, window),
             _key_blocks(key_BxKxHxE, window),
             _key_blocks(value_BxKxHxE, window),
             _block_mask(segment_ids_BxK, isolate=isolate, window=window),
         )
-        return output_ZxSxHxE.reshape(query_BxQxHxE.shape[0], -1, *query_BxQxHxE.shape[2:])[:, : key_BxKxHxE.shape[1]]
+        output_BxQxHxE = output_ZxSxHxE.reshape(query_BxQxHxE.shape[0], -1, *query_BxQxHxE.shape[2:])
+        return output_BxQxHxE[:, : query_BxQxHxE.shape[1]]
     if implementation == "cudnn" and not isolate and window is None:
         # The kernel takes lengths, which is faster than reading a mask; at least 1, also for a row of padding. It takes
         # no window to both sides: JAX allows a window to the right with a causal mask only.
@@ -106,10 +108,10 @@ def _run_kernel(query_BxQxHxE, key_BxKxHxE, value_BxKxHxE, mask_BxXxK, *, dropou
     return _cudnn(query_BxQxHxE, key_BxKxHxE, value_BxKxHxE, mask=mask_BxQxK[:, None])
 
 
-def _cudnn(query_BxQxHxE: jax.Array, *keys_and_values: jax.Array, **visibility: jax.Array) -> jax.Array:
+def _cudnn(query_BxQxHxE: jax.Array, key_BxKxHxE: jax.Array, value_BxKxHxE: jax.Array, **options: Any) -> jax.Array:
     """Returns cuDNN's output [B, Q, H, E]. Its backward kernels take even numbers of queries and keys only."""
-    padded = [_pad(x, before=0, after=x.shape[1] % 2) for x in (query_BxQxHxE, *keys_and_values)]
-    output = jax.nn.dot_product_attention(*padded, **visibility, implementation="cudnn")
+    query, key, value = (_pad(x, before=0, after=x.shape[1] % 2) for x in (query_BxQxHxE, key_BxKxHxE, value_BxKxHxE))
+    output = jax.nn.dot_product_attention(query, key, value, implementation="cudnn", **options)
     return output[:, : query_BxQxHxE.shape[1]]
 
 
