@@ -153,8 +153,8 @@ def test_window_costs_grow_linearly_with_the_row():
 @pytest.mark.parametrize("length", [128, 127])
 @pytest.mark.parametrize("visibility", VISIBILITIES)
 def test_arguments_of_cudnn(monkeypatch, visibility, length, num_positions):
-    # Lowered for a GPU on a machine without one: jax asks the GPU's libraries for their versions. It refuses odd numbers
-    # of queries or keys.
+    # Lowered for a GPU on a machine without one: jax asks the GPU's libraries for their versions. It refuses odd
+    # numbers of queries or keys.
     library = "jax._src.cudnn.fused_attention_stablehlo"
     monkeypatch.setattr(f"{library}.check_cudnn_version", lambda: 91000)
     monkeypatch.setattr(f"{library}.check_compute_capability", lambda capability: True)

@@ -62,7 +62,7 @@ def test_the_output_of_a_run_that_is_ready(config, tmp_path, capsys):
     restored = re.sub(r"\[[^\]=]*=([^\]]*)\]", r"\1", masked[2])
     assert restored == shown[0][1]
 
-    assert "step          32 sequences of 16 tokens: 4 per device x 1 microbatches x 8 devices" in output
+    assert "step          32 sequences of 16 tokens: 4 per device x 1 microbatch x 8 devices" in output
     assert "tokens        4,096 in 8 steps" in output
     parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(run.initial_params()))
     assert f"parameters    {parameters:,}\n" in output

@@ -21,6 +21,7 @@ from ml_collections import ConfigDict
 from mlm import load, memory, train
 from mlm.data import tokenizer
 from mlm.hardware import parse_topology
+from mlm.models.block import Execution
 from mlm.models.config import EncoderConfig
 from mlm.models.encoder import MaskedLM
 from mlm.models.hf import pretrained
@@ -474,12 +475,15 @@ def processes_that_cannot_find_each_other(config: ConfigDict, world: Path) -> No
         multihost.start()
 
 
+FULL_REMAT = mock.Mock(model=mock.Mock(execution=Execution(remat="full")))
+
+
 def a_model_too_large_for_the_device(config: ConfigDict, world: Path) -> None:
     with (
         mock.patch.object(memory, "_local_memory_bytes", return_value=2**30),
         mock.patch.object(memory, "step_bytes", return_value=None),
     ):
-        memory.find_batch_size(None, length=512, microbatches=1)
+        memory.find_batch_size(FULL_REMAT, length=512, microbatches=1)
 
 
 def a_model_too_large_for_a_machine(config: ConfigDict, world: Path) -> None:
@@ -487,7 +491,7 @@ def a_model_too_large_for_a_machine(config: ConfigDict, world: Path) -> None:
         mock.patch.object(memory, "can_compile_for", return_value=True),
         mock.patch.object(memory, "topology_devices", return_value=[]),
         mock.patch.object(memory, "step_bytes", return_value=None),
-        mock.patch.object(check, "_for_tpu", return_value=None),
+        mock.patch.object(check, "_for_tpu", return_value=FULL_REMAT),
     ):
         check.find_batch(settings_of(config), None, parse_topology("v3-8"))
 
@@ -707,6 +711,7 @@ ELSEWHERE = {
     "main.py": {
         "--workdir: was given {} times; only --mode=report takes several runs": "tests/test_user_errors.py::test_command_line",
     },
+    "mlm/data/pipeline.py": {"{}": "tests/test_pipeline.py::test_an_error_names_the_key_of_the_evaluation_files"},
     "mlm/run/gcs.py": {
         "--workdir={}: the run was restarted or removed elsewhere, so this process ends; start one run at a time, or choose another --workdir": "tests/test_gcs.py::test_a_run_that_was_restarted_elsewhere_ends",
         "--workdir={}: {}; {}": "tests/test_gcs.py::test_missing_permissions_and_network_are_errors_of_one_line",

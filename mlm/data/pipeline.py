@@ -17,6 +17,7 @@ from mlm.data.sources.source import Source, open_source
 from mlm.data.stream import RowStream
 from mlm.data.tokenizer import Tokenizer, load_tokenizer
 from mlm.data.train_tokenizer import train_tokenizer as train_on_texts
+from mlm.errors import UserError
 from mlm.settings import DataSettings, MixtureEntry, RunSettings, TokenizerSettings, resolve_algorithm
 
 # Maximum number of a process's shards that the log lists by name.
@@ -148,7 +149,12 @@ def _open_entry(data: DataSettings, entry: MixtureEntry) -> TextSource:
     eval_data_files = options.pop("eval_data_files")
     open_with = functools.partial(open_source, cache_dir=data.cache_dir, retry_policy=retry_policy(data))
     train = open_with(**options)
-    evaluation = train if eval_data_files is None else open_with(**options | {"data_files": eval_data_files})
+    if eval_data_files is None:
+        return TextSource(entry.name, entry.weight, train, train)
+    try:
+        evaluation = open_with(**options | {"data_files": eval_data_files})
+    except UserError as error:
+        raise UserError(str(error).replace("data.data_files=", "data.eval_data_files=", 1)) from None
     return TextSource(entry.name, entry.weight, train, evaluation)
 
 

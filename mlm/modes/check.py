@@ -217,10 +217,11 @@ def show_size(
     parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state.params))
     state_bytes = _bytes(state)
 
+    microbatches = settings.gradient_accumulation_steps
     print(f"machine       {machine.name}: {machine.devices} x {machine.kind}, on {_hosts(machine.hosts)}")
     print(
         f"step          {sequences:,} sequences of {length} tokens: {settings.per_device_train_batch_size} per device "
-        f"x {settings.gradient_accumulation_steps} microbatches x {machine.devices} devices"
+        f"x {microbatches} microbatch{'es' if microbatches > 1 else ''} x {machine.devices} devices"
     )
     for source in components.text.sources:
         print(f"shards        {_describe_shards(source.train, machine.hosts)}")
