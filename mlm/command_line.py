@@ -2,6 +2,7 @@
 
 import difflib
 import glob
+import io
 import itertools
 import logging as python_logging
 import os
@@ -162,6 +163,9 @@ def set_up_logging(*, verbose: bool) -> None:
 
 def run(main: Callable[[], None]) -> None:
     """Runs `main` and ends the process: a user's error is one line and exit code 2, a requested stop exit code 75."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # Text may have characters that the terminal's encoding lacks.
+            stream.reconfigure(errors="replace")
     try:
         try:
             main()

@@ -711,6 +711,9 @@ ELSEWHERE = {
     "main.py": {
         "--workdir: was given {} times; only --mode=report takes several runs": "tests/test_user_errors.py::test_command_line",
     },
+    "mlm/data/sources/files.py": {
+        "data.data_files={}: {} is a {}; each {} must be an object, {}": "tests/test_misread_files.py::test_json_values_that_are_no_objects",
+    },
     "mlm/data/pipeline.py": {"{}": "tests/test_pipeline.py::test_an_error_names_the_key_of_the_evaluation_files"},
     "mlm/run/gcs.py": {
         "--workdir={}: the run was restarted or removed elsewhere, so this process ends; start one run at a time, or choose another --workdir": "tests/test_gcs.py::test_a_run_that_was_restarted_elsewhere_ends",

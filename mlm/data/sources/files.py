@@ -5,13 +5,16 @@ a new key ends the run; quote the texts of a JSON chunk in which one value is a 
 file; and make a Python string of every line. Named datasets are read with them: see source.py.
 """
 
+import codecs
 import contextlib
+import csv
 import importlib.util
 import io
 import json
 import logging
 import lzma
 import os
+import sys
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -47,7 +50,18 @@ _PARQUET_BATCH_ROWS = 256
 _HTTP_BUFFER_BYTES = 1 << 20
 # URL schemes from which this process has read a file.
 _reached_schemes: set[str] = set()
-_BOM = b"\xef\xbb\xbf"
+# Bytes at the start of a file from which its encoding is guessed.
+_HEAD_BYTES = 1 << 16
+# Byte order mark -> encoding; the marks of UTF-32 begin with those of UTF-16.
+_MARKS = {
+    codecs.BOM_UTF8: "utf-8",
+    codecs.BOM_UTF32_LE: "utf-32-le",
+    codecs.BOM_UTF32_BE: "utf-32-be",
+    codecs.BOM_UTF16_LE: "utf-16-le",
+    codecs.BOM_UTF16_BE: "utf-16-be",
+}
+# Fraction of NUL bytes above which a file without a mark is not UTF-8.
+_MAX_NUL_FRACTION = 0.01
 
 
 def file_format(file: str) -> str:
@@ -89,7 +103,7 @@ def read_column(
         return
     read = {"text": _read_text, "json": _read_json, "csv": _read_csv}[kind]
     with _open(file, retry_policy) as stream:
-        yield from skip_rows(read(stream, file, column), start_row)
+        yield from skip_rows(read(Utf8Stream(stream), file, column), start_row)
 
 
 def skip_rows(arrays: Iterable[pa.Array | pa.ChunkedArray], num_rows: int) -> Iterator[pa.Array | pa.ChunkedArray]:
@@ -191,12 +205,81 @@ def _gcsfs_options(retry_policy: retry.RetryPolicy) -> tuple[dict[str, Any], tup
     )
 
 
-def _blocks(stream: io.IOBase | pa.NativeFile, first: bytes) -> Iterator[bytes]:
+class Utf8Stream(io.RawIOBase):
+    """The bytes of a text file without byte order mark, in UTF-8: UTF-16 and UTF-32 are decoded.
+
+    Raises:
+      ValueError: the file has NUL characters and is neither UTF-16 nor UTF-32.
+    """
+
+    def __init__(self, stream: io.IOBase | pa.NativeFile):
+        """Reads the start of a binary stream."""
+        self._stream: Any = stream
+        head = stream.read(_HEAD_BYTES)
+        encoding, mark = _find_encoding(head)
+        self._decoder = None if encoding == "utf-8" else codecs.getincrementaldecoder(encoding)(errors="replace")
+        self._rest = self._to_utf8(head[len(mark) :])
+        self.num_quotes = 0  # of double quotes read so far
+
+    def readable(self) -> bool:
+        """True."""
+        return True
+
+    def read(self, size: int = -1) -> bytes:
+        """Returns `size` bytes, fewer only at the end of the file; all if it is negative."""
+        parts, num_bytes = [self._rest], len(self._rest)
+        while size < 0 or num_bytes < size:
+            block = self._stream.read(_BLOCK_BYTES if size < 0 else max(size - num_bytes, 1))
+            converted = self._to_utf8(block)
+            parts.append(converted)
+            num_bytes += len(converted)
+            if not block:
+                break
+        data = b"".join(parts)
+        end = len(data) if size < 0 else size
+        self._rest = data[end:]
+        self.num_quotes += data.count(b'"', 0, end)
+        return data[:end]
+
+    def _to_utf8(self, block: bytes) -> bytes:
+        if self._decoder is None:
+            return block
+        return self._decoder.decode(block, final=not block).encode("utf-8", "replace")
+
+
+def _find_encoding(head: bytes) -> tuple[str, bytes]:
+    """Returns the encoding of a file that starts with `head`, and its byte order mark."""
+    for mark, encoding in _MARKS.items():
+        if head.startswith(mark):
+            return encoding, mark
+    nul_fraction = head.count(0) / max(1, len(head))
+    if nul_fraction <= _MAX_NUL_FRACTION:
+        return "utf-8", b""
+    # Characters of most scripts, or at least spaces and line ends, have zeros at the same places of each 2 or 4 bytes.
+    is_nul = np.frombuffer(head[: len(head) // 4 * 4], np.uint8).reshape(-1, 4) == 0
+    for encoding, places in (
+        ("utf-32-le", (2, 3)),
+        ("utf-32-be", (0, 1)),
+        ("utf-16-le", (1, 3)),
+        ("utf-16-be", (0, 2)),
+    ):
+        others = [place for place in range(4) if place not in places]
+        if encoding.startswith("utf-32"):
+            is_match = is_nul[:, places].mean() > 0.99
+        else:
+            is_match = is_nul[:, places].mean() > 20 * is_nul[:, others].mean()
+        if is_match:
+            return encoding, b""
+    raise ValueError(f"{nul_fraction:.0%} of its bytes are NUL; convert it to UTF-8")
+
+
+def _blocks(stream: Utf8Stream, first: bytes) -> Iterator[bytes]:
     """Yields `first` and the rest of a stream in blocks of complete lines; adds a missing line end at the end."""
     parts: list[bytes] = []
     block = first
     while block:
-        cut = block.rfind(b"\n") + 1
+        # A \r at the end may be the first half of \r\n.
+        cut = max(block.rfind(b"\n"), block.rfind(b"\r", 0, -1)) + 1
         if cut:
             yield b"".join([*parts, block[:cut]])
             parts = []
@@ -207,44 +290,54 @@ def _blocks(stream: io.IOBase | pa.NativeFile, first: bytes) -> Iterator[bytes]:
 
 
 def _lines(block: bytes) -> pa.LargeBinaryArray:
-    """Returns the lines of a block without their line ends, as bytes."""
+    """Returns the lines of a block without their line ends \\n, \\r\\n or \\r, as bytes."""
+    if b"\r" in block:
+        block = block.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
     ends = np.flatnonzero(np.frombuffer(block, np.uint8) == ord("\n")) + 1
     offsets = np.concatenate([[0], ends])
     buffers = [None, pa.py_buffer(offsets), pa.py_buffer(block)]
     # ascii_rtrim needs the string type but looks at single bytes, so invalid UTF-8 does no harm.
     lines = pa.Array.from_buffers(pa.large_string(), len(ends), buffers)
-    return pc.ascii_rtrim(lines, "\r\n").cast(pa.large_binary())
+    return pc.ascii_rtrim(lines, "\n").cast(pa.large_binary())
 
 
-def _read_text(stream: io.IOBase | pa.NativeFile, file: str, column: str) -> Iterator[pa.Array]:
+def _read_text(stream: Utf8Stream, file: str, column: str) -> Iterator[pa.Array]:
     if column != "text":
         raise missing_column_error(file, column, ["text"])
-    first = stream.read(_BLOCK_BYTES).removeprefix(_BOM)
+    first = stream.read(_BLOCK_BYTES)
     for block in _blocks(stream, first):
         yield _lines(block)
 
 
-def _read_json(stream: io.IOBase | pa.NativeFile, file: str, column: str) -> Iterator[pa.Array]:
-    first = stream.read(_BLOCK_BYTES).removeprefix(_BOM)
+def _read_json(stream: Utf8Stream, file: str, column: str) -> Iterator[pa.Array]:
+    first = stream.read(_BLOCK_BYTES)
     if first.lstrip()[:1] == b"[":
         # A list of objects can only be parsed as one.
-        rows = json.loads(first + stream.read())
+        try:
+            rows = json.loads(first + stream.read())
+        except json.JSONDecodeError as error:
+            if error.msg == "Extra data":  # after the first line's list
+                raise _row_error(file, column, "line 1", []) from None
+            raise
         values = _strings(rows, column)
-        _check_column(values, rows, file, column)
+        _check_column(values, rows, file, column, what="row")
         yield values
         return
     for n, block in enumerate(_blocks(stream, first)):
         values = _parse_json_lines(block, column)
         if n == 0 and values.null_count == len(values):
-            _check_column(values, [_load(line) for line in block.splitlines()], file, column)
+            _check_column(values, [_load(line) for line in block.splitlines()], file, column, what="line")
         yield values
 
 
-def _check_column(values: pa.Array, rows: list, file: str, column: str) -> None:
+def _check_column(values: pa.Array, rows: list, file: str, column: str, *, what: str) -> None:
     """Raises UserError if no row has text because there is no such column, or because it has values of another type."""
     if values.null_count < len(values):
         return
-    rows = [row for row in rows if isinstance(row, dict)]
+    for number, row in enumerate(rows, 1):
+        if row is not None and not isinstance(row, dict):
+            raise _row_error(file, column, f"{what} {number}", row)
+    rows = [row for row in rows if row is not None]
     if rows and not any(column in row for row in rows):
         raise missing_column_error(file, column, sorted({name for row in rows for name in row}))
     for row in rows:
@@ -253,6 +346,13 @@ def _check_column(values: pa.Array, rows: list, file: str, column: str) -> None:
                 f"data.text_column_name={column!r}: the column of {file!r} has values such as "
                 f"{json.dumps(row[column])[:40]}, not text; set it to another column"
             )
+
+
+def _row_error(file: str, column: str, row_name: str, row: object) -> UserError:
+    found = {str: "string", list: "list", bool: "boolean"}.get(type(row), "number")
+    example = json.dumps({column: "..."})
+    unit = row_name.split()[0]
+    return UserError(f"data.data_files={file!r}: {row_name} is a {found}; each {unit} must be an object, {example}")
 
 
 def _parse_json_lines(block: bytes, column: str) -> pa.Array:
@@ -289,7 +389,7 @@ def _strings(rows: list, column: str) -> pa.Array:
     return pa.array(data, pa.large_binary())
 
 
-def _read_csv(stream: io.IOBase | pa.NativeFile, file: str, column: str) -> Iterator[pa.Array]:
+def _read_csv(stream: Utf8Stream, file: str, column: str) -> Iterator[pa.Array]:
     # Every value is text: no conversion of numbers or of "NA", and bytes that are not UTF-8 are kept.
     convert = pa_csv.ConvertOptions(
         include_columns=[column],
@@ -310,9 +410,37 @@ def _read_csv(stream: io.IOBase | pa.NativeFile, file: str, column: str) -> Iter
     except pa.ArrowInvalid as error:
         if "Empty CSV file" in str(error):
             return
+        _check_quotes(file)
         raise
-    for batch in reader:
-        yield batch.column(0)
+    # The last rows are held back: a quote that is never closed makes one row of the rest of the file.
+    previous = None
+    try:
+        for batch in reader:
+            if previous is not None:
+                yield previous
+            previous = batch.column(0)
+    except pa.ArrowInvalid:
+        _check_quotes(file)
+        raise
+    if stream.num_quotes % 2:
+        _check_quotes(file)
+    if previous is not None:
+        yield previous
+
+
+def _check_quotes(file: str) -> None:
+    """Raises ValueError if a quoted field does not end. A quote within a field that is not quoted is a character."""
+    csv.field_size_limit(sys.maxsize)
+    row = 0
+    with _open(file) as stream:
+        raw: Any = Utf8Stream(stream)
+        lines = io.TextIOWrapper(raw, "utf-8", "replace", newline="")
+        try:
+            for row, _ in enumerate(csv.reader(lines, strict=True), 1):  # noqa: B007
+                pass
+        except csv.Error:
+            # Row 1 is the first one after the header.
+            raise ValueError(f"the quote opened in row {row} is never closed") from None
 
 
 def _read_parquet(file: str, column: str, start_row: int, retry_policy: retry.RetryPolicy | None) -> Iterator[pa.Array]:

@@ -21,6 +21,7 @@ import datasets
 import datasets.exceptions
 import huggingface_hub
 import pyarrow as pa
+from absl import logging
 
 from mlm.data.sources import docstrings, files, retry
 from mlm.errors import UserError, one_line
@@ -208,7 +209,16 @@ def expand_files(patterns: tuple[str, ...]) -> tuple[str, ...]:
             paths += matches
         else:
             raise UserError(f"data.data_files={pattern!r}: there is no such file; check the path")
-    return tuple(path if "://" in path else os.path.abspath(path) for path in paths)
+    paths = [path if "://" in path else os.path.abspath(path) for path in paths]
+    unique = tuple(dict.fromkeys(paths))
+    if len(unique) < len(paths):
+        repeated = next(path for path in paths if paths.count(path) > 1)
+        logging.warning(
+            "data.data_files names %d files more than once, such as %s; each is read once",
+            sum(paths.count(path) > 1 for path in unique),
+            repeated,
+        )
+    return unique
 
 
 def _open_named(
@@ -232,6 +242,9 @@ def _open_named(
     retries = retry.Retries(retry_policy, name)
     while True:
         try:
+            if _is_saved_to_disk(name):
+                dataset = _load_from_disk(name, split=split)
+                break
             dataset = load()
             if dataset.info.builder_name == "parquet" and text_column in (dataset.features or ()):
                 dataset = load(columns=[text_column])  # Other columns are not read.
@@ -262,6 +275,21 @@ def _open_named(
         shard_name=lambda shard: f"{name!r} (shard {shard} of {num_shards})",
         retry_policy=retry_policy if remote else None,
     )
+
+
+def _is_saved_to_disk(name: str) -> bool:
+    """Returns whether `name` is a directory written by `save_to_disk()` of `datasets`."""
+    return any(os.path.isfile(os.path.join(name, file)) for file in ("state.json", "dataset_dict.json"))
+
+
+def _load_from_disk(directory: str, *, split: str) -> datasets.IterableDataset:
+    """Returns a dataset written by `save_to_disk()`, with a shard for each of its files."""
+    found = datasets.load_from_disk(directory)
+    if isinstance(found, datasets.DatasetDict):
+        if split not in found:
+            raise ValueError(f"it has no split {split!r}, only {', '.join(found)}")
+        found = found[split]
+    return found.to_iterable_dataset(num_shards=max(1, len(found.cache_files)))
 
 
 def _as_text(column: pa.Array | pa.ChunkedArray, *, column_name: str, source_name: str) -> pa.LargeStringArray:
