@@ -14,6 +14,7 @@ from typing import Any
 # key -> value (lists as tuples).
 ADDED_KEYS: dict[str, Any] = {
     # One line per key.
+    "data.max_unknown_fraction": 1.0,
 }
 # old key -> new key.
 RENAMED_KEYS: dict[str, str] = {}

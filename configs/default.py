@@ -83,6 +83,9 @@ def get_config() -> ConfigDict:
     # other are counted across epochs. 0: the first failure stops the run. 8, with the deadline above: if the server is
     # down, the run stops after about 45 minutes instead of waiting forever.
     data.max_failed_shards = 8
+    # Fraction of unknown tokens in the evaluation sequences above which the run stops before training, because the
+    # tokenizer does not know the language. A warning is logged above 0.05.
+    data.max_unknown_fraction = 0.5
     # Batches prepared in advance by a background thread. 4 cover short pauses of the input, as when a shard is opened.
     data.prefetch_batches = 4
     # Directory for downloads of `datasets` and `transformers`. None: their own default, ~/.cache/huggingface.

@@ -68,6 +68,7 @@ MUTABLE_KEYS: tuple[str, ...] = (
     "data.network_deadline_seconds",
     "data.network_timeout_seconds",
     "data.max_failed_shards",
+    "data.max_unknown_fraction",
     "data.prefetch_batches",
     "data.cache_dir",
     # Both backends give the same ids; this is verified on the first documents.
@@ -141,6 +142,7 @@ class DataSettings:
     network_deadline_seconds: float
     network_timeout_seconds: float
     max_failed_shards: int
+    max_unknown_fraction: float
     prefetch_batches: int
     cache_dir: str | None
 
@@ -165,6 +167,8 @@ class DataSettings:
         _check_minimums(
             self, "data.", shuffle_buffer_size=0, num_eval_samples=1, max_failed_shards=0, prefetch_batches=1
         )
+        if not 0 <= self.max_unknown_fraction <= 1:
+            raise _error("data.max_unknown_fraction", self.max_unknown_fraction, "must be between 0 and 1")
         _check_skip_steps(self.skip_steps)
         if not self.network_deadline_seconds >= 0:
             raise _error("data.network_deadline_seconds", self.network_deadline_seconds, "must not be negative")

@@ -62,7 +62,7 @@ COMMAND_LINE = [
     ),
     (
         (QUICKSTART, "--config.data=3"),
-        "--config.data: is a group of keys; set one of them: data.dataset_name, data.dataset_config_name, data.data_files, data.eval_data_files, data.mixture, data.split, data.text_column_name, data.max_seq_length, data.packing, data.shuffle_buffer_size, data.num_eval_samples, data.skip_steps, data.network_deadline_seconds, data.network_timeout_seconds, data.max_failed_shards, data.prefetch_batches, data.cache_dir",
+        "--config.data: is a group of keys; set one of them: data.dataset_name, data.dataset_config_name, data.data_files, data.eval_data_files, data.mixture, data.split, data.text_column_name, data.max_seq_length, data.packing, data.shuffle_buffer_size, data.num_eval_samples, data.skip_steps, data.network_deadline_seconds, data.network_timeout_seconds, data.max_failed_shards, data.max_unknown_fraction, data.prefetch_batches, data.cache_dir",
     ),
     (
         ("--config=configs/roberta_base.py:bert",),
@@ -714,7 +714,11 @@ ELSEWHERE = {
     "mlm/data/sources/files.py": {
         "data.data_files={}: {} is a {}; each {} must be an object, {}": "tests/test_misread_files.py::test_json_values_that_are_no_objects",
     },
-    "mlm/data/pipeline.py": {"{}": "tests/test_pipeline.py::test_an_error_names_the_key_of_the_evaluation_files"},
+    "mlm/data/pipeline.py": {
+        "{}": "tests/test_pipeline.py::test_an_error_names_the_key_of_the_evaluation_files",
+        "data.max_unknown_fraction={}: {} of the evaluation sequences' tokens are unknown to the tokenizer {}, such as {}; choose a tokenizer for the language, or train one": "tests/test_unknown_tokens.py::test_another_script_is_refused",
+        "the tokenizer {}: the evaluation sequences have unknown and special tokens only, so there is nothing to predict; choose a tokenizer for the language of the text, or train one": "tests/test_unknown_tokens.py::test_nothing_to_predict_is_refused_in_any_case",
+    },
     "mlm/run/gcs.py": {
         "--workdir={}: the run was restarted or removed elsewhere, so this process ends; start one run at a time, or choose another --workdir": "tests/test_gcs.py::test_a_run_that_was_restarted_elsewhere_ends",
         "--workdir={}: {}; {}": "tests/test_gcs.py::test_missing_permissions_and_network_are_errors_of_one_line",

@@ -22,6 +22,9 @@ from mlm.settings import DataSettings, MixtureEntry, RunSettings, TokenizerSetti
 
 # Maximum number of a process's shards that the log lists by name.
 _MAX_NAMED_SHARDS = 4
+# Fraction of unknown tokens above which a warning is logged, and documents in which examples are looked for.
+_MANY_UNKNOWN = 0.05
+_MAX_EXAMPLE_DOCUMENTS = 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -232,12 +235,15 @@ def open_text(
                 allow_fewer=source.eval is not source.train,
             )
         )
+    eval_rows_RxL = np.concatenate([part.sequences for part in eval_sets])
+    held_out = pa.concat_arrays([part.documents for part in eval_sets]).unique()
+    _check_unknown_tokens(eval_rows_RxL, held_out, tokenizer, max_fraction=data.max_unknown_fraction)
     return TextPipeline(
         sources=text_sources,
         tokenizer=tokenizer,
-        eval_rows_RxL=np.concatenate([part.sequences for part in eval_sets]),
+        eval_rows_RxL=eval_rows_RxL,
         eval_counts={source.name: len(part.sequences) for source, part in zip(text_sources, eval_sets, strict=True)},
-        held_out=pa.concat_arrays([part.documents for part in eval_sets]).unique(),
+        held_out=held_out,
         stream_options={
             "seed": seed,
             "max_seq_length": data.max_seq_length,
@@ -246,6 +252,36 @@ def open_text(
             "max_failed_shards": data.max_failed_shards,
         },
         skip_steps=data.skip_steps,
+    )
+
+
+def _check_unknown_tokens(
+    eval_rows_RxL: np.ndarray, documents: pa.Array, tokenizer: Tokenizer, *, max_fraction: float
+) -> None:
+    """Warns if the tokenizer does not know many of the evaluation set's words.
+
+    Raises:
+      UserError: it knows too few, or the evaluation set has no token that can be predicted.
+    """
+    if not np.isin(eval_rows_RxL, tokenizer.special_ids, invert=True).any():
+        raise UserError(
+            f"the tokenizer {tokenizer.name!r}: the evaluation sequences have unknown and special tokens only, so "
+            "there is nothing to predict; choose a tokenizer for the language of the text, or train one"
+        )
+    fraction = tokenizer.unknown_fraction(eval_rows_RxL)
+    if fraction <= _MANY_UNKNOWN:
+        return
+    examples = ", ".join(map(repr, tokenizer.unknown_words(documents.slice(0, _MAX_EXAMPLE_DOCUMENTS).to_pylist())))
+    if fraction > max_fraction:
+        raise UserError(
+            f"data.max_unknown_fraction={max_fraction}: {fraction:.1%} of the evaluation sequences' tokens are unknown "
+            f"to the tokenizer {tokenizer.name!r}, such as {examples}; choose a tokenizer for the language, or train one"
+        )
+    logging.warning(
+        "%.1f %% of the evaluation sequences' tokens are unknown to the tokenizer %s, such as %s",
+        100 * fraction,
+        tokenizer.name,
+        examples,
     )
 
 

@@ -129,6 +129,21 @@ class Tokenizer:
         """Returns the text of ids, special tokens included; blanks before punctuation stay."""
         return str(self.hf.decode(ids, clean_up_tokenization_spaces=False))
 
+    def unknown_fraction(self, ids: np.ndarray) -> float:
+        """Returns the fraction of unknown tokens among those that represent text; 0 without any."""
+        is_text = np.isin(ids, self._structural_ids, invert=True)
+        return float(np.sum(ids == self.hf.unk_token_id) / max(1, np.sum(is_text)))
+
+    def unknown_words(self, texts: Sequence[str], *, count: int = 3) -> list[str]:
+        """Returns up to `count` distinct parts of the texts that have no token but the unknown one."""
+        found: dict[str, None] = {}
+        for encoding, text in zip(self._reference.encode_batch(texts, add_special_tokens=False), texts, strict=True):
+            spans = zip(encoding.ids, encoding.offsets, strict=True)
+            found |= {text[start:end]: None for id, (start, end) in spans if id == self.hf.unk_token_id}
+            if len(found) >= count:
+                break
+        return list(found)[:count]
+
     def save(self, path: str) -> None:
         """Writes the files that `AutoTokenizer.from_pretrained(path)` loads."""
         # These say how this process loaded the tokenizer, and would be saved with it.
