@@ -275,7 +275,8 @@ def _check_unknown_tokens(
     if fraction > max_fraction:
         raise UserError(
             f"data.max_unknown_fraction={max_fraction}: {fraction:.1%} of the evaluation sequences' tokens are unknown "
-            f"to the tokenizer {tokenizer.name!r}, such as {examples}; choose a tokenizer for the language, or train one"
+            f"to the tokenizer {tokenizer.name!r}, such as {examples}; choose a tokenizer for the language, or train "
+            "one"
         )
     logging.warning(
         "%.1f %% of the evaluation sequences' tokens are unknown to the tokenizer %s, such as %s",
