@@ -209,6 +209,33 @@ def test_columns_of_mixed_types_of_a_named_dataset(tmp_path):
     assert read(open_source(dataset_name=str(tmp_path))) == ['a "b"', None, None]
 
 
+@pytest.mark.parametrize(
+    ("lines", "expected"),
+    [
+        # Another column is null first and a string later; a struct gains a field; a list is empty first.
+        (['{"text":"a","x":null}', '{"text":"b","x":"s"}'], ["a", "b"]),
+        (['{"text":"a","x":{"y":1}}', '{"text":"b","x":{"y":1,"z":2}}'], ["a", "b"]),
+        (['{"text":"a","x":[]}', '{"text":"b","x":["s"]}'], ["a", "b"]),
+        # One value of the text column is a number.
+        (['{"text":"A \\"quoted\\" sentence."}', '{"text":42}', '{"text":"42"}'], ['A "quoted" sentence.', None, "42"]),
+    ],
+)
+def test_json_of_a_directory_may_change_its_columns(tmp_path, lines, expected, monkeypatch):
+    monkeypatch.setattr("mlm.data.sources.files._BLOCK_BYTES", 1)  # Each line is a block.
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    source = open_source(dataset_name=str(tmp_path))
+    assert source.name == str(tmp_path)
+    for start in range(len(expected) + 1):
+        assert read(source, start_row=start) == expected[start:]
+
+
+def test_options_in_the_readme_of_a_directory_are_used(tmp_path):
+    (tmp_path / "a.csv").write_text("text;n\none, two;1\n")
+    options = "configs:\n- config_name: default\n  data_files: a.csv\n  sep: ';'\n"
+    (tmp_path / "README.md").write_text(f"---\n{options}---\n")
+    assert read(open_source(dataset_name=str(tmp_path))) == ["one, two"]
+
+
 def test_docstrings_are_read_without_a_network():
     source = open_source(dataset_name="docstrings")
     assert source.name == "docstrings"

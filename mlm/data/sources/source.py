@@ -258,6 +258,11 @@ def _open_named(
             except retry.RetriesExhaustedError as exhausted:
                 reason = one_line(exhausted)
             raise UserError(f"data.dataset_name={name!r}: cannot be opened ({reason}); check the name") from None
+    shown_name = f"{name}, {config}" if config else name
+    if not remote and (paths := _plain_files(name, config=config, split=split, cache_dir=cache_dir)):
+        return dataclasses.replace(
+            _open_files(paths, text_column=text_column, retry_policy=retry_policy), name=shown_name
+        )
     num_shards = dataset.num_shards
 
     def columns(shard: int) -> Iterator[pa.ChunkedArray]:
@@ -268,13 +273,38 @@ def _open_named(
             yield table.column(text_column)
 
     return Source(
-        name=f"{name}, {config}" if config else name,
+        name=shown_name,
         text_column=text_column,
         num_shards=num_shards,
         columns=lambda shard, row: files.skip_rows(columns(shard), row),
         shard_name=lambda shard: f"{name!r} (shard {shard} of {num_shards})",
         retry_policy=retry_policy if remote else None,
     )
+
+
+def _plain_files(directory: str, *, config: str | None, split: str, cache_dir: str | None) -> tuple[str, ...]:
+    """Returns the JSON, CSV or text files of a split of a directory, if files.py reads them as `datasets` would.
+
+    `datasets` itself casts every chunk of a file to the columns of the first one: a column that is null first and text
+    later ends the run, and values of several types change the texts beside them. files.py reads one column only.
+
+    Returns:
+        The paths; () if the files have another format, several formats, or options in the directory's README.md.
+    """
+    if _is_saved_to_disk(directory):
+        return ()
+    builder = datasets.load_dataset_builder(directory, config or None, cache_dir=cache_dir or None)
+    if builder.name not in ("json", "csv", "text"):
+        return ()
+    own = {"name", "version", "data_dir", "data_files", "description", "features"}
+    defaults = vars(type(builder.config)())
+    if any(value != defaults.get(field) for field, value in vars(builder.config).items() if field not in own):
+        return ()
+    paths = tuple(map(str, builder.config.data_files[split]))
+    try:
+        return paths if len({files.file_format(path) for path in paths}) == 1 else ()
+    except UserError:  # an archive, for example
+        return ()
 
 
 def _is_saved_to_disk(name: str) -> bool:
