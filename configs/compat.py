@@ -15,6 +15,7 @@ from typing import Any
 ADDED_KEYS: dict[str, Any] = {
     # One line per key.
     "data.max_unknown_fraction": 1.0,
+    "data.accept_changed_files": False,
 }
 # old key -> new key.
 RENAMED_KEYS: dict[str, str] = {}

@@ -86,6 +86,9 @@ def get_config() -> ConfigDict:
     # Fraction of unknown tokens in the evaluation sequences above which the run stops before training, because the
     # tokenizer does not know the language. A warning is logged above 0.05.
     data.max_unknown_fraction = 0.5
+    # True: resume with a warning although the text at the checkpoint's data position has changed, as after a file was
+    # edited. False: that is an error.
+    data.accept_changed_files = False
     # Batches prepared in advance by a background thread. 4 cover short pauses of the input, as when a shard is opened.
     data.prefetch_batches = 4
     # Directory for downloads of `datasets` and `transformers`. None: their own default, ~/.cache/huggingface.

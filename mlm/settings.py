@@ -69,6 +69,7 @@ MUTABLE_KEYS: tuple[str, ...] = (
     "data.network_timeout_seconds",
     "data.max_failed_shards",
     "data.max_unknown_fraction",
+    "data.accept_changed_files",
     "data.prefetch_batches",
     "data.cache_dir",
     # Both backends give the same ids; this is verified on the first documents.
@@ -143,6 +144,7 @@ class DataSettings:
     network_timeout_seconds: float
     max_failed_shards: int
     max_unknown_fraction: float
+    accept_changed_files: bool
     prefetch_batches: int
     cache_dir: str | None
 

@@ -214,6 +214,7 @@ def test_the_format_of_the_state():
                 "row": 0,
                 "window_index": 0,
                 "window_end": [1, 0],
+                "window_hash": "6f6fdcdd669bf754",
                 "document": 6,
                 "unit": 9,
                 "units_used": 12,

@@ -7,6 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from absl import logging
 
 from mlm.data import packing, reader, shard_assignment, stream
 from mlm.data.sources import docstrings
@@ -182,11 +183,45 @@ def test_a_state_of_another_order_is_refused(change, message):
 
 @pytest.mark.parametrize("how", PACKINGS)
 def test_data_that_changed_since_the_checkpoint_is_an_error(how):
-    rows = rows_of(memory_source([["a\nb\nc\nd\ne\nf" + "g" * 99] * 9]), packing=how, batch_rows=3)
+    text = "a\nb\nc\nd\ne\nf" + "g" * 99
+    rows = rows_of(memory_source([[text] * 9]), packing=how, batch_rows=3)
     take(rows, 4)
-    for changed in (["a"], [" "], []):
-        with pytest.raises(UserError, match="dataset 'memory' has changed since"):
+    for changed in (["a"], [" "], [text] * 6 + ["inserted"] + [text] * 3):
+        with pytest.raises(
+            UserError, match=r"^data\.accept_changed_files=False: .* changed after the checkpoint was saved"
+        ):
             next(resumed(memory_source([changed]), saved(rows), packing=how, batch_rows=3))
+    with pytest.raises(UserError, match="dataset 'memory' has changed since"):
+        next(resumed(memory_source([[]]), saved(rows), packing=how, batch_rows=3))
+
+
+@pytest.mark.parametrize("process_count", [1, 2])
+def test_a_file_that_was_edited_after_the_checkpoint(tmp_path, process_count, monkeypatch):
+    path = tmp_path / "a.txt"
+    path.write_text("\n".join(words(60)))
+    source = open_source(data_files=str(path))
+    rows = rows_of(source)
+    take(rows, 3)
+    state = saved(rows)
+
+    def resume(**options):  # On one process, or reassigned to two.
+        continued = rows_of(source, process_count=process_count, **options)
+        continued.restore([state])
+        return continued
+
+    if process_count == 1:
+        assert take(resume(), 5) == take(rows, 5)
+    path.write_text("\n".join([*words(300, start=1000), *words(60)]))
+    with pytest.raises(UserError, match=r"^data\.accept_changed_files=False: '.*a\.txt' changed after the checkpoint"):
+        next(resume())
+    warnings = []
+    monkeypatch.setattr(logging, "warning", lambda message, *values: warnings.append(message % values))
+    assert len(take(resume(accept_changed_files=True), 40)) == 40
+    assert warnings == [f"{str(path)!r} changed after the checkpoint was saved; the run continues with the new text"]
+    # The position of a version without hashes is used as it is.
+    del state["window_hash"]
+    if process_count == 1:
+        next(resume())
 
 
 def test_batches_are_int32_and_contiguous():

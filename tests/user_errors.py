@@ -62,7 +62,7 @@ COMMAND_LINE = [
     ),
     (
         (QUICKSTART, "--config.data=3"),
-        "--config.data: is a group of keys; set one of them: data.dataset_name, data.dataset_config_name, data.data_files, data.eval_data_files, data.mixture, data.split, data.text_column_name, data.max_seq_length, data.packing, data.shuffle_buffer_size, data.num_eval_samples, data.skip_steps, data.network_deadline_seconds, data.network_timeout_seconds, data.max_failed_shards, data.max_unknown_fraction, data.prefetch_batches, data.cache_dir",
+        "--config.data: is a group of keys; set one of them: data.dataset_name, data.dataset_config_name, data.data_files, data.eval_data_files, data.mixture, data.split, data.text_column_name, data.max_seq_length, data.packing, data.shuffle_buffer_size, data.num_eval_samples, data.skip_steps, data.network_deadline_seconds, data.network_timeout_seconds, data.max_failed_shards, data.max_unknown_fraction, data.accept_changed_files, data.prefetch_batches, data.cache_dir",
     ),
     (
         ("--config=configs/roberta_base.py:bert",),
@@ -746,6 +746,7 @@ ELSEWHERE = {
         "{}: is not a local directory, and {} cannot be reached ({}); check the network, or name local files": "tests/test_sources.py::test_an_unreachable_hub_is_an_error_within_seconds",
     },
     "mlm/data/stream.py": {
+        "data.accept_changed_files=False: {} changed after the checkpoint was saved; restore it, or set the key to True to continue with the new text": "tests/test_stream.py::test_a_file_that_was_edited_after_the_checkpoint",
         "cannot resume the data stream: the dataset {} has changed since the checkpoint was saved; restore it, or choose another --workdir": "tests/test_stream.py::test_data_that_changed_since_the_checkpoint_is_an_error",
         "cannot resume the data stream: {}={}, but the checkpoint was saved with {}; restore the old value, or choose another --workdir": "tests/test_stream.py::test_a_state_of_another_order_is_refused",
         "the dataset {}: has no documents to train on{} ({}); add data": "tests/test_stream.py::test_a_data_set_that_is_too_small_or_empty_is_an_error",

@@ -250,6 +250,7 @@ def open_text(
             "packing": data.packing,
             "shuffle_buffer_size": data.shuffle_buffer_size,
             "max_failed_shards": data.max_failed_shards,
+            "accept_changed_files": data.accept_changed_files,
         },
         skip_steps=data.skip_steps,
     )

@@ -52,7 +52,7 @@ class OpenWindow(NamedTuple):
     """A shuffle window some of whose documents are used.
 
     Its documents are the permuted ones at `offset`, `offset + stride`, ...; the first `document` of these are used,
-    and the first `unit` units of the next one (see packing.py).
+    and the first `unit` units of the next one (see packing.py). `hash` is that of all its documents.
     """
 
     window_index: int
@@ -60,6 +60,7 @@ class OpenWindow(NamedTuple):
     unit: int
     offset: int
     stride: int
+    hash: str | None = None
 
 
 class WorkItem(NamedTuple):
@@ -82,6 +83,7 @@ class Position:
         row: row of that slice's shard at which the window starts.
         window_index: number of windows of the work item before this one; part of the seed of its permutation.
         window_end: (slice_index, row) after the window, once it was read and its rows counted.
+        window_hash: hash of the window's documents, once it was read; None in states without it.
         document: index of the window's next document, in permuted order and without the skipped ones.
         unit: index of that document's next unit.
         units_used: number of units used since the work item started.
@@ -98,6 +100,7 @@ class Position:
     row: int = 0
     window_index: int = 0
     window_end: tuple[int, int] | None = None
+    window_hash: str | None = None
     document: int = 0
     unit: int = 0
     units_used: int = 0
@@ -115,7 +118,7 @@ class Position:
     @classmethod
     def from_json(cls, state: Mapping[str, Any]) -> "Position":
         """Returns the position in `state`, which may have other keys, too."""
-        fields = {field.name: state[field.name] for field in dataclasses.fields(cls)}
+        fields = {field.name: state[field.name] for field in dataclasses.fields(cls) if field.name in state}
         for name in ("window_subset", "window_end"):
             fields[name] = fields[name] and tuple(fields[name])
         if fields["slices"] is not None:
@@ -150,6 +153,7 @@ class Position:
             unit=window.unit,
             # Marks the rows of the window as counted. The value does not matter: nothing is read after an open window.
             window_end=(len(slices), 0),
+            window_hash=window.hash,
             documents_before_window=self.documents_before_window - window.document - (window.unit > 0),
         )
 
@@ -258,7 +262,7 @@ def _remaining_items(position: Position, slices: tuple[ShardSlice, ...]) -> list
     if position.window_end is not None:
         end, end_row = position.window_end
         subset = position.window_subset or (0, 1)
-        window = OpenWindow(position.window_index, position.document, position.unit, *subset)
+        window = OpenWindow(position.window_index, position.document, position.unit, *subset, hash=position.window_hash)
         of_window = _slices_from(slices, start, row)[: end - start + (end_row > 0)]
         items.append(WorkItem(position.epoch, of_window, window))
         start, row = end, end_row

@@ -13,12 +13,14 @@ epoch, only `_MAX_SHORT_EPOCHS` small ones in succession are an error.
 """
 
 import dataclasses
+import hashlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from absl import logging
 
 from mlm.data import packing as packing_lib
 from mlm.data import provenance
@@ -36,6 +38,9 @@ _CHUNK_BYTES = 2 << 20
 _UNSHUFFLED_WINDOW = 1024
 # Epochs in succession in which an assignment that changes with the epoch may be too small for one batch.
 _MAX_SHORT_EPOCHS = 16
+
+# Changed files named in an error.
+_MAX_NAMED_SHARDS = 3
 
 _EMPTY_CHUNK = packing_lib.PackedChunk(np.empty(0, np.int32), np.zeros(1, np.int64))
 
@@ -76,6 +81,7 @@ class RowStream:
         held_out: texts dropped wherever they occur.
         process_index, process_count: of the processes that divide the source.
         max_failed_shards: number of shards that may be skipped if the network fails, see reader.py.
+        accept_changed_files: True to resume although the documents of the window have changed.
 
     Raises:
         UserError: from `next`, if one epoch has no document or not enough rows for one batch.
@@ -95,6 +101,7 @@ class RowStream:
         process_index: int = 0,
         process_count: int = 1,
         max_failed_shards: int = 0,
+        accept_changed_files: bool = False,
     ):
         assert packing in PACKINGS, packing
         assert max_seq_length >= 3, max_seq_length
@@ -110,6 +117,7 @@ class RowStream:
         self._held_out = held_out.cast(pa.large_string()) if held_out is not None else None
         self._process_index = process_index
         self._process_count = process_count
+        self._accept_changed_files = accept_changed_files
         self.units_per_row = packing_lib.units_per_row(packing, max_seq_length=max_seq_length)
         self._short_epochs = 0
         self._failure_budget = reader_lib.ShardFailureBudget(max_failed_shards)
@@ -270,7 +278,7 @@ class RowStream:
             return
         self._chunk, self._chunk_unit = _EMPTY_CHUNK, 0
         if window is not None:
-            if self._chunk_start + (first_unit > 0) > len(window.order):
+            if self._chunk_start + (first_unit > 0) > len(window.order) and not self._accept_changed_files:
                 raise self._source_changed_error()
             self._start = dataclasses.replace(
                 self._start,
@@ -278,6 +286,7 @@ class RowStream:
                 row=window.end[1],
                 window_index=self._start.window_index + 1,
                 window_end=None,
+                window_hash=None,
                 document=0,
                 unit=0,
                 documents_before_window=self._start.documents_before_window + len(window.order),
@@ -299,10 +308,13 @@ class RowStream:
             failed_shards = self._start.failed_shards + reader.failed_shards
             reader.failed_shards = 0
             self._start = dataclasses.replace(self._start, slices=reader.slices, failed_shards=failed_shards)
-        if texts is None and was_read_before:
-            raise self._source_changed_error()
         if texts is None:
+            if was_read_before and not self._accept_changed_files:
+                raise self._source_changed_error()
             return None
+        window_hash = _hash(texts)
+        if self._start.window_hash not in (None, window_hash):
+            self._report_changed_documents()
         order = np.arange(len(texts))
         if self._is_shuffled:
             key = (self._seed, 1, self._start.epoch, self._start.window_index)
@@ -321,6 +333,7 @@ class RowStream:
                 skipped_documents=self._start.skipped_documents + skipped_documents,
                 held_out_documents=self._start.held_out_documents + num_held_out,
                 window_end=end,
+                window_hash=window_hash,
             )
         if self._start.window_subset is not None:
             offset, stride = self._start.window_subset
@@ -340,7 +353,9 @@ class RowStream:
         self._chunk_locations = window.locations[first:last]
         self._chunk_unit = first_unit
         if first_unit > len(self._chunk.data):
-            raise self._source_changed_error()
+            if not self._accept_changed_files:
+                raise self._source_changed_error()
+            self._chunk_unit = len(self._chunk.data)
 
     def _finish_item(self) -> None:
         """Moves to the next work item or epoch."""
@@ -382,8 +397,32 @@ class RowStream:
             process_count=process_count,
         )
 
+    def _report_changed_documents(self) -> None:
+        """Raises UserError, or logs a warning, because the window that was just read is not the saved one."""
+        shards = list(dict.fromkeys(self._reader.locations[:, 0].tolist()))
+        names = ", ".join(self._source.shard_name(shard) for shard in shards[:_MAX_NAMED_SHARDS])
+        if len(shards) > _MAX_NAMED_SHARDS:
+            names += f" or {len(shards) - _MAX_NAMED_SHARDS} more"
+        if self._accept_changed_files:
+            logging.warning("%s changed after the checkpoint was saved; the run continues with the new text", names)
+            return
+        raise UserError(
+            f"data.accept_changed_files=False: {names} changed after the checkpoint was saved; restore it, or set the "
+            "key to True to continue with the new text"
+        )
+
     def _source_changed_error(self) -> UserError:
         return UserError(
             f"cannot resume the data stream: the dataset {self._source.name!r} has changed since the checkpoint was "
             "saved; restore it, or choose another --workdir"
         )
+
+
+def _hash(texts: pa.LargeStringArray) -> str:
+    """Returns a hash of the texts and where each begins; null counts as empty."""
+    digest = hashlib.blake2b(reader_lib.num_bytes(texts).astype(np.int64).tobytes(), digest_size=8)
+    _, offsets, data = (present := texts.drop_null()).buffers()
+    if len(present) and data is not None:
+        ends = np.frombuffer(offsets, np.int64)[present.offset : present.offset + len(present) + 1]
+        digest.update(memoryview(data)[ends[0] : ends[-1]])
+    return digest.hexdigest()
