@@ -17,7 +17,6 @@ from mlm.data.tokenizer import Tokenizer, load_tokenizer
 from mlm.errors import UserError
 from mlm.models.config import EncoderConfig
 from mlm.models.hf import weights
-from mlm.run.checkpoint import Checkpointer, CorruptCheckpointError
 from mlm.run.workdir import WorkDir
 from mlm.settings import RunSettings
 
@@ -53,6 +52,9 @@ def load_checkpoint(settings: RunSettings, workdir: WorkDir, *, step: int | None
     Raises:
       UserError: such checkpoints do not exist or cannot be read.
     """
+    # Imported here: it imports Orbax, which takes half a second, and an exported model needs none.
+    from mlm.run.checkpoint import Checkpointer, CorruptCheckpointError
+
     if average < 1:
         raise UserError(f"--average={average}: must be at least 1")
     with Checkpointer(workdir.storage, keep_checkpoints=settings.checkpoint.keep_checkpoints) as checkpointer:

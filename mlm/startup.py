@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 from absl import logging
@@ -19,13 +19,16 @@ from mlm.evaluate import Evaluator
 from mlm.export import model_directory
 from mlm.export.hub import Hub
 from mlm.models.flops import flops_per_token
-from mlm.reporting.reporter import Reporter
 from mlm.reporting.summary import log_run_summary, warn_batch_size_changed
 from mlm.run.checkpoint import Checkpointer, CorruptCheckpointError
 from mlm.run.signals import Interrupt
 from mlm.run.workdir import KeyChanges, WorkDir
 from mlm.settings import RunSettings
 from mlm.steps import TrainState, init_state
+
+# Imported in _create_reporter.
+if TYPE_CHECKING:
+    from mlm.reporting.reporter import Reporter
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +57,7 @@ class Run:
     batches: Iterator[Batch]
     prefetcher: Prefetcher
     checkpointer: Checkpointer
-    reporter: Reporter
+    reporter: "Reporter"
     hub: Hub | None
 
 
@@ -220,7 +223,10 @@ def _create_reporter(
     components: Components,
     start_step: int,
     loop_state: dict[str, Any] | None,
-) -> Reporter:
+) -> "Reporter":
+    # Imported here, after all checks: CLU's writer imports TensorFlow, which takes seconds.
+    from mlm.reporting.reporter import Reporter
+
     length = settings.data.max_seq_length
     predictions = components.step_config.masking.max_predictions_per_seq(length)
     reporter = Reporter(

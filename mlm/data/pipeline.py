@@ -16,7 +16,6 @@ from mlm.data.sources.retry import RetryPolicy
 from mlm.data.sources.source import Source, open_source
 from mlm.data.stream import RowStream
 from mlm.data.tokenizer import Tokenizer, load_tokenizer
-from mlm.data.train_tokenizer import train_tokenizer as train_on_texts
 from mlm.errors import UserError
 from mlm.settings import DataSettings, MixtureEntry, RunSettings, TokenizerSettings, resolve_algorithm
 
@@ -191,6 +190,9 @@ def train_tokenizer(
     options: TokenizerSettings, text_sources: tuple[TextSource, ...], *, max_seq_length: int, model_type: str
 ) -> Tokenizer:
     """Trains a tokenizer for a model family on the first documents of the sources."""
+    # Imported here: it imports transformers, which takes a second.
+    from mlm.data.train_tokenizer import train_tokenizer as train_on_texts
+
     algorithm = resolve_algorithm(options.algorithm, model_type=model_type)
     names = ", ".join(source.train.name for source in text_sources)
     logging.info(

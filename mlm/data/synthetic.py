@@ -5,7 +5,6 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 import pyarrow as pa
 import tokenizers
-import transformers
 
 from mlm.data.provenance import DocumentSpan
 from mlm.data.shard_assignment import ShardSlice
@@ -29,6 +28,9 @@ SOURCE = Source(
 
 def tokenizer(*, vocab_size: int, max_seq_length: int) -> Tokenizer:
     """Returns a tokenizer with RoBERTa's special tokens and one word for every other id."""
+    # Imported here: it takes a second, and other datasets do not need this tokenizer.
+    import transformers
+
     words = [*_SPECIAL, *(f"w{number}" for number in range(len(_SPECIAL), vocab_size))]
     model = tokenizers.models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>")
     backend = tokenizers.Tokenizer(model)

@@ -5,15 +5,19 @@ import json
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 import tokenizers
-import transformers
 from absl import logging
 
 from mlm.data.sources.source import is_local_path, require_hub
 from mlm.errors import UserError, one_line
+
+# Imported where a tokenizer is loaded: it takes a second, which errors found before that need not wait for.
+if TYPE_CHECKING:
+    import transformers
 
 # Every directory with a tokenizer has one of these files.
 _VOCABULARY_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "sentencepiece.bpe.model")
@@ -47,7 +51,7 @@ class Tokenizer:
         unused_ids: ids below num_ids that no token has, sorted.
     """
 
-    def __init__(self, hf: transformers.PreTrainedTokenizerFast, *, name: str, backend: str = "auto"):
+    def __init__(self, hf: "transformers.PreTrainedTokenizerFast", *, name: str, backend: str = "auto"):
         self.hf = hf
         self.name = name
         self.mask_id: int = self._required_id("mask", hf.mask_token_id)
@@ -162,6 +166,8 @@ def load_tokenizer(tokenizer_name: str, *, cache_dir: str | None = None, backend
     is_directory = os.path.isdir(tokenizer_name)
     if not is_directory and is_local_path(tokenizer_name):
         raise UserError(f"the tokenizer {tokenizer_name!r}: there is no such directory; check tokenizer.tokenizer_name")
+    import transformers  # Imported here: see the top.
+
     options = {"cache_dir": cache_dir or None, "use_fast": True}
     try:
         # A local or cached tokenizer needs no network.
@@ -189,6 +195,8 @@ def read_vocabulary(directory: str) -> dict[str, int] | None:
     """Returns token -> id of the tokenizer in a directory, or None if there is no tokenizer."""
     if not any(os.path.isfile(os.path.join(directory, name)) for name in _VOCABULARY_FILES):
         return None
+    import transformers  # Imported here: see the top.
+
     try:
         return transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True).get_vocab()
     except (OSError, ValueError) as error:

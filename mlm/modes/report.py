@@ -10,9 +10,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 from absl import logging
-from plotly.offline import get_plotlyjs
 
 from mlm.errors import UserError
 from mlm.reporting.curves import read_metrics
@@ -69,6 +67,9 @@ def run(
         raise UserError("--workdir: the same run is given twice; give each run once")
     names = _short_names(paths)
     runs = [read_run(each, name) for each, name in zip(workdirs, names, strict=True)]
+    # Imported here: an error above need not wait for it.
+    from plotly.offline import get_plotlyjs
+
     page = {"panels": _panels(runs), "runs": runs, "keys": _differing_keys(runs, defaults)}
     with open(os.path.join(os.path.dirname(__file__), "report.html"), encoding="utf-8") as file:
         html = file.read()
@@ -127,6 +128,8 @@ def _axes(lines: list[dict[str, Any]], steps: list[int]) -> dict[str, Sequence[f
 
 def _interpolate(lines: list[dict[str, Any]], metric: str, steps: list[int]) -> list[float]:
     """Interpolates linearly from 0 at step 0; after the last line that has the metric, at the rate before it."""
+    import numpy as np  # Imported here: errors in the command and in the files are found before.
+
     x, y = np.array([(0, 0.0), *((line["step"], line[metric]) for line in lines if metric in line)]).T
     rate = (y[-1] - y[-2]) / (x[-1] - x[-2]) if len(x) > 1 else 0.0
     beyond = np.maximum(np.array(steps) - x[-1], 0)

@@ -18,7 +18,6 @@ from mlm.data.pipeline import TextPipeline
 from mlm.data.tokenizer import Tokenizer
 from mlm.errors import UserError
 from mlm.masking import MaskedBatch, mask_tokens
-from mlm.run.checkpoint import Checkpointer
 from mlm.run.workdir import KeyChanges, WorkDir
 from mlm.settings import RunSettings
 
@@ -95,6 +94,9 @@ def replay(
     key_changes: KeyChanges | None = None,
 ) -> StepData:
     """Recomputes the batch of a process in a step; arguments and errors as in `run`."""
+    # Imported here: it imports Orbax, which takes half a second, and --mode=check uses decode_masked alone.
+    from mlm.run.checkpoint import Checkpointer
+
     workdir = WorkDir(workdir_path, key_changes=key_changes)
     last_topology = workdir.last_topology()
     if last_topology is None:

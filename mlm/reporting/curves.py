@@ -4,8 +4,6 @@ import json
 import os
 from typing import Any
 
-import matplotlib.figure
-
 from mlm.errors import UserError
 
 
@@ -31,6 +29,9 @@ def read_metrics(path: str) -> list[dict[str, Any]]:
 
 def draw_curves(metrics_path: str, picture_path: str, *, title: str) -> None:
     """Draws loss, accuracy, learning rate and throughput over steps as a PNG."""
+    # Imported here: it takes half a second, and only an export draws.
+    import matplotlib.figure
+
     lines = read_metrics(metrics_path)
     figure = matplotlib.figure.Figure(figsize=(10, 7), layout="constrained")
     axes = figure.subplots(2, 2, sharex=True)

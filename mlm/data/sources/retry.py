@@ -28,7 +28,6 @@ import threading
 import time
 
 import aiohttp
-import datasets
 import huggingface_hub
 from absl import logging
 from huggingface_hub.utils import httpx
@@ -272,6 +271,9 @@ _hub_lock = threading.Lock()
 
 def configure_hub_retries(retry_policy: RetryPolicy) -> None:
     """Makes all reads of this process from the Hugging Face hub follow a retry policy, but not its uploads."""
+    # Imported here: it takes a second, and most runs read no dataset from the hub.
+    import datasets
+
     with _hub_lock:
         home = httpx.URL(huggingface_hub.constants.ENDPOINT).netloc.decode("ascii")
         event_hooks = huggingface_hub.get_session().event_hooks

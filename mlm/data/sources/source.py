@@ -16,15 +16,17 @@ import urllib.error
 import urllib.request
 import zlib
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
-import datasets
-import datasets.exceptions
 import huggingface_hub
 import pyarrow as pa
 from absl import logging
 
 from mlm.data.sources import docstrings, files, retry
 from mlm.errors import UserError, one_line
+
+if TYPE_CHECKING:
+    import datasets
 
 _HUB_TIMEOUT_SECONDS = 10.0
 _MAX_HUB_TRIES = 3
@@ -39,7 +41,6 @@ _READ_ERRORS = (
     EOFError,
     zlib.error,
     lzma.LZMAError,
-    datasets.exceptions.DatasetsError,
     *retry.CLIENT_ERRORS,
 )
 
@@ -63,6 +64,7 @@ class Source:
         columns: (shard, first row) -> the arrays of the column from that row on, of any type.
         shard_name: shard -> its name, for messages.
         retry_policy: for shards that are read over a network; None for local ones.
+        read_errors: what `columns` raises besides _READ_ERRORS.
         blank_rows_are_separators: True if blank rows only separate documents, as blank lines of a text file do; False
             if a blank row is a document without text, which is counted as skipped.
     """
@@ -73,6 +75,7 @@ class Source:
     columns: Callable[[int, int], Iterator[pa.Array | pa.ChunkedArray]]
     shard_name: Callable[[int], str]
     retry_policy: retry.RetryPolicy | None = None
+    read_errors: tuple[type[Exception], ...] = ()
     blank_rows_are_separators: bool = False
 
     def read(self, shard: int, *, start_row: int = 0) -> Iterator[pa.LargeStringArray]:
@@ -95,7 +98,7 @@ class Source:
         while True:
             try:
                 column = next(columns, None)
-            except _READ_ERRORS as error:
+            except (*_READ_ERRORS, *self.read_errors) as error:
                 if self.retry_policy is None or retry.classify_error(error) is retry.Failure.PERMANENT:
                     raise UserError(f"cannot read {shard_name}: {one_line(error)}; fix it or remove it") from None
                 try:
@@ -137,7 +140,6 @@ def open_source(
     Raises:
         UserError: the documents do not exist, cannot be read, have no such column or no rows.
     """
-    _silence_datasets()
     retry_policy = retry_policy or retry.RetryPolicy()
     if data_files is not None:
         patterns = (data_files,) if isinstance(data_files, str) else tuple(data_files)
@@ -230,6 +232,11 @@ def _open_named(
     cache_dir: str | None,
     retry_policy: retry.RetryPolicy,
 ) -> Source:
+    # Imported here: it takes a second, and files and docstrings do not need it.
+    import datasets
+    import datasets.exceptions
+
+    _silence_datasets()
     remote = not os.path.isdir(name)
     if remote:
         if is_local_path(name):
@@ -249,7 +256,7 @@ def _open_named(
             if dataset.info.builder_name == "parquet" and text_column in (dataset.features or ()):
                 dataset = load(columns=[text_column])  # Other columns are not read.
             break
-        except (*_READ_ERRORS, RuntimeError) as error:
+        except (*_READ_ERRORS, datasets.exceptions.DatasetsError, RuntimeError) as error:
             reason = one_line(error)
             try:
                 if remote and retry.classify_error(error) is retry.Failure.TRANSIENT:
@@ -279,6 +286,7 @@ def _open_named(
         columns=lambda shard, row: files.skip_rows(columns(shard), row),
         shard_name=lambda shard: f"{name!r} (shard {shard} of {num_shards})",
         retry_policy=retry_policy if remote else None,
+        read_errors=(datasets.exceptions.DatasetsError,),
     )
 
 
@@ -293,6 +301,8 @@ def _plain_files(directory: str, *, config: str | None, split: str, cache_dir: s
     """
     if _is_saved_to_disk(directory):
         return ()
+    import datasets  # Imported here: see _open_named.
+
     builder = datasets.load_dataset_builder(directory, config or None, cache_dir=cache_dir or None)
     if builder.name not in ("json", "csv", "text"):
         return ()
@@ -312,8 +322,10 @@ def _is_saved_to_disk(name: str) -> bool:
     return any(os.path.isfile(os.path.join(name, file)) for file in ("state.json", "dataset_dict.json"))
 
 
-def _load_from_disk(directory: str, *, split: str) -> datasets.IterableDataset:
+def _load_from_disk(directory: str, *, split: str) -> "datasets.IterableDataset":
     """Returns a dataset written by `save_to_disk()`, with a shard for each of its files."""
+    import datasets  # Imported here: see _open_named.
+
     found = datasets.load_from_disk(directory)
     if isinstance(found, datasets.DatasetDict):
         if split not in found:
@@ -399,6 +411,8 @@ def require_hub(what: str) -> None:
 
 def _silence_datasets() -> None:
     """Disables progress bars, and log lines about errors that become a UserError here."""
+    import datasets  # Imported here: see _open_named.
+
     datasets.disable_progress_bars()
     datasets.utils.logging.set_verbosity(std_logging.CRITICAL)
     huggingface_hub.utils.disable_progress_bars()
