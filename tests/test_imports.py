@@ -1,0 +1,63 @@
+"""What each mode imports before its own work: every package below takes a noticeable part of a second."""
+
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+SLOW = {
+    "IPython", "PIL", "aiohttp", "awkward", "clu", "datasets", "etils", "flax", "fsspec", "gcsfs", "gigatoken",
+    "google", "h5py", "huggingface_hub", "jax", "keras", "matplotlib", "numpy", "optax", "orbax", "pandas", "plotly",
+    "pyarrow", "safetensors", "scipy", "sentencepiece", "sklearn", "tensorboard", "tensorflow", "tensorstore",
+    "tokenizers", "torch", "transformers",
+}  # fmt: skip
+MODEL = {"etils", "flax", "jax", "numpy", "optax", "safetensors"}
+TEXT = {"aiohttp", "fsspec", "huggingface_hub", "pyarrow", "tokenizers"}
+# google.protobuf is imported by Orbax. CLU's parameter overview does not import TensorFlow.
+RUN = {"clu", "google", "orbax", "tensorstore"}
+
+
+@pytest.mark.parametrize(
+    ("modules", "packages"),
+    [
+        ("main", set()),
+        ("mlm.modes.explain", set()),
+        ("mlm.modes.report", set()),
+        ("mlm.modes.fill_mask", MODEL | TEXT),
+        ("mlm.modes.export", MODEL | TEXT),
+        ("mlm.modes.show_data", MODEL | TEXT),
+        ("mlm.modes.check", MODEL | TEXT),
+        ("mlm.modes.train_tokenizer", MODEL | TEXT),
+        ("mlm.modes.benchmark", MODEL | TEXT | RUN),
+        # mlm/modes/train.py imports mlm/train.py after it has set up jax.distributed.
+        ("mlm.modes.train, mlm.train", MODEL | TEXT | RUN),
+    ],
+)
+def test_modes_import_what_they_need(modules, packages):
+    code = f"import sys, main, {modules}; print(*{{name.split('.')[0] for name in sys.modules}})"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert set(result.stdout.split()) & SLOW == packages
+
+
+def test_training_checks_everything_before_it_imports_tensorflow(tmp_path):
+    """The last check of `build.build` is that of the sentences to predict."""
+    code = f"""
+import pathlib
+import sys
+from mlm.errors import UserError
+from mlm.train import train_and_evaluate
+from tests.tiny import tiny_settings, write_corpus
+settings = tiny_settings(write_corpus(pathlib.Path({str(tmp_path)!r})))
+settings = settings.replace({{"report.sentences": ("a cat " * 99 + "<mask>",)}})
+try:
+    train_and_evaluate(settings, {str(tmp_path / "run")!r})
+except UserError as error:
+    print(error)
+print(*{{"clu.metric_writers", "datasets", "matplotlib", "tensorflow"}} & {{*sys.modules}})
+"""
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    message, imported = result.stdout.splitlines()
+    assert message.startswith("sentence ")
+    assert imported == ""
