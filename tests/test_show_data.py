@@ -15,6 +15,7 @@ from mlm.errors import UserError
 from mlm.masking import mask_tokens
 from mlm.modes import show_data
 from mlm.reporting import reporter
+from mlm.run.checkpoint import Checkpointer
 from mlm.run.workdir import WorkDir
 from mlm.train import train_and_evaluate
 from tests.tiny import settings_of, tiny_config, write_corpus
@@ -119,9 +120,9 @@ def test_a_run_of_two_processes_that_resumed_with_three(run, tmp_path, monkeypat
     make(three, 5, 6)
     checkpoints[6] = json.loads(json.dumps([stream.state_dict() for stream in three]))
     make(three, 7, 8)
-    monkeypatch.setattr(show_data.Checkpointer, "streams", lambda self, step: checkpoints[step])
+    monkeypatch.setattr(Checkpointer, "streams", lambda self, step: checkpoints[step])
     for kept in ([6], [4, 6]):
-        monkeypatch.setattr(show_data.Checkpointer, "steps", lambda self, kept=kept: kept)
+        monkeypatch.setattr(Checkpointer, "steps", lambda self, kept=kept: kept)
         for step, process in [(2, 1), (4, 0), (5, 2), (6, 0), (8, 1)] if len(kept) == 1 else [(3, 0), (5, 1)]:
             rows = used[step, process]
             data = show_data.replay(settings_of(config), str(tmp_path), step=step, process_index=process)
