@@ -239,6 +239,7 @@ def _create_reporter(
         restored=loop_state,
         step=start_step,
         pad_id=None if settings.data.packing in CONCATENATING else components.tokenizer.pad_id,
+        unknown_id=components.tokenizer.unknown_id,
     )
     if start_step == 0:
         reporter.write_config(settings.flat())

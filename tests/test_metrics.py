@@ -18,7 +18,7 @@ def add_step(accumulator, *, skipped=False, seconds=1.0):
 
 
 def test_scalars_are_means_over_the_steps_of_the_interval():
-    accumulator = MetricsAccumulator(vocab_size=4, num_processes=2, pad_id=3, peak_tokens_per_second=12.0)
+    accumulator = MetricsAccumulator(vocab_size=4, num_processes=2, pad_id=3, unknown_id=1, peak_tokens_per_second=12.0)
     add_step(accumulator)
     accumulator.start_interval()
     add_step(accumulator, seconds=2.0)
@@ -35,6 +35,7 @@ def test_scalars_are_means_over_the_steps_of_the_interval():
         "data/tokens": 18,
         "data/epoch": 0,
         "data/padding_fraction": 1 / 3,
+        "data/unknown_fraction": 1.0,
         "data/documents": 5,
         "perf/hours": 8 / 3600,
         "perf/tokens_per_second": 3.0,

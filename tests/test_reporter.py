@@ -11,6 +11,8 @@ import matplotlib.figure
 import numpy as np
 import pytest
 from clu import metric_writers
+from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
+from tensorboard.util import tensor_util
 
 from mlm import parallel
 from mlm.data.prefetch import Batch
@@ -21,7 +23,7 @@ from mlm.reporting import writers
 from mlm.reporting.curves import draw_curves, read_metrics
 from mlm.reporting.progress import duration
 from mlm.reporting.reporter import Reporter
-from mlm.reporting.writers import JsonLinesWriter
+from mlm.reporting.writers import JsonLinesWriter, create_writer
 from mlm.run.workdir import WorkDir
 from mlm.settings import ProfileSettings
 from mlm.steps import TrainMetrics
@@ -51,6 +53,38 @@ def test_metrics_jsonl_has_one_line_per_step(path):
         {"step": 4, "a": 1, "b": 0.25},
         {"step": 6, "a": 0},
     ]
+
+
+def test_metrics_jsonl_is_strict_json(path):
+    writer = JsonLinesWriter(path, last_step=0)
+    writer.write_scalars(2, {"a": float("nan"), "b": np.float32("inf"), "c": 1.5})
+    writer.flush()
+    # The line is read again after a restart, and written again with more scalars.
+    writer = JsonLinesWriter(path, last_step=2)
+    writer.write_scalars(2, {"d": -np.inf})
+    writer.close()
+
+    def refuse(constant):
+        raise AssertionError(constant)
+
+    with open(path, encoding="utf-8") as file:
+        lines = [json.loads(line, parse_constant=refuse) for line in file]
+    assert lines == [{"step": 2, "a": None, "b": None, "c": 1.5, "d": None}]
+    draw_curves(path, path + ".png", title="A line without a number")
+
+
+def test_tensorboard_shows_every_step_once_after_a_restart(tmp_path):
+    workdir = WorkDir(str(tmp_path))
+    for last_step, steps in ((0, range(2, 15, 2)), (6, range(8, 15, 2)), (12, range(14, 17, 2))):
+        writer = create_writer(workdir, last_step=last_step)
+        for step in steps:
+            writer.write_scalars(step, {"train/loss": float(100 * last_step + step)})
+        writer.close()
+    events = EventAccumulator(str(tmp_path), size_guidance={"tensors": 0}).Reload()
+    shown = [
+        (event.step, tensor_util.make_ndarray(event.tensor_proto).item()) for event in events.Tensors("train/loss")
+    ]
+    assert shown == [(2, 2), (4, 4), (6, 6), (8, 608), (10, 610), (12, 612), (14, 1214), (16, 1216)]
 
 
 def write_lines(path, steps, rest=""):

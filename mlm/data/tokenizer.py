@@ -48,6 +48,7 @@ class Tokenizer:
         bos_id, eos_id: the ids at the begin and end of a document ([CLS] and [SEP] in BERT).
         pad_id, mask_id: the ids of the padding and mask tokens.
         special_ids: all special ids, sorted.
+        unknown_id: the id of the unknown token; None if text never has it, as with byte-level BPE.
         unused_ids: ids below num_ids that no token has, sorted.
     """
 
@@ -71,6 +72,8 @@ class Tokenizer:
         self._structural_ids = np.array([id for id in self.special_ids if id != hf.unk_token_id], np.int32)
 
         model = json.loads(hf.backend_tokenizer.to_str())
+        has_unknown = any(model["model"].get(key) is not None for key in ("unk_token", "unk_id"))
+        self.unknown_id: int | None = hf.unk_token_id if has_unknown else None
         self._reference = _text_only(hf.backend_tokenizer)
         self._gigatoken = None if backend == "tokenizers" else _gigatoken(model)
         self._checked = False
@@ -135,15 +138,17 @@ class Tokenizer:
 
     def unknown_fraction(self, ids: np.ndarray) -> float:
         """Returns the fraction of unknown tokens among those that represent text; 0 without any."""
+        if self.unknown_id is None:
+            return 0.0
         is_text = np.isin(ids, self._structural_ids, invert=True)
-        return float(np.sum(ids == self.hf.unk_token_id) / max(1, np.sum(is_text)))
+        return float(np.sum(ids == self.unknown_id) / max(1, np.sum(is_text)))
 
     def unknown_words(self, texts: Sequence[str], *, count: int = 3) -> list[str]:
         """Returns up to `count` distinct parts of the texts that have no token but the unknown one."""
         found: dict[str, None] = {}
         for encoding, text in zip(self._reference.encode_batch(texts, add_special_tokens=False), texts, strict=True):
             spans = zip(encoding.ids, encoding.offsets, strict=True)
-            found |= {text[start:end]: None for id, (start, end) in spans if id == self.hf.unk_token_id}
+            found |= {text[start:end]: None for id, (start, end) in spans if id == self.unknown_id}
             if len(found) >= count:
                 break
         return list(found)[:count]

@@ -113,5 +113,5 @@ def _eval_metrics(workdir: WorkDir, step: int) -> dict[str, float]:
     """Returns the metrics of the evaluation after `step`; empty without an evaluation."""
     for line in read_metrics(workdir.metrics):
         if line["step"] == step:
-            return {name: value for name, value in line.items() if name.startswith("eval/")}
+            return {name: value for name, value in line.items() if name.startswith("eval/") and value is not None}
     return {}

@@ -8,7 +8,7 @@ from mlm.errors import UserError
 
 
 def read_metrics(path: str) -> list[dict[str, Any]]:
-    """Reads `metrics.jsonl`, without a last line that a crash has cut off.
+    """Reads `metrics.jsonl`, without a last line that a crash has cut off. None stands for NaN and infinity.
 
     Raises:
       UserError: another line is not JSON.
@@ -37,7 +37,7 @@ def draw_curves(metrics_path: str, picture_path: str, *, title: str) -> None:
     axes = figure.subplots(2, 2, sharex=True)
 
     def plot(axis: Any, name: str, label: str, *, scale: float = 1.0, **style: Any) -> None:
-        points = [(line["step"], line[name] * scale) for line in lines if name in line]
+        points = [(line["step"], line[name] * scale) for line in lines if line.get(name) is not None]
         if points:
             axis.plot(*zip(*points, strict=True), label=label, **style)
 

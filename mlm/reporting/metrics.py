@@ -1,6 +1,7 @@
 """Sums of metrics and timings over steps, and the scalars logged from them. Uses no devices, files or clocks."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -27,6 +28,7 @@ class Interval:
     steps: int = 0
     tokens: int = 0
     padding: int = 0
+    unknown: int = 0
     seconds: float = 0.0
     part_seconds: dict[str, float] = dataclasses.field(
         default_factory=lambda: {"input_wait": 0.0, "transfer": 0.0, "device": 0.0}
@@ -52,6 +54,7 @@ class MetricsAccumulator:
         vocab_size: int,
         num_processes: int = 1,
         pad_id: int | None = None,
+        unknown_id: int | None = None,
         peak_tokens_per_second: float | None = None,
         state: Mapping[str, Any] | None = None,
     ):
@@ -61,6 +64,8 @@ class MetricsAccumulator:
           vocab_size: number of token ids.
           num_processes: processes of the run, each with as many tokens per step as this one.
           pad_id: the padding id, to log the fraction of padding; None if sequences are never padded.
+          unknown_id: the id of the unknown token, to log its fraction of the tokens that are no padding; None if there
+            is none.
           peak_tokens_per_second: rate of all devices at 100 % utilization; None if unknown.
           state: JSON state.
         """
@@ -74,6 +79,7 @@ class MetricsAccumulator:
         self.eval_loss: float | None = state.get("eval_loss")
         self._num_processes = num_processes
         self._pad_id = pad_id
+        self._unknown_id = unknown_id
         self._peak_tokens_per_second = peak_tokens_per_second
         self._newest: tuple[TrainMetrics, Batch] | None = None
 
@@ -86,7 +92,7 @@ class MetricsAccumulator:
             "seconds": self.seconds,
             "skipped_steps": self.skipped_steps,
             "consecutive_skipped_steps": self.consecutive_skipped_steps,
-            "eval_loss": self.eval_loss,
+            "eval_loss": self.eval_loss if self.eval_loss is not None and math.isfinite(self.eval_loss) else None,
         }
 
     def add_step(self, metrics: TrainMetrics, batch: Batch) -> None:
@@ -108,6 +114,8 @@ class MetricsAccumulator:
         interval.steps += 1
         if self._pad_id is not None:
             interval.padding += int(counts_V[self._pad_id]) * self._num_processes
+        if self._unknown_id is not None:
+            interval.unknown += int(counts_V[self._unknown_id]) * self._num_processes
         self._newest = metrics, batch
 
     def add_seconds(self, seconds: float) -> None:
@@ -148,6 +156,8 @@ class MetricsAccumulator:
             scalars["train/grad_norm"] = float(metrics.grad_norm)
         if self._pad_id is not None:
             scalars["data/padding_fraction"] = interval.padding / max(interval.tokens, 1)
+        if self._unknown_id is not None:
+            scalars["data/unknown_fraction"] = interval.unknown / max(interval.tokens - interval.padding, 1)
         if self._peak_tokens_per_second is not None:
             scalars["perf/mfu"] = tokens_per_second / self._peak_tokens_per_second
         host_seconds = max(0.0, seconds - sum(interval.part_seconds.values()))

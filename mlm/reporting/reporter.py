@@ -44,6 +44,7 @@ class Reporter:
         restored: Mapping[str, Any] | None,
         step: int,
         pad_id: int | None = None,
+        unknown_id: int | None = None,
     ):
         """Resumes after `step` from `restored`, which `to_json` returned then.
 
@@ -57,12 +58,14 @@ class Reporter:
           restored: state of the accumulator; None for a new run.
           step: steps done.
           pad_id: the padding id, to log the fraction of padding; None if sequences are never padded.
+          unknown_id: the id of the unknown token, to log its fraction; None if there is none.
         """
         peak = peak_flops()
         self.accumulator = MetricsAccumulator(
             vocab_size=vocab_size,
             num_processes=jax.process_count(),
             pad_id=pad_id,
+            unknown_id=unknown_id,
             peak_tokens_per_second=None if peak is None else peak * jax.device_count() / flops_per_token,
             state=restored,
         )

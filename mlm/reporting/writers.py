@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import time
 from collections.abc import Iterator, Mapping
@@ -52,13 +53,13 @@ class JsonLinesWriter(metric_writers.MetricWriter):
         lines = [line for line in read_metrics(path) if line["step"] <= last_step]
         partial = path + ".tmp"
         with open(partial, "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(line) + "\n" for line in lines)
+            file.writelines(map(_json_line, lines))
         os.replace(partial, path)
         self._path = path
         # Lines to write. The last one of the file is among them: an interrupted evaluation may add to it.
         self._lines: list[dict[str, Any]] = lines[-1:]
         # Size of the file without those lines.
-        self._start = os.path.getsize(path) - sum(len(json.dumps(line)) + 1 for line in self._lines)
+        self._start = os.path.getsize(path) - sum(map(len, map(_json_line, self._lines)))
 
     def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
         """Adds to the line of `step`."""
@@ -70,7 +71,7 @@ class JsonLinesWriter(metric_writers.MetricWriter):
         """Writes the lines to the disk. If that fails, the next call writes them."""
         if not self._lines:
             return
-        *earlier, last = [json.dumps(line).encode() + b"\n" for line in self._lines]
+        *earlier, last = [_json_line(line).encode() for line in self._lines]
         with open(self._path, "r+b") as file:
             file.seek(self._start)
             file.write(b"".join([*earlier, last]))
@@ -88,6 +89,14 @@ class JsonLinesWriter(metric_writers.MetricWriter):
         """Ignored: only TensorBoard shows anything but scalars."""
 
     write_images = write_videos = write_audios = write_texts = write_histograms = write_hparams = write_summaries
+
+
+def _json_line(line: Mapping[str, Any]) -> str:
+    """Returns a line of JSON, which has no NaN and no infinity: null instead."""
+    values = {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in line.items()
+    }
+    return json.dumps(values, allow_nan=False) + "\n"
 
 
 @contextlib.contextmanager
@@ -112,15 +121,17 @@ def create_writer(workdir: WorkDir, *, last_step: int) -> metric_writers.MetricW
     """Returns a writer that resumes after `last_step`; on other processes than the first it writes nothing."""
     if jax.process_index() > 0:
         return metric_writers.MultiWriter([])
-    if last_step > 0:
-        _hide_steps_after(last_step, workdir.path)
+    _hide_steps_after(last_step, workdir.path)
     return _FailureLoggingWriter(
         [JsonLinesWriter(workdir.metrics, last_step=last_step), metric_writers.SummaryWriter(workdir.path)]
     )
 
 
 def _hide_steps_after(step: int, logdir: str) -> None:
-    """Makes TensorBoard forget what an interrupted run wrote after `step`: it will be written again."""
+    """Makes TensorBoard forget what an interrupted run wrote after `step`: it will be written again.
+
+    Its Python loader ignores the first such event of a directory, so a new run writes one, too.
+    """
     writer = EventFileWriter(logdir, filename_suffix=".restart")
     start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
     writer.add_event(event_pb2.Event(wall_time=time.time(), step=step + 1, session_log=start))
