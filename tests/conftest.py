@@ -6,6 +6,7 @@ import gc
 import os
 import shutil
 import tempfile
+from pathlib import Path
 
 # Set before jax, TensorFlow and datasets are imported, which read these once. Subprocesses of tests inherit them.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
@@ -31,6 +32,7 @@ import numpy as np
 import pytest
 
 from mlm import parallel, steps
+from mlm.export import model_directory
 from mlm.masking import MaskingSpec
 from mlm.models.config import EncoderConfig
 from mlm.models.encoder import MaskedLM
@@ -68,6 +70,14 @@ def forget_programs():
     yield
     jax.clear_caches()
     gc.collect()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def undrawn_curves():
+    """Drawing takes as long as a tiny run. tests/test_reporter.py and the runs in other processes draw curves."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model_directory, "draw_curves", lambda metrics_path, path, *, title: Path(path).write_bytes(b""))
+        yield
 
 
 LENGTH = 16

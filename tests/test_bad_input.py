@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from mlm.errors import UserError
 from mlm.reporting.curves import read_metrics
 from mlm.train import train_and_evaluate
+from tests import fork_server
 from tests.tiny import sentences, settings_of, tiny_config, write_corpus
 
 REPO = Path(__file__).parent.parent
@@ -21,10 +22,7 @@ QUICKSTART = "--config=configs/quickstart.py"
 
 def run_main(*flags: str) -> subprocess.CompletedProcess:
     """Runs main.py with flags that are an error."""
-    env = {**os.environ, "JAX_PLATFORMS": "cpu"}
-    return subprocess.run(
-        [sys.executable, "main.py", *flags], cwd=REPO, env=env, capture_output=True, text=True, timeout=120
-    )
+    return fork_server.run([sys.executable, "main.py", *flags], cwd=REPO)
 
 
 @pytest.mark.slow

@@ -3,7 +3,6 @@
 import itertools
 import math
 import re
-import subprocess
 import sys
 import time
 from collections import namedtuple
@@ -22,6 +21,7 @@ from mlm.modes import check as check_mode
 from mlm.reporting.progress import duration
 from mlm.run.workdir import KeyChanges, WorkDir
 from mlm.settings import RunSettings
+from tests import fork_server
 from tests.tiny import settings_of, tiny_config, write_corpus
 
 ROOT = Path(__file__).parent.parent
@@ -204,7 +204,7 @@ def test_the_command_line_prints_ready_or_one_line(config, tmp_path):
 
     def run(*words):
         command = [sys.executable, "main.py", "--mode=check", f"--config={file}", f"--workdir={tmp_path}/run", *words]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        return fork_server.run(command, cwd=ROOT)
 
     done = run("--topology=v5e-8")
     assert done.returncode == 0, done.stderr

@@ -4,7 +4,6 @@ import ast
 import os
 import re
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import pytest
 
 from mlm.reporting.curves import read_metrics
 from mlm.settings import KEYS, MUTABLE_KEYS
+from tests import fork_server
 from tests.tiny import sentences, write_corpus
 
 REPO = Path(__file__).parent.parent
@@ -190,7 +190,7 @@ def test_the_commands_of_the_pages_work_one_after_the_other(tmp_path):
             command = command.replace(old, new)
         # The last value of a flag counts.
         words = [sys.executable, str(REPO / "main.py"), *shlex.split(command)[2:], *shlex.split(flags)]
-        done = subprocess.run(words, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300, check=False)
+        done = fork_server.run(words, cwd=tmp_path, env=env)
         assert done.returncode == 0, f"{command}\n{done.stderr[-3000:]}"
         outputs[start] = done.stderr + done.stdout
     printed = iter(outputs.values())

@@ -15,6 +15,7 @@ from benchmarks.kill_campaign import Trainer
 from benchmarks.same_run import differences
 from mlm.reporting.curves import read_metrics
 from mlm.run.signals import EXIT_INTERRUPTED
+from tests import fork_server
 from tests.gcs_server import GcsServer
 from tests.test_kill import trainer_of
 from tests.test_multihost import pair, write_config
@@ -41,9 +42,7 @@ def delete_mirrors(directory: Path) -> None:
 
 def run(trainer: Trainer, *flags: str, code: int = 0) -> str:
     """Runs main.py with other flags; returns stdout and stderr."""
-    done = subprocess.run(
-        [sys.executable, "main.py", *flags], cwd=REPO, env=trainer.env, capture_output=True, text=True, check=False
-    )
+    done = fork_server.run([sys.executable, "main.py", *flags], cwd=REPO, env=trainer.env)
     assert done.returncode == code, done.stdout + done.stderr
     return done.stdout + done.stderr
 

@@ -20,6 +20,7 @@ from mlm.reporting.curves import read_metrics
 from mlm.run.checkpoint import Checkpointer
 from mlm.run.signals import EXIT_AT_ONCE, EXIT_INTERRUPTED, Interrupt, Interrupted
 from mlm.run.storage import LocalStorage
+from tests import fork_server
 from tests.bad_server import Server, encode
 from tests.tiny import sentences, write_corpus
 
@@ -41,6 +42,17 @@ def get_config():
 """
 
 
+class ForkedTrainer(Trainer):
+    """Starts a fork of a server instead of an interpreter."""
+
+    def start(self, workdir: str, log: str) -> subprocess.Popen:
+        command = [sys.executable, "main.py", *self.flags, f"--workdir={workdir}"]
+        with open(log, "w") as file:
+            return fork_server.Process(
+                command, cwd=REPO, env=self.env, stdin=subprocess.DEVNULL, stdout=file, stderr=file
+            )
+
+
 def trainer_of(directory: Path, corpus: str, *flags: str, compiles: bool = False) -> Trainer:
     """main.py with a tiny config, written to `directory`; with `compiles`, without the tests' compilation cache."""
     (directory / "config.py").write_text(CONFIG.format(corpus=corpus, eval_steps=EVAL_STEPS))
@@ -49,7 +61,7 @@ def trainer_of(directory: Path, corpus: str, *flags: str, compiles: bool = False
         env["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "0"
     else:
         env["JAX_COMPILATION_CACHE_DIR"] = os.environ["JAX_COMPILATION_CACHE_DIR"]
-    return Trainer((f"--config={directory / 'config.py'}", *flags), env)
+    return ForkedTrainer((f"--config={directory / 'config.py'}", *flags), env)
 
 
 @pytest.fixture(scope="module")
@@ -169,7 +181,7 @@ with Interrupt() as interrupt, interrupt.deferred():
 
 
 def start_busy(argument: str) -> subprocess.Popen:
-    process = subprocess.Popen(
+    process = fork_server.Process(
         [sys.executable, "-c", BUSY, argument],
         cwd=REPO,
         stdin=subprocess.PIPE,

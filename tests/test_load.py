@@ -5,7 +5,6 @@ import io
 import json
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -27,6 +26,7 @@ from mlm.modes import export
 from mlm.modes import fill_mask as fill_mask_mode
 from mlm.run.workdir import WorkDir
 from mlm.train import train_and_evaluate
+from tests import fork_server
 from tests.tiny import settings_of, tiny_config, write_corpus
 
 # Most tests use one run of eight steps.
@@ -302,7 +302,7 @@ def test_the_command_line_needs_no_config(run, tmp_path):
 
     def main(*flags, lines="", workdir=workdir):
         command = [sys.executable, "main.py", f"--workdir={workdir}", *flags]
-        return subprocess.run(command, cwd=REPO, env=env, input=lines, capture_output=True, text=True, timeout=300)
+        return fork_server.run(command, cwd=REPO, env=env, input=lines)
 
     result = main("--mode=export", "--average=2", "--dtype=bfloat16", f"--output={tmp_path / 'out'}")
     assert result.returncode == 0, result.stderr
@@ -335,7 +335,7 @@ def test_train_tokenizer_on_the_command_line(tmp_path):
 
     def main(*more):
         command = [sys.executable, "main.py", *flags, *more]
-        return subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=300)
+        return fork_server.run(command, cwd=REPO)
 
     result = main(f"--output={tmp_path / 'out'}")
     assert result.returncode == 0, result.stderr

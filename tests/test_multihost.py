@@ -28,6 +28,7 @@ from mlm.run.checkpoint import Checkpointer, DiskFullError
 from mlm.run.signals import EXIT_INTERRUPTED
 from mlm.run.storage import LocalStorage
 from mlm.schedules import create_schedule
+from tests import fork_server
 from tests.bad_server import Server, encode
 from tests.tiny import optimizer_settings, sentences, write_corpus
 
@@ -85,7 +86,7 @@ class Pair:
         for command, log in zip(commands, self._logs, strict=True):
             with open(log, "w") as file:
                 options = {"cwd": REPO, "env": environment(directory), "stdout": file, "stderr": file}
-                self.processes.append(subprocess.Popen([sys.executable, *command], **options))
+                self.processes.append(fork_server.Process([sys.executable, *command], **options))
 
     def log(self, index: int) -> str:
         return self._logs[index].read_text(errors="replace")
@@ -360,7 +361,7 @@ logging.use_absl_handler()
 logging.set_verbosity("info")
 multihost.start(coordinator_address="127.0.0.1:{free_port()}", num_processes=2, process_id={index})
 """
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=REPO, stderr=subprocess.PIPE, text=True)
+    process = fork_server.Process([sys.executable, "-c", code], cwd=REPO, stderr=subprocess.PIPE, text=True)
     lines = []
     while not lines or "waiting for the other processes at 127.0.0.1:" not in lines[-1]:
         lines.append(process.stderr.readline())

@@ -14,6 +14,7 @@ import pytest
 from mlm.modes import show_data
 from mlm.reporting.curves import read_metrics
 from mlm.run.workdir import WorkDir
+from tests import fork_server
 from tests.test_shard_assignment import of_epoch, units
 from tests.test_stream import split, words
 from tests.tiny import settings_of, tiny_config, write_corpus
@@ -68,7 +69,7 @@ def run_all(code: str, arguments: list[list[str]], *, devices: int = 2) -> list[
         "PYTHONPATH": str(REPO),
     }
     started = [
-        subprocess.Popen(
+        fork_server.Process(
             [sys.executable, "-c", code, *own],
             cwd=REPO,
             env=env,

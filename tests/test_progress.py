@@ -5,7 +5,6 @@ import logging as python_logging
 import os
 import re
 import struct
-import subprocess
 import sys
 import termios
 import textwrap
@@ -21,6 +20,7 @@ from mlm.reporting.progress import LiveLine, evaluation_line, live_text, step_li
 from mlm.reporting.summary import print_next_steps
 from mlm.run.workdir import WorkDir
 from mlm.settings import ProfileSettings
+from tests import fork_server
 from tests.test_reporter import fake
 from tests.tiny import write_corpus
 
@@ -247,7 +247,7 @@ def test_a_run_on_a_terminal_shows_a_live_line_and_leaves_none_after_ctrl_c(tmp_
     screen = Screen(100)
     streams = dict.fromkeys(("stdin", "stdout", "stderr"), screen.stream)
     env = {**os.environ, "TERM": "xterm", "XLA_FLAGS": ""}
-    child = subprocess.Popen(command, cwd=REPO, env=env, start_new_session=True, **streams)
+    child = fork_server.Process(command, cwd=REPO, env=env, start_new_session=True, **streams)
     screen.stream.close()
     live = re.compile(r"\r +\d+%\|.+\| \d+/1000000, loss \d+\.\d+, eval \d+\.\d+, [\d.]+[kM]? ?tok/s, .+ left")
     is_stopping, deadline = False, time.monotonic() + 120

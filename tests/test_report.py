@@ -4,7 +4,6 @@ import http.server
 import json
 import re
 import shutil
-import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -17,6 +16,7 @@ from mlm.errors import UserError
 from mlm.modes import report
 from mlm.reporting import writers
 from mlm.run.workdir import WorkDir
+from tests import fork_server
 from tests.tiny import settings_of
 
 ROOT = Path(__file__).parent.parent
@@ -177,8 +177,8 @@ def test_the_command_line(tmp_path):
     runs = [f"--workdir={write_run(tmp_path / name)}" for name in "ab"]
 
     def main(*words):
-        command = [sys.executable, ROOT / "main.py", *words]
-        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+        command = [sys.executable, str(ROOT / "main.py"), *words]
+        return fork_server.run(command, cwd=tmp_path)
 
     done = main("--mode=report", *runs)
     assert (done.returncode, (tmp_path / "report.html").exists()) == (0, True), done.stderr

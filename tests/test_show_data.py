@@ -2,7 +2,6 @@
 
 import glob
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from mlm.reporting import reporter
 from mlm.run.checkpoint import Checkpointer
 from mlm.run.workdir import WorkDir
 from mlm.train import train_and_evaluate
+from tests import fork_server
 from tests.tiny import settings_of, tiny_config, write_corpus
 
 STEPS = 8
@@ -166,13 +166,11 @@ def test_the_command_line(run, tmp_path, capsys):
     )
     command = [sys.executable, "main.py", f"--config={tmp_path / 'config.py'}", f"--workdir={workdir}"]
     command += ["--config.data.skip_steps=((5, 6),)", "--mode=show_data"]
-    result = subprocess.run(
-        [*command, "--step=7", "--sequences=3"], cwd=REPO, capture_output=True, text=True, check=False
-    )
+    result = fork_server.run([*command, "--step=7", "--sequences=3"], cwd=REPO)
     assert result.returncode == 0, result.stderr
     show_data.run(settings_of(config), workdir, step=7, sequences=3, process=0)
     assert result.stdout == capsys.readouterr().out
-    result = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=False)
+    result = fork_server.run(command, cwd=REPO)
     assert (result.returncode, result.stderr) == (
         2,
         "error: --step: missing; --mode=show_data needs it, such as --step=100\n",

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from mlm.masking import MaskingSpec, mask_tokens
+from tests import fork_server
 
 REPO = Path(__file__).parent.parent
 PAGE = (REPO / "docs" / "changing.md").read_text()
@@ -104,7 +105,7 @@ def logits_of(name, *, query_scale=1.0):
 def run_script(copy: Path, script: str) -> None:
     code = BEGIN + textwrap.dedent(script)
     command = [sys.executable, "-c", code, str(copy.parent)]
-    result = subprocess.run(command, cwd=copy, capture_output=True, text=True, timeout=300, check=False)
+    result = fork_server.run(command, cwd=copy)
     assert result.returncode == 0, result.stderr[-4000:]
 
 
