@@ -49,8 +49,15 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 _CAN_BROWSE = bool(shutil.which("chromium") and shutil.which("chromedriver"))
 
 
+# They come first, so that no process is left with one of them when the others have ended.
+_LONGEST_FILES = ("test_gcs_runs", "test_kill", "test_end_to_end", "test_families", "test_documented_commands")
+_LONGEST_FILES += ("test_multihost", "test_execution", "test_worked_examples", "test_load", "test_formats")
+
+
 def pytest_collection_modifyitems(config, items):
-    """Deselects the tests marked `browser` if no browser is installed."""
+    """Puts the files that take longest first; deselects the tests marked `browser` if no browser is installed."""
+    rank = {name: number for number, name in enumerate(_LONGEST_FILES)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
     if _CAN_BROWSE:
         return
     deselected = [item for item in items if item.get_closest_marker("browser")]

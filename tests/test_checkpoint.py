@@ -34,6 +34,7 @@ def save(checkpointer, step, value=0.0):
     checkpointer.save(step, state=state, loop={"step": step}, stream={"row": step})
 
 
+@pytest.mark.slow
 def test_training_during_a_save_does_not_change_the_checkpoint(storage, bag_step_config, bag_state, uneven_rows):
     step = parallel.data_parallel(
         functools.partial(steps.train_step, step_config=bag_step_config, axis_name=parallel.AXIS), donate_argnums=(0,)
@@ -126,6 +127,7 @@ def files_of(storage):
     return sorted(os.path.join(at, name) for at, _, names in os.walk(storage.checkpoints) for name in names)
 
 
+@pytest.mark.slow
 def test_damage_to_any_file_is_detected_or_harmless(storage):
     """Every file of a checkpoint is truncated, emptied, deleted, and has some of its bits flipped."""
     with Checkpointer(storage, keep_checkpoints=1) as checkpointer:

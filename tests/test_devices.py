@@ -59,6 +59,7 @@ def test_one_and_four_devices_make_the_same_steps(encoder_step_config, encoder_s
     assert max(np.abs(a - b).max() for a, b in zip(*map(jax.tree.leaves, (one[0][0], one[2][0])), strict=True)) > 5e-3
 
 
+@pytest.mark.slow
 def test_four_microbatches_make_the_same_steps_as_one_of_four_times_the_rows(bag_step_config, bag_state, uneven_rows):
     one = run_steps(bag_step_config, bag_state, uneven_rows.reshape(1, 1, 8, 16), 3)
     four = run_steps(bag_step_config, bag_state, uneven_rows.reshape(1, 4, 2, 16), 3)
@@ -163,6 +164,7 @@ def test_data_parallel_uses_every_device_and_donates():
     assert not rows.is_deleted()
 
 
+@pytest.mark.slow
 def test_over_mesh_and_pmap_compile_the_same_step(bag_step_config, bag_state, bag_step, uneven_rows):
     step = functools.partial(steps.train_step, step_config=bag_step_config, axis_name=parallel.AXIS)
     state, tokens = parallel.replicate(bag_state), parallel.shard(uneven_rows, shape=(1,))

@@ -19,6 +19,7 @@ from mlm.errors import UserError
 from mlm.reporting import reporter
 from mlm.reporting.curves import read_metrics
 from mlm.train import train_and_evaluate
+from tests import fork_server
 from tests.tiny import settings_of, tiny_config, write_corpus
 
 REPO = Path(__file__).parent.parent
@@ -100,12 +101,13 @@ def test_main_trains_exports_and_does_not_train_twice(corpus, tmp_path):
     assert [line["step"] for line in read_metrics(str(tmp_path / "run" / "metrics.jsonl"))] == [2, 4, 6, 8]
 
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
-    again = run_main(*flags)
+    again = fork_server.run([sys.executable, "main.py", *flags], cwd=REPO, env={**os.environ, "XLA_FLAGS": ""})
     assert again.returncode == 0, again.stderr
     assert "nothing to do: all 8 steps are done" in again.stderr
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")} == before
 
 
+@pytest.mark.slow
 def test_files_of_a_work_directory(finished):
     assert {path.name for path in finished.iterdir() if not path.name.startswith(("events.out.tfevents", "."))} == {
         "config.json",
@@ -128,6 +130,7 @@ def test_files_of_a_work_directory(finished):
     }
 
 
+@pytest.mark.slow
 def test_metrics_have_the_documented_names_at_the_configured_steps(finished):
     lines = {line["step"]: set(line) for line in read_metrics(str(finished / "metrics.jsonl"))}
     train = {"train/loss", "train/accuracy", "train/learning_rate", "train/grad_norm", "train/skipped_steps"}
@@ -144,6 +147,7 @@ def test_metrics_have_the_documented_names_at_the_configured_steps(finished):
     }
 
 
+@pytest.mark.slow
 def test_the_exported_directory_loads_and_has_the_trained_weights(finished):
     config = AutoConfig.from_pretrained(finished / "model")
     assert config.model_type == "roberta"
@@ -178,44 +182,29 @@ def test_a_run_that_is_stopped_and_resumed_is_identical(corpus, finished, tmp_pa
         assert filecmp.cmp(tmp_path / "model" / name, finished / "model" / name, shallow=False), name
 
 
-@pytest.mark.parametrize(
-    "crash_at",
-    [
-        pytest.param(2, marks=pytest.mark.slow),
-        5,
-        pytest.param(7, marks=pytest.mark.slow),
-        pytest.param(8, marks=pytest.mark.slow),
-    ],
-)
-def test_a_run_that_crashes_and_resumes_is_identical(corpus, finished, tmp_path, monkeypatch, crash_at):
-    real = reporter.Reporter.add_step
-
-    def crash(self, step, *args, **kwargs):
-        real(self, step, *args, **kwargs)
-        if step == crash_at:
-            raise RuntimeError("pulled the plug")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(reporter.Reporter, "add_step", crash)
-        with pytest.raises(RuntimeError, match="pulled the plug"):
-            train_and_evaluate(settings_of(tiny_config(corpus)), str(tmp_path))
-    train_and_evaluate(settings_of(tiny_config(corpus)), str(tmp_path))
-    assert_same_run(tmp_path, finished)
-
-
 @pytest.mark.slow
-def test_a_crash_between_the_last_checkpoint_and_the_export(corpus, finished, tmp_path, monkeypatch):
-    real = train.export_model
+def test_a_run_that_crashes_again_and_again_is_identical(corpus, finished, tmp_path, monkeypatch):
+    """Before the first checkpoint, twice after it, before the last checkpoint, and between that and the export."""
+    add_step, export_model = reporter.Reporter.add_step, train.export_model
+    for crash_at in (2, 5, 7, 8, "export"):
 
-    def crash(directory, *, step, **kwargs):
-        if step == 8:
-            raise RuntimeError("pulled the plug")
-        real(directory, step=step, **kwargs)
+        def crash_after_step(self, step, *args, crash_at=crash_at, **kwargs):
+            add_step(self, step, *args, **kwargs)
+            if step == crash_at:
+                raise RuntimeError("pulled the plug")
 
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "export_model", crash)
-        with pytest.raises(RuntimeError, match="pulled the plug"):
-            train_and_evaluate(settings_of(tiny_config(corpus)), str(tmp_path))
+        def crash_before_export(directory, *, step, crash_at=crash_at, **kwargs):
+            if step == 8 and crash_at == "export":
+                raise RuntimeError("pulled the plug")
+            export_model(directory, step=step, **kwargs)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(reporter.Reporter, "add_step", crash_after_step)
+            patch.setattr(train, "export_model", crash_before_export)
+            with pytest.raises(RuntimeError, match="pulled the plug"):
+                train_and_evaluate(settings_of(tiny_config(corpus)), str(tmp_path))
+        saved = max((int(path.name) for path in (tmp_path / "checkpoints").glob("[0-9]")), default=0)
+        assert saved == {2: 0, 5: 4, 7: 4, 8: 4, "export": 8}[crash_at]
     train_and_evaluate(settings_of(tiny_config(corpus)), str(tmp_path))
     assert_same_run(tmp_path, finished)
 

@@ -80,6 +80,7 @@ def test_dropout_follows_its_key_in_rematerialized_layers():
     assert first == again != other
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("remat", REMATS[1:])
 def test_parameters_do_not_depend_on_remat(remat):
     model = MaskedLM(config_of("roberta"), execution=Execution(remat=remat))
@@ -87,6 +88,7 @@ def test_parameters_do_not_depend_on_remat(remat):
     jax.tree.map(np.testing.assert_array_equal, params, params_of("roberta"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_full_remat_recomputes_the_matrix_products_of_every_layer(family):
     def num_products(remat):

@@ -56,25 +56,18 @@ def test_every_family_has_a_case():
 
 
 @pytest.mark.parametrize("case", slow_except("bert", "roberta", "modernbert"))
-def test_logits_and_loss_match_pytorch(case):
+def test_logits_loss_and_gradients_match_pytorch(case):
     golden, config, _ = load(case)
     *arrays, _ = arguments(case)
-    loss, logits = jax.jit(loss_and_logits, static_argnames="config")(*arrays, config=config)
+    compute = jax.jit(jax.value_and_grad(loss_and_logits, has_aux=True), static_argnames="config")
+    (loss, logits), gradient = compute(*arrays, config=config)
     # Outputs of padding are not used.
     is_token = golden["inputs"] != config.pad_token_id
     expected = golden["logits"][is_token]
     # float32 has 24 bits; a few layers lose up to seven of them.
     np.testing.assert_allclose(logits[is_token], expected, rtol=0, atol=2.0**-16 * np.abs(expected).max())
     np.testing.assert_allclose(loss, golden["loss"], rtol=1e-6)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("case", CASES)
-def test_gradients_match_pytorch(case):
-    golden, config, _ = load(case)
-    *arrays, _ = arguments(case)
-    gradient = jax.jit(jax.grad(loss_and_logits, has_aux=True), static_argnames="config")
-    gradients = weights.to_hf(gradient(*arrays, config=config)[0], config)
+    gradients = weights.to_hf(gradient, config)
     largest = max(np.abs(gradient).max() for gradient in gradients.values())
     shown = [name.removeprefix("gradient/") for name in golden if name.startswith("gradient/")]
     assert len(shown) > 5
@@ -280,8 +273,9 @@ def test_isolated_document_has_the_same_logits_as_alone(case):
     assert np.abs(concatenated[0] - isolated[0]).max() > 1e-2 * np.abs(isolated).max()
 
 
+# Those of RoBERTa's architecture share its program.
 @pytest.mark.slow
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", sorted(FAMILIES.keys() - {"xlm-roberta", "camembert"}))
 def test_training_lowers_the_loss(model_type):
     """Eight rows of one repeated token each, from PyTorch's weights, through the real train step."""
     _, config, tensors = load(model_type.replace("-", "_"))

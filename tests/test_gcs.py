@@ -238,6 +238,7 @@ def save(checkpointer: Checkpointer, step: int) -> None:
     checkpointer.wait()
 
 
+@pytest.mark.slow
 def test_checkpoints_are_saved_and_restored(server, url):
     with Checkpointer(GcsStorage(url), keep_checkpoints=2) as checkpointer:
         assert checkpointer.latest_step() is None
@@ -265,6 +266,7 @@ def test_a_partial_checkpoint_is_ignored_and_removed(server, url):
         assert checkpointer.steps() == [1, 2]
 
 
+@pytest.mark.slow
 def test_a_corrupt_checkpoint_is_quarantined_and_an_unreachable_one_is_not(server, url):
     with Checkpointer(GcsStorage(url), keep_checkpoints=2) as checkpointer:
         save(checkpointer, 1)

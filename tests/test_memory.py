@@ -58,6 +58,7 @@ def test_small_batches_that_are_padded_do_not_lead_the_search_far_off():
     assert max(compiled) <= 128
 
 
+@pytest.mark.slow
 def test_the_memory_of_a_step_grows_with_the_batch(bag_step_config, bag_state):
     few, many = (
         memory.step_bytes(bag_step_config, jax.devices()[:1], batch, length=16, microbatches=1) for batch in (2, 64)

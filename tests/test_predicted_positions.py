@@ -57,6 +57,7 @@ def test_encode_at_positions_matches_encode_of_all_tokens(family):
     np.testing.assert_allclose(hidden_BxKxD, gather(hidden_BxLxD), rtol=0, atol=2e-6 * np.abs(hidden_BxLxD).max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("positions", [None, POSITIONS])
 def test_call_is_the_head_applied_to_encode(positions):
     model, params, inputs = make_case("roberta", begin_id=None)

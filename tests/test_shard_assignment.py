@@ -98,6 +98,7 @@ def test_every_document_of_an_epoch_is_used_once_after_reassignments(counts, num
 TEXTS = st.one_of(st.none(), st.text(st.sampled_from("ab "), max_size=9))
 
 
+@pytest.mark.slow
 @hypothesis.settings(max_examples=100, deadline=None, derandomize=True)
 @hypothesis.given(
     shards=st.lists(st.lists(TEXTS, max_size=14), min_size=1, max_size=6),

@@ -24,6 +24,10 @@ STEPS = 8
 REPO = Path(__file__).parent.parent
 
 
+# All of them read a complete run.
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """(config, work directory, rows by step, masked rows by key and row number) of a run of 8 steps."""
@@ -59,7 +63,6 @@ def run(tmp_path_factory):
     return config, workdir, rows, inputs
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("step", range(1, STEPS + 1))
 def test_recomputed_rows_and_masks_equal_those_of_the_loop(run, step):
     """For steps before the first checkpoint that is still there, right after one, and in between."""
@@ -155,7 +158,6 @@ def test_the_printed_sequences(run, capsys):
     assert text == tokenizer.hf.decode(data.tokens_BxL[1])
 
 
-@pytest.mark.slow
 def test_the_command_line(run, tmp_path, capsys):
     config, workdir, *_ = run
     (tmp_path / "config.py").write_text(

@@ -19,6 +19,7 @@ def norm(tree):
     return np.sqrt(sum(np.sum(np.square(leaf, dtype=np.float64)) for leaf in jax.tree.leaves(tree)))
 
 
+@pytest.mark.slow
 def test_golden_first_step(encoder_step, encoder_state, uneven_rows):
     """A change of these numbers changes every run: find its cause before updating them."""
     state, metrics = encoder_step(parallel.replicate(encoder_state), parallel.shard(uneven_rows, shape=(1,)))
@@ -57,6 +58,7 @@ def test_the_bag_of_tokens_learns_from_context(bag_step, bag_state):
     assert losses_on_repeated_tokens(bag_step, bag_state)[-1] < np.log(8) / 2
 
 
+@pytest.mark.slow
 def test_results_are_bitwise_equal_for_one_seed_and_differ_for_another(
     bag_step_config, bag_step, bag_state, init, train_step, uneven_rows
 ):
@@ -116,6 +118,7 @@ def test_dropout_masks_differ_between_devices_microbatches_and_steps_only(make_s
     assert gaps.min() > 1e-5 if dropout else gaps.max() < 1e-6
 
 
+@pytest.mark.slow
 def test_clipping_comes_after_the_division(make_step_config, bag_step, bag_state, train_step, uneven_rows):
     tokens = parallel.shard(uneven_rows, shape=(1,))
     metrics = parallel.first_replica(bag_step(parallel.replicate(bag_state), tokens)[1])

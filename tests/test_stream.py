@@ -339,6 +339,7 @@ def test_rows_do_not_depend_on_the_sizes_of_arrays_and_chunks(how, monkeypatch):
     assert take(rows_of(memory_source(shards, array_rows=100), packing=how), 30) == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["concatenate", "pad", "pad_lines"])
 def test_windows_of_large_documents_end_early(how, monkeypatch):
     monkeypatch.setattr(reader, "_MAX_BYTES", 40)

@@ -87,6 +87,7 @@ def run(name, **keys):
     config = tiny_config(files)
     config.logging_steps = 1
     config.update_from_flattened_dict({key.replace("__", "."): value for key, value in keys.items()})
+    config.eval_steps = config.save_steps = config.num_train_steps  # Each evaluation draws curves.
     train_and_evaluate(settings_of(config), str(folder / name))
     return read_metrics(str(folder / name / "metrics.jsonl"))
 
