@@ -61,8 +61,8 @@ def loss_and_gradients(family, execution, *, dropout=0.0, key=0):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("dropout", [0.0, 0.5])
-def test_remat_changes_neither_loss_nor_gradients(family, dropout):
+def test_remat_changes_neither_loss_nor_gradients(family):
+    dropout = 0.5  # What is computed again includes the masks.
     expected, expected_gradients = loss_and_gradients(family, Execution(remat="none"), dropout=dropout)
     largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(expected_gradients))
     assert_close = functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-5 * largest)
