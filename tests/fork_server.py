@@ -116,6 +116,8 @@ class _Server:
         command = [sys.executable, __file__, str(other.fileno())]
         # In its own session, a Ctrl-C does not reach it; it ends when the socket closes.
         options = {"pass_fds": [other.fileno()], "start_new_session": True, "stdin": subprocess.DEVNULL}
+        # Pipes: the streams of a process could not be reconfigured if those that it inherits had a position.
+        options |= {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         self._process = subprocess.Popen(command, cwd=REPO, env=env, **options)
         other.close()
 
@@ -126,7 +128,8 @@ class _Server:
             socket.send_fds(self._socket, [len(body).to_bytes(8, "big")], streams)
             self._socket.sendall(body)
             if not (answer := self._socket.recv(8)):
-                raise RuntimeError(f"the fork server has ended with code {self._process.wait()}")
+                _, errors = self._process.communicate()
+                raise RuntimeError(f"the fork server has ended: {errors.decode()}")
         return int.from_bytes(answer, "big")
 
 
