@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import tokenizers
 from absl import logging
+from tokenizers import processors
 
 from mlm.data.sources.source import is_local_path, require_hub
 from mlm.errors import UserError, one_line
@@ -28,6 +29,8 @@ _PROBE_TEXTS = (
     "don't I'LL 1234567 x\u00b2",
     "\u00e9\U0001f642 e\u0301 \u4e2d\u6587\u200d ",
 )
+# The class that reads all of tokenizer.json; transformers 5 calls it TokenizersBackend and accepts this name.
+_GENERAL_CLASS = "PreTrainedTokenizerFast"
 _MAX_CHECK_DOCUMENTS = 256
 _MAX_CHECK_BYTES = 1 << 20
 # `tokenizers` encodes texts in parts of this many bytes, from two threads: while one encodes, on all cores and without
@@ -70,6 +73,10 @@ class Tokenizer:
         self.special_ids: tuple[int, ...] = tuple(sorted(special | set(hf.all_special_ids)))
         # The unknown token is special, but it represents text.
         self._structural_ids = np.array([id for id in self.special_ids if id != hf.unk_token_id], np.int32)
+        # AutoTokenizer loads a specialized class that may replace the post-processor of tokenizer.json.
+        self._class_name = type(hf).__name__
+        if self._set_post_processor():
+            self._class_name = _GENERAL_CLASS
 
         model = json.loads(hf.backend_tokenizer.to_str())
         has_unknown = any(model["model"].get(key) is not None for key in ("unk_token", "unk_id"))
@@ -90,6 +97,20 @@ class Tokenizer:
         raise UserError(
             f"the tokenizer {self.name!r}: has no {role} token; choose another tokenizer, or add the token and save it"
         )
+
+    def _set_post_processor(self) -> bool:
+        """Makes `hf` add the begin and end tokens of training, if it adds others or none; returns True if it changed."""
+        if self.hf("")["input_ids"] == [self.bos_id, self.eos_id]:
+            return False
+        begin, end = self.hf.convert_ids_to_tokens([self.bos_id, self.eos_id])
+        self.hf.backend_tokenizer.post_processor = post_processor(begin, end, ids=(self.bos_id, self.eos_id))
+        logging.info(
+            "the tokenizer %s does not add the begin and end tokens of training (%s, %s) to a text; the exported one does",
+            self.name,
+            begin,
+            end,
+        )
+        return True
 
     @property
     def backend(self) -> str:
@@ -153,12 +174,35 @@ class Tokenizer:
                 break
         return list(found)[:count]
 
-    def save(self, path: str) -> None:
-        """Writes the files that `AutoTokenizer.from_pretrained(path)` loads."""
+    def save(self, path: str, *, max_seq_length: int | None = None, has_token_types: bool = True) -> None:
+        """Writes the files that `AutoTokenizer.from_pretrained(path)` loads, in transformers 4 and 5.
+
+        Args:
+            path: the directory.
+            max_seq_length: number of tokens that the model accepts, which limits `model_max_length`.
+            has_token_types: the model accepts the token types 0 and 1.
+        """
         # These say how this process loaded the tokenizer, and would be saved with it.
         for name in ("is_local", "local_files_only"):
             self.hf.init_kwargs.pop(name, None)
         self.hf.save_pretrained(path)
+        config_path = os.path.join(path, "tokenizer_config.json")
+        with open(config_path, encoding="utf-8") as file:
+            config = json.load(file)
+        # transformers 4 does not know the class TokenizersBackend, and expects a dict in extra_special_tokens.
+        is_general = self._class_name in ("TokenizersBackend", _GENERAL_CLASS)
+        config["tokenizer_class"] = _GENERAL_CLASS if is_general else self._class_name
+        if isinstance(config.get("extra_special_tokens"), list):
+            config["additional_special_tokens"] = config.pop("extra_special_tokens")
+        # Defaults that depend on the class or differ between the versions.
+        config["clean_up_tokenization_spaces"] = self.hf.clean_up_tokenization_spaces
+        names = self.hf.model_input_names
+        config["model_input_names"] = [name for name in names if has_token_types or name != "token_type_ids"]
+        if max_seq_length is not None:
+            config["model_max_length"] = min(self.hf.model_max_length, max_seq_length)
+        with open(config_path, "w", encoding="utf-8") as file:
+            json.dump(config, file, indent=2, sort_keys=True, ensure_ascii=False)
+            file.write("\n")
 
 
 def load_tokenizer(tokenizer_name: str, *, cache_dir: str | None = None, backend: str = "auto") -> Tokenizer:
@@ -208,6 +252,15 @@ def read_vocabulary(directory: str) -> dict[str, int] | None:
         raise UserError(
             f"the tokenizer {directory!r}: cannot be loaded ({one_line(error)}); download it again, or remove it"
         ) from None
+
+
+def post_processor(begin: str, end: str, *, ids: tuple[int, int]) -> processors.TemplateProcessing:
+    """Returns the post-processor that adds the begin and end tokens of training, with these ids."""
+    return processors.TemplateProcessing(
+        single=f"{begin} $A {end}",
+        pair=f"{begin} $A {end} $B {end}",
+        special_tokens=list(zip((begin, end), ids, strict=True)),
+    )
 
 
 def _text_only(tokenizer: tokenizers.Tokenizer) -> tokenizers.Tokenizer:

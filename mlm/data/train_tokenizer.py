@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import tokenizers
 import transformers
-from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-from mlm.data.tokenizer import Tokenizer
+from mlm.data.tokenizer import Tokenizer, post_processor
 from mlm.errors import UserError, one_line
 from mlm.settings import check_tokenizer_options, resolve_algorithm
 
@@ -89,7 +89,7 @@ def _train_bpe(
     if model_type == "modernbert":
         pad, unk, begin, end, _ = special
         bpe.decoder = decoders.ByteLevel()
-        bpe.post_processor = _template(begin, end, ids=(2, 3))
+        bpe.post_processor = post_processor(begin, end, ids=(2, 3))
         return transformers.PreTrainedTokenizerFast(
             tokenizer_object=bpe,
             pad_token=pad,
@@ -112,20 +112,13 @@ def _train_bpe(
     )
 
 
-def _template(begin: str, end: str, *, ids: tuple[int, int]) -> processors.TemplateProcessing:
-    return processors.TemplateProcessing(
-        single=f"{begin} $A {end}",
-        pair=f"{begin} $A {end} $B {end}",
-        special_tokens=list(zip((begin, end), ids, strict=True)),
-    )
-
-
 def _train_wordpiece(
     texts: Iterable[str], *, vocab_size: int, model_type: str, lowercase: bool, model_max_length: int
 ) -> transformers.PreTrainedTokenizerFast:
     """WordPiece, as in BERT: splits words into the longest known pieces, from the left."""
-    del model_type
     options: dict[str, Any] = {"do_lower_case": lowercase, "model_max_length": model_max_length}
+    if model_type == "distilbert":  # It has no token_type_ids.
+        options["model_input_names"] = ["input_ids", "attention_mask"]
     # The normalizer and pre-tokenizer of the finished tokenizer.
     steps = transformers.BertTokenizer(
         vocab={token: i for i, token in enumerate(_BERT_TOKENS)}, **options

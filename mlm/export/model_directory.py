@@ -63,7 +63,7 @@ def export_model(
     tensors = {name: np.ascontiguousarray(tensor).astype(jnp.dtype(dtype)) for name, tensor in tensors.items()}
     _require_room(os.path.dirname(directory), sum(tensor.nbytes for tensor in tensors.values()))
     os.makedirs(partial)
-    tokenizer.save(partial)
+    tokenizer.save(partial, max_seq_length=config.max_seq_length, has_token_types=config.type_vocab_size > 1)
     try:
         # transformers reads the framework from this entry and rejects a file without it.
         safetensors.numpy.save_file(tensors, os.path.join(partial, "model.safetensors"), metadata={"format": "pt"})
@@ -72,7 +72,8 @@ def export_model(
         raise OSError(f"the model could not be written ({error})") from None
     # Some families name these two differently, or have defaults beyond a small vocabulary.
     ids = {"cls_token_id": tokenizer.bos_id, "sep_token_id": tokenizer.eos_id}
-    _write_json(os.path.join(partial, "config.json"), config.to_hf() | ids | {"dtype": dtype})
+    fields = config.to_hf() | config.to_hf_4() | ids | {"dtype": dtype, "torch_dtype": dtype}
+    _write_json(os.path.join(partial, "config.json"), fields)
     draw_curves(metrics_path, os.path.join(partial, "curves.png"), title=f"{card.title}, {step:,} steps")
     with open(os.path.join(partial, "README.md"), "w", encoding="utf-8") as file:
         mask_token = tokenizer.hf.mask_token

@@ -300,6 +300,16 @@ class EncoderConfig:
             fields = modernbert_fields.nest(fields)
         return {"architectures": [self.family.architecture], **fields, "dtype": "float32"}
 
+    def to_hf_4(self) -> dict[str, Any]:
+        """Returns the fields of `to_hf` that have another name or form in transformers 4, in that form.
+
+        An exported model has both: transformers 4 would silently use its defaults instead of fields it does not know.
+        """
+        older: dict[str, Any] = {"torch_dtype": "float32"}
+        if self.model_type == "modernbert":
+            older |= {name: getattr(self, name) for name in modernbert_fields.OLDER_FIELDS}
+        return older
+
 
 def default_config(model_type: str) -> EncoderConfig:
     """Returns the defaults of transformers' config class of this type; raises `UserError` for an unknown type."""

@@ -10,6 +10,8 @@ from typing import Any
 from mlm.errors import UserError
 
 _THETA_FIELDS = {"full_attention": "global_rope_theta", "sliding_attention": "local_rope_theta"}
+# The fields of the older form.
+OLDER_FIELDS = ("global_attn_every_n_layers", *_THETA_FIELDS.values())
 
 
 def flatten(config: Mapping[str, Any]) -> dict[str, Any]:
