@@ -152,7 +152,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--python", default=sys.executable, help="interpreter with torch and transformers")
     parser.add_argument("--export", type=pathlib.Path, help="only export to this new directory")
-    parser.add_argument("--check", type=pathlib.Path, help="only check the models in this directory, in this interpreter")
+    parser.add_argument(
+        "--check", type=pathlib.Path, help="only check the models in this directory, in this interpreter"
+    )
     options = parser.parse_args()
     if options.check:
         sys.exit(not check_all(options.check))

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 import tokenizers
 import transformers
 
@@ -22,6 +23,7 @@ from mlm.export.model_directory import export_model
 from mlm.models.config import EncoderConfig, default_config
 from mlm.models.encoder import MaskedLM
 from mlm.models.families import FAMILIES
+from mlm.models.hf import weights
 from tests.tiny import sentences, tiny_settings
 
 # Version of transformers -> family -> field -> default; "all" has the fields of all families (make_config_fields.py).
@@ -30,8 +32,8 @@ CONFIG_FIELDS = json.loads((pathlib.Path(__file__).parent / "golden" / "config_f
 MAX_TOKENS = 24
 
 
-def export(folder, tokenizer, *, family, dtype="float32", **fields):
-    """Exports a tiny model with weights of zero; returns its config."""
+def export(folder, tokenizer, *, family, dtype="float32", value=0.0, **fields):
+    """Exports a tiny model with one value for all weights; returns its config."""
     config = default_config(family)
     widths = {"hidden_size": 8, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 8}
     first_position = config.max_position_embeddings - config.max_seq_length
@@ -43,10 +45,10 @@ def export(folder, tokenizer, *, family, dtype="float32", **fields):
     card = build_card(
         tiny_settings("x.jsonl"), title="x", model_type=family, step=0, sequences_per_step=1, tokens_seen=0, hardware=""
     )
+    params = jax.tree.map(lambda leaf: np.full(leaf.shape, value, np.float32), shapes)
     export_model(
-        str(folder), step=0, params=jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), shapes), config=config,
-        tokenizer=tokenizer, card=card, metrics={}, predictions=[], metrics_path=str(folder / "none.jsonl"),
-        dtype=dtype,
+        str(folder), step=0, params=params, config=config, tokenizer=tokenizer, card=card, metrics={}, predictions=[],
+        metrics_path=str(folder / "none.jsonl"), dtype=dtype,
     )  # fmt: skip
     return config
 
@@ -118,6 +120,27 @@ def test_config_has_the_dtype_under_both_names(exported, tmp_path):
     assert (written["dtype"], written["torch_dtype"]) == ("bfloat16", "bfloat16")
 
 
+# The names of the head's bias; a family not listed has one name.
+BIAS_NAMES = {
+    **dict.fromkeys(
+        ("roberta", "xlm-roberta", "camembert", "roberta-prelayernorm"), ("lm_head.bias", "lm_head.decoder.bias")
+    ),
+    **dict.fromkeys(("bert", "roformer"), ("cls.predictions.bias", "cls.predictions.decoder.bias")),
+    "albert": ("predictions.bias", "predictions.decoder.bias"),
+}
+
+
+@pytest.mark.parametrize("family", BIAS_NAMES)
+def test_bias_of_the_head_has_both_names(tmp_path, exported, family):
+    """transformers 4.48 sets it to zero otherwise, for RoBERTa and its relatives and ALBERT."""
+    tokenizer = load_tokenizer(str(exported[family][0]))
+    config = export(tmp_path / "model", tokenizer, family=family, value=0.5)
+    tensors = safetensors.numpy.load_file(tmp_path / "model" / "model.safetensors")
+    for name in BIAS_NAMES[family]:
+        np.testing.assert_array_equal(tensors[name], np.full(config.vocab_size, 0.5, np.float32))
+    weights.check_tensors(tensors, config)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_tokenizer_config_has_no_names_that_transformers_4_lacks(exported, family):
     written = read(exported[family][0] / "tokenizer_config.json")
@@ -178,8 +201,8 @@ def test_a_tokenizer_without_post_processor_is_exported_with_that_of_training(
     with caplog.at_level(logging.INFO):
         tokenizer = load_tokenizer(plain_tokenizer)
     assert [record.getMessage() for record in caplog.records if "begin and end" in record.getMessage()] == [
-        f"the tokenizer {plain_tokenizer} does not add the begin and end tokens of training (<s>, </s>) to a text; "
-        "the exported one does"
+        f"the tokenizer {plain_tokenizer} does not add the begin and end tokens of training, <s> and </s>; "
+        "the exported one adds them"
     ]
     assert encode(tokenizer, ["the <mask>"], max_seq_length=9) == [[0, 6, 4, 2]]
     export(tmp_path / "model", tokenizer, family=family)

@@ -73,10 +73,8 @@ class Tokenizer:
         self.special_ids: tuple[int, ...] = tuple(sorted(special | set(hf.all_special_ids)))
         # The unknown token is special, but it represents text.
         self._structural_ids = np.array([id for id in self.special_ids if id != hf.unk_token_id], np.int32)
-        # AutoTokenizer loads a specialized class that may replace the post-processor of tokenizer.json.
-        self._class_name = type(hf).__name__
-        if self._set_post_processor():
-            self._class_name = _GENERAL_CLASS
+        # A specialized class may replace the post-processor of tokenizer.json when it is loaded.
+        self._saved_class = _GENERAL_CLASS if self._set_post_processor() else type(hf).__name__
 
         model = json.loads(hf.backend_tokenizer.to_str())
         has_unknown = any(model["model"].get(key) is not None for key in ("unk_token", "unk_id"))
@@ -99,13 +97,13 @@ class Tokenizer:
         )
 
     def _set_post_processor(self) -> bool:
-        """Makes `hf` add the begin and end tokens of training, if it adds others or none; returns True if it changed."""
+        """Makes `hf` add the begin and end tokens of training, if it adds other tokens; returns True if it changed."""
         if self.hf("")["input_ids"] == [self.bos_id, self.eos_id]:
             return False
-        begin, end = self.hf.convert_ids_to_tokens([self.bos_id, self.eos_id])
+        begin, end = (str(self.hf.convert_ids_to_tokens(id)) for id in (self.bos_id, self.eos_id))
         self.hf.backend_tokenizer.post_processor = post_processor(begin, end, ids=(self.bos_id, self.eos_id))
         logging.info(
-            "the tokenizer %s does not add the begin and end tokens of training (%s, %s) to a text; the exported one does",
+            "the tokenizer %s does not add the begin and end tokens of training, %s and %s; the exported one adds them",
             self.name,
             begin,
             end,
@@ -190,8 +188,7 @@ class Tokenizer:
         with open(config_path, encoding="utf-8") as file:
             config = json.load(file)
         # transformers 4 does not know the class TokenizersBackend, and expects a dict in extra_special_tokens.
-        is_general = self._class_name in ("TokenizersBackend", _GENERAL_CLASS)
-        config["tokenizer_class"] = _GENERAL_CLASS if is_general else self._class_name
+        config["tokenizer_class"] = _GENERAL_CLASS if self._saved_class == "TokenizersBackend" else self._saved_class
         if isinstance(config.get("extra_special_tokens"), list):
             config["additional_special_tokens"] = config.pop("extra_special_tokens")
         # Defaults that depend on the class or differ between the versions.
@@ -257,8 +254,8 @@ def read_vocabulary(directory: str) -> dict[str, int] | None:
 def post_processor(begin: str, end: str, *, ids: tuple[int, int]) -> processors.TemplateProcessing:
     """Returns the post-processor that adds the begin and end tokens of training, with these ids."""
     return processors.TemplateProcessing(
-        single=f"{begin} $A {end}",
-        pair=f"{begin} $A {end} $B {end}",
+        single=[begin, "$A", end],
+        pair=[begin, "$A", end, "$B", end],
         special_tokens=list(zip((begin, end), ids, strict=True)),
     )
 

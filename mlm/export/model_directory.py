@@ -60,6 +60,7 @@ def export_model(
     recover(directory)
     shutil.rmtree(partial, ignore_errors=True)
     tensors = weights.to_hf(params, config)
+    tensors |= weights.tied_biases(tensors, config)
     tensors = {name: np.ascontiguousarray(tensor).astype(jnp.dtype(dtype)) for name, tensor in tensors.items()}
     _require_room(os.path.dirname(directory), sum(tensor.nbytes for tensor in tensors.values()))
     os.makedirs(partial)

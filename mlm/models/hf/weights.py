@@ -125,6 +125,16 @@ def tied_tensors(config: EncoderConfig) -> dict[str, str]:
     return TENSOR_NAMES[config.model_type].tied(config)
 
 
+def tied_biases(tensors: Mapping[str, np.ndarray], config: EncoderConfig) -> dict[str, np.ndarray]:
+    """Returns the tensors of `to_hf` that an exported model has under their second name, too: the head's bias.
+
+    transformers 4.48 silently sets the bias of RoBERTa and ALBERT to zero in a file that lacks this name, even in its
+    own files.
+    """
+    tied = tied_tensors(config).items()
+    return {second: tensors[first] for second, first in tied if second.endswith(".bias")}
+
+
 def redundant_tensors(config: EncoderConfig) -> set[str]:
     """Returns names of tensors without information: the second names of tied tensors, and constants."""
     return {*tied_tensors(config), *_constants(config)}
