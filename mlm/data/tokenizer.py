@@ -186,19 +186,19 @@ class Tokenizer:
         self.hf.save_pretrained(path)
         config_path = os.path.join(path, "tokenizer_config.json")
         with open(config_path, encoding="utf-8") as file:
-            config = json.load(file)
+            fields = json.load(file)
         # transformers 4 does not know the class TokenizersBackend, and expects a dict in extra_special_tokens.
-        config["tokenizer_class"] = _GENERAL_CLASS if self._saved_class == "TokenizersBackend" else self._saved_class
-        if isinstance(config.get("extra_special_tokens"), list):
-            config["additional_special_tokens"] = config.pop("extra_special_tokens")
+        fields["tokenizer_class"] = _GENERAL_CLASS if self._saved_class == "TokenizersBackend" else self._saved_class
+        if isinstance(fields.get("extra_special_tokens"), list):
+            fields["additional_special_tokens"] = fields.pop("extra_special_tokens")
         # Defaults that depend on the class or differ between the versions.
-        config["clean_up_tokenization_spaces"] = self.hf.clean_up_tokenization_spaces
+        fields["clean_up_tokenization_spaces"] = self.hf.clean_up_tokenization_spaces
         names = self.hf.model_input_names
-        config["model_input_names"] = [name for name in names if has_token_types or name != "token_type_ids"]
+        fields["model_input_names"] = [name for name in names if has_token_types or name != "token_type_ids"]
         if max_seq_length is not None:
-            config["model_max_length"] = min(self.hf.model_max_length, max_seq_length)
+            fields["model_max_length"] = min(self.hf.model_max_length, max_seq_length)
         with open(config_path, "w", encoding="utf-8") as file:
-            json.dump(config, file, indent=2, sort_keys=True, ensure_ascii=False)
+            json.dump(fields, file, indent=2, sort_keys=True, ensure_ascii=False)
             file.write("\n")
 
 
