@@ -181,6 +181,20 @@ def test_a_backend_that_gives_other_ids_is_replaced_with_one_log_line(monkeypatc
     ]
 
 
+@pytest.mark.parametrize(
+    "options", [{}, {"single_word": True}, {"lstrip": True}, {"rstrip": True}, {"normalized": False}]
+)
+def test_added_tokens_are_found_where_hugging_face_finds_them(options):
+    # gigatoken finds "foo" in "food" whatever single_word says; the first document shows no difference.
+    hf = train().hf
+    hf.add_tokens([tokenizers.AddedToken("foo", **options)])
+    tokenizer = tokenizer_lib.Tokenizer(hf, name="with an added token")
+    texts = ["plain text", "food", "a foo b", "foo, (foo) xfoo", "foofoo", "FOO"]
+    assert [ragged(tokenizer, [text])[0] for text in texts] == [
+        hf(text, add_special_tokens=False)["input_ids"] for text in texts
+    ]
+
+
 def test_num_ids_is_the_highest_id_plus_one(tmp_path):
     word_piece(tmp_path)
     saved = json.loads((tmp_path / "tokenizer.json").read_text())

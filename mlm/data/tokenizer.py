@@ -143,7 +143,9 @@ class Tokenizer:
         self._checked = True
         lengths = np.diff(_offsets(texts))
         num_texts = min(_MAX_CHECK_DOCUMENTS, int(np.searchsorted(np.cumsum(lengths), _MAX_CHECK_BYTES)) + 1)
-        probes = pa.array([*_PROBE_TEXTS, *self.hf.all_special_tokens], pa.large_string())
+        probes = pa.array(
+            [*_PROBE_TEXTS, *self.hf.all_special_tokens, *_texts_with_added_tokens(self.hf)], pa.large_string()
+        )
         texts = pa.concat_arrays([probes, texts.slice(0, num_texts)])
         expected, expected_offsets = _encode_tokenizers(self._reference, texts)
         ids, offsets = _encode_gigatoken(self._gigatoken, texts)
@@ -267,6 +269,13 @@ def _text_only(tokenizer: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
     copy.no_truncation()
     copy.no_padding()
     return copy
+
+
+def _texts_with_added_tokens(hf: "transformers.PreTrainedTokenizerFast") -> list[str]:
+    """Returns texts that show whether added tokens are found within words, and what becomes of blanks around them."""
+    tokens = [token.content for token in hf.added_tokens_decoder.values() if not token.special]
+    forms = ("{}", "a{}", "{}s", "the {} and", "the {}, ({})", " {} ", "{}{}", "{}\n")
+    return [form.format(*[name] * 2) for token in tokens for name in {token, token.upper()} for form in forms]
 
 
 def _gigatoken(model: dict):
