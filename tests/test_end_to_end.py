@@ -116,8 +116,8 @@ def test_files_of_a_work_directory(finished):
         "metrics.jsonl",
         "model",
     }
-    # One file has scalars and texts, the other TensorBoard's layout of charts.
-    assert sorted(path.suffix for path in finished.glob("events.out.tfevents.*")) == [".layout", ".v2"]
+    # TensorBoard's layout of charts, the start of the run, and its scalars and texts.
+    assert sorted(path.suffix for path in finished.glob("events.out.tfevents.*")) == [".layout", ".start", ".v2"]
     assert sorted(int(path.name) for path in (finished / "checkpoints").iterdir()) == [4, 8]
     assert {path.name for path in (finished / "model").iterdir()} >= {
         "config.json",

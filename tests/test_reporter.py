@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import struct
+import time
 import types
 
 import jax
@@ -76,6 +77,7 @@ def test_metrics_jsonl_is_strict_json(path):
 def test_tensorboard_shows_every_step_once_after_a_restart(tmp_path):
     workdir = WorkDir(str(tmp_path))
     for last_step, steps in ((0, range(2, 15, 2)), (6, range(8, 15, 2)), (12, range(14, 17, 2))):
+        time.sleep(1.0)  # Names of files have the second of the start.
         writer = create_writer(workdir, last_step=last_step)
         for step in steps:
             writer.write_scalars(step, {"train/loss": float(100 * last_step + step)})

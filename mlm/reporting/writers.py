@@ -18,6 +18,7 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.custom_scalar import summary as custom_scalar_summary
 from tensorboard.plugins.hparams import summary_v2 as hparams_summary
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 from mlm.errors import one_line
 from mlm.reporting.curves import read_metrics
@@ -132,10 +133,14 @@ def _hide_steps_after(step: int, logdir: str) -> None:
 
     Its Python loader ignores the first such event of a directory, so a new run writes one, too.
     """
-    writer = EventFileWriter(logdir, filename_suffix=".restart")
+    now = time.time()
     start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-    writer.add_event(event_pb2.Event(wall_time=time.time(), step=step + 1, session_log=start))
-    writer.close()
+    # TensorBoard reads files in the order of their names: this one before the scalars that start in the same second.
+    with open(os.path.join(logdir, f"events.out.tfevents.{int(now):010d}.0.start"), "wb") as file:
+        writer = RecordWriter(file)
+        for event in ({"file_version": "brain.Event:2"}, {"step": step + 1, "session_log": start}):
+            writer.write(event_pb2.Event(wall_time=now, **event).SerializeToString())
+        writer.flush()
 
 
 def write_config(writer: metric_writers.MetricWriter, logdir: str, config: Mapping[str, Any]) -> None:
