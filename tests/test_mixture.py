@@ -214,7 +214,7 @@ def test_the_format_of_the_state():
                 "row": 0,
                 "window_index": 0,
                 "window_end": [1, 0],
-                "window_hash": "6f6fdcdd669bf754",
+                "window_hash": "219e1d2f",
                 "document": 6,
                 "unit": 9,
                 "units_used": 12,

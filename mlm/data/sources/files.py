@@ -103,7 +103,7 @@ def read_column(
         return
     read = {"text": _read_text, "json": _read_json, "csv": _read_csv}[kind]
     with _open(file, retry_policy) as stream:
-        yield from skip_rows(read(Utf8Stream(stream), file, column), start_row)
+        yield from skip_rows(read(Utf8Stream(stream, count_quotes=kind == "csv"), file, column), start_row)
 
 
 def skip_rows(arrays: Iterable[pa.Array | pa.ChunkedArray], num_rows: int) -> Iterator[pa.Array | pa.ChunkedArray]:
@@ -212,14 +212,15 @@ class Utf8Stream(io.RawIOBase):
       ValueError: the file has NUL characters and is neither UTF-16 nor UTF-32.
     """
 
-    def __init__(self, stream: io.IOBase | pa.NativeFile):
-        """Reads the start of a binary stream."""
+    def __init__(self, stream: io.IOBase | pa.NativeFile, *, count_quotes: bool = False):
+        """Reads the start of a binary stream; `count_quotes`: count the double quotes that are read in `num_quotes`."""
         self._stream: Any = stream
         head = stream.read(_HEAD_BYTES)
         encoding, mark = _find_encoding(head)
         self._decoder = None if encoding == "utf-8" else codecs.getincrementaldecoder(encoding)(errors="replace")
         self._rest = self._to_utf8(head[len(mark) :])
-        self.num_quotes = 0  # of double quotes read so far
+        self.num_quotes = 0
+        self._count_quotes = count_quotes
 
     def readable(self) -> bool:
         """True."""
@@ -238,7 +239,8 @@ class Utf8Stream(io.RawIOBase):
         data = b"".join(parts)
         end = len(data) if size < 0 else size
         self._rest = data[end:]
-        self.num_quotes += data.count(b'"', 0, end)
+        if self._count_quotes:
+            self.num_quotes += data.count(b'"', 0, end)
         return data[:end]
 
     def _to_utf8(self, block: bytes) -> bytes:
