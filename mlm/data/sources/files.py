@@ -228,6 +228,8 @@ class Utf8Stream(io.RawIOBase):
 
     def read(self, size: int = -1) -> bytes:
         """Returns `size` bytes, fewer only at the end of the file; all if it is negative."""
+        if self._decoder is None and not self._rest and not self._count_quotes:
+            return self._stream.read() if size < 0 else self._stream.read(size)  # Without a copy.
         parts, num_bytes = [self._rest], len(self._rest)
         while size < 0 or num_bytes < size:
             block = self._stream.read(_BLOCK_BYTES if size < 0 else max(size - num_bytes, 1))
