@@ -213,7 +213,7 @@ class Utf8Stream(io.RawIOBase):
     """
 
     def __init__(self, stream: io.IOBase | pa.NativeFile, *, count_quotes: bool = False):
-        """Reads the start of a binary stream; `count_quotes`: count the double quotes that are read in `num_quotes`."""
+        """Reads the start of a binary stream. `num_quotes` counts double quotes if `count_quotes`."""
         self._stream: Any = stream
         head = stream.read(_HEAD_BYTES)
         encoding, mark = _find_encoding(head)
