@@ -224,6 +224,7 @@ def test_the_format_of_the_state():
                 "skipped_documents": 0,
                 "held_out_documents": 0,
                 "failed_shards": 0,
+                "tokenizer_differences": 0,
             }
         },
     }

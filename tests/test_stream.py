@@ -311,15 +311,16 @@ def test_counters_of_documents_blank_rows_and_held_out_documents():
     corpus = [None, "", " \n\t\u3000", "held", *words(20), "held", "\u00a0"]
     source = memory_source(split(corpus, 2))
     rows = rows_of(source, packing="pad", batch_rows=5, held_out=pa.array(["held", "absent"]))
-    assert rows.counters == {"documents": 0, "skipped_documents": 0, "held_out_documents": 0, "failed_shards": 0}
+    names = ["documents", "skipped_documents", "held_out_documents", "failed_shards", "tokenizer_differences"]
+    assert rows.counters == dict.fromkeys(names, 0)
     for n in range(1, 5):
         next(rows)
         assert rows.counters["documents"] == 5 * n
     assert rows.epoch == 0
-    assert rows.counters == {"documents": 20, "skipped_documents": 4, "held_out_documents": 2, "failed_shards": 0}
+    assert list(rows.counters.values()) == [20, 4, 2, 0, 0]
     take(rows, 4)
     assert rows.epoch == 1
-    assert rows.counters == {"documents": 40, "skipped_documents": 8, "held_out_documents": 4, "failed_shards": 0}
+    assert list(rows.counters.values()) == [40, 8, 4, 0, 0]
 
 
 def test_blank_lines_between_documents_of_a_text_file_are_not_counted_as_skipped():
@@ -328,7 +329,38 @@ def test_blank_lines_between_documents_of_a_text_file_are_not_counted_as_skipped
     rows = rows_of(source, packing="pad", batch_rows=5, held_out=pa.array(["held"]))
     for _ in range(4):
         next(rows)
-    assert rows.counters == {"documents": 20, "skipped_documents": 1, "held_out_documents": 1, "failed_shards": 0}
+    assert list(rows.counters.values()) == [20, 1, 1, 0, 0]
+
+
+def test_backends_are_compared_on_documents_of_all_windows(monkeypatch):
+    """The numbers of compared documents follow the bytes, and a resumed run counts the same."""
+
+    class Differing(Letters):
+        def __init__(self):
+            self.compared = []
+
+        def count_differences(self, texts):
+            self.compared += texts.to_pylist()
+            return sum(text.startswith("1") for text in texts.to_pylist())
+
+    source = memory_source([[f"{n:07}" for n in range(20)], [f"1{n:06}" for n in range(20)]])
+    options = DEFAULTS | {"shuffle_buffer_size": 10, "max_seq_length": 9, "batch_rows": 5, "seed": 3}
+    for every_bytes, num_compared in [(35, 8), (70, 4), (140, 2), (1 << 30, 1)]:
+        monkeypatch.setattr(stream, "_COMPARED_EVERY_BYTES", every_bytes)
+        tokenizer = Differing()
+        rows = stream.RowStream(source, tokenizer, **options)
+        states = [saved(rows)]
+        for _ in range(8):
+            next(rows)
+            states.append(saved(rows))
+        assert rows.epoch == 0
+        assert len(set(tokenizer.compared)) == len(tokenizer.compared) == num_compared
+        assert rows.counters["tokenizer_differences"] == sum(text[0] == "1" for text in tokenizer.compared)
+        for n, state in enumerate(states[:-1]):
+            again = stream.RowStream(source, Differing(), **options)
+            again.restore([state])
+            take(again, 8 - n)
+            assert again.counters == rows.counters
 
 
 @pytest.mark.parametrize("how", PACKINGS)

@@ -181,6 +181,46 @@ def test_a_backend_that_gives_other_ids_is_replaced_with_one_log_line(monkeypatc
     ]
 
 
+class Differing:
+    """gigatoken, but the ids of texts with "1234" are others from the fourth token on."""
+
+    def __init__(self, honest):
+        self._honest = honest
+
+    def encode(self, text):
+        ids = self._honest.encode(text)
+        return np.concatenate([ids[:3], ids[2:]]) if "1234" in text else ids
+
+    def __getattr__(self, name):
+        return getattr(self._honest, name)
+
+
+def test_differences_past_the_first_comparison_are_counted_and_the_first_is_logged(caplog):
+    tokenizer = train()
+    texts = pa.array(["the dog" + " the dog" * n + " 1234" * (n > 1) for n in range(1, 5)], pa.large_string())
+    tokenizer._gigatoken = Differing(tokenizer._gigatoken)
+    assert tokenizer.count_differences(texts) == 0  # The backend is not decided.
+    tokenizer.encode(pa.array(CORPUS))
+    with caplog.at_level(logging.WARNING, logger="absl"):
+        assert tokenizer.count_differences(texts.slice(0, 1)) == 0
+        assert [tokenizer.count_differences(texts) for _ in range(2)] == [3, 3]
+    [record] = caplog.records
+    assert record.getMessage() == (
+        "gigatoken gives other ids than tokenizers for trained near 'the dog the dog the dog 1234'; "
+        "data/tokenizer_differences counts such documents; set tokenizer.backend='tokenizers' in new runs"
+    )
+    assert tokenizer.backend == "gigatoken"
+    # Only their first characters are compared.
+    assert tokenizer.count_differences(pa.array(["the dog " * 300 + "1234"], pa.large_string())) == 0
+
+
+def test_gigatoken_gives_single_texts_the_ids_of_a_batch():
+    tokenizer = train()
+    for text, ids in zip(CORPUS + ODD, ragged(tokenizer, CORPUS + ODD), strict=True):
+        assert tokenizer._gigatoken.encode(text).tolist() == ids
+    assert tokenizer.count_differences(pa.array(CORPUS + ODD, pa.large_string())) == 0
+
+
 @pytest.mark.parametrize(
     "options", [{}, {"single_word": True}, {"lstrip": True}, {"rstrip": True}, {"normalized": False}]
 )

@@ -33,6 +33,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+# Fields of a position that count over the run.
+_COUNTERS = (
+    "documents_before_window",
+    "skipped_documents",
+    "held_out_documents",
+    "failed_shards",
+    "tokenizer_differences",
+)
+
 
 class ShardSlice(NamedTuple):
     """The rows of a shard with start <= row < end and row % stride == offset.
@@ -90,7 +99,8 @@ class Position:
         work_items: what to read after the current work item, before the next epoch.
         next_epoch: the first epoch that starts with its initial assignment.
         documents_before_window: number of documents used in the run before this window.
-        skipped_documents, held_out_documents, failed_shards: counts over the run, those of this window included.
+        skipped_documents, held_out_documents, failed_shards, tokenizer_differences: counts over the run, those of
+            this window included.
     """
 
     epoch: int = 0
@@ -110,6 +120,7 @@ class Position:
     skipped_documents: int = 0
     held_out_documents: int = 0
     failed_shards: int = 0
+    tokenizer_differences: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """Returns the fields by name; JSON turns the tuples into lists."""
@@ -135,8 +146,7 @@ class Position:
 
     def next_item(self) -> "Position":
         """Returns the position at the start of the next work item, or of the next epoch if there is none."""
-        names = ("documents_before_window", "skipped_documents", "held_out_documents", "failed_shards")
-        counters = {name: getattr(self, name) for name in names}
+        counters = {name: getattr(self, name) for name in _COUNTERS}
         if not self.work_items:
             return Position(epoch=self.next_epoch, next_epoch=self.next_epoch + 1, **counters)
         epoch, slices, window = self.work_items[0]
@@ -223,9 +233,7 @@ def reassign(
         work_items=tuple(items),
         next_epoch=newest_epoch + 1,
         documents_before_window=sum(position.num_documents() for position in counted),
-        skipped_documents=sum(position.skipped_documents for position in counted),
-        held_out_documents=sum(position.held_out_documents for position in counted),
-        failed_shards=sum(position.failed_shards for position in counted),
+        **{name: sum(getattr(position, name) for position in counted) for name in _COUNTERS[1:]},
     ).next_item()
 
 

@@ -39,6 +39,8 @@ _UNSHUFFLED_WINDOW = 1024
 # Epochs in succession in which an assignment that changes with the epoch may be too small for one batch.
 _MAX_SHORT_EPOCHS = 16
 
+# The tokenizer's two backends are compared on one document of this many bytes of text: less than 1 % of the time.
+_COMPARED_EVERY_BYTES = 16 << 20
 # Changed files named in an error.
 _MAX_NAMED_SHARDS = 3
 
@@ -173,9 +175,9 @@ class RowStream:
 
     @property
     def counters(self) -> dict[str, int]:
-        """Counts over the run so far: documents used, rows without text, held-out documents, failed shards.
+        """Counts over the run so far: documents used, rows without text, held-out documents, and so on.
 
-        Rows without text and held-out documents count as soon as their window is read.
+        All but the documents used count as soon as their window is read.
         """
         position = self._position()
         return {
@@ -183,6 +185,7 @@ class RowStream:
             "skipped_documents": position.skipped_documents,
             "held_out_documents": position.held_out_documents,
             "failed_shards": position.failed_shards,
+            "tokenizer_differences": position.tokenizer_differences,
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -332,6 +335,7 @@ class RowStream:
                 self._start,
                 skipped_documents=self._start.skipped_documents + skipped_documents,
                 held_out_documents=self._start.held_out_documents + num_held_out,
+                tokenizer_differences=self._start.tokenizer_differences + self._count_differences(texts, order),
                 window_end=end,
                 window_hash=window_hash,
             )
@@ -340,6 +344,14 @@ class RowStream:
             order = order[offset::stride]
         byte_ends = np.cumsum(reader_lib.num_bytes(texts)[order])
         return _Window(texts=texts, order=order, byte_ends=byte_ends, locations=reader.locations[order], end=end)
+
+    def _count_differences(self, texts: pa.LargeStringArray, order: np.ndarray) -> int:
+        """Compares the tokenizer's backends on some documents of the window, in the first window on at least one."""
+        window_index, num_bytes = self._start.window_index, int(reader_lib.num_bytes(texts).sum())
+        before, after = (-(-index * num_bytes // _COMPARED_EVERY_BYTES) for index in (window_index, window_index + 1))
+        if after == before or len(order) == 0:
+            return 0
+        return self._tokenizer.count_differences(texts.take(order[:: -(-len(order) // (after - before))]))
 
     def _pack_chunk(self, window: _Window, first_unit: int) -> None:
         """Tokenizes and packs documents of the window from `_chunk_start` on, and skips the first units."""

@@ -77,7 +77,8 @@ class SyntheticRows:
     @property
     def counters(self) -> dict[str, int]:
         """The counters of a `RowStream`, with every row counted as a document."""
-        return {"documents": self._num_rows, "skipped_documents": 0, "held_out_documents": 0, "failed_shards": 0}
+        zeros = dict.fromkeys(("skipped_documents", "held_out_documents", "failed_shards", "tokenizer_differences"), 0)
+        return {"documents": self._num_rows} | zeros
 
     def documents(self) -> list[DocumentSpan]:
         """Returns no documents."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import tokenizers
 from absl import logging
 from tokenizers import processors
@@ -33,6 +34,9 @@ _PROBE_TEXTS = (
 _GENERAL_CLASS = "PreTrainedTokenizerFast"
 _MAX_CHECK_DOCUMENTS = 256
 _MAX_CHECK_BYTES = 1 << 20
+# Of the documents compared later, the first characters; and those shown on both sides of a difference.
+_MAX_COMPARED_CHARACTERS = 2000
+_SHOWN_CHARACTERS = 40
 # `tokenizers` encodes texts in parts of this many bytes, from two threads: while one encodes, on all cores and without
 # the GIL, the other makes an array of the ids of the previous part.
 _PART_BYTES = 256 << 10
@@ -82,6 +86,7 @@ class Tokenizer:
         self._reference = _text_only(hf.backend_tokenizer)
         self._gigatoken = None if backend == "tokenizers" else _gigatoken(model)
         self._checked = False
+        self._logged_difference = False
         if self._gigatoken is None and backend == "gigatoken":
             raise UserError(
                 f"tokenizer.backend='gigatoken': supports byte-level BPE only, not the tokenizer {name!r}; "
@@ -152,6 +157,34 @@ class Tokenizer:
         if not (np.array_equal(offsets, expected_offsets) and np.array_equal(ids, expected)):
             logging.info("gigatoken gives other ids than tokenizers for %s; using tokenizers", self.name)
             self._gigatoken = None
+
+    def count_differences(self, texts: pa.LargeStringArray) -> int:
+        """Returns for how many of the texts, shortened, gigatoken gives other ids than `tokenizers`; logs the first.
+
+        The backend stays the same, because positions in the data count tokens. 0 before the first `encode`, whose
+        comparison may change the backend.
+        """
+        if self._gigatoken is None or not self._checked:
+            return 0
+        count = 0
+        for text in pc.utf8_slice_codeunits(texts, 0, _MAX_COMPARED_CHARACTERS).to_pylist():
+            expected = self._reference.encode(text, add_special_tokens=False)
+            ids = self._gigatoken.encode(text).tolist()
+            if ids == expected.ids:
+                continue
+            count += 1
+            if not self._logged_difference:
+                self._logged_difference = True
+                pairs = itertools.zip_longest(ids, expected.ids)
+                first = next(n for n, (found, wanted) in enumerate(pairs) if found != wanted)
+                start = ([start for start, _ in expected.offsets] + [len(text)])[first]
+                logging.warning(
+                    "gigatoken gives other ids than tokenizers for %s near %r; data/tokenizer_differences counts such "
+                    "documents; set tokenizer.backend='tokenizers' in new runs",
+                    self.name,
+                    text[max(0, start - _SHOWN_CHARACTERS) : start + _SHOWN_CHARACTERS],
+                )
+        return count
 
     def decode(self, ids: Sequence[int]) -> str:
         """Returns the text of ids, special tokens included; blanks before punctuation stay."""
