@@ -22,6 +22,7 @@ import optax
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
+from configs import default
 from mlm import parallel, steps
 from mlm.masking import MaskingSpec
 from mlm.models.block import Execution
@@ -32,16 +33,13 @@ from mlm.schedules import create_schedule
 from mlm.settings import OptimizerSettings
 
 OPTIMIZER = OptimizerSettings(
-    learning_rate=3e-4,
-    warmup_steps=1_000,
-    schedule="linear",
-    adam_beta1=0.9,
-    adam_beta2=0.98,
-    adam_epsilon=1e-8,
-    weight_decay=0.01,
-    max_grad_norm=0.0,
-    max_skipped_steps=0,
-    spike_factor=0.0,
+    **{
+        **default.get_config().optimizer.to_dict(),
+        "learning_rate": 3e-4,
+        "warmup_steps": 1_000,
+        "adam_beta2": 0.98,
+        "weight_decay": 0.01,
+    }
 )
 SCHEDULE = create_schedule(OPTIMIZER, num_train_steps=10_000)
 SPECIAL = 5  # ids below are special; the last one is the mask token

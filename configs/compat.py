@@ -16,6 +16,27 @@ ADDED_KEYS: dict[str, Any] = {
     # One line per key.
     "data.max_unknown_fraction": 1.0,
     "data.accept_changed_files": False,
+    "masking.strategy": "token",
+    "masking.eval_strategy": "token",
+    "masking.eval_mlm_probability": None,
+    "masking.eval_mask_replace_prob": None,
+    "masking.eval_random_replace_prob": None,
+    "loss.z_loss": 0.0,
+    "loss.label_smoothing": 0.0,
+    "optimizer.name": "adamw",
+    "optimizer.adam_learning_rate": None,
+    "optimizer.decay_steps": None,
+    "optimizer.decay_shape": None,
+    "optimizer.end_factor": None,
+    "optimizer.muon_momentum": None,
+    "optimizer.muon_iterations": None,
+    "optimizer.muon_scale": None,
+    "optimizer.lion_beta1": None,
+    "optimizer.lion_beta2": None,
+    "optimizer.adafactor_decay_rate": None,
+    "optimizer.adafactor_clipping_threshold": None,
+    "optimizer.layer_decay": 1.0,
+    "optimizer.ema_decay": 0.0,
 }
 # old key -> new key.
 RENAMED_KEYS: dict[str, str] = {}

@@ -6,7 +6,7 @@ are grouped by the module that reads them. On the command line, `--config.optimi
 """
 
 from ml_collections import ConfigDict
-from ml_collections.config_dict import placeholder
+from ml_collections.config_dict import FieldReference, placeholder
 
 
 def get_config() -> ConfigDict:
@@ -197,33 +197,90 @@ def get_config() -> ConfigDict:
     overrides.tie_word_embeddings = placeholder(bool)
 
     config.masking = masking = ConfigDict()
-    # Probability that a token is predicted; special tokens and padding never are. 0.15 as in BERT.
-    masking.mlm_probability = 0.15
+    # What is chosen to be predicted: "token", single tokens; "whole_word", all tokens of a word; or "span", up to 10
+    # words in a row, as in SpanBERT. The last two need word boundaries from the tokenizer, which then is the slower
+    # backend "tokenizers". "token" as in BERT.
+    masking.strategy = "token"
+    # Probability that a token is predicted in training; special tokens and padding never are. A pair such as
+    # (0.3, 0.15) changes it linearly from the first to the last step. 0.15 as in BERT; 0.3 learns faster.
+    masking.mlm_probability = FieldReference(0.15, field_type=object)
     # Probability that a predicted token is replaced by the mask token. 0.8 as in BERT.
     masking.mask_replace_prob = 0.8
     # Probability that a predicted token is replaced by a random token; the rest stay unchanged. 0.1 as in BERT.
     masking.random_replace_prob = 0.1
+    # The same for the evaluation sequences, whose masks never change. They do not follow the values of training, so
+    # that losses of different recipes can be compared. None: the value of training.
+    masking.eval_strategy = "token"
+    masking.eval_mlm_probability = 0.15
+    masking.eval_mask_replace_prob = 0.8
+    masking.eval_random_replace_prob = 0.1
+
+    config.loss = loss = ConfigDict()
+    # Weight of the squared logarithm of the softmax's normalizer in the training loss, which keeps logits from growing.
+    # Reported losses leave it out. 0: none; 1e-4 is usual.
+    loss.z_loss = 0.0
+    # Part of the label's probability that is spread over the vocabulary in the training loss. Reported losses leave it
+    # out. 0: none.
+    loss.label_smoothing = 0.0
 
     config.optimizer = optimizer = ConfigDict()
+    # "adamw"; "muon", which orthogonalizes the updates of the matrices inside layers and leaves everything else to
+    # AdamW; "stable_adamw", AdamW whose updates are clipped by their RMS; "lamb", for very large batches; "lion"; or
+    # "adafactor", which saves memory. docs/recipes.md compares them. "adamw" as in the reference script.
+    optimizer.name = "adamw"
     # Peak learning rate. 5e-5 as in the reference script: right for continued pre-training; use 1e-4 to 1e-3 from
-    # scratch.
+    # scratch with adamw, 0.01 to 0.05 with muon, a third to a tenth of adamw's with lion.
     optimizer.learning_rate = 5e-5
-    # Steps over which the learning rate rises linearly from 0 to its peak. 0 as in the reference script: no warm-up;
-    # use 1 % to 10 % of the steps from scratch.
-    optimizer.warmup_steps = 0
-    # Shape of the learning rate after warm-up: "linear" or "cosine" to 0 at num_train_steps, or "constant". "linear" as
-    # in the reference script.
+    # muon: peak learning rate of the parameters that AdamW updates: embeddings, head, norms and biases. None: 3e-4.
+    optimizer.adam_learning_rate = placeholder(float)
+    # Warm-up, over which the learning rate rises linearly from 0 to its peak: a number of steps, a fraction of the run
+    # such as 0.06, or a string such as "3e9 tokens". 0 as in the reference script: no warm-up; use 1 % to 10 % of the
+    # steps from scratch.
+    optimizer.warmup_steps = FieldReference(0, field_type=object)
+    # Learning rate after the warm-up: "linear" or "cosine" decay until num_train_steps, "constant", "inverse_sqrt", or
+    # "wsd": constant, then a decay over the last decay_steps. "linear" as in the reference script.
     optimizer.schedule = "linear"
-    # AdamW beta1: decay rate of the running mean of gradients. 0.9 as in the reference script.
-    optimizer.adam_beta1 = 0.9
-    # AdamW beta2: decay rate of the running mean of squared gradients. RoBERTa uses 0.98, which recovers sooner from
-    # spikes; 0.999 as in the reference script.
-    optimizer.adam_beta2 = 0.999
-    # AdamW epsilon, added to the square root of the second moment. 1e-8 as in the reference script.
-    optimizer.adam_epsilon = 1e-8
+    # wsd, inverse_sqrt: length of the decay at the end of the run, in the units of warmup_steps. None: 0.1 for wsd,
+    # none for inverse_sqrt.
+    optimizer.decay_steps = placeholder(object)
+    # wsd, inverse_sqrt: shape of that decay: "linear", "1-sqrt" or "cosine". None: "1-sqrt" for wsd, "linear" for
+    # inverse_sqrt.
+    optimizer.decay_shape = placeholder(str)
+    # All schedules but "constant": learning rate at the end of the decay, as a fraction of its peak. None: 0.
+    optimizer.end_factor = placeholder(float)
+    # adamw, stable_adamw, lamb, muon: decay rate of the running mean of gradients. None: 0.9.
+    optimizer.adam_beta1 = placeholder(float)
+    # adamw, stable_adamw, lamb, muon: decay rate of the running mean of squared gradients. RoBERTa uses 0.98, which
+    # recovers sooner from spikes. None: 0.999 for adamw, as in the reference script, and for lamb; 0.99 for
+    # stable_adamw; 0.95 for muon.
+    optimizer.adam_beta2 = placeholder(float)
+    # adamw, stable_adamw, lamb, muon: added to the square root of the second moment. None: 1e-8, as in the reference
+    # script; 1e-6 for stable_adamw and lamb.
+    optimizer.adam_epsilon = placeholder(float)
+    # muon: decay rate of the sum of gradients. None: 0.95.
+    optimizer.muon_momentum = placeholder(float)
+    # muon: iterations of Newton-Schulz, which orthogonalizes. None: 5.
+    optimizer.muon_iterations = placeholder(int)
+    # muon: factor of an orthogonalized update, "spectral": sqrt(max(1, outputs / inputs)), or "rms":
+    # 0.2 sqrt(max(outputs, inputs)), which makes its RMS that of AdamW's updates, so that AdamW's learning rate and
+    # weight decay fit. None: "spectral".
+    optimizer.muon_scale = placeholder(str)
+    # lion: decay rates in the update and of the momentum. None: 0.9 and 0.99.
+    optimizer.lion_beta1 = placeholder(float)
+    optimizer.lion_beta2 = placeholder(float)
+    # adafactor: exponent of the decay of second moments; RMS at which updates are clipped. None: 0.8 and 1.
+    optimizer.adafactor_decay_rate = placeholder(float)
+    optimizer.adafactor_clipping_threshold = placeholder(float)
     # Decoupled weight decay, multiplied by the learning rate. Biases and norm scales are not decayed. 0 as in the
     # reference script; 0.01 is usual.
     optimizer.weight_decay = 0.0
+    # Factor of the learning rate from each layer to the one below it: the head has the full rate, the last layer
+    # layer_decay of it, and the embeddings the least. 1: the same rate everywhere; use 0.8 to 0.95 to continue from a
+    # published model.
+    optimizer.layer_decay = 1.0
+    # Decay rate of an exponential moving average of the parameters, which is then what is evaluated and exported; the
+    # average costs memory for one more copy. 0: no average; 0.999 is usual.
+    optimizer.ema_decay = 0.0
     # Largest global gradient norm; larger gradients are scaled down to it. 0: no clipping, since the reference script
     # ignores its flag; 1.0 is usual.
     optimizer.max_grad_norm = 0.0

@@ -11,7 +11,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
+import mlm.settings
+from mlm import parallel
 from mlm.data import pipeline
 from mlm.data.mixture import BatchStream
 from mlm.data.pipeline import TextPipeline
@@ -28,7 +31,7 @@ from mlm.models.hf.pretrained import AdaptedWeights, PretrainedWeights
 from mlm.optimizer import create_optimizer
 from mlm.run.workdir import WorkDir
 from mlm.schedules import create_schedule
-from mlm.settings import RunSettings
+from mlm.settings import Borders, RunSettings
 from mlm.steps import StepConfig, init_params
 
 # Tokens per sequence from which "auto" uses the flash kernel on TPUs.
@@ -57,7 +60,16 @@ class Components:
 
     def with_batch_size(self, settings: RunSettings) -> "Components":
         """Returns the same components for another `per_device_train_batch_size`."""
-        return dataclasses.replace(self, stream=_open_batches(settings, self.text))
+        return dataclasses.replace(self, stream=_open_batches(settings, self.text)).with_borders(
+            settings, resolve_borders(settings)
+        )
+
+    def with_borders(self, settings: RunSettings, borders: Borders) -> "Components":
+        """Returns the same components with a schedule whose parts begin and end at these steps."""
+        schedule = create_schedule(settings.optimizer, num_train_steps=settings.num_train_steps, borders=borders)
+        optimizer = create_optimizer(settings.optimizer, schedule, axis_name=parallel.AXIS)
+        step_config = dataclasses.replace(self.step_config, optimizer=optimizer, schedule=schedule)
+        return dataclasses.replace(self, step_config=step_config)
 
     def initial_params(self) -> Any:
         """Returns the parameters before the first step, on the host or one device."""
@@ -74,7 +86,9 @@ def build(settings: RunSettings, workdir: WorkDir) -> Components:
     """
     if jax.process_index() == 0:
         check_hub(settings, workdir)
-    schedule = create_schedule(settings.optimizer, num_train_steps=settings.num_train_steps)
+    schedule = create_schedule(
+        settings.optimizer, num_train_steps=settings.num_train_steps, borders=resolve_borders(settings)
+    )
     copied, checkpoint = load_model(settings)
 
     text_sources = pipeline.open_sources(settings.data)
@@ -101,16 +115,30 @@ def build(settings: RunSettings, workdir: WorkDir) -> Components:
                 execution=open_execution(settings, backend=jax.default_backend()),
             ),
             masking=open_masking(settings, tokenizer),
-            optimizer=create_optimizer(settings.optimizer, schedule),
+            eval_masking=open_eval_masking(settings, tokenizer),
+            mask_rate=open_mask_rate(settings),
+            optimizer=create_optimizer(settings.optimizer, schedule, axis_name=parallel.AXIS),
             schedule=schedule,
             seed=settings.seed,
             spike_factor=settings.optimizer.spike_factor,
+            ema_decay=settings.optimizer.ema_decay,
+            z_loss=settings.loss.z_loss,
+            label_smoothing=settings.loss.label_smoothing,
         ),
         encoder=encoder,
         tokenizer=tokenizer,
         stream=_open_batches(settings, text),
         text=text,
         pretrained=adapted,
+    )
+
+
+def resolve_borders(settings: RunSettings) -> Borders:
+    """Returns the steps at which parts of the schedule begin and end, on the devices here."""
+    rows = max(1, settings.per_device_train_batch_size) * settings.gradient_accumulation_steps * jax.device_count()
+    tokens_per_step = rows * settings.data.max_seq_length
+    return mlm.settings.resolve_borders(
+        settings.optimizer, num_train_steps=settings.num_train_steps, tokens_per_step=tokens_per_step
     )
 
 
@@ -145,14 +173,37 @@ def open_execution(settings: RunSettings, *, backend: str) -> Execution:
 
 
 def open_masking(settings: RunSettings, tokenizer: Tokenizer) -> MaskingSpec:
-    """Returns what is masked, and which ids replace masked tokens."""
+    """Returns what is masked in training, and which ids replace masked tokens."""
+    masking = settings.masking
     return MaskingSpec(
-        **dataclasses.asdict(settings.masking),
+        mlm_probability=max(masking.mlm_probabilities),
+        mask_replace_prob=masking.mask_replace_prob,
+        random_replace_prob=masking.random_replace_prob,
         mask_id=tokenizer.mask_id,
         # Ids that no token has cannot replace one.
         special_ids=tuple(sorted({*tokenizer.special_ids, *tokenizer.unused_ids})),
         num_ids=tokenizer.num_ids,
+        strategy=masking.strategy,
+        has_word_starts=masking.needs_words,
     )
+
+
+def open_eval_masking(settings: RunSettings, tokenizer: Tokenizer) -> MaskingSpec:
+    """Returns what is masked in evaluation."""
+    masking = settings.masking
+    return dataclasses.replace(
+        open_masking(settings, tokenizer),
+        strategy=masking.eval_strategy,
+        mlm_probability=masking.eval_mlm_probability,
+        mask_replace_prob=masking.eval_mask_replace_prob,
+        random_replace_prob=masking.eval_random_replace_prob,
+    )
+
+
+def open_mask_rate(settings: RunSettings) -> optax.Schedule | None:
+    """Returns the fraction of predicted tokens by the number of steps done; None if it is constant."""
+    first, last = settings.masking.mlm_probabilities
+    return None if first == last else optax.linear_schedule(first, last, max(1, settings.num_train_steps - 1))
 
 
 def open_hub(settings: RunSettings, workdir: WorkDir) -> Hub | None:

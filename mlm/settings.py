@@ -9,9 +9,10 @@ import dataclasses
 import difflib
 import functools
 import math
+import re
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Self
 
 from mlm.errors import UserError
@@ -49,8 +50,40 @@ ACTIVATIONS = {
     "silu": "silu",
     "swish": "silu",
 }
-# optimizer.schedule.
-SCHEDULES = ("linear", "cosine", "constant")
+# masking.strategy and masking.eval_strategy.
+STRATEGIES = ("token", "whole_word", "span")
+# Bit of a token in a row that is set where a word starts, if a strategy needs words. Vocabularies are far smaller.
+WORD_START = 1 << 30
+# optimizer.name -> the keys that not every optimizer has, and what None means for them: the values of the reference
+# script for adamw, of the papers for the others (see mlm/optimizer.py).
+OPTIMIZERS: dict[str, dict[str, Any]] = {
+    "adamw": {"adam_beta1": 0.9, "adam_beta2": 0.999, "adam_epsilon": 1e-8},
+    "stable_adamw": {"adam_beta1": 0.9, "adam_beta2": 0.99, "adam_epsilon": 1e-6},
+    "lamb": {"adam_beta1": 0.9, "adam_beta2": 0.999, "adam_epsilon": 1e-6},
+    "lion": {"lion_beta1": 0.9, "lion_beta2": 0.99},
+    "adafactor": {"adafactor_decay_rate": 0.8, "adafactor_clipping_threshold": 1.0},
+    "muon": {
+        "adam_learning_rate": 3e-4,
+        "adam_beta1": 0.9,
+        "adam_beta2": 0.95,
+        "adam_epsilon": 1e-8,
+        "muon_momentum": 0.95,
+        "muon_iterations": 5,
+        "muon_scale": "spectral",
+    },
+}
+# optimizer.muon_scale.
+MUON_SCALES = ("spectral", "rms")
+# optimizer.schedule -> the keys that not every schedule has, and what None means for them.
+SCHEDULES: dict[str, dict[str, Any]] = {
+    "linear": {"end_factor": 0.0},
+    "cosine": {"end_factor": 0.0},
+    "constant": {},
+    "inverse_sqrt": {"decay_steps": 0, "decay_shape": "linear", "end_factor": 0.0},
+    "wsd": {"decay_steps": 0.1, "decay_shape": "1-sqrt", "end_factor": 0.0},
+}
+# optimizer.decay_shape.
+DECAY_SHAPES = ("linear", "1-sqrt", "cosine")
 # export.dtype.
 EXPORT_DTYPES = ("float32", "bfloat16", "float16")
 
@@ -74,11 +107,15 @@ MUTABLE_KEYS: tuple[str, ...] = (
     "data.cache_dir",
     # Both backends give the same ids; this is verified on the first documents.
     "tokenizer.backend",
-    # Hyperparameters that people tune during a run, as after a loss spike: the optimizer state stays valid. Adam's
-    # betas and epsilon define that state, so they stay fixed.
+    # Hyperparameters that people tune during a run, as after a loss spike: the optimizer state stays valid. The
+    # optimizer and its betas define that state, so they stay fixed.
     "optimizer.learning_rate",
+    "optimizer.adam_learning_rate",
     "optimizer.warmup_steps",
     "optimizer.schedule",
+    "optimizer.decay_steps",
+    "optimizer.decay_shape",
+    "optimizer.end_factor",
     "optimizer.weight_decay",
     "optimizer.max_grad_norm",
     "optimizer.max_skipped_steps",
@@ -358,57 +395,150 @@ class ModelSettings:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MaskingSettings:
-    """`masking`: how many tokens are predicted, and what replaces them."""
+    """`masking`: which tokens are predicted and what replaces them, in training and in evaluation."""
 
-    mlm_probability: float
+    strategy: str
+    mlm_probability: float | tuple[Any, ...]
     mask_replace_prob: float
     random_replace_prob: float
+    eval_strategy: str
+    eval_mlm_probability: float | None
+    eval_mask_replace_prob: float | None
+    eval_random_replace_prob: float | None
 
     def __post_init__(self):
         _convert_types(self, "masking.")
-        if not 0 < self.mlm_probability <= 1:
+        is_pair = isinstance(self.mlm_probability, tuple)
+        if is_pair and [type(rate) for rate in self.mlm_probability] not in ([float] * 2, [float, int], [int, float]):
+            raise _error("masking.mlm_probability", self.mlm_probability, "must be a number or a pair of numbers")
+        if not all(0 < rate <= 1 for rate in self.mlm_probabilities):
             raise _error("masking.mlm_probability", self.mlm_probability, "must lie in (0, 1]")
-        for key in ("mask_replace_prob", "random_replace_prob"):
-            if not 0 <= getattr(self, key) <= 1:
-                raise _error(f"masking.{key}", getattr(self, key), "must lie in [0, 1]")
-        if not self.mask_replace_prob + self.random_replace_prob <= 1 + 1e-9:
-            raise _error(
-                "masking.mask_replace_prob",
-                self.mask_replace_prob,
-                f"together with masking.random_replace_prob={self.random_replace_prob!r} it exceeds 1; lower either",
-            )
+        # None: the value of training, as before these keys existed.
+        if self.eval_mlm_probability is None:
+            object.__setattr__(self, "eval_mlm_probability", max(self.mlm_probabilities))
+        for name in ("mask_replace_prob", "random_replace_prob"):
+            if getattr(self, f"eval_{name}") is None:
+                object.__setattr__(self, f"eval_{name}", getattr(self, name))
+        if not 0 < self.eval_mlm_probability <= 1:
+            raise _error("masking.eval_mlm_probability", self.eval_mlm_probability, "must lie in (0, 1]")
+        for prefix in ("", "eval_"):
+            _check_choice(f"masking.{prefix}strategy", getattr(self, f"{prefix}strategy"), STRATEGIES)
+            keys = f"{prefix}mask_replace_prob", f"{prefix}random_replace_prob"
+            mask_replace_prob, random_replace_prob = (getattr(self, key) for key in keys)
+            for key in keys:
+                if not 0 <= getattr(self, key) <= 1:
+                    raise _error(f"masking.{key}", getattr(self, key), "must lie in [0, 1]")
+            if not mask_replace_prob + random_replace_prob <= 1 + 1e-9:
+                raise _error(
+                    f"masking.{keys[0]}",
+                    mask_replace_prob,
+                    f"together with masking.{keys[1]}={random_replace_prob!r} it exceeds 1; lower either",
+                )
+
+    @property
+    def mlm_probabilities(self) -> tuple[float, float]:
+        """The training rate at the first and at the last step."""
+        rate = self.mlm_probability
+        return rate if isinstance(rate, tuple) else (rate, rate)
+
+    @property
+    def needs_words(self) -> bool:
+        """True if a strategy chooses words, so that tokens must say where one starts."""
+        return self.strategy != "token" or self.eval_strategy != "token"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LossSettings:
+    """`loss`: terms of the training loss."""
+
+    z_loss: float
+    label_smoothing: float
+
+    def __post_init__(self):
+        _convert_types(self, "loss.")
+        if not 0 <= self.z_loss < math.inf:
+            raise _error("loss.z_loss", self.z_loss, "must be finite and not negative")
+        if not 0 <= self.label_smoothing < 1:
+            raise _error("loss.label_smoothing", self.label_smoothing, "must lie in [0, 1)")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerSettings:
-    """`optimizer`: AdamW, its schedule, and which steps are skipped."""
+    """`optimizer`: the optimizer, its schedule, and which steps are skipped.
 
+    A key that is None and that the optimizer or schedule has gets its value from `OPTIMIZERS` or `SCHEDULES`.
+    """
+
+    name: str
     learning_rate: float
-    warmup_steps: int
+    adam_learning_rate: float | None
+    warmup_steps: int | float | str
     schedule: str
-    adam_beta1: float
-    adam_beta2: float
-    adam_epsilon: float
+    decay_steps: int | float | str | None
+    decay_shape: str | None
+    end_factor: float | None
+    adam_beta1: float | None
+    adam_beta2: float | None
+    adam_epsilon: float | None
+    muon_momentum: float | None
+    muon_iterations: int | None
+    muon_scale: str | None
+    lion_beta1: float | None
+    lion_beta2: float | None
+    adafactor_decay_rate: float | None
+    adafactor_clipping_threshold: float | None
     weight_decay: float
+    layer_decay: float
+    ema_decay: float
     max_grad_norm: float
     max_skipped_steps: int
     spike_factor: float
 
     def __post_init__(self):
-        _convert_types(self, "optimizer.")
-        for key in ("learning_rate", "adam_epsilon"):
-            if not 0 < getattr(self, key) < math.inf:
-                raise _error(f"optimizer.{key}", getattr(self, key), "must be positive and finite")
-        _check_choice("optimizer.schedule", self.schedule, SCHEDULES)
-        for key in ("adam_beta1", "adam_beta2"):
-            if not 0 <= getattr(self, key) < 1:
-                raise _error(f"optimizer.{key}", getattr(self, key), "must lie in [0, 1)")
-        for key in ("weight_decay", "max_grad_norm"):
-            if not 0 <= getattr(self, key) < math.inf:
-                raise _error(f"optimizer.{key}", getattr(self, key), "must be finite and not negative")
-        _check_minimums(self, "optimizer.", warmup_steps=0, max_skipped_steps=0)
-        if not (self.spike_factor == 0 or self.spike_factor > 1):
-            raise _error("optimizer.spike_factor", self.spike_factor, "must be 0 or more than 1")
+        _check_duration("optimizer.warmup_steps", self.warmup_steps)
+        if self.decay_steps is not None:
+            _check_duration("optimizer.decay_steps", self.decay_steps)
+        _convert_types(self, "optimizer.", skip=("warmup_steps", "decay_steps"))
+        _check_choice("optimizer.name", self.name, tuple(OPTIMIZERS))
+        _check_choice("optimizer.schedule", self.schedule, tuple(SCHEDULES))
+        self._set_defaults("name", OPTIMIZERS)
+        self._set_defaults("schedule", SCHEDULES)
+
+        def check(is_valid: Callable[[Any], bool], problem: str, *keys: str) -> None:
+            for key in keys:
+                value = getattr(self, key)
+                if value is not None and not is_valid(value):
+                    raise _error(f"optimizer.{key}", value, problem)
+
+        def is_positive(value: float) -> bool:
+            return 0 < value < math.inf
+
+        check(is_positive, "must be positive and finite", "learning_rate", "adam_learning_rate", "adam_epsilon")
+        check(is_positive, "must be positive and finite", "adafactor_decay_rate", "adafactor_clipping_threshold")
+        betas = ("adam_beta1", "adam_beta2", "muon_momentum", "lion_beta1", "lion_beta2", "ema_decay")
+        check(lambda value: 0 <= value < 1, "must lie in [0, 1)", *betas)
+        check(lambda value: 0 < value <= 1, "must lie in (0, 1]", "layer_decay")
+        check(lambda value: 0 <= value <= 1, "must lie in [0, 1]", "end_factor")
+        check(lambda value: 0 <= value < math.inf, "must be finite and not negative", "weight_decay", "max_grad_norm")
+        check(lambda value: value >= 1, "must be at least 1", "muon_iterations")
+        _check_minimums(self, "optimizer.", max_skipped_steps=0)
+        check(lambda value: value == 0 or value > 1, "must be 0 or more than 1", "spike_factor")
+        for key, choices in (("muon_scale", MUON_SCALES), ("decay_shape", DECAY_SHAPES)):
+            if getattr(self, key) is not None:
+                _check_choice(f"optimizer.{key}", getattr(self, key), choices)
+
+    def _set_defaults(self, choice: str, tables: Mapping[str, Mapping[str, Any]]) -> None:
+        """Replaces None by the default of the chosen optimizer or schedule, and refuses keys that it does not have."""
+        chosen = getattr(self, choice)
+        for key in dict.fromkeys(key for table in tables.values() for key in table):
+            if getattr(self, key) is None:
+                object.__setattr__(self, key, tables[chosen].get(key))
+            elif key not in tables[chosen]:
+                raise _error(
+                    f"optimizer.{key}",
+                    getattr(self, key),
+                    f"optimizer.{choice}={chosen!r} does not use it; set it to None",
+                )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -486,6 +616,7 @@ class RunSettings:
     tokenizer: TokenizerSettings
     model: ModelSettings
     masking: MaskingSettings
+    loss: LossSettings
     optimizer: OptimizerSettings
     checkpoint: CheckpointSettings
     export: ExportSettings
@@ -508,14 +639,19 @@ class RunSettings:
             eval_steps=1,
             save_steps=1,
         )
-        if self.optimizer.warmup_steps > self.num_train_steps:
-            raise _error(
-                "optimizer.warmup_steps",
-                self.optimizer.warmup_steps,
-                f"must be at most num_train_steps={self.num_train_steps}",
-            )
+        # Numbers of tokens are checked once the tokens of a step are known.
+        durations = [value for value in (self.optimizer.warmup_steps, self.optimizer.decay_steps or 0) if value]
+        if not any(isinstance(value, str) for value in durations):
+            resolve_borders(self.optimizer, num_train_steps=self.num_train_steps, tokens_per_step=0)
         self._check_positions()
         self._check_trained_tokenizer()
+        if self.masking.needs_words:
+            strategy = "strategy" if self.masking.strategy != "token" else "eval_strategy"
+            key, value = f"masking.{strategy}", getattr(self.masking, strategy)
+            if self.tokenizer.backend == "gigatoken":
+                raise _error(key, value, "gigatoken does not find words; set tokenizer.backend='auto'")
+            if self.data.is_synthetic:
+                raise _error(key, value, "random token ids are not words; set it to 'token', or use text")
 
     @classmethod
     def from_dict(cls, nested: Mapping[str, Any]) -> Self:
@@ -578,6 +714,48 @@ class RunSettings:
         check_tokenizer_options(
             options.algorithm, model_type=model_type, vocab_size=options.vocab_size, lowercase=options.lowercase
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class Borders:
+    """Where the parts of a learning-rate schedule begin and end, in applied steps.
+
+    Attributes:
+      warmup_steps: length of the warm-up.
+      decay_start: first step of the decay of `wsd` or `inverse_sqrt`; num_train_steps if there is none.
+    """
+
+    warmup_steps: int
+    decay_start: int
+
+
+def resolve_borders(optimizer: OptimizerSettings, *, num_train_steps: int, tokens_per_step: int) -> Borders:
+    """Converts `optimizer.warmup_steps` and `decay_steps` to steps.
+
+    Args:
+      optimizer: an integer is a number of steps, a float a fraction of the run, a string a number of tokens.
+      num_train_steps: steps in the run.
+      tokens_per_step: tokens in a batch on all devices, for values in tokens.
+
+    Raises:
+      UserError: they are longer than the run.
+    """
+
+    def resolve(value: int | float | str) -> int:
+        if isinstance(value, str):
+            return round(_tokens(value) / tokens_per_step)
+        return round(value * num_train_steps) if isinstance(value, float) else value
+
+    warmup_steps, decay_steps = resolve(optimizer.warmup_steps), resolve(optimizer.decay_steps or 0)
+    if warmup_steps > num_train_steps:
+        raise _error("optimizer.warmup_steps", optimizer.warmup_steps, f"must be at most {num_train_steps=}")
+    if warmup_steps + decay_steps > num_train_steps:
+        raise _error(
+            "optimizer.decay_steps",
+            optimizer.decay_steps,
+            f"with {warmup_steps} warm-up steps it is longer than {num_train_steps=}; lower one of them",
+        )
+    return Borders(warmup_steps, num_train_steps - decay_steps)
 
 
 def resolve_algorithm(algorithm: str, *, model_type: str) -> str:
@@ -680,9 +858,11 @@ _WORDS = {
 }
 
 
-def _convert_types(group: Any, prefix: str) -> None:
-    """Checks the type of every field; a whole number becomes a float where one is declared, a list a tuple."""
+def _convert_types(group: Any, prefix: str, *, skip: Sequence[str] = ()) -> None:
+    """Checks the type of every field but `skip`; a whole number becomes a float if one is declared, a list a tuple."""
     for field in dataclasses.fields(group):
+        if field.name in skip:
+            continue
         value = _converted(f"{prefix}{field.name}", getattr(group, field.name), field.type)
         object.__setattr__(group, field.name, value)
 
@@ -726,6 +906,23 @@ def _check_minimums(group: Any, prefix: str, **minimums: int) -> None:
         value = getattr(group, name)
         if value < minimum:
             raise _error(f"{prefix}{name}", value, f"must be at least {minimum}" if minimum else "must not be negative")
+
+
+def _check_duration(key: str, value: Any) -> None:
+    """Checks a number of steps: an integer, a fraction of the run, or a string with a number of tokens."""
+    if (type(value) is int and value >= 0) or (type(value) is float and 0 <= value < 1):
+        return
+    if isinstance(value, str) and _tokens(value) is not None:
+        return
+    raise _error(
+        key, value, "must be a number of steps, a fraction of the run in (0, 1), or a string such as '3e9 tokens'"
+    )
+
+
+def _tokens(value: str) -> float | None:
+    """Returns the number in a string such as "3e9 tokens"; None if it is something else."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?(?:e\d+)?) tokens", value)
+    return None if match is None else float(match[1])
 
 
 def _check_files(key: str, files: Any) -> None:

@@ -23,7 +23,8 @@ from mlm.reporting.summary import log_run_summary, warn_batch_size_changed
 from mlm.run.checkpoint import Checkpointer, CorruptCheckpointError
 from mlm.run.signals import Interrupt
 from mlm.run.workdir import KeyChanges, WorkDir
-from mlm.settings import RunSettings
+from mlm.schedules import keep_passed_borders
+from mlm.settings import Borders, RunSettings
 from mlm.steps import TrainState, init_state
 
 # Imported in _create_reporter.
@@ -109,6 +110,11 @@ def open_run(
     )
     state, loop_state = _restore(components, checkpointer)
     start_step = loop_state["step"] if loop_state else 0
+    borders = build.resolve_borders(settings)
+    if loop_state and (earlier := workdir.last_borders()):
+        applied = int(parallel.first_replica(state.update_stats.num_applied))
+        borders = keep_passed_borders(borders, earlier, settings.optimizer, step=applied)
+    components = components.with_borders(settings, borders)
     # Other processes would not know that one has stopped waiting for a batch.
     check_interrupt = interrupt.check if jax.process_count() == 1 else lambda: None
     prefetcher = stack.enter_context(
@@ -118,7 +124,7 @@ def open_run(
     batches = itertools.chain([next(prefetcher)], prefetcher)
     hub = build.open_hub(settings, workdir)
     if jax.process_index() == 0:
-        _write_workdir(settings, workdir, components, start_step)
+        _write_workdir(settings, workdir, components, borders, start_step)
         checkpointer.remove_partial()
     parallel.barrier("work directory written")
     reporter = stack.enter_context(_create_reporter(settings, workdir, components, start_step, loop_state))
@@ -169,13 +175,16 @@ def _is_finished(settings: RunSettings, workdir: WorkDir) -> bool:
     return True
 
 
-def _write_workdir(settings: RunSettings, workdir: WorkDir, components: Components, start_step: int) -> None:
+def _write_workdir(
+    settings: RunSettings, workdir: WorkDir, components: Components, borders: Borders, start_step: int
+) -> None:
     warn_batch_size_changed(workdir, sequences_per_step=jax.process_count() * components.stream.batch_rows)
     changed = workdir.create(
         settings,
         save_tokenizer=components.tokenizer.save,
         processes=jax.process_count(),
         rows_per_process=components.stream.batch_rows,
+        borders=borders,
         step=start_step,
     )
     for key, (before, now) in changed.items():

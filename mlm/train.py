@@ -57,7 +57,10 @@ def train_and_evaluate(
             with reporter.timed("evaluation"):
                 counts_V = reporter.accumulator.counts_V
                 unigram_V = unigram_log_probs(counts_V, special_ids=run.components.tokenizer.special_ids)
-                metrics = run.evaluator(state.params, parallel.broadcast_from_first(unigram_V))
+                unigram_V = parallel.broadcast_from_first(unigram_V)
+                metrics = run.evaluator(state.eval_params, unigram_V)
+                if state.ema_params is not None:
+                    metrics["eval/raw_loss"] = run.evaluator(state.params, unigram_V)["eval/loss"]
                 reporter.log_evaluation(step, metrics)
             return metrics
 
@@ -74,7 +77,7 @@ def train_and_evaluate(
         def export(step: int, metrics: dict[str, float]) -> None:
             with reporter.timed("export"), _log_and_retry_later(is_last_try=step >= last_step):
                 if jax.process_index() == 0:
-                    predictions[:] = _export(run, parallel.first_replica(state.params), step, metrics)
+                    predictions[:] = _export(run, parallel.first_replica(state.eval_params), step, metrics)
                     if run.hub is not None and step < last_step:
                         run.hub.push(step=step)
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mlm.loss import masked_cross_entropy
+from mlm.loss import masked_cross_entropy, training_loss
 
 B, K, V = 3, 5, 11
 
@@ -65,6 +65,33 @@ def test_gradient_is_softmax_minus_one_hot_where_the_weight_is_one(batch):
     expected = (np.exp(log_softmax(logits)) - np.eye(V)[labels]) * weights[..., None]
     np.testing.assert_allclose(grad, expected, rtol=0, atol=1e-6)
     np.testing.assert_array_equal(np.asarray(grad)[weights == 0], 0)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("keys", [{"z_loss": 0.1}, {"label_smoothing": 0.2}, {"z_loss": 0.05, "label_smoothing": 0.1}])
+def test_further_terms_change_the_gradient_and_not_the_reported_loss(batch, keys, dtype):
+    logits, labels, weights = batch
+    logits = jnp.asarray(logits, dtype)
+
+    def reference(logits):
+        logits = logits.astype(jnp.float32)
+        smoothing = keys.get("label_smoothing", 0.0)
+        target = (1 - smoothing) * jax.nn.one_hot(labels, V) + smoothing / V
+        losses = -jnp.sum(target * jax.nn.log_softmax(logits), axis=-1)
+        losses += keys.get("z_loss", 0.0) * jax.nn.logsumexp(logits, axis=-1) ** 2
+        return jnp.sum(losses * weights)
+
+    (value, sums), grad = jax.value_and_grad(
+        lambda logits: training_loss(logits, labels, weights, **keys), has_aux=True
+    )(logits)
+    expected, expected_grad = jax.value_and_grad(reference)(logits)
+    np.testing.assert_allclose(value, expected, rtol=2e-6)
+    np.testing.assert_allclose(
+        grad.astype(jnp.float32), expected_grad.astype(jnp.float32), rtol=0, atol=8 * float(jnp.finfo(dtype).eps)
+    )
+    plain = masked_cross_entropy(logits, labels, weights)
+    assert jax.tree.leaves(sums) == jax.tree.leaves(plain)
+    assert abs(value - plain.loss) > 0.1
 
 
 def test_large_logits_do_not_overflow():

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from mlm.masking import MaskingSpec, mask_tokens, uniform
+from mlm.settings import WORD_START
 
 # Special ids at both ends and in the middle.
 SPECIAL = (0, 17, 18, 31, 49)
@@ -29,14 +30,14 @@ SPEC = MaskingSpec(
 
 
 @functools.partial(jax.jit, static_argnames="spec")
-def jitted(tokens, rows, key, spec):
-    return mask_tokens(tokens, rows_B=rows, key=key, spec=spec)
+def jitted(tokens, rows, key, spec, rate):
+    return mask_tokens(tokens, rows_B=rows, key=key, spec=spec, mlm_probability=rate)
 
 
-def mask(tokens, *, rows=None, seed=0, **spec):
+def mask(tokens, *, rows=None, seed=0, rate=None, **spec):
     rows = jnp.arange(len(tokens)) if rows is None else jnp.asarray(rows)
     key = jax.random.key(seed, impl="threefry2x32")
-    return jax.device_get(jitted(tokens, rows, key, dataclasses.replace(SPEC, **spec)))
+    return jax.device_get(jitted(tokens, rows, key, dataclasses.replace(SPEC, **spec), rate))
 
 
 def ordinary_rows(rows, length, seed=0):
@@ -70,6 +71,15 @@ def assert_valid(tokens, masked):
     np.testing.assert_array_equal(masked.inputs_BxL[~chosen], tokens[~chosen])
     shown = masked.inputs_BxL[chosen]
     assert np.isin(shown, [*ORDINARY, MASK]).all()
+    counts = masked.counts_B
+    np.testing.assert_array_equal(counts.maskable, maskable.sum(1))
+    np.testing.assert_array_equal(counts.predicted, used.sum(1))
+    is_mask = chosen & (masked.inputs_BxL == MASK)
+    np.testing.assert_array_equal(counts.mask_replaced, is_mask.sum(1))
+    # A random token may be the original one.
+    changed = (chosen & ~is_mask & (masked.inputs_BxL != tokens)).sum(1)
+    assert (changed <= counts.random_replaced).all()
+    assert (counts.random_replaced <= used.sum(1) - is_mask.sum(1)).all()
 
 
 @pytest.mark.parametrize(("mask_prob", "random_prob"), [(0.8, 0.1), (0.0, 0.0), (0.5, 0.5)])
@@ -196,3 +206,124 @@ def test_special_ids_past_num_ids_are_ignored():
 def test_uniform_spans_zero_to_one_and_excludes_one():
     bits = jnp.array([0, 2**31, 2**32 - 1], jnp.uint32)
     np.testing.assert_array_equal(uniform(bits), [0.0, 0.5, 1 - 2.0**-24])
+
+
+def rows_of_words(num_rows, length, seed=0):
+    """Random tokens in words of 1 to 4 tokens, some special; returns ids with word starts, plain ids and word starts.
+
+    The first word of a row may have begun in the row before.
+    """
+    rng = np.random.default_rng(seed)
+    tokens = rng.choice([*ORDINARY, 0, PAD], (num_rows, length)).astype(np.int32)
+    starts = rng.random((num_rows, length)) < 0.5
+    return np.where(starts, tokens | WORD_START, tokens).astype(np.int32), tokens, starts
+
+
+def words_of(tokens, starts):
+    """Lists the words of a row as lists of positions, in a plain loop."""
+    words, continues = [], False
+    for position, (token, start) in enumerate(zip(tokens, starts, strict=True)):
+        if token in SPECIAL:
+            continues = False
+            continue
+        if start or not continues:
+            words.append([])
+        words[-1].append(position)
+        continues = True
+    return words
+
+
+def actions_of(tokens, masked, row):
+    """Position -> "mask", "random" or "kept" of the predicted tokens; random tokens differ from all ordinary ones."""
+    used = masked.label_weights_BxK[row] == 1
+    positions = masked.masked_positions_BxK[row][used]
+    inputs = masked.inputs_BxL[row][positions]
+    names = np.where(inputs == MASK, "mask", np.where(inputs == tokens[row][positions], "kept", "random"))
+    return dict(zip(positions.tolist(), names.tolist(), strict=True))
+
+
+@pytest.mark.parametrize("probability", [0.15, 0.5, 1.0])
+def test_whole_words_are_chosen_until_the_next_would_exceed_the_count(probability):
+    marked, tokens, starts = rows_of_words(400, 32)
+    masked = mask(
+        marked,
+        strategy="whole_word",
+        has_word_starts=True,
+        mlm_probability=probability,
+        mask_replace_prob=0.5,
+        random_replace_prob=0.0,
+    )
+    assert_valid(tokens, masked)
+    actions = set()
+    for row in range(len(tokens)):
+        predicted = actions_of(tokens, masked, row)
+        words = words_of(tokens[row], starts[row])
+        budget = math.ceil(probability * sum(map(len, words)) - 1e-6)
+        left = [word for word in words if word[0] not in predicted]
+        for word in words:
+            assert len({position in predicted for position in word}) == 1  # A word is never cut.
+            if word[0] in predicted:
+                assert len({predicted[position] for position in word}) == 1
+                actions.add(predicted[word[0]])
+        assert len(predicted) <= budget
+        # The next word did not fit, so at least one is too long for the rest.
+        assert not left or max(map(len, left)) > math.floor(probability * sum(map(len, words)) + 1e-6) - len(predicted)
+    assert actions == {"mask", "kept"}
+    if probability == 1.0:
+        assert masked.label_weights_BxK.sum() == (~np.isin(tokens, SPECIAL)).sum()
+
+
+def test_every_word_is_equally_likely_whatever_its_position():
+    """Words of two tokens each, and room for one of them."""
+    tokens = ordinary_rows(8192, 16)
+    marked = tokens.copy()
+    marked[:, ::2] |= WORD_START
+    masked = mask(marked, strategy="whole_word", has_word_starts=True, mlm_probability=0.125)
+    used = masked.label_weights_BxK == 1
+    assert (used.sum(1) == 2).all()
+    assert_uniform(np.bincount(masked.masked_positions_BxK[:, 0] // 2, minlength=8))
+
+
+def test_spans_are_whole_words_with_geometric_lengths_up_to_ten():
+    tokens = ordinary_rows(4000, 128)
+    marked = tokens | WORD_START  # Each token is a word.
+    keys = dict(strategy="span", has_word_starts=True, mlm_probability=0.1, mask_replace_prob=1.0)
+    masked = mask(marked, **keys, random_replace_prob=0.0)
+    assert_valid(tokens, masked)
+    chosen = np.zeros(tokens.shape, bool)
+    np.put_along_axis(chosen, masked.masked_positions_BxK, masked.label_weights_BxK == 1, 1)
+    edges = np.diff(np.pad(chosen, ((0, 0), (1, 1))).astype(int), axis=1)
+    lengths = np.argwhere(edges == -1)[:, 1] - np.argwhere(edges == 1)[:, 1]
+    # Runs of neighbouring spans and spans at the border of the budget change the distribution a little: the mean of
+    # a geometric one with p = 0.2 cut off at 10 is 3.8 (Joshi et al., 2020, section 3.1).
+    assert 3.0 < lengths.mean() < 4.6
+    shares = np.bincount(lengths)[1:6] / len(lengths)
+    assert (np.diff(shares) < 0).all()
+    assert 0.75 < masked.label_weights_BxK.sum() / (0.1 * tokens.size) <= 1.0
+
+
+def test_spans_do_not_cut_words_or_cross_special_tokens_and_are_replaced_as_one():
+    marked, tokens, starts = rows_of_words(400, 48)
+    masked = mask(
+        marked,
+        strategy="span",
+        has_word_starts=True,
+        mlm_probability=0.4,
+        mask_replace_prob=0.5,
+        random_replace_prob=0.0,
+    )
+    assert_valid(tokens, masked)
+    longest = 0
+    for row in range(len(tokens)):
+        predicted = actions_of(tokens, masked, row)
+        for word in words_of(tokens[row], starts[row]):
+            assert len({predicted.get(position) for position in word}) == 1
+        longest = max(longest, len(predicted))
+    assert longest == math.ceil(0.4 * 48 - 1e-6) or longest > 10
+
+
+def test_the_rate_of_a_step_may_be_lower_than_that_of_the_spec():
+    tokens = ordinary_rows(2000, 40)
+    masked = mask(tokens, mlm_probability=0.5, rate=jnp.float32(0.2))
+    assert masked.masked_positions_BxK.shape == (2000, 20)
+    np.testing.assert_array_equal(masked.label_weights_BxK.sum(1), 8)

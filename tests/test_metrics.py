@@ -6,13 +6,20 @@ import numpy as np
 
 from mlm.data.prefetch import Batch
 from mlm.loss import LossSums
+from mlm.masking import MaskCounts
 from mlm.reporting.metrics import MetricsAccumulator
 from mlm.steps import TrainMetrics
 
 
 def add_step(accumulator, *, skipped=False, seconds=1.0):
     """Adds a step with a loss of 8 and one of 4 predictions correct."""
-    metrics = TrainMetrics(LossSums(32.0, 1.0, 4.0), grad_norm=2.0, learning_rate=0.5, skipped=float(skipped))
+    metrics = TrainMetrics(
+        LossSums(32.0, 1.0, 4.0),
+        MaskCounts(maskable=10.0, predicted=4.0, mask_replaced=3.0, random_replaced=1.0),
+        grad_norm=2.0,
+        learning_rate=0.5,
+        skipped=float(skipped),
+    )
     accumulator.add_step(metrics, Batch(np.array([[1, 1, 3]], np.int32), {}, 0, {"documents": 5}))
     accumulator.add_seconds(seconds)
 
@@ -34,6 +41,9 @@ def test_scalars_are_means_over_the_steps_of_the_interval():
         "train/skipped_steps": 1,
         "data/tokens": 18,
         "data/epoch": 0,
+        "data/masked_fraction": 0.4,
+        "data/mask_replaced_fraction": 0.75,
+        "data/random_replaced_fraction": 0.25,
         "data/padding_fraction": 1 / 3,
         "data/unknown_fraction": 1.0,
         "data/documents": 5,

@@ -19,6 +19,7 @@ from mlm import parallel
 from mlm.data.prefetch import Batch
 from mlm.errors import UserError
 from mlm.loss import LossSums
+from mlm.masking import MaskCounts
 from mlm.reporting import reporter as reporter_lib
 from mlm.reporting import writers
 from mlm.reporting.curves import draw_curves, read_metrics
@@ -167,6 +168,7 @@ WAITS = {1: 0.0, 2: 0.0, 3: 0.75, 4: 0.5, 5: 0.0}
 def fake(step, loss=None, grad_norm=1.0, skipped=False):
     metrics = TrainMetrics(
         sums=LossSums(np.float32(LOSSES[step] if loss is None else loss), np.float32(step), np.float32(COUNTS[step])),
+        mask_counts=MaskCounts(*(np.float32(count) for count in (20, 8, 4, 2))),
         grad_norm=np.float32(grad_norm * step),
         learning_rate=np.float32(step / 8),
         skipped=np.float32(skipped),
@@ -203,6 +205,9 @@ EXPECTED = [
         "perf/device_ms": 0.0,
         "perf/host_ms": 7250 / 3,
         "data/epoch": 0,
+        "data/masked_fraction": 0.4,
+        "data/mask_replaced_fraction": 0.5,
+        "data/random_replaced_fraction": 0.25,
         "data/skipped_documents": 7,
         "perf/input_wait_fraction": 0.75 / 8,
     },
@@ -222,6 +227,9 @@ EXPECTED = [
         "perf/device_ms": 0.0,
         "perf/host_ms": 1500 / 2,
         "data/epoch": 0,
+        "data/masked_fraction": 0.4,
+        "data/mask_replaced_fraction": 0.5,
+        "data/random_replaced_fraction": 0.25,
         "data/skipped_documents": 7,
         "perf/input_wait_fraction": 0.5 / 2,
     },

@@ -13,7 +13,16 @@ from configs import default
 from mlm import settings as settings_lib
 from mlm.errors import UserError
 from mlm.models import config as model_config
-from mlm.settings import KEYS, MUTABLE_KEYS, MixtureEntry, ModelOverrides, RunSettings
+from mlm.settings import (
+    KEYS,
+    MUTABLE_KEYS,
+    OPTIMIZERS,
+    SCHEDULES,
+    MixtureEntry,
+    ModelOverrides,
+    OptimizerSettings,
+    RunSettings,
+)
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -75,15 +84,26 @@ VALID = {
         "remat": "auto",
         "overrides": {field.name: None for field in dataclasses.fields(ModelOverrides)},
     },
-    "masking": {"mlm_probability": 0.15, "mask_replace_prob": 0.8, "random_replace_prob": 0.1},
+    "masking": {
+        "strategy": "token",
+        "mlm_probability": 0.15,
+        "mask_replace_prob": 0.8,
+        "random_replace_prob": 0.1,
+        "eval_strategy": "token",
+        "eval_mlm_probability": 0.15,
+        "eval_mask_replace_prob": 0.8,
+        "eval_random_replace_prob": 0.1,
+    },
+    "loss": {"z_loss": 0.0, "label_smoothing": 0.0},
     "optimizer": {
+        **{field.name: None for field in dataclasses.fields(OptimizerSettings)},
+        "name": "adamw",
         "learning_rate": 1e-3,
         "warmup_steps": 0,
         "schedule": "linear",
-        "adam_beta1": 0.9,
-        "adam_beta2": 0.999,
-        "adam_epsilon": 1e-8,
         "weight_decay": 0.0,
+        "layer_decay": 1.0,
+        "ema_decay": 0.0,
         "max_grad_norm": 0.0,
         "max_skipped_steps": 10,
         "spike_factor": 0.0,
@@ -107,6 +127,7 @@ def changed(changes: dict) -> dict:
     return nested
 
 
+DURATION = "must be a number of steps, a fraction of the run in (0, 1), or a string such as '3e9 tokens'"
 WRONG = [
     # RunSettings' own keys.
     ({"seed": -1}, "seed=-1: must lie between 0 and 2**32 - 1"),
@@ -283,6 +304,27 @@ WRONG = [
     ({"masking.mlm_probability": 1.5}, "masking.mlm_probability=1.5: must lie in (0, 1]"),
     ({"masking.random_replace_prob": -0.1}, "masking.random_replace_prob=-0.1: must lie in [0, 1]"),
     ({"masking.mask_replace_prob": float("nan")}, "masking.mask_replace_prob=nan: must lie in [0, 1]"),
+    ({"masking.mlm_probability": (0.3, 0.0)}, "masking.mlm_probability=(0.3, 0.0): must lie in (0, 1]"),
+    (
+        {"masking.mlm_probability": (0.3, 0.2, 0.1)},
+        "masking.mlm_probability=(0.3, 0.2, 0.1): must be a number or a pair of numbers",
+    ),
+    ({"masking.mlm_probability": "0.3"}, "masking.mlm_probability='0.3': must be a number or a list"),
+    ({"masking.eval_mlm_probability": 1.5}, "masking.eval_mlm_probability=1.5: must lie in (0, 1]"),
+    ({"masking.eval_random_replace_prob": 2.0}, "masking.eval_random_replace_prob=2.0: must lie in [0, 1]"),
+    ({"masking.strategy": "words"}, "masking.strategy='words': must be one of token, whole_word, span"),
+    ({"masking.eval_strategy": "words"}, "masking.eval_strategy='words': must be one of token, whole_word, span"),
+    (
+        {"masking.strategy": "span", "tokenizer.backend": "gigatoken"},
+        "masking.strategy='span': gigatoken does not find words; set tokenizer.backend='auto'",
+    ),
+    (
+        {"masking.eval_strategy": "whole_word", "data.dataset_name": "synthetic"},
+        "masking.eval_strategy='whole_word': random token ids are not words; set it to 'token', or use text",
+    ),
+    # loss
+    ({"loss.z_loss": -1e-4}, "loss.z_loss=-0.0001: must be finite and not negative"),
+    ({"loss.label_smoothing": 1.0}, "loss.label_smoothing=1.0: must lie in [0, 1)"),
     (
         {"masking.mask_replace_prob": 0.95},
         "masking.mask_replace_prob=0.95: together with masking.random_replace_prob=0.1 it exceeds 1; lower either",
@@ -290,8 +332,46 @@ WRONG = [
     # optimizer
     ({"optimizer.learning_rate": -1}, "optimizer.learning_rate=-1.0: must be positive and finite"),
     ({"optimizer.learning_rate": float("nan")}, "optimizer.learning_rate=nan: must be positive and finite"),
-    ({"optimizer.warmup_steps": -1}, "optimizer.warmup_steps=-1: must not be negative"),
-    ({"optimizer.schedule": "wsdd"}, "optimizer.schedule='wsdd': must be one of linear, cosine, constant"),
+    ({"optimizer.warmup_steps": -1}, f"optimizer.warmup_steps=-1: {DURATION}"),
+    ({"optimizer.warmup_steps": 1.5}, f"optimizer.warmup_steps=1.5: {DURATION}"),
+    ({"optimizer.warmup_steps": None}, f"optimizer.warmup_steps=None: {DURATION}"),
+    ({"optimizer.schedule": "wsd", "optimizer.decay_steps": "3e9"}, f"optimizer.decay_steps='3e9': {DURATION}"),
+    (
+        {"optimizer.schedule": "wsd", "optimizer.decay_steps": 5, "optimizer.warmup_steps": 4},
+        "optimizer.decay_steps=5: with 4 warm-up steps it is longer than num_train_steps=8; lower one of them",
+    ),
+    (
+        {"optimizer.decay_steps": 5},
+        "optimizer.decay_steps=5: optimizer.schedule='linear' does not use it; set it to None",
+    ),
+    (
+        {"optimizer.schedule": "wsd", "optimizer.decay_shape": "sqrt"},
+        "optimizer.decay_shape='sqrt': must be one of linear, 1-sqrt, cosine",
+    ),
+    ({"optimizer.end_factor": 2.0}, "optimizer.end_factor=2.0: must lie in [0, 1]"),
+    (
+        {"optimizer.schedule": "wsdd"},
+        "optimizer.schedule='wsdd': must be one of linear, cosine, constant, inverse_sqrt, wsd",
+    ),
+    (
+        {"optimizer.name": "sgd"},
+        "optimizer.name='sgd': must be one of adamw, stable_adamw, lamb, lion, adafactor, muon",
+    ),
+    (
+        {"optimizer.name": "lion", "optimizer.adam_beta2": 0.98},
+        "optimizer.adam_beta2=0.98: optimizer.name='lion' does not use it; set it to None",
+    ),
+    (
+        {"optimizer.muon_momentum": 0.9},
+        "optimizer.muon_momentum=0.9: optimizer.name='adamw' does not use it; set it to None",
+    ),
+    (
+        {"optimizer.name": "muon", "optimizer.muon_scale": "none"},
+        "optimizer.muon_scale='none': must be one of spectral, rms",
+    ),
+    ({"optimizer.name": "muon", "optimizer.muon_iterations": 0}, "optimizer.muon_iterations=0: must be at least 1"),
+    ({"optimizer.layer_decay": 0.0}, "optimizer.layer_decay=0.0: must lie in (0, 1]"),
+    ({"optimizer.ema_decay": 1.0}, "optimizer.ema_decay=1.0: must lie in [0, 1)"),
     ({"optimizer.adam_beta1": -0.1}, "optimizer.adam_beta1=-0.1: must lie in [0, 1)"),
     ({"optimizer.adam_beta2": 1.0}, "optimizer.adam_beta2=1.0: must lie in [0, 1)"),
     ({"optimizer.adam_epsilon": 0.0}, "optimizer.adam_epsilon=0.0: must be positive and finite"),
@@ -345,7 +425,7 @@ WRONG = [
     ),
     (
         {"masking": {}, "profile": {}, "export": {}},
-        "masking.mlm_probability, masking.mask_replace_prob, masking.random_replace_prob, export.dtype and 2 more: missing; let get_config() start from configs/default.py",
+        "masking.strategy, masking.mlm_probability, masking.mask_replace_prob, masking.random_replace_prob and 7 more: missing; let get_config() start from configs/default.py",
     ),
 ]
 
@@ -361,6 +441,8 @@ RIGHT = [
     {},
     {"per_device_train_batch_size": 0},
     {"optimizer.warmup_steps": 8},
+    {"optimizer.warmup_steps": 0.06, "optimizer.schedule": "wsd", "optimizer.decay_steps": "3e9 tokens"},
+    {"masking.mlm_probability": [0.3, 1]},
     {"data.network_deadline_seconds": 0},
     {"data.data_files": "a.txt", "data.dataset_name": ""},
     {"data.mixture": (("wiki", 1), ("own", 0.5, {"data_files": ["a.txt"], "dataset_config_name": None}))},
@@ -415,7 +497,12 @@ def test_optional_keys_take_none():
         "tokenizer.tokenizer_name", "model.config_name", "model.model_name_or_path", "hub.hub_model_id", "hub.license",
     }  # fmt: skip
     nullable |= {key for key in KEYS if key.startswith("model.overrides.")}
+    # None stands for a default that depends on other keys.
+    resolved = {f"optimizer.{key}" for table in (OPTIMIZERS, SCHEDULES) for keys in table.values() for key in keys}
+    resolved |= {f"masking.eval_{name}" for name in ("mlm_probability", "mask_replace_prob", "random_replace_prob")}
     for key in KEYS:
+        if key in resolved:
+            continue
         if key in nullable:
             assert RunSettings.from_dict(changed({key: None})).flat()[key] is None
         else:

@@ -1,6 +1,7 @@
 """Training steps: golden numbers, learning, randomness, clipping, and steps that are skipped."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -243,3 +244,50 @@ def test_a_step_is_applied_when_two_of_four_devices_have_no_token_to_predict(
 def test_a_batch_without_tokens_to_predict_is_a_skipped_step(bag_step, bag_state):
     new, metrics = one_step(bag_step, bag_state, np.full((8, 16), PAD, np.int32))
     assert_skipped(new, metrics, bag_state)
+
+
+def test_the_moving_average_follows_the_parameters_and_not_the_skipped_steps(
+    bag_step_config, init, train_step, uneven_rows
+):
+    config = dataclasses.replace(bag_step_config, ema_decay=0.9)
+    step, state = train_step(config), init(config)
+    expected = jax.tree.map(np.asarray, state.params)
+    for number, decay in enumerate((1 / 10, 2 / 11, 3 / 12)):
+        new, _ = one_step(step, state, uneven_rows)
+        params = jax.tree.map(np.asarray, new.params)
+        expected = jax.tree.map(lambda mean, param, d=decay: d * mean + (1 - d) * param, expected, params)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), new.ema_params, expected)
+        assert new.update_stats.num_applied == number + 1
+        assert new.eval_params is new.ema_params
+        state, metrics = one_step(step, new, np.full((8, 16), PAD, np.int32))
+        assert_skipped(state, metrics, new)
+    late = dataclasses.replace(state, update_stats=state.update_stats.replace(num_applied=np.int32(1000)))
+    new, _ = one_step(step, late, uneven_rows)
+    expected = jax.tree.map(lambda mean, param: 0.9 * mean + 0.1 * param, late.ema_params, new.params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), new.ema_params, expected)
+
+
+def test_the_rate_of_predicted_tokens_follows_the_step_number(bag_step_config, bag_state, train_step):
+    rates = dataclasses.replace(
+        bag_step_config,
+        masking=dataclasses.replace(bag_step_config.masking, mlm_probability=1.0),
+        mask_rate=lambda step: jnp.where(step < 5, 0.25, 1.0),
+    )
+    step = train_step(rates)
+    rows = np.full((8, 16), 20, np.int32)
+    for number, rate in ((0, 0.25), (5, 1.0)):
+        _, metrics = one_step(step, dataclasses.replace(bag_state, step=np.int32(number)), rows)
+        assert metrics.mask_counts.predicted == metrics.sums.count == rate * rows.size
+        assert metrics.mask_counts.maskable == rows.size
+
+
+def test_evaluation_has_its_own_masking(bag_step_config, bag_state):
+    config = dataclasses.replace(
+        bag_step_config, eval_masking=dataclasses.replace(bag_step_config.masking, mlm_probability=0.5)
+    )
+    rows = np.full((2, 16), 20, np.int32)
+    for step_config, num_predicted in ((bag_step_config, 5), (config, 8)):
+        key = step_config.key(steps.EVAL_MASKS)
+        forward = functools.partial(steps.forward, step_config, rows_B=np.arange(2), mask_key=key)
+        _, batch = jax.eval_shape(forward, bag_state.params, rows)
+        assert batch.label_weights_BxK.shape == (2, num_predicted)

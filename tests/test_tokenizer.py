@@ -12,6 +12,7 @@ import transformers
 from mlm.data import tokenizer as tokenizer_lib
 from mlm.data.train_tokenizer import train_tokenizer
 from mlm.errors import UserError
+from mlm.settings import WORD_START
 
 TEXT = "the quick brown fox jumps over a lazy dog and the dog isn't amused: 1234 times, é or 🙂"
 RNG = np.random.default_rng(0)
@@ -261,3 +262,28 @@ def test_missing_tokenizers_and_missing_special_tokens_are_errors(tmp_path, monk
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(UserError, match=r"'no-such/tokenizer': is not a local directory, and http.* cannot be reached"):
         tokenizer_lib.load_tokenizer("no-such/tokenizer", cache_dir=str(tmp_path))
+
+
+@pytest.mark.parametrize("family", ["roberta", "bert", "xlm-roberta"])
+def test_word_starts_are_those_of_the_tokenizers_words(family):
+    """Byte-level BPE, WordPiece and Unigram."""
+    plain = train(model_type=family)
+    marked = train(model_type=family, marks_words=True)
+    assert marked.backend == "tokenizers"
+    texts = ["the quick unbelievable fox isn't here: 1234", "", "dog", " <mask> dogs"]
+    for ids, with_starts, text in zip(ragged(plain, texts), ragged(marked, texts), texts, strict=True):
+        assert tokenizer_lib.without_word_starts(np.array(with_starts, np.int32)).tolist() == ids
+        words = [-1, *plain._reference.encode(text, add_special_tokens=False).word_ids]
+        if len(words) == len(ids) + 1:  # The name of a special token is dropped from some.
+            assert [id >= WORD_START for id in with_starts] == [a != b for a, b in itertools.pairwise(words)]
+    assert marked.decode(ragged(marked, ["the dog"])[0]) == plain.decode(ragged(plain, ["the dog"])[0])
+
+
+def test_a_tokenizer_without_words_is_refused_where_they_are_needed():
+    hf = train().hf
+    hf.backend_tokenizer.pre_tokenizer = None
+    assert tokenizer_lib.Tokenizer(hf, name="plain").num_ids > 0
+    with pytest.raises(
+        UserError, match=r"^the tokenizer 'plain': does not split text into words, which masking\.strat"
+    ):
+        tokenizer_lib.Tokenizer(hf, name="plain", marks_words=True)

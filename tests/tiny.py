@@ -1,6 +1,5 @@
 """A run that takes seconds: a corpus with something to learn, and its config and settings."""
 
-import dataclasses
 import json
 import random
 from pathlib import Path
@@ -75,4 +74,4 @@ def tiny_settings(data_files: str, **changes: Any) -> RunSettings:
 def optimizer_settings(**changes: Any) -> OptimizerSettings:
     """AdamW with a constant learning rate and clipping; `changes` replace keys."""
     values = {"learning_rate": 0.01, "schedule": "constant", "adam_beta2": 0.98, "max_grad_norm": 1.0} | changes
-    return dataclasses.replace(settings_of(default.get_config()).optimizer, **values)
+    return OptimizerSettings(**{**default.get_config().optimizer.to_dict(), **values})

@@ -719,6 +719,13 @@ ELSEWHERE = {
         "data.max_unknown_fraction={}: {} of the evaluation sequences' tokens are unknown to the tokenizer {}, such as {}; choose a tokenizer for the language, or train one": "tests/test_unknown_tokens.py::test_another_script_is_refused",
         "the tokenizer {}: the evaluation sequences have unknown and special tokens only, so there is nothing to predict; choose a tokenizer for the language of the text, or train one": "tests/test_unknown_tokens.py::test_nothing_to_predict_is_refused_in_any_case",
     },
+    "mlm/data/tokenizer.py": {
+        "the tokenizer {}: does not split text into words, which masking.strategy needs; set that to 'token', or choose another tokenizer": "tests/test_tokenizer.py::test_a_tokenizer_without_words_is_refused_where_they_are_needed",
+    },
+    "mlm/schedules.py": {
+        "optimizer.warmup_steps={}: the warm-up of {} steps is over at step {}; set it to {}": "tests/test_schedules.py::test_a_longer_run_moves_only_the_borders_ahead",
+        "optimizer.decay_steps={}: the decay would begin at step {}, but it has begun at step {}, and {} steps are done; branch a new run from a checkpoint up to step {} with checkpoint.init_from": "tests/test_schedules.py::test_a_longer_run_moves_only_the_borders_ahead",
+    },
     "mlm/run/gcs.py": {
         "--workdir={}: the run was restarted or removed elsewhere, so this process ends; start one run at a time, or choose another --workdir": "tests/test_gcs.py::test_a_run_that_was_restarted_elsewhere_ends",
         "--workdir={}: {}; {}": "tests/test_gcs.py::test_missing_permissions_and_network_are_errors_of_one_line",

@@ -15,7 +15,7 @@ from mlm.data.mixture import BatchStream
 from mlm.data.sources.retry import RetryPolicy
 from mlm.data.sources.source import Source, open_source
 from mlm.data.stream import RowStream
-from mlm.data.tokenizer import Tokenizer, load_tokenizer
+from mlm.data.tokenizer import Tokenizer, load_tokenizer, without_word_starts
 from mlm.errors import UserError
 from mlm.settings import DataSettings, MixtureEntry, RunSettings, TokenizerSettings, resolve_algorithm
 
@@ -179,15 +179,31 @@ def open_tokenizer(
     options = settings.tokenizer
     name = saved_tokenizer or options.tokenizer_name or settings.model.model_name_or_path
     if name:
-        return load_tokenizer(name, cache_dir=settings.data.cache_dir, backend=options.backend)
+        return load_tokenizer(
+            name,
+            cache_dir=settings.data.cache_dir,
+            backend=options.backend,
+            marks_words=settings.masking.needs_words,
+        )
     length = settings.data.max_seq_length
     if text_sources[0].train is synthetic.SOURCE:
         return synthetic.tokenizer(vocab_size=options.vocab_size, max_seq_length=length)
-    return train_tokenizer(options, text_sources, max_seq_length=length, model_type=model_type)
+    return train_tokenizer(
+        options,
+        text_sources,
+        max_seq_length=length,
+        model_type=model_type,
+        marks_words=settings.masking.needs_words,
+    )
 
 
 def train_tokenizer(
-    options: TokenizerSettings, text_sources: tuple[TextSource, ...], *, max_seq_length: int, model_type: str
+    options: TokenizerSettings,
+    text_sources: tuple[TextSource, ...],
+    *,
+    max_seq_length: int,
+    model_type: str,
+    marks_words: bool = False,
 ) -> Tokenizer:
     """Trains a tokenizer for a model family on the first documents of the sources."""
     # Imported here: it imports transformers, which takes a second.
@@ -207,6 +223,7 @@ def train_tokenizer(
         model_type=model_type,
         lowercase=options.lowercase,
         backend=options.backend,
+        marks_words=marks_words,
     )
 
 
@@ -266,7 +283,7 @@ def _check_unknown_tokens(
     Raises:
       UserError: it knows too few, or the evaluation set has no token that can be predicted.
     """
-    if not np.isin(eval_rows_RxL, tokenizer.special_ids, invert=True).any():
+    if not np.isin(without_word_starts(eval_rows_RxL), tokenizer.special_ids, invert=True).any():
         raise UserError(
             f"the tokenizer {tokenizer.name!r}: the evaluation sequences have unknown and special tokens only, so "
             "there is nothing to predict; choose a tokenizer for the language of the text, or train one"

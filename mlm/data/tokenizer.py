@@ -16,6 +16,7 @@ from tokenizers import processors
 
 from mlm.data.sources.source import is_local_path, require_hub
 from mlm.errors import UserError, one_line
+from mlm.settings import WORD_START
 
 # Imported where a tokenizer is loaded: it takes a second, which errors found before that need not wait for.
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ class Tokenizer:
         hf: the transformers tokenizer.
         name: for messages and the model card.
         backend: one of settings.BACKENDS.
+        marks_words: set the bit `WORD_START` of ids where a word of the tokenizer's pre-tokenizer starts.
 
     Attributes:
         num_ids: highest id + 1, added tokens included.
@@ -59,7 +61,14 @@ class Tokenizer:
         unused_ids: ids below num_ids that no token has, sorted.
     """
 
-    def __init__(self, hf: "transformers.PreTrainedTokenizerFast", *, name: str, backend: str = "auto"):
+    def __init__(
+        self,
+        hf: "transformers.PreTrainedTokenizerFast",
+        *,
+        name: str,
+        backend: str = "auto",
+        marks_words: bool = False,
+    ):
         self.hf = hf
         self.name = name
         self.mask_id: int = self._required_id("mask", hf.mask_token_id)
@@ -84,7 +93,14 @@ class Tokenizer:
         has_unknown = any(model["model"].get(key) is not None for key in ("unk_token", "unk_id"))
         self.unknown_id: int | None = hf.unk_token_id if has_unknown else None
         self._reference = _text_only(hf.backend_tokenizer)
-        self._gigatoken = None if backend == "tokenizers" else _gigatoken(model)
+        self._marks_words = marks_words
+        if marks_words and not _has_words(self._reference):
+            raise UserError(
+                f"the tokenizer {name!r}: does not split text into words, which masking.strategy needs; set that to "
+                "'token', or choose another tokenizer"
+            )
+        # gigatoken does not say where words start.
+        self._gigatoken = None if backend == "tokenizers" or marks_words else _gigatoken(model)
         self._checked = False
         self._logged_difference = False
         if self._gigatoken is None and backend == "gigatoken":
@@ -125,7 +141,8 @@ class Tokenizer:
 
         No begin or end tokens are added, nothing is truncated, and the name of a special token in a text is text. If
         the vocabulary has no id for this name but the special one (Unigram, or words split at spaces only), the name is
-        dropped: only packing and masking may insert begin, end, padding and mask tokens.
+        dropped: only packing and masking may insert begin, end, padding and mask tokens. Ids have the bit `WORD_START`
+        if this tokenizer marks words.
         """
         if isinstance(texts, pa.ChunkedArray):
             texts = texts.combine_chunks()
@@ -133,10 +150,10 @@ class Tokenizer:
         if self._gigatoken is not None and not self._checked:
             self._check(texts)
         if self._gigatoken is None:
-            ids, offsets = _encode_tokenizers(self._reference, texts)
+            ids, offsets = _encode_tokenizers(self._reference, texts, marks_words=self._marks_words)
         else:
             ids, offsets = _encode_gigatoken(self._gigatoken, texts)
-        keep_mask = np.isin(ids, self._structural_ids, invert=True)
+        keep_mask = np.isin(without_word_starts(ids), self._structural_ids, invert=True)
         if keep_mask.all():
             return ids, offsets
         return ids[keep_mask], np.concatenate([[0], np.cumsum(keep_mask)])[offsets]
@@ -188,12 +205,13 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Returns the text of ids, special tokens included; blanks before punctuation stay."""
-        return str(self.hf.decode(ids, clean_up_tokenization_spaces=False))
+        return str(self.hf.decode(without_word_starts(np.asarray(ids)).tolist(), clean_up_tokenization_spaces=False))
 
     def unknown_fraction(self, ids: np.ndarray) -> float:
         """Returns the fraction of unknown tokens among those that represent text; 0 without any."""
         if self.unknown_id is None:
             return 0.0
+        ids = without_word_starts(ids)
         is_text = np.isin(ids, self._structural_ids, invert=True)
         return float(np.sum(ids == self.unknown_id) / max(1, np.sum(is_text)))
 
@@ -237,7 +255,14 @@ class Tokenizer:
             file.write("\n")
 
 
-def load_tokenizer(tokenizer_name: str, *, cache_dir: str | None = None, backend: str = "auto") -> Tokenizer:
+def without_word_starts(ids: np.ndarray) -> np.ndarray:
+    """Returns ids without the bits of a tokenizer that marks words."""
+    return ids & (WORD_START - 1)
+
+
+def load_tokenizer(
+    tokenizer_name: str, *, cache_dir: str | None = None, backend: str = "auto", marks_words: bool = False
+) -> Tokenizer:
     """Loads a tokenizer from a local directory or the Hugging Face hub.
 
     Raises:
@@ -269,7 +294,7 @@ def load_tokenizer(tokenizer_name: str, *, cache_dir: str | None = None, backend
             ) from None
     if not isinstance(hf, transformers.PreTrainedTokenizerFast):
         raise UserError(f"the tokenizer {tokenizer_name!r}: has no fast version; choose a tokenizer that has one")
-    return Tokenizer(hf, name=tokenizer_name, backend=backend)
+    return Tokenizer(hf, name=tokenizer_name, backend=backend, marks_words=marks_words)
 
 
 def read_vocabulary(directory: str) -> dict[str, int] | None:
@@ -343,12 +368,31 @@ def _encode_gigatoken(tokenizer, texts: pa.LargeStringArray) -> tuple[np.ndarray
     return ids[token_offsets[0] : token_offsets[-1]], token_offsets - token_offsets[0]
 
 
-def _encode_tokenizers(tokenizer: tokenizers.Tokenizer, texts: pa.LargeStringArray) -> tuple[np.ndarray, np.ndarray]:
+def _has_words(tokenizer: tokenizers.Tokenizer) -> bool:
+    return len(set(tokenizer.encode("one two three", add_special_tokens=False).word_ids)) > 1
+
+
+def _encode_tokenizers(
+    tokenizer: tokenizers.Tokenizer, texts: pa.LargeStringArray, *, marks_words: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
+    # The fast version does not say which word a token belongs to.
+    encode_batch = tokenizer.encode_batch if marks_words else tokenizer.encode_batch_fast
+
+    def flat(values: list[list[int]], count: int) -> np.ndarray:
+        return np.fromiter(itertools.chain.from_iterable(values), np.int32, count)
+
     def encode(part: pa.LargeStringArray) -> tuple[np.ndarray, list[int]]:
-        encodings = tokenizer.encode_batch_fast(part.to_pylist(), add_special_tokens=False)
+        encodings = encode_batch(part.to_pylist(), add_special_tokens=False)
         ids = [encoding.ids for encoding in encodings]
         lengths = [len(document) for document in ids]
-        return np.fromiter(itertools.chain.from_iterable(ids), np.int32, sum(lengths)), lengths
+        ids_T = flat(ids, sum(lengths))
+        if marks_words:
+            words_T = flat([encoding.word_ids for encoding in encodings], sum(lengths))
+            starts_T = np.diff(words_T, prepend=-1) != 0
+            firsts = np.cumsum([0, *lengths[:-1]])
+            starts_T[firsts[firsts < len(starts_T)]] = True
+            ids_T[starts_T] |= WORD_START
+        return ids_T, lengths
 
     starts = _offsets(texts)
     # A document is in the part in which it starts.

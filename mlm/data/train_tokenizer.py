@@ -39,6 +39,7 @@ def train_tokenizer(
     model_type: str = "roberta",
     lowercase: bool = False,
     backend: str = "auto",
+    marks_words: bool = False,
     name: str = "trained",
 ) -> Tokenizer:
     """Trains a tokenizer for a model family; the same texts give the same files, byte for byte.
@@ -50,7 +51,7 @@ def train_tokenizer(
       algorithm: "bpe" (byte-level), "wordpiece", "unigram", or "auto" for the one of the family.
       model_type: the family, which also determines the names and ids of the special tokens.
       lowercase: lowercase texts and strip accents, as the "uncased" models do.
-      backend: see `Tokenizer`.
+      backend, marks_words: see `Tokenizer`.
       name: see `Tokenizer`.
 
     Raises:
@@ -62,7 +63,7 @@ def train_tokenizer(
     hf = train(
         texts, vocab_size=vocab_size, model_type=model_type, lowercase=lowercase, model_max_length=max_seq_length
     )
-    return Tokenizer(hf, name=name, backend=backend)
+    return Tokenizer(hf, name=name, backend=backend, marks_words=marks_words)
 
 
 def _train_bpe(

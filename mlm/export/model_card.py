@@ -93,7 +93,8 @@ def build_card(
     else:
         initialization = f"from [{pretrained}](https://huggingface.co/{pretrained})"
         base_model = pretrained
-    options = {key: value for key, value in settings.flat().items() if key.startswith(("optimizer.", "masking."))}
+    groups = ("optimizer.", "loss.", "masking.")
+    options = {key: value for key, value in settings.flat().items() if key.startswith(groups) and value is not None}
     return Card(
         title=title,
         model_type=model_type,

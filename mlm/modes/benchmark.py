@@ -37,7 +37,12 @@ def run(settings: RunSettings, workdir: None, *, steps: int) -> None:
         {
             "hub.push_to_hub": False,
             "num_train_steps": 2 * steps,
-            "optimizer.warmup_steps": min(settings.optimizer.warmup_steps, steps),
+            # The schedule of the run may be longer than these steps; a constant rate costs the same.
+            "optimizer.warmup_steps": 0,
+            "optimizer.schedule": "constant",
+            "optimizer.decay_steps": None,
+            "optimizer.decay_shape": None,
+            "optimizer.end_factor": None,
             "logging_steps": steps,
             "eval_steps": steps,
             "save_steps": steps,

@@ -176,13 +176,24 @@ def show_sequences(settings: RunSettings, components: build.Components, machine:
         text = _shortened(components.tokenizer.decode(tokens_L))
         print(f"\nrow {number} of step 1 (data.packing={settings.data.packing!r})\n  {text}")
     key = jax.random.fold_in(steps.random_key(settings.seed, steps.TRAIN_MASKS), 0)
-    rows_B = np.arange(1, dtype=np.int32)
-    masked = jax.jit(functools.partial(mask_tokens, spec=components.step_config.masking))(
-        tokens_BxL[:1], rows_B=rows_B, key=key
+    rate = components.step_config.mask_rate
+    mask = jax.jit(functools.partial(mask_tokens, spec=components.step_config.masking))
+    masked = jax.device_get(
+        mask(
+            tokens_BxL,
+            rows_B=np.arange(len(tokens_BxL), dtype=np.int32),
+            key=key,
+            mlm_probability=rate(0) if rate else None,
+        )
     )
-    masked = jax.device_get(masked)
-    print(f"\nrow 0 after masking; [input=label], {masked.label_weights_BxK.sum():.0f} masked")
+    print(f"\nrow 0 after masking; [input=label], {masked.label_weights_BxK[0].sum():.0f} masked")
     print(f"  {_shortened(decode_masked(components.tokenizer, masked, 0), limit=2 * _MAX_CHARACTERS)}")
+    counts = jax.tree.map(lambda counts_B: max(1.0, float(counts_B.sum())), masked.counts_B)
+    print(
+        f"  of the batch's tokens {counts.predicted / counts.maskable:.1%} are predicted; of these "
+        f"{counts.mask_replaced / counts.predicted:.1%} are replaced by the mask token and "
+        f"{counts.random_replaced / counts.predicted:.1%} by a random one"
+    )
 
 
 def show_tokenizer(components: build.Components) -> None:

@@ -148,7 +148,13 @@ def replay(
     first_row = process_index * batch_rows
     key = jax.random.fold_in(steps.random_key(settings.seed, steps.TRAIN_MASKS), step - 1)
     mask = jax.jit(functools.partial(mask_tokens, spec=build.open_masking(settings, tokenizer)))
-    masked = mask(tokens_BxL, rows_B=first_row + np.arange(batch_rows, dtype=np.int32), key=key)
+    rate = build.open_mask_rate(settings)
+    masked = mask(
+        tokens_BxL,
+        rows_B=first_row + np.arange(batch_rows, dtype=np.int32),
+        key=key,
+        mlm_probability=rate(step - 1) if rate else None,
+    )
     return StepData(
         text=text,
         batch_number=batch_number,

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 
 from mlm.data.prefetch import Batch
+from mlm.data.tokenizer import without_word_starts
+from mlm.masking import MaskCounts
 from mlm.steps import TrainMetrics
 
 
@@ -17,6 +19,7 @@ class Interval:
 
     Attributes:
       loss, correct, predicted: of the steps that were not skipped; `predicted` counts tokens.
+      mask_counts: of all steps, by the names of `MaskCounts`.
       seconds: time of the steps, without pauses.
       part_seconds: parts of `seconds`: input_wait, transfer (of batches to the devices) and device.
       pause_seconds: time of evaluations, saves and so on, by name.
@@ -25,6 +28,9 @@ class Interval:
     loss: float = 0.0
     correct: float = 0.0
     predicted: float = 0.0
+    mask_counts: dict[str, float] = dataclasses.field(
+        default_factory=lambda: {field.name: 0.0 for field in dataclasses.fields(MaskCounts)}
+    )
     steps: int = 0
     tokens: int = 0
     padding: int = 0
@@ -106,7 +112,9 @@ class MetricsAccumulator:
             interval.loss += float(metrics.sums.loss)
             interval.correct += float(metrics.sums.correct)
             interval.predicted += float(metrics.sums.count)
-        counts_V = np.bincount(batch.tokens.ravel(), minlength=len(self.counts_V))
+        for name in interval.mask_counts:
+            interval.mask_counts[name] += float(getattr(metrics.mask_counts, name))
+        counts_V = np.bincount(without_word_starts(batch.tokens).ravel(), minlength=len(self.counts_V))
         tokens = batch.tokens.size * self._num_processes
         self.counts_V += counts_V
         self.tokens_seen += tokens
@@ -154,6 +162,10 @@ class MetricsAccumulator:
             scalars["train/accuracy"] = interval.correct / interval.predicted
         if np.isfinite(metrics.grad_norm):
             scalars["train/grad_norm"] = float(metrics.grad_norm)
+        masks = interval.mask_counts
+        scalars["data/masked_fraction"] = masks["predicted"] / max(masks["maskable"], 1.0)
+        for name in ("mask_replaced", "random_replaced"):
+            scalars[f"data/{name}_fraction"] = masks[name] / max(masks["predicted"], 1.0)
         if self._pad_id is not None:
             scalars["data/padding_fraction"] = interval.padding / max(interval.tokens, 1)
         if self._unknown_id is not None:

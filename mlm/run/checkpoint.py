@@ -267,7 +267,9 @@ class Checkpointer:
         return Restored(step=step, state=state, loop=content["loop"], streams=small.stream)
 
     def restore_params(self, step: int) -> tuple[Any, dict[str, Any]]:
-        """Reads the parameters of checkpoint `step`, as NumPy arrays, and what the loop has saved.
+        """Reads the parameters to evaluate of checkpoint `step`, as NumPy arrays, and what the loop has saved.
+
+        They are the moving average of the parameters if the checkpoint has one.
 
         Raises:
           CorruptCheckpointError: it cannot be read, or differs from what was written.
@@ -278,12 +280,14 @@ class Checkpointer:
         with self._reading(step):
             small = self._manager.restore(step, args=ocp.args.Composite(loop=ocp.args.JsonRestore()))
             content = self._checked_content(step, small.loop)
-            wanted = {"params": handler.metadata(directory).tree["params"]}
+            tree = handler.metadata(directory).tree
+            name = "ema_params" if tree.get("ema_params") else "params"
+            wanted = {name: tree[name]}
             as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
             args = ocp.args.PyTreeRestore(item=wanted, restore_args=as_numpy, partial_restore=True)
-            params = handler.restore(directory, args=args)["params"]
+            params = handler.restore(directory, args=args)[name]
             _compare_checksums(
-                content["checksums"], {f".params{name}": value for name, value in checksums(params).items()}
+                content["checksums"], {f".{name}{path}": value for path, value in checksums(params).items()}
             )
         return params, content["loop"]
 

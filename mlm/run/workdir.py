@@ -17,7 +17,7 @@ from absl import logging
 
 from mlm.errors import UserError
 from mlm.run.storage import open_storage
-from mlm.settings import MUTABLE_KEYS, RunSettings, as_tuples
+from mlm.settings import MUTABLE_KEYS, Borders, RunSettings, as_tuples
 
 # Version of the layout of config.json. Raise it when code of an earlier version would misread the file.
 FORMAT_VERSION = 1
@@ -104,13 +104,12 @@ class WorkDir:
                 )
             return settings
         stored, config = self._stored_keys(), settings.flat()
-        old = {
-            key: value
-            for key, value in self._key_changes.added.items()
-            if key not in stored and key not in self._key_changes.given and config[key] != value
-        }
-        for key, value in old.items():
-            logging.info("%s=%r, not %r: the run was started before the key existed", key, value, config[key])
+        resolved, old = self._resolved_keys(), {}
+        for key, value in self._key_changes.added.items():
+            if key not in stored and key not in self._key_changes.given and config[key] != resolved[key]:
+                old[key] = value
+                text = "%s=%r, not %r: the run was started before the key existed"
+                logging.info(text, key, resolved[key], config[key])
         if settings.per_device_train_batch_size == 0:
             old["per_device_train_batch_size"] = stored["per_device_train_batch_size"]
         settings = settings.replace(old)
@@ -126,9 +125,17 @@ class WorkDir:
     def _stored_keys(self) -> dict[str, Any]:
         return self._key_changes.apply(self._read()["config"])
 
+    def _resolved_keys(self) -> dict[str, Any]:
+        """Returns `read_config` with the defaults that depend on other keys, as `RunSettings` have them."""
+        keys = self.read_config()
+        try:
+            return RunSettings.from_flat(keys).flat()
+        except UserError:  # A key or value of another version, which the caller reports as a difference.
+            return keys
+
     def _changes(self, settings: RunSettings) -> dict[str, list[Any]]:
         """Returns key -> [old value, new value] of the keys that differ, "absent" where a version has no such key."""
-        old, new = self.read_config(), settings.flat()
+        old, new = self._resolved_keys(), settings.flat()
         return {
             key: [old.get(key, "absent"), new.get(key, "absent")]
             for key in sorted(old.keys() | new.keys())
@@ -141,6 +148,13 @@ class WorkDir:
             return None
         last = self._read()["history"][-1]
         return last["processes"], last["rows_per_process"]
+
+    def last_borders(self) -> Borders | None:
+        """Returns the borders of the schedule at the last start; None if there is no run, or it is of an earlier
+        version."""
+        if not os.path.exists(self.config) or "borders" not in (last := self._read()["history"][-1]):
+            return None
+        return Borders(**last["borders"])
 
     def read_history(self) -> list[dict[str, Any]]:
         """Returns an entry for each start of the run, as `create` wrote it."""
@@ -171,6 +185,7 @@ class WorkDir:
         save_tokenizer: Callable[[str], None],
         processes: int,
         rows_per_process: int,
+        borders: Borders | None = None,
         step: int,
     ) -> dict[str, list[Any]]:
         """Writes the tokenizer, and `config.json` with an entry for this start in its history.
@@ -180,6 +195,7 @@ class WorkDir:
           save_tokenizer: writes the tokenizer to a directory.
           processes: number of processes.
           rows_per_process: sequences of a step per process.
+          borders: those of the learning-rate schedule.
           step: steps in the checkpoint that the run resumes from; 0 for a new run.
 
         Returns:
@@ -193,8 +209,8 @@ class WorkDir:
             history, changed, stored = self.read_history(), self._changes(settings), self._stored_keys()
             # A key younger than the run that keeps its earlier behavior stays absent: every later start must complete
             # it again.
-            added = self._key_changes.added
-            keys = {key: value for key, value in keys.items() if key in stored or (key, value) not in added.items()}
+            old = self._resolved_keys()
+            keys = {key: value for key, value in keys.items() if key in stored or old[key] != value}
         history.append(
             {
                 "step": step,
@@ -203,6 +219,7 @@ class WorkDir:
                 "processes": processes,
                 "rows_per_process": rows_per_process,
                 "changed": changed,
+                **({"borders": dataclasses.asdict(borders)} if borders else {}),
             }
         )
         self.storage.create()
