@@ -190,7 +190,7 @@ def open_masking(settings: RunSettings, tokenizer: Tokenizer) -> MaskingSpec:
 
 def open_eval_masking(settings: RunSettings, tokenizer: Tokenizer) -> MaskingSpec:
     """Returns what is masked in evaluation."""
-    masking = settings.masking
+    masking: Any = settings.masking  # Its values for evaluation are not None.
     return dataclasses.replace(
         open_masking(settings, tokenizer),
         strategy=masking.eval_strategy,

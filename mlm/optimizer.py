@@ -90,13 +90,11 @@ def _adafactor(settings: OptimizerSettings, schedule: optax.Schedule, axis_name:
 
 def _muon(settings: OptimizerSettings, schedule: optax.Schedule, axis_name: str | None):
     """Muon for the matrices inside layers, AdamW for everything else (Jordan et al., 2024)."""
-    ratio = settings.adam_learning_rate / settings.learning_rate
+    keys: Any = settings  # Those of Muon are not None.
+    ratio = keys.adam_learning_rate / settings.learning_rate
     muon = optax.chain(
         scale_by_muon(
-            momentum=settings.muon_momentum,
-            iterations=settings.muon_iterations,
-            scale=settings.muon_scale,
-            axis_name=axis_name,
+            momentum=keys.muon_momentum, iterations=keys.muon_iterations, scale=keys.muon_scale, axis_name=axis_name
         ),
         optax.add_decayed_weights(settings.weight_decay),
         optax.scale_by_learning_rate(schedule),
@@ -245,7 +243,7 @@ def newton_schulz(matrices_NxRxC: jax.Array, iterations: int) -> jax.Array:
 class StableAdamState(NamedTuple):
     """The number of steps and the running means of gradients and of their squares."""
 
-    count: jax.Array
+    num_steps: jax.Array
     mean: optax.Updates
     mean_square: optax.Updates
 
@@ -262,7 +260,7 @@ def scale_by_stable_adam(*, b1: float, b2: float, eps: float, weight_decay: floa
 
     def update(grads: optax.Updates, state: StableAdamState, params: optax.Params | None = None):
         assert params is not None
-        count = state.count + 1
+        num_steps = state.num_steps + 1
         mean = optax.tree.update_moment(grads, state.mean, b1, 1)
         mean_square = optax.tree.update_moment(grads, state.mean_square, b2, 2)
 
@@ -274,12 +272,12 @@ def scale_by_stable_adam(*, b1: float, b2: float, eps: float, weight_decay: floa
         updates = jax.tree.map(
             direction,
             grads,
-            optax.tree.bias_correction(mean, b1, count),
-            optax.tree.bias_correction(mean_square, b2, count),
+            optax.tree.bias_correction(mean, b1, num_steps),
+            optax.tree.bias_correction(mean_square, b2, num_steps),
             params,
             decay_mask(params),
         )
-        return updates, StableAdamState(count, mean, mean_square)
+        return updates, StableAdamState(num_steps, mean, mean_square)
 
     return optax.GradientTransformation(init, update)
 

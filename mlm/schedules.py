@@ -1,6 +1,7 @@
 """Learning-rate schedules."""
 
 import dataclasses
+from typing import Any
 
 import jax.numpy as jnp
 import optax
@@ -58,7 +59,7 @@ def create_schedule(
     return schedule
 
 
-def _decay(shape: str | None, step: jnp.ndarray, start: int, end: int, end_factor: float | None) -> jnp.ndarray:
+def _decay(shape: str | None, step: jnp.ndarray, start: int, end: int, end_factor: Any) -> jnp.ndarray:
     """Returns 1 up to `start`, then falls to `end_factor` at `end`."""
     done = jnp.clip((step - start) / max(1, end - start), 0.0, 1.0)
     left = {"linear": 1 - done, "1-sqrt": 1 - jnp.sqrt(done), "cosine": (1 + jnp.cos(jnp.pi * done)) / 2}[

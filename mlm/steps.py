@@ -258,8 +258,8 @@ def moving_average(average: Any, params: Any, num_applied: jax.Array, decay: flo
     The smaller d of the first steps, as in TensorFlow's `ExponentialMovingAverage`, removes the initial parameters from
     the average early.
     """
-    decay = jnp.minimum(decay, (1.0 + num_applied) / (10.0 + num_applied))
-    return jax.tree.map(lambda mean, param: mean + (1.0 - decay) * (param - mean), average, params)
+    weight = 1.0 - jnp.minimum(decay, (1.0 + num_applied) / (10.0 + num_applied))
+    return jax.tree.map(lambda mean, param: mean + weight * (param - mean), average, params)
 
 
 def should_apply(sums: LossSums, grad_norm: jax.Array, stats: UpdateStats, *, spike_factor: float) -> jax.Array:

@@ -5,7 +5,7 @@ import json
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -378,7 +378,7 @@ def _encode_tokenizers(
     # The fast version does not say which word a token belongs to.
     encode_batch = tokenizer.encode_batch if marks_words else tokenizer.encode_batch_fast
 
-    def flat(values: list[list[int]], count: int) -> np.ndarray:
+    def flat(values: list[list[Any]], count: int) -> np.ndarray:
         return np.fromiter(itertools.chain.from_iterable(values), np.int32, count)
 
     def encode(part: pa.LargeStringArray) -> tuple[np.ndarray, list[int]]:
