@@ -743,7 +743,7 @@ def resolve_borders(optimizer: OptimizerSettings, *, num_train_steps: int, token
 
     def resolve(value: int | float | str) -> int:
         if isinstance(value, str):
-            return round(_tokens(value) / tokens_per_step)
+            return round((_tokens(value) or 0.0) / tokens_per_step)
         return round(value * num_train_steps) if isinstance(value, float) else value
 
     warmup_steps, decay_steps = resolve(optimizer.warmup_steps), resolve(optimizer.decay_steps or 0)

@@ -51,7 +51,7 @@ def train_and_evaluate(
         if run is None:
             return
         reporter, state, last_step = run.reporter, run.state, settings.num_train_steps
-        predictions: list[MaskPrediction] = []  # Those of the newest evaluation.
+        predictions: dict[int, list[MaskPrediction]] = {}  # By the step of the evaluation.
 
         def evaluate(step: int) -> dict[str, float]:
             with reporter.timed("evaluation"):
@@ -77,7 +77,7 @@ def train_and_evaluate(
         def export(step: int, metrics: dict[str, float]) -> None:
             with reporter.timed("export"), _log_and_retry_later(is_last_try=step >= last_step):
                 if jax.process_index() == 0:
-                    predictions[:] = _export(run, parallel.first_replica(state.eval_params), step, metrics)
+                    predictions[step] = _export(run, parallel.first_replica(state.eval_params), step, metrics)
                     if run.hub is not None and step < last_step:
                         run.hub.push(step=step)
 
@@ -120,7 +120,13 @@ def train_and_evaluate(
                     export(step, eval_metrics)
         reporter.writer.flush()
         if jax.process_index() == 0:
-            print_next_steps(run.workdir, predictions, command=command, num_train_steps=last_step)
+            print_next_steps(
+                run.workdir,
+                predictions,
+                command=command,
+                num_train_steps=last_step,
+                can_be_extended=not settings.optimizer.decay_steps,
+            )
         if run.hub is not None:
             run.hub.finish(step=last_step)
 

@@ -15,6 +15,7 @@ import pytest
 from absl import logging
 from clu import metric_writers
 
+from mlm.export.fill_mask import MaskPrediction
 from mlm.reporting import reporter as reporter_lib
 from mlm.reporting.progress import LiveLine, evaluation_line, live_text, step_line
 from mlm.reporting.summary import print_next_steps
@@ -275,7 +276,31 @@ def test_the_next_steps_name_the_work_directory_as_it_was_typed(tmp_path, monkey
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     typed = str(tmp_path / "runs" / "de") if is_absolute else "../runs/de"
-    print_next_steps(WorkDir(typed), [], command=f"python main.py --workdir={typed}", num_train_steps=8)
+    print_next_steps(
+        WorkDir(typed), {}, command=f"python main.py --workdir={typed}", num_train_steps=8, can_be_extended=True
+    )
     printed = capsys.readouterr().out
     assert f"\nModel      {typed}/model\n" in printed
     assert f"python main.py --workdir={typed} --config.num_train_steps=16\n" in printed
+
+
+def test_a_finished_run_prints_the_first_and_the_last_predictions(tmp_path, capsys):
+    def predictions(token):
+        return [MaskPrediction("A <mask> here.", [[(token, 0.25), (" ", 0.125)]])]
+
+    by_step = {4: predictions(" cat"), 12: predictions(" dog"), 8: predictions(" cow")}
+    print_next_steps(
+        WorkDir(str(tmp_path)), by_step, command="python main.py", num_train_steps=12, can_be_extended=False
+    )
+    printed = capsys.readouterr().out
+    assert (
+        """
+  A <mask> here.
+      step 4    cat 25.0 %   ' ' 12.5 %
+      step 12   dog 25.0 %   ' ' 12.5 %
+
+Model      """
+        in printed
+    )
+    assert "cow" not in printed
+    assert "Resume" not in printed  # Its learning rate has decayed.

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -89,13 +89,19 @@ def _top_candidates(
 
 def format_predictions(predictions: Sequence[MaskPrediction]) -> str:
     """Returns lines for a terminal: each sentence, then for each of its masks the candidates with probabilities."""
+    return compare_predictions({"": predictions})
+
+
+def compare_predictions(predictions: Mapping[str, Sequence[MaskPrediction]]) -> str:
+    """Returns lines like `format_predictions`, with the candidates of several models, which the keys name."""
     lines = []
-    for prediction in predictions:
-        lines.append(f"  {prediction.sentence}")
-        for candidates in prediction.candidates:
-            lines.append(
-                "      " + "   ".join(f"{display_token(token)} {100 * prob:.1f} %" for token, prob in candidates)
-            )
+    width = max(map(len, predictions)) + 3 if len(predictions) > 1 else 0
+    for of_models in zip(*predictions.values(), strict=True):
+        lines.append(f"  {of_models[0].sentence}")
+        for of_mask in zip(*(prediction.candidates for prediction in of_models), strict=True):
+            for name, candidates in zip(predictions, of_mask, strict=True):
+                shown = "   ".join(f"{display_token(token)} {100 * prob:.1f} %" for token, prob in candidates)
+                lines.append(f"      {name:<{width}}{shown}")
     return "\n".join(lines)
 
 

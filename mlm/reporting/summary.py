@@ -3,14 +3,14 @@
 import os
 import re
 import shlex
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 from absl import logging
 from clu import parameter_overview
 
-from mlm.export.fill_mask import MaskPrediction, format_predictions
+from mlm.export.fill_mask import MaskPrediction, compare_predictions
 from mlm.run.workdir import WorkDir
 
 
@@ -70,13 +70,28 @@ def warn_batch_size_changed(workdir: WorkDir, *, sequences_per_step: int) -> Non
 
 
 def print_next_steps(
-    workdir: WorkDir, predictions: list[MaskPrediction], *, command: str, num_train_steps: int
+    workdir: WorkDir,
+    predictions: Mapping[int, Sequence[MaskPrediction]],
+    *,
+    command: str,
+    num_train_steps: int,
+    can_be_extended: bool,
 ) -> None:
-    """Prints what the finished model predicts, and commands to use it and to train for longer."""
+    """Prints what the finished model predicts, and commands to use it and to train for longer.
+
+    Args:
+      workdir: of the run.
+      predictions: step -> what the model predicted after it; the first and the last are printed.
+      command: the command that started the run.
+      num_train_steps: steps of the run.
+      can_be_extended: whether the schedule allows more steps.
+    """
     if predictions:
         print("\nThe model's five best predictions for each mask:\n")
-        print(format_predictions(predictions))
+        first_and_last = sorted({min(predictions), max(predictions)})
+        print(compare_predictions({f"step {step:,}": predictions[step] for step in first_and_last}))
     longer = re.sub(r" --config\.num_train_steps[= ]\S+", "", command)
+    extend = f"\nResume     {longer} --config.num_train_steps={2 * num_train_steps}" if can_be_extended else ""
     path = workdir.raw_path
     model = os.path.join(path, "model")
     download = workdir.storage.download_command("model")
@@ -84,8 +99,7 @@ def print_next_steps(
     print(f"""
 Model      {model}
 Curves     {os.path.join(model, "curves.png")}
-Look at    tensorboard --logdir {shlex.quote(path)}
-Resume     {longer} --config.num_train_steps={2 * num_train_steps}
+Look at    tensorboard --logdir {shlex.quote(path)}{extend}
 Use        from transformers import pipeline  # needs PyTorch: pip install torch{copied}
            pipeline("fill-mask", model={"model" if download else model!r})
 Or         python main.py --mode=fill_mask --workdir={shlex.quote(path)}
