@@ -3,10 +3,10 @@
 `run` and `Process` take the arguments of `subprocess.run` and `subprocess.Popen`. The command is [sys.executable, FILE,
 ARGUMENT...] or [sys.executable, "-c", CODE, ARGUMENT...]. The process is a child of this one, with its own environment,
 working directory, standard streams, signal handlers and exit code. It imports the code of this repository itself, from
-its working directory as Python does. It differs from a new interpreter in four ways: the libraries are imported, so
+its working directory as Python does. It differs from a new interpreter in five ways: the libraries are imported, so
 what an import needs or prints is not seen; all processes of one server have the same hash seed; the peak memory that
-the system reports starts at that of the server; and at its end modules are not deleted one by one. Tests of these start
-an interpreter.
+the system reports starts at that of the server; curves are saved as an empty file, for drawing takes as long as a tiny
+run; and at its end modules are not deleted one by one. Tests of these start an interpreter.
 """
 
 import atexit
@@ -36,21 +36,32 @@ REPO = Path(__file__).parent.parent
 # What main.py imports, and the parts that these libraries import when they are first used.
 LIBRARIES = (
     "absl.app",
+    "aiohttp",
+    "awkward",
     "clu.metric_writers",
+    "clu.parameter_overview",
     "clu.periodic_actions",
     "datasets",
     "flax.linen",
+    "gigatoken",
     "jax",
+    "jax.experimental.topologies",
+    "jaxlib.mlir.dialects.builtin",
+    "jaxlib.mlir.dialects.mhlo",
+    "matplotlib.backends.backend_agg",
     "matplotlib.figure",
     "ml_collections.config_flags",
     "optax",
     "orbax.checkpoint",
+    "pyarrow.csv",
     "pyarrow.parquet",
     "safetensors.numpy",
-    "tensorflow",
-    "tokenizers",
+    "tensorboard.plugins.custom_scalar.summary",
+    "tensorboard.summary",
+    "tensorflow.compat.v1",
+    "tokenizers.trainers",
     "tqdm",
-    "transformers",
+    "transformers.models.roberta.tokenization_roberta",
 )
 # Libraries read these variables when they are imported: a process with other values needs another server.
 _READ_BY_IMPORTS = ("EPATH_", "GCSFS_", "HF_", "HUGGINGFACE_", "PYTHON", "TF_", "TOKENIZERS_", "TRANSFORMERS_")
@@ -103,6 +114,11 @@ def run(command: Sequence[str], *, timeout: float = 300, **options: Any) -> subp
             process.kill()
             raise
     return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
+
+
+def xla_flags(devices: int) -> str:
+    """The tests' XLA_FLAGS, for processes with this many devices."""
+    return f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
 
 
 class _Server:
@@ -192,6 +208,7 @@ def _import_libraries() -> None:
     exec((REPO / "main.py").read_text(encoding="utf-8").split("\nfrom absl", 1)[0], {"__name__": "main"})
     for name in LIBRARIES:
         importlib.import_module(name)
+    sys.modules["matplotlib.figure"].Figure.savefig = lambda figure, path, **_: Path(path).write_bytes(b"")
 
 
 def _receive(connection: socket.socket) -> tuple[dict[str, Any], list[int]] | None:

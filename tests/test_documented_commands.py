@@ -181,7 +181,7 @@ def test_the_commands_of_the_pages_work_one_after_the_other(tmp_path):
     for part in range(3):
         (tmp_path / "corpus" / f"part-{part}.txt").write_text("\n".join(sentences(600, seed=1)[part::3]) + "\n")
     (tmp_path / "configs").symlink_to(REPO / "configs")
-    env = {**os.environ, "XLA_FLAGS": ""}
+    env = {**os.environ, "XLA_FLAGS": fork_server.xla_flags(1)}
     outputs = {}
     for start, (flags, replaced) in RUN.items():
         command = next(command for _, _, command in DOCUMENTED if longest_start(command, {**TESTED, **RUN}) == start)

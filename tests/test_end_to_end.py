@@ -47,7 +47,7 @@ sys.exit(process.returncode)
 
 def run_main(*flags: str, launcher: tuple[str, ...] = (), **variables: str) -> subprocess.CompletedProcess:
     """Runs main.py in a new interpreter, on one device; `launcher` are the words before the command."""
-    env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", **variables}
+    env = {**os.environ, "XLA_FLAGS": fork_server.xla_flags(1), **variables}
     command = [*launcher, sys.executable, "main.py", *flags]
     return subprocess.run(command, cwd=REPO, env=env, capture_output=True, text=True, timeout=600)
 
@@ -101,7 +101,8 @@ def test_main_trains_exports_and_does_not_train_twice(corpus, tmp_path):
     assert [line["step"] for line in read_metrics(str(tmp_path / "run" / "metrics.jsonl"))] == [2, 4, 6, 8]
 
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
-    again = fork_server.run([sys.executable, "main.py", *flags], cwd=REPO, env={**os.environ, "XLA_FLAGS": ""})
+    env = {**os.environ, "XLA_FLAGS": fork_server.xla_flags(1)}
+    again = fork_server.run([sys.executable, "main.py", *flags], cwd=REPO, env=env)
     assert again.returncode == 0, again.stderr
     assert "nothing to do: all 8 steps are done" in again.stderr
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")} == before
@@ -257,7 +258,7 @@ def test_quickstart(tmp_path):
     flags = ("--config=configs/quickstart.py", f"--workdir={tmp_path / 'run'}", f"--config.num_train_steps={steps}")
     flags += (f"--config.eval_steps={steps}", f"--config.save_steps={saves}", "--config.checkpoint.keep_checkpoints=9")
     launcher = (sys.executable, "-c", LAUNCHER, str(tmp_path / "run" / "checkpoints"))
-    result = run_main(*flags, launcher=launcher, JAX_DISABLE_MOST_OPTIMIZATIONS="0")
+    result = run_main(*flags, launcher=launcher, XLA_FLAGS="", JAX_DISABLE_MOST_OPTIMIZATIONS="0")
     assert result.returncode == 0, result.stderr
     *_, last = result.stdout.splitlines()
     at = {int(step): float(seconds) for step, seconds in re.findall(r"^at (\d+) (.+)$", result.stdout, re.MULTILINE)}

@@ -71,7 +71,7 @@ def environment(directory: Path) -> dict[str, str]:
     """Two devices per process."""
     return {
         **os.environ,
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        "XLA_FLAGS": fork_server.xla_flags(2),
         "XDG_CACHE_HOME": str(directory / "cache"),
         "PYTHONPATH": str(REPO),
     }

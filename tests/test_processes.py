@@ -55,7 +55,6 @@ report.Reporter.add_step = update
 config = tiny_config(corpus)
 config.num_train_steps = int(last)
 config.data.num_eval_samples = 5
-config.model.overrides.num_hidden_layers = 1
 train_and_evaluate(settings_of(config), workdir)
 open(out, "w").write(json.dumps(rows))
 """
@@ -65,7 +64,7 @@ def run_all(code: str, arguments: list[list[str]], *, devices: int = 2) -> list[
     """Runs one process per list of arguments at the same time, each with `devices` devices, to the end."""
     env = {
         **os.environ,
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": fork_server.xla_flags(devices),
         "PYTHONPATH": str(REPO),
     }
     started = [
@@ -132,7 +131,6 @@ def test_a_run_resumes_on_fewer_and_on_more_processes(tmp_path):
 
     config = tiny_config(corpus)
     config.data.num_eval_samples = 5
-    config.model.overrides.num_hidden_layers = 1
     assert WorkDir(workdir).last_topology() == (4, 4)
     used = collections.Counter()
     for (step, process), batch in rows.items():

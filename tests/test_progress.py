@@ -247,7 +247,7 @@ def test_a_run_on_a_terminal_shows_a_live_line_and_leaves_none_after_ctrl_c(tmp_
     command = [sys.executable, "-c", code, f"--config={tmp_path / 'config.py'}", f"--workdir={tmp_path / 'run'}"]
     screen = Screen(100)
     streams = dict.fromkeys(("stdin", "stdout", "stderr"), screen.stream)
-    env = {**os.environ, "TERM": "xterm", "XLA_FLAGS": ""}
+    env = {**os.environ, "TERM": "xterm", "XLA_FLAGS": fork_server.xla_flags(1)}
     child = fork_server.Process(command, cwd=REPO, env=env, start_new_session=True, **streams)
     screen.stream.close()
     live = re.compile(r"\r +\d+%\|.+\| \d+/1000000, loss \d+\.\d+, eval \d+\.\d+, [\d.]+[kM]? ?tok/s, .+ left")

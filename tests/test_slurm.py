@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import fork_server
 from tests.tiny import write_corpus
 
 ROOT = Path(__file__).parent.parent
@@ -28,7 +29,7 @@ class Cluster:
         (folder / "state").write_text("RUNNING\n")
         self.environment = os.environ | {
             "CLUSTER": str(folder),
-            "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
+            "XLA_FLAGS": fork_server.xla_flags(1),
             "PATH": f"{ROOT}/tests/fakes/slurm:{Path(sys.executable).parent}:{os.environ['PATH']}",
         }
 

@@ -34,7 +34,7 @@ def write_corpus(directory: Path, *, files: int = 3, documents: int = 400) -> st
 
 
 def tiny_config(data_files: str) -> ConfigDict:
-    """Two layers of width 16, sequences of 16 tokens, 8 steps."""
+    """One layer of width 16, sequences of 16 tokens, 8 steps."""
     config = default.get_config()
     config.num_train_steps = 8
     config.per_device_train_batch_size = 4
@@ -50,7 +50,7 @@ def tiny_config(data_files: str) -> ConfigDict:
     config.tokenizer.train_documents = 200
     overrides = config.model.overrides
     overrides.hidden_size = 16
-    overrides.num_hidden_layers = 2
+    overrides.num_hidden_layers = 1
     overrides.num_attention_heads = 2
     overrides.intermediate_size = 32
     overrides.max_position_embeddings = 20
