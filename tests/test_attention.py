@@ -110,6 +110,7 @@ def test_dropout_always_uses_plain(arrays):
         jax.tree.map(np.testing.assert_array_equal, other, plain)
 
 
+@pytest.mark.slow
 def test_dropout_in_blocks(arrays):
     # One-hot values: the output is the weights. Each is dropped, or divided by 1 - rate.
     rate, options = 0.25, {"segment_ids_BxK": SEGMENT_IDS, "isolate": False, "window": 3}

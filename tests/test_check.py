@@ -180,7 +180,7 @@ def test_a_disk_and_a_device_that_are_too_small(config, tmp_path, monkeypatch, c
     monkeypatch.setattr("shutil.disk_usage", lambda path: Usage(0, 0, 1000))
     config.checkpoint.keep_every_steps = 4
     found = check(config, tmp_path / "run", Machine("toy", "TPU v3", 1, 1, memory_bytes=1000))
-    assert "gradients and optimizer need 0.2 MB per device, a TPU v3 has 0.0 MB" in found[0]
+    assert "gradients and optimizer need 0.1 MB per device, a TPU v3 has 0.0 MB" in found[0]
     assert "lower checkpoint.keep_checkpoints" in found[1]
     # keep_checkpoints=2, one that is being written, and those of steps 4 and 8.
     assert "for 5 checkpoints of" in capsys.readouterr().out

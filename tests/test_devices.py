@@ -173,6 +173,7 @@ def test_over_mesh_and_pmap_compile_the_same_step(bag_step_config, bag_state, ba
     jax.tree.map(np.testing.assert_array_equal, ahead_of_time(state, tokens), bag_step(state, tokens))
 
 
+@pytest.mark.slow
 def test_the_training_step_compiles_once_donates_its_state_and_makes_no_implicit_transfer(
     bag_step_config, bag_state, uneven_rows
 ):

@@ -55,6 +55,7 @@ def expected_metrics(bag_step_config, bag_state, rows, log_probs):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("per_device_batch_size", [1, 2, 8])
 def test_metrics_do_not_depend_on_the_batch_size(
     eval_step, bag_state, rows, log_probs, expected_metrics, per_device_batch_size

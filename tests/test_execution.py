@@ -19,7 +19,7 @@ from tests.tiny import settings_of
 SHAPE = {
     "vocab_size": 40,
     "hidden_size": 16,
-    "num_hidden_layers": 3,
+    "num_hidden_layers": 2,
     "num_attention_heads": 2,
     "intermediate_size": 24,
     "max_position_embeddings": 20,
@@ -45,18 +45,20 @@ def params_of(family):
     return jax.jit(MaskedLM(config_of(family)).init)(jax.random.key(0), INPUTS)["params"]
 
 
-def loss_and_gradients(family, execution, *, dropout=0.0, key=0):
+def loss_of(family, execution, *, dropout):
+    """(parameters, seed of the dropout) -> loss."""
     model = MaskedLM(config_of(family, dropout), execution=execution)
 
-    @jax.jit
-    @jax.value_and_grad
-    def loss(params):
-        logits = model.apply(
-            {"params": params}, INPUTS, deterministic=False, rngs={"dropout": jax.random.key(key, impl="rbg")}
-        )
+    def loss(params, seed=0):
+        key = jax.random.key(seed, impl="rbg")
+        logits = model.apply({"params": params}, INPUTS, deterministic=False, rngs={"dropout": key})
         return jnp.mean(jnp.square(logits))
 
-    return jax.device_get(loss(params_of(family)))
+    return loss
+
+
+def loss_and_gradients(family, execution, *, dropout):
+    return jax.device_get(jax.jit(jax.value_and_grad(loss_of(family, execution, dropout=dropout)))(params_of(family)))
 
 
 @pytest.mark.slow
@@ -74,9 +76,8 @@ def test_remat_changes_neither_loss_nor_gradients(family):
 
 @pytest.mark.slow
 def test_dropout_follows_its_key_in_rematerialized_layers():
-    first, again, other = (
-        loss_and_gradients("roberta", Execution(remat="full"), dropout=0.5, key=key)[0] for key in (0, 0, 1)
-    )
+    loss = jax.jit(loss_of("roberta", Execution(remat="full"), dropout=0.5))
+    first, again, other = (loss(params_of("roberta"), seed) for seed in (0, 0, 1))
     assert first == again != other
 
 
@@ -96,7 +97,7 @@ def test_full_remat_recomputes_the_matrix_products_of_every_layer(family):
         gradient = jax.make_jaxpr(jax.grad(lambda params: model.apply({"params": params}, INPUTS).sum()))
         return str(gradient(params_of(family))).count("dot_general")
 
-    assert num_products("full") >= num_products("none") + 3 * 7
+    assert num_products("full") >= num_products("none") + 2 * 7
 
 
 @pytest.mark.parametrize(

@@ -183,6 +183,7 @@ def test_truncation_is_to_the_number_of_tokens_that_the_model_accepts(exported, 
     assert len(loaded("the cat " * 40, truncation=True)["input_ids"]) == MAX_TOKENS
 
 
+@pytest.mark.slow
 def test_model_max_length_is_added_if_it_is_missing_and_kept_if_it_is_smaller(plain_tokenizer, tmp_path):
     tokenizer = load_tokenizer(plain_tokenizer)
     assert tokenizer.hf.model_max_length > 1e20

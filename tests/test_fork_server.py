@@ -71,6 +71,7 @@ def test_a_process_is_signalled_and_waited_for():
         os.kill(process.pid, 0)
 
 
+@pytest.mark.slow
 def test_the_server_ends_with_the_tests():
     code = "from tests import fork_server; import sys; fork_server.run([sys.executable, '-c', 'pass'])\n"
     code += "print(fork_server._server_for(dict(fork_server.os.environ))._process.pid)"

@@ -98,6 +98,7 @@ def test_missing_permissions_and_network_are_errors_of_one_line(server, url):
     assert server.names(path_of(url)) == []
 
 
+@pytest.mark.slow
 def test_missing_credentials_are_an_error_of_one_line(server, url, monkeypatch, tmp_path):
     monkeypatch.delenv("STORAGE_EMULATOR_HOST")
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -292,6 +293,7 @@ def test_a_corrupt_checkpoint_is_quarantined_and_an_unreachable_one_is_not(serve
         assert checkpointer.quarantine(2) == f"{url}/damaged/2.1"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", ["manifest", "stream", "commit_success", "_CHECKPOINT_METADATA"])
 def test_a_refused_save_is_reported_and_the_next_one_succeeds(server, url, part):
     with Checkpointer(GcsStorage(url), keep_checkpoints=2) as checkpointer:

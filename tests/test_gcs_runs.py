@@ -18,7 +18,6 @@ from mlm.run.signals import EXIT_INTERRUPTED
 from tests import fork_server
 from tests.gcs_server import GcsServer
 from tests.test_kill import trainer_of
-from tests.test_multihost import pair, write_config
 from tests.tiny import write_corpus
 
 REPO = Path(__file__).parent.parent
@@ -163,25 +162,6 @@ def test_refused_uploads_are_repeated_later(server, tmp_path):
     logged = [line["step"] for line in read_metrics(str(tmp_path / "run" / "metrics.jsonl"))]
     assert logged == sorted({*range(3, 49, 3), *range(12, 49, 12)})
     assert (tmp_path / "run" / "checkpoints" / "48" / "commit_success.txt").exists()
-
-
-@pytest.mark.slow
-def test_two_processes_use_one_bucket(server, tmp_path):
-    write_config(tmp_path, write_corpus(tmp_path, documents=2000), last=30)
-    straight = tmp_path / "straight" / "run"
-    with pair(tmp_path, workdir=str(straight)) as both:
-        assert both.wait() == [0, 0], both.log(0) + both.log(1)
-    with pair(tmp_path, workdir=URL) as both:
-        both.await_line(0, "step 12 of 30")
-        both.kill()
-    delete_mirrors(tmp_path)
-    with pair(tmp_path, workdir=URL) as both:
-        assert both.wait() == [0, 0], both.log(0) + both.log(1)
-        assert "resuming after step" in both.log(0)
-    found = tmp_path / "found" / "run"
-    server.download("runs/run", found)
-    assert differences(str(straight), str(found)) == []
-    assert [line["step"] for line in read_metrics(str(found / "metrics.jsonl"))] == list(range(1, 31))
 
 
 @pytest.mark.slow

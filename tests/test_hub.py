@@ -112,6 +112,7 @@ def test_repositories_that_are_there_are_used(server, workdir):
     assert server.created[-1].get("visibility") in (None, "public")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", [PREUPLOAD, COMMIT, BATCH, "/api/validate-yaml"])
 def test_an_upload_is_retried_until_it_succeeds(server, workdir, path, caplog):
     server.faults[path].extend(FAULTS)
@@ -199,6 +200,7 @@ def test_the_upload_command_for_a_model_in_a_bucket(server, workdir):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", [500, "reset", 403])
 def test_a_final_upload_that_fails_is_an_error_with_a_command(server, workdir, fault):
     hub = open_hub(workdir)

@@ -25,14 +25,19 @@ RUN = {"clu", "google", "orbax", "tensorstore"}
         ("main", set()),
         ("mlm.modes.explain", set()),
         ("mlm.modes.report", set()),
-        ("mlm.modes.fill_mask", MODEL | TEXT),
-        ("mlm.modes.export", MODEL | TEXT),
-        ("mlm.modes.show_data", MODEL | TEXT),
-        ("mlm.modes.check", MODEL | TEXT),
-        ("mlm.modes.train_tokenizer", MODEL | TEXT),
-        ("mlm.modes.benchmark", MODEL | TEXT | RUN),
-        # mlm/modes/train.py imports mlm/train.py after it has set up jax.distributed.
-        ("mlm.modes.train, mlm.train", MODEL | TEXT | RUN),
+        *(
+            pytest.param(modules, packages, marks=pytest.mark.slow)
+            for modules, packages in (
+                ("mlm.modes.fill_mask", MODEL | TEXT),
+                ("mlm.modes.export", MODEL | TEXT),
+                ("mlm.modes.show_data", MODEL | TEXT),
+                ("mlm.modes.check", MODEL | TEXT),
+                ("mlm.modes.train_tokenizer", MODEL | TEXT),
+                ("mlm.modes.benchmark", MODEL | TEXT | RUN),
+                # mlm/modes/train.py imports mlm/train.py after it has set up jax.distributed.
+                ("mlm.modes.train, mlm.train", MODEL | TEXT | RUN),
+            )
+        ),
     ],
 )
 def test_modes_import_what_they_need(modules, packages):
@@ -41,6 +46,7 @@ def test_modes_import_what_they_need(modules, packages):
     assert set(result.stdout.split()) & SLOW == packages
 
 
+@pytest.mark.slow
 def test_training_checks_everything_before_it_imports_tensorflow(tmp_path):
     """The last check of `build.build` is that of the sentences to predict."""
     code = f"""

@@ -70,6 +70,7 @@ def test_segment_ids_and_counts():
     assert counts_BxL.tolist() == [list(range(1, 17)), [1, 2, 3] + [0] * 13]
 
 
+@pytest.mark.slow
 def test_isolated_document_has_the_same_logits_as_alone(config, params):
     together = logits_of(params, ROW, config=config, begin_id=BEGIN)[0]
     concatenated = logits_of(params, ROW, config=config, begin_id=None)[0]

@@ -167,6 +167,7 @@ def test_initialization_matches_transformers(golden, config):
             assert abs(values.std() - 0.05) < 5 * 0.05 / (2 * values.size) ** 0.5, name
 
 
+@pytest.mark.slow
 def test_bfloat16_has_float32_parameters_and_logits(golden, config, params):
     logits = apply(params, golden["inputs"], config=config, dtype=jnp.bfloat16)
     assert logits.dtype == jnp.float32

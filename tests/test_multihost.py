@@ -30,6 +30,7 @@ from mlm.run.storage import LocalStorage
 from mlm.schedules import create_schedule
 from tests import fork_server
 from tests.bad_server import Server, encode
+from tests.gcs_server import GcsServer
 from tests.tiny import optimizer_settings, sentences, write_corpus
 
 REPO = Path(__file__).parent.parent
@@ -242,12 +243,21 @@ def test_two_processes_make_the_steps_of_one_and_save_together_or_not_at_all(tmp
     assert "MB free" in found[1]["refused"][0]
 
 
-@pytest.mark.slow
-def test_two_processes_killed_stopped_and_resumed_end_as_an_uninterrupted_run(tmp_path):
-    write_config(tmp_path, write_corpus(tmp_path, documents=2000), last=30)
-    straight, broken = str(tmp_path / "straight" / "run"), str(tmp_path / "broken" / "run")
-    with pair(tmp_path, workdir=straight) as both:
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory) -> tuple[Path, str]:
+    """The folder with a config, and the work directory of an uninterrupted run of 30 steps of two processes."""
+    directory = tmp_path_factory.mktemp("straight")
+    write_config(directory, write_corpus(directory, documents=2000), last=30)
+    workdir = str(directory / "straight" / "run")
+    with pair(directory, workdir=workdir) as both:
         assert both.wait() == [0, 0], both.log(0) + both.log(1)
+    return directory, workdir
+
+
+@pytest.mark.slow
+def test_two_processes_killed_stopped_and_resumed_end_as_an_uninterrupted_run(straight):
+    directory, straight = straight
+    broken = str(directory / "broken" / "run")
     # Files of the run are written once.
     assert len(list(Path(straight).glob("events.out.tfevents.*.v2"))) == 1
     assert sorted(path.name for path in Path(straight).iterdir() if not path.name.startswith(("events", "."))) == [
@@ -262,7 +272,7 @@ def test_two_processes_killed_stopped_and_resumed_end_as_an_uninterrupted_run(tm
         "process_1-of-2.json",
     ]
     for killed in (1, 0):
-        with pair(tmp_path, workdir=broken) as both:
+        with pair(directory, workdir=broken) as both:
             both.await_line(0, f"step {6 if killed else 12:2d} of 30")
             both.processes[killed].kill()
             start = time.monotonic()
@@ -271,7 +281,7 @@ def test_two_processes_killed_stopped_and_resumed_end_as_an_uninterrupted_run(tm
             assert codes[1 - killed] not in (0, EXIT_INTERRUPTED)
             last = "\n".join(both.log(1 - killed).splitlines()[-30:])
             assert re.search("heartbeat|unhealthy|JAX distributed service|failed first|Gloo", last), last
-    with pair(tmp_path, workdir=broken) as both:
+    with pair(directory, workdir=broken) as both:
         both.await_line(0, "resuming after step ")
         both.await_line(0, "step 17 of 30")
         both.processes[1].send_signal(signal.SIGTERM)
@@ -281,11 +291,31 @@ def test_two_processes_killed_stopped_and_resumed_end_as_an_uninterrupted_run(tm
         assert lines[0].endswith("which is saved; rerun the same command to resume")
         step = int(lines[0].split("after step ")[1].split(",")[0])
         assert os.path.isdir(f"{broken}/checkpoints/{step}")
-    with pair(tmp_path, workdir=broken) as both:
+    with pair(directory, workdir=broken) as both:
         assert both.wait() == [0, 0], both.log(0) + both.log(1)
         assert f"resuming after step {step}" in both.log(0)
     assert differences(straight, broken) == []
     assert [line["step"] for line in read_metrics(f"{broken}/metrics.jsonl")] == list(range(1, 31))
+
+
+@pytest.mark.slow
+def test_two_processes_use_one_bucket(straight, tmp_path, monkeypatch):
+    directory, straight = straight
+    url = "gs://bucket/runs/run"
+    with contextlib.closing(GcsServer()) as server:
+        for name, value in server.environment.items():
+            monkeypatch.setenv(name, value)
+        with pair(directory, workdir=url) as both:
+            both.await_line(0, "step 12 of 30")
+            both.kill()
+        # The other machines have no mirrors.
+        shutil.rmtree(directory / "cache" / "mlm" / "workdirs")
+        with pair(directory, workdir=url) as both:
+            assert both.wait() == [0, 0], both.log(0) + both.log(1)
+            assert "resuming after step" in both.log(0)
+        server.download("runs/run", tmp_path / "run")
+    assert differences(straight, str(tmp_path / "run")) == []
+    assert [line["step"] for line in read_metrics(str(tmp_path / "run" / "metrics.jsonl"))] == list(range(1, 31))
 
 
 @pytest.mark.slow

@@ -74,6 +74,7 @@ def init_params(config):
     return jax.tree.map(lambda leaf: np.full(leaf.shape, 7, np.float32), shapes["params"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_head_of_a_plain_encoder_is_initialized(case, tmp_path, caplog):
     """`BertModel(...).save_pretrained` writes no prefix, no head, and a pooler."""

@@ -245,6 +245,7 @@ def luminance(browser, css, element="body"):
     return 0.2126 * red + 0.7152 * green + 0.0722 * blue
 
 
+@pytest.mark.slow
 @pytest.mark.browser
 def test_every_panel_draws_its_curves_and_the_browser_logs_no_error(opened):
     titles = ["Loss", "Accuracy", "Learning rate", "Throughput", "Input wait", "Skipped steps"]
@@ -256,6 +257,7 @@ def test_every_panel_draws_its_curves_and_the_browser_logs_no_error(opened):
     assert opened.get_log("browser") == []
 
 
+@pytest.mark.slow
 @pytest.mark.browser
 def test_the_page_requests_nothing_but_itself(browser, page):
     requested = []
@@ -278,6 +280,7 @@ def test_the_page_requests_nothing_but_itself(browser, page):
     assert [name for name in loaded if not name.endswith("/favicon.ico")] == []
 
 
+@pytest.mark.slow
 @pytest.mark.browser
 def test_the_horizontal_axis_switches(opened):
     shown = {}
@@ -292,6 +295,7 @@ def test_the_horizontal_axis_switches(opened):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.browser
 def test_smoothing_draws_an_unbiased_moving_average_beside_the_points(opened):
     opened.execute_script(
@@ -309,6 +313,7 @@ def test_smoothing_draws_an_unbiased_moving_average_beside_the_points(opened):
     assert evaluations["Loss"] == [[4.6, 5.0, 4.2]]
 
 
+@pytest.mark.slow
 @pytest.mark.browser
 def test_values_show_on_hover(opened):
     opened.execute_script(
@@ -320,6 +325,7 @@ def test_values_show_on_hover(opened):
     assert "4.8" in hover
 
 
+@pytest.mark.slow
 @pytest.mark.browser
 def test_skipped_steps_and_restarts_are_marked(opened):
     crosses = plots(opened, "p.data.filter((t) => t.name === 'skipped').map((t) => [t.x, t.y, t.text])")["Loss"]
@@ -330,6 +336,7 @@ def test_skipped_steps_and_restarts_are_marked(opened):
     assert "seed: 1 to 2" in events
 
 
+@pytest.mark.slow
 @pytest.mark.browser
 def test_a_run_can_be_hidden(opened):
     opened.execute_script("document.querySelector('#runs button').click()")
@@ -337,6 +344,7 @@ def test_a_run_can_be_hidden(opened):
     assert names == ["second train", "second eval", "second unigram model"]
 
 
+@pytest.mark.slow
 @pytest.mark.browser
 def test_the_tables(opened):
     figures = opened.execute_script("return document.querySelector('#figures').innerText")
@@ -346,6 +354,7 @@ def test_the_tables(opened):
     assert [row.split() for row in rows] == [["seed", "42", "7", "42"]]
 
 
+@pytest.mark.slow
 @pytest.mark.browser
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_the_theme_follows_the_browser_and_can_be_switched(browser, page, scheme):
@@ -361,6 +370,7 @@ def test_the_theme_follows_the_browser_and_can_be_switched(browser, page, scheme
     assert dark > 150
 
 
+@pytest.mark.slow
 @pytest.mark.browser
 def test_the_page_fits_the_width_of_a_phone(browser, page):
     look(browser, page, width=390)

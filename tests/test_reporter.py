@@ -75,6 +75,7 @@ def test_metrics_jsonl_is_strict_json(path):
     draw_curves(path, path + ".png", title="A line without a number")
 
 
+@pytest.mark.slow
 def test_tensorboard_shows_every_step_once_after_a_restart(tmp_path):
     workdir = WorkDir(str(tmp_path))
     for last_step, steps in ((0, range(2, 15, 2)), (6, range(8, 15, 2)), (12, range(14, 17, 2))):

@@ -109,6 +109,7 @@ def test_data_that_can_never_be_decoded_is_an_error_before_the_deadline(server, 
         rows_of(source)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("fault", [500, "reset", "hang"])
 def test_after_the_deadline_the_error_names_the_row(server, name, fault):
@@ -195,6 +196,7 @@ def test_a_server_that_is_restarted(server):
         restarted[0].close()
 
 
+@pytest.mark.slow
 def test_retry_after_is_respected(server):
     source = serve(server, "a.txt")
     for value in (lambda: "1", lambda: http_date(2.5)):

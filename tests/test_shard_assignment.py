@@ -69,6 +69,7 @@ def incomplete_epochs(streams):
     return {epoch for own in next_epochs(streams) for epoch in range(own, max(next_epochs(streams)) - 1)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("counts", [(2, 1), (2, 4), (8, 3), (1, 8), (2, 4, 3), (8, 3, 8, 1)])
 @pytest.mark.parametrize("num_shards", [1, 4, 7, 16])
 @pytest.mark.parametrize("shuffle_buffer_size", [0, 7])

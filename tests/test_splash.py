@@ -16,8 +16,8 @@ SEGMENT_IDS = np.array([[1] * 70 + [2] * 50 + [0] * 30, [1] * L], np.int32)
 POSITIONS = np.sort(np.random.default_rng(1).permuted(np.tile(np.arange(120), (B, 1)), axis=1)[:, :21]).astype(np.int32)
 
 
-@pytest.mark.parametrize("isolate", [True, False])
-@pytest.mark.parametrize("positions", [None, POSITIONS])
+@pytest.mark.parametrize("isolate", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("positions", [pytest.param(None, marks=pytest.mark.slow), POSITIONS])
 def test_matches_plain(monkeypatch, isolate, positions):
     monkeypatch.setattr(splash, "splash_attention", functools.partial(splash.splash_attention, interpret=True))
     draw = np.random.default_rng(0)
@@ -37,8 +37,13 @@ def test_matches_plain(monkeypatch, isolate, positions):
             query_positions_BxQ=None if positions is None else jnp.asarray(positions),
             implementation=implementation,
         )
-        output, backward = jax.vjp(run, query, key, value)
-        return jnp.where(used_BxQx1x1, output, 0), *backward(jnp.where(used_BxQx1x1, cotangent, 0))
+
+        @jax.jit
+        def forward_and_backward(query, key, value):
+            output, backward = jax.vjp(run, query, key, value)
+            return jnp.where(used_BxQx1x1, output, 0), *backward(jnp.where(used_BxQx1x1, cotangent, 0))
+
+        return forward_and_backward(query, key, value)
 
     for found, expected in zip(output_and_gradients("splash"), output_and_gradients("plain"), strict=True):
         assert found.dtype == expected.dtype

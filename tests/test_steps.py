@@ -49,6 +49,7 @@ def losses_on_repeated_tokens(step, state):
     return losses
 
 
+@pytest.mark.slow
 def test_the_encoder_learns_which_tokens_occur(encoder_step, encoder_state):
     losses = losses_on_repeated_tokens(encoder_step, encoder_state)
     assert abs(losses[0] - np.log(50)) < 0.1  # A uniform guess over the vocabulary.

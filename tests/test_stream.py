@@ -129,6 +129,7 @@ def make_source(kind, folder, monkeypatch):
     return open_source(data_files=str(folder / f"*.{kind}"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", PACKINGS)
 @pytest.mark.parametrize("kind", ["txt", "jsonl", "csv", "parquet", "named", "docstrings"])
 def test_every_source_and_packing_resumes_after_every_batch(kind, how, tmp_path, monkeypatch):

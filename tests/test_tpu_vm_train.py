@@ -17,6 +17,7 @@ def cloud(tmp_path, repository):
     return Cloud(tmp_path, repository)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [ON_DEMAND, SPOT, QUEUED])
 @pytest.mark.parametrize("workdir", ["gs://bucket/run", "gs://bucket/runs/it's a b", "/mnt/disk/run"])
 def test_a_work_directory_that_outlives_the_vm_is_accepted(cloud, kind, workdir):
@@ -61,6 +62,7 @@ def test_train_monitors_until_the_run_is_finished(cloud):
     assert "the run is finished" in output
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("end", ["exited 1", "exited 2", "killed SEGV"])
 def test_train_ends_after_a_failure_and_does_not_restart(cloud, end):
     cloud("setup", "tpu")
@@ -103,6 +105,7 @@ def test_a_preempted_spot_vm_is_recreated_at_the_same_commit(cloud, repository, 
         assert "--workdir=gs://bucket/run" in (home / "mlm-run" / "command").read_text()
 
 
+@pytest.mark.slow
 def test_a_vm_that_was_preempted_while_not_monitored_is_recreated(cloud):
     cloud.play(states=[{"vm": "GONE"}, {"vm": "GONE"}, READY, FINISHED])
     (cloud.folder / "scenario.json").write_text(
@@ -113,6 +116,7 @@ def test_a_vm_that_was_preempted_while_not_monitored_is_recreated(cloud):
     assert "--workdir=gs://bucket/run" in (cloud.workers[1] / "mlm-run" / "command").read_text()
 
 
+@pytest.mark.slow
 def test_train_waits_for_a_vm_that_is_not_ready_yet(cloud):
     cloud("setup", "tpu")
     cloud.play(states=[{"vm": "STARTING"}, {"vm": "STARTING"}, READY, READY, FINISHED])
@@ -121,6 +125,7 @@ def test_train_waits_for_a_vm_that_is_not_ready_yet(cloud):
     assert "worker-1: started" in output
 
 
+@pytest.mark.slow
 def test_a_preempted_queued_vm_is_queued_again(cloud):
     cloud("setup", "tpu")
     cloud.play(
