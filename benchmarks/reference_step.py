@@ -41,6 +41,7 @@ OPTIMIZER = OptimizerSettings(
         "weight_decay": 0.01,
     }
 )
+MUON = OptimizerSettings(**{**default.get_config().optimizer.to_dict(), "name": "muon", "learning_rate": 0.02})
 SCHEDULE = create_schedule(OPTIMIZER, num_train_steps=10_000)
 SPECIAL = 5  # ids below are special; the last one is the mask token
 BEGIN = 0
@@ -69,6 +70,8 @@ def our_step_config(
     *,
     mlm_probability: float = 0.15,
     begin_id: int | None = None,
+    ema_decay: float = 0.0,
+    optimizer: OptimizerSettings = OPTIMIZER,
 ) -> steps.StepConfig:
     """Our model, masking and optimizer."""
     return steps.StepConfig(
@@ -81,9 +84,10 @@ def our_step_config(
             special_ids=tuple(range(SPECIAL)),
             num_ids=config.vocab_size,
         ),
-        optimizer=create_optimizer(OPTIMIZER, SCHEDULE),
+        optimizer=create_optimizer(optimizer, SCHEDULE, axis_name=parallel.AXIS),
         schedule=SCHEDULE,
         seed=0,
+        ema_decay=ema_decay,
     )
 
 

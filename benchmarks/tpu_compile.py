@@ -5,6 +5,7 @@
     nice python benchmarks/tpu_compile.py --topologies=v3-8 --dtypes=bfloat16
     nice python benchmarks/tpu_compile.py --layers=2       # minutes, to try a change
     nice python benchmarks/tpu_compile.py --topologies=v3-8 --sides= --remat=none,dots,full --largest
+    nice python benchmarks/tpu_compile.py --topologies=v3-8 --dtypes=bfloat16 --sides=ours --recipes=muon,mask30,ema
 
 The shapes are those of configs/roberta_base.py: roberta-base, 128 sequences of 128 tokens per device, with dropout.
 Columns, all for one device (a core up to v3, a chip from v4 on):
@@ -39,6 +40,12 @@ from mlm.models.block import Execution
 from mlm.settings import DTYPES, REMATS
 
 ROWS, LENGTH = 128, 128
+# --recipes: arguments of `our_step_config`.
+RECIPES: dict[str, dict[str, Any]] = {
+    "muon": {"optimizer": sides.MUON},
+    "mask30": {"mlm_probability": 0.3},
+    "ema": {"ema_decay": 0.999},
+}
 # The compiler writes such numbers of cycles where it has no estimate.
 UNKNOWN_CYCLES = 2**60
 
@@ -60,14 +67,14 @@ class Cost:
 
 
 def compile_step(
-    side: str, machine: Machine, *, dtype: Any, layers: int, execution: Execution, rows: int = ROWS
+    side: str, machine: Machine, *, dtype: Any, layers: int, execution: Execution, rows: int = ROWS, recipe: str = ""
 ) -> Cost | None:
     """Returns the cost of a side's step; None if it does not fit the device's memory."""
     devices = memory.topology_devices(machine)
     config = sides.roberta(num_hidden_layers=layers)
     tokens = np.zeros((rows, LENGTH), np.int32)
     if side == "ours":
-        step_config = sides.our_step_config(config, dtype, execution)
+        step_config = sides.our_step_config(config, dtype, execution, **RECIPES.get(recipe, {}))
         state, step = jax.eval_shape(lambda: sides.our_state(step_config)), sides.our_step(step_config)
         batch = tokens[None]
     else:
@@ -132,11 +139,14 @@ def main() -> None:
     parser.add_argument("--sides", default="ours,reference")
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--remat", default="", help="ours with these values of model.remat: none,dots,full")
+    parser.add_argument("--recipes", default="", help="ours with each of: " + ", ".join(RECIPES))
     parser.add_argument("--largest", action="store_true", help="the largest batch that fits")
     options = parser.parse_args()
     layers, remats = options.layers, list(filter(None, options.remat.split(",")))
     if unknown := set(remats) - set(REMATS):
         parser.error(f"--remat={','.join(sorted(unknown))}: must be of {', '.join(REMATS)}")
+    if unknown := {*filter(None, options.recipes.split(","))} - {*RECIPES}:
+        parser.error(f"--recipes={','.join(sorted(unknown))}: must be of {', '.join(RECIPES)}")
     for name in options.topologies.split(","):
         machine = parse_topology(name)
         device = find_device(machine.kind)
@@ -152,6 +162,10 @@ def main() -> None:
             for remat in remats:
                 cost = compile_step("ours", machine, dtype=dtype, layers=layers, execution=Execution(remat=remat))
                 print_row(f"remat={remat}", cost, device)
+            for recipe in filter(None, options.recipes.split(",")):
+                execution = Execution(remat="dots")
+                cost = compile_step("ours", machine, dtype=dtype, layers=layers, execution=execution, recipe=recipe)
+                print_row(f"ours with {recipe}", cost, device)
             if options.largest:
                 rows = largest_batch(machine, dtype=dtype, layers=layers, execution=Execution(remat="dots"))
                 print(f"  largest batch that fits: {rows} sequences per device")

@@ -3,6 +3,7 @@
 Legend: N matrices, R rows, C columns with R <= C.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -217,20 +218,27 @@ def orthogonalize(matrices: list[jax.Array], iterations: int, axis_name: str | N
 
 
 def _on_all_devices(matrices_NxRxC: jax.Array, iterations: int, axis_name: str | None) -> jax.Array:
-    """`newton_schulz` with the matrices split over the devices; padded to a multiple of their number."""
-    if axis_name is None:
-        return newton_schulz(matrices_NxRxC, iterations)
-    num_devices = jax.lax.axis_size(axis_name)
-    per_device = -(-len(matrices_NxRxC) // num_devices)
-    padding = per_device * num_devices - len(matrices_NxRxC)
-    padded_NxRxC = jnp.pad(matrices_NxRxC, ((0, padding), (0, 0), (0, 0)))
-    own_NxRxC = jax.lax.dynamic_slice_in_dim(padded_NxRxC, jax.lax.axis_index(axis_name) * per_device, per_device)
-    return jax.lax.all_gather(newton_schulz(own_NxRxC, iterations), axis_name, tiled=True)
+    """`newton_schulz` with the matrices split over the devices, padded to a multiple of their number."""
+
+    def compute(matrices_NxRxC: jax.Array, *, dtype: Any) -> jax.Array:
+        if axis_name is None:
+            return newton_schulz(matrices_NxRxC, iterations, dtype=dtype).astype(jnp.float32)
+        per_device = -(-len(matrices_NxRxC) // jax.lax.axis_size(axis_name))
+        padding = per_device * jax.lax.axis_size(axis_name) - len(matrices_NxRxC)
+        padded_NxRxC = jnp.pad(matrices_NxRxC, ((0, padding), (0, 0), (0, 0)))
+        first = jax.lax.axis_index(axis_name) * per_device
+        own_NxRxC = jax.lax.dynamic_slice_in_dim(padded_NxRxC, first, per_device)
+        own_NxRxC = newton_schulz(own_NxRxC, iterations, dtype=dtype)
+        return jax.lax.all_gather(own_NxRxC, axis_name, tiled=True).astype(jnp.float32)
+
+    # Five iterations are not precise enough for bfloat16 to matter, and only accelerators compute faster with it.
+    in_float32 = functools.partial(compute, dtype=jnp.float32)
+    in_bfloat16 = functools.partial(compute, dtype=jnp.bfloat16)
+    return jax.lax.platform_dependent(matrices_NxRxC, cpu=in_float32, default=in_bfloat16)
 
 
-def newton_schulz(matrices_NxRxC: jax.Array, iterations: int) -> jax.Array:
-    """Brings all singular values near 1 (Jordan et al., 2024); bfloat16 on accelerators, which is precise enough."""
-    dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+def newton_schulz(matrices_NxRxC: jax.Array, iterations: int, *, dtype: Any = jnp.float32) -> jax.Array:
+    """Brings all singular values near 1 (Jordan et al., 2024), in products of `dtype`."""
     norm_Nx1x1 = jnp.linalg.norm(matrices_NxRxC, axis=(1, 2), keepdims=True)
     x_NxRxC = (matrices_NxRxC / (norm_Nx1x1 + 1e-7)).astype(dtype)
     a, b, c = NEWTON_SCHULZ

@@ -38,6 +38,11 @@ def get_config():
     config.eval_steps = {eval_steps}
     config.save_steps = 4
     config.model.overrides.hidden_dropout_prob = 0.1
+    # Everything that has a state, or that depends on the step number.
+    config.masking.mlm_probability = (0.3, 0.15)
+    config.optimizer.name = "muon"
+    config.optimizer.ema_decay = 0.9
+    config.optimizer.schedule = "wsd"
     return config
 """
 

@@ -77,6 +77,17 @@ def test_a_run_that_is_stopped_and_resumed_is_bitwise_equal(run, files, tmp_path
         np.testing.assert_array_equal(tensor, expected[name])
 
 
+def test_a_run_with_lamb_resumes_from_its_checkpoint_bitwise(files, tmp_path):
+    keys = {"optimizer.name": "lamb", "num_train_steps": 6, "save_steps": 3, "eval_steps": 6}
+    settings = tiny_settings(files, **{"model.overrides.num_hidden_layers": 1, **keys})
+    train_and_evaluate(settings, str(tmp_path / "straight"))
+    train_and_evaluate(settings.replace({"num_train_steps": 3}), str(tmp_path / "longer"))
+    train_and_evaluate(settings, str(tmp_path / "longer"))
+    expected = tensors(tmp_path / "straight")
+    for name, tensor in tensors(tmp_path / "longer").items():
+        np.testing.assert_array_equal(tensor, expected[name])
+
+
 def test_the_average_is_evaluated_exported_and_loaded(run):
     settings, workdir = run
     *_, last = read_metrics(f"{workdir}/metrics.jsonl")
