@@ -83,7 +83,7 @@ RUN: dict[str, tuple[str, dict[str, str]]] = {
         {"--workdir=runs/mine": "--workdir=runs/b"},
     ),
     "python main.py --mode=train_tokenizer --config=configs/quickstart.py:albert": (TOKENIZER + CORPUS, {}),
-    "python main.py --config=configs/quickstart.py:modernbert": (SMALL + CORPUS, {}),
+    "python main.py --config=configs/quickstart.py:roberta": (SMALL + CORPUS, {}),
     "python main.py --config=configs/quickstart.py --workdir=runs/mine --config.num_train_steps=200": (
         SMALL + CORPUS,
         {"--workdir=runs/mine": "--workdir=runs/small"},
