@@ -112,6 +112,28 @@ def test_rows_of_a_hub_dataset_are_those_of_a_healthy_server(hub, kind):
     assert not any(hub.server.faults.values())
 
 
+@pytest.mark.parametrize("compression", ["", ".gz", ".zst"])
+def test_json_of_the_hub_may_change_its_columns(hub, compression):
+    """`datasets` casts the rows of all files to the columns that it finds first."""
+    cases = {
+        # Another column is null first and a string later; a struct gains a field; a list is empty first.
+        "null": [{"text": "a", "x": None}, {"text": "b", "x": "s"}],
+        "struct": [{"text": "a", "x": {"y": 1}}, {"text": "b", "x": {"y": 1, "z": 2}}],
+        "list": [{"text": "a", "x": []}, {"text": "b", "x": ["s"]}],
+        # One value of the text column is a number.
+        "number": [{"text": '"A quoted sentence."'}, {"text": 42}, {"text": "42"}],
+    }
+    for name, rows in cases.items():
+        files = {
+            f"{n}.jsonl{compression}": encode(f"{n}.txt{compression}", list(map(json.dumps, part)))
+            for n, part in enumerate([rows[:-1], rows])
+        }
+        hub.add(f"owner/{name}{compression}", files)
+        texts = [row["text"] if isinstance(row["text"], str) else None for row in rows]
+        assert hub.ask(f"owner/{name}{compression}") == {"rows": [texts[:-1], texts]}
+        assert hub.ask(row=1) == {"rows": [texts[1:-1], texts[1:]]}
+
+
 def test_a_hub_dataset_opens_despite_transient_faults(hub):
     """`datasets` alone would treat a file that fails once as missing."""
     repository = "owner/configured"
@@ -129,15 +151,20 @@ def test_a_hub_dataset_opens_despite_transient_faults(hub):
 
 
 def test_after_the_deadline_a_shard_of_a_hub_dataset_is_unavailable(hub):
-    for kind in (".parquet", ".jsonl"):
+    faults = [500, "reset", (429, {"Retry-After": "3600"})]
+    for kind, name, more in (
+        (".parquet", "'owner/set.parquet' (shard 1 of 2)", ["cut"]),
+        # A stream that is cut continues at the byte.
+        (".jsonl", "'hf://datasets/owner/set.jsonl/1.jsonl'", []),
+    ):
         repository = f"owner/set{kind}"
         assert hub.ask(repository, retry_policy=SHORT_DEADLINE) == hub_rows()
-        for fault in (500, "reset", "cut", (429, {"Retry-After": "3600"})):
+        for fault in faults + more:
             hub.server.heal()
             hub.server.always[resolved(repository, f"1{kind}")] = fault
             answer = hub.ask()
             assert answer["kind"] == "ShardUnavailableError"
-            assert answer["error"].startswith(f"cannot read '{repository}' (shard 1 of 2) from row 0 on: ")
+            assert answer["error"].startswith(f"cannot read {name} from row 0 on: ")
             assert "\n" not in answer["error"]
 
 

@@ -10,6 +10,7 @@ import threading
 import time
 
 import aiohttp
+import datasets
 import huggingface_hub
 import pyarrow as pa
 import pyarrow.csv as pa_csv
@@ -227,6 +228,27 @@ def test_json_of_a_directory_may_change_its_columns(tmp_path, lines, expected, m
     assert source.name == str(tmp_path)
     for start in range(len(expected) + 1):
         assert read(source, start_row=start) == expected[start:]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("jsonl", '{"text":"a"}\n\n{"text":null}\n{"text":"c","n":1}\n'),
+        ("json", '[{"text":"a"},\n {"text":"b"}]'),
+        ("csv", 'n,text\n1,a\n\n2,"two\nlines"\n3,\n'),
+        ("txt", "a\n\n b\r\nc\u2028d\n"),
+    ],
+)
+def test_plain_files_of_a_named_dataset_have_the_shards_and_rows_of_datasets(tmp_path, name, content):
+    """Positions that were saved when `datasets` read them keep their meaning."""
+    for part in ("b", "a"):
+        (tmp_path / f"{part}.{name}").write_text(content.replace("a", part), newline="")
+    source = open_source(dataset_name=str(tmp_path))
+    streamed = datasets.load_dataset(str(tmp_path), split="train", streaming=True)
+    assert source.num_shards == streamed.num_shards == 2
+    for shard in range(2):
+        rows = [row["text"] for row in streamed.shard(2, shard)]
+        assert [text or None for text in read(source, shard)] == [text or None for text in rows]
 
 
 def test_options_in_the_readme_of_a_directory_are_used(tmp_path):

@@ -2,7 +2,7 @@
 
 Files are not read with `datasets` 5.2.0, because its readers cast every chunk to the columns of the first one, so that
 a new key ends the run; quote the texts of a JSON chunk in which one value is a number; accept a truncated zstandard
-file; and make a Python string of every line. Named datasets are read with them: see source.py.
+file; and make a Python string of every line.
 """
 
 import codecs
@@ -14,12 +14,14 @@ import json
 import logging
 import lzma
 import os
+import re
 import sys
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import aiohttp
 import fsspec
+import huggingface_hub
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -48,6 +50,9 @@ _JSON_PARSE_BYTES = 1 << 20
 _PARQUET_BATCH_ROWS = 256
 # Buffer of a sequential HTTP connection.
 _HTTP_BUFFER_BYTES = 1 << 20
+# A file of a dataset on the hub, as `datasets` names it: (repository, revision, path). A stream of it that breaks
+# continues at the byte; HfFileSystem would fetch blocks of 5 MB, each after the one before it is used.
+_HUB_FILE = re.compile("hf://datasets/([^/@]+/[^/@]+)@([^/]+)/(.+)")
 # URL schemes from which this process has read a file.
 _reached_schemes: set[str] = set()
 # Bytes at the start of a file from which its encoding is guessed.
@@ -90,7 +95,7 @@ def read_column(
         file: a path or a URL.
         column: name of the column.
         start_row: the first row to return.
-        retry_policy: for http(s) URLs; fsspec reads other URLs.
+        retry_policy: for http(s) URLs and datasets on the hub; fsspec reads other URLs.
 
     Raises:
         UserError: the file has no such column.
@@ -128,8 +133,15 @@ def _split_compression(file: str) -> tuple[str, str]:
     return (stem, extension) if extension in COMPRESSIONS else (path, "")
 
 
-def _is_http(file: str) -> bool:
-    return file.lower().startswith(("http://", "https://"))
+def _http_address(file: str) -> tuple[str, dict[str, str]] | None:
+    """Returns the URL and the headers with which http.py reads a file; None if it does not."""
+    if file.lower().startswith(("http://", "https://")):
+        return file, {}
+    if (match := _HUB_FILE.fullmatch(file)) and not huggingface_hub.constants.HF_HUB_OFFLINE:
+        repository, revision, name = match.groups()
+        url = huggingface_hub.hf_hub_url(repository, name, repo_type="dataset", revision=revision)
+        return url, huggingface_hub.utils.build_hf_headers()
+    return None
 
 
 @contextlib.contextmanager
@@ -138,8 +150,9 @@ def _open(file: str, retry_policy: retry.RetryPolicy | None = None) -> Iterator[
     codec = COMPRESSIONS.get(_split_compression(file)[1])
     raw: Any
     with contextlib.ExitStack() as stack:
-        if _is_http(file):
-            connection = http.HttpStreamFile(file, retry_policy=retry_policy or retry.RetryPolicy())
+        if address := _http_address(file):
+            url, headers = address
+            connection = http.HttpStreamFile(url, headers=headers, retry_policy=retry_policy or retry.RetryPolicy())
             raw = stack.enter_context(io.BufferedReader(connection, _HTTP_BUFFER_BYTES))
         elif "://" in file:
             raw = stack.enter_context(_open_with_fsspec(file, retry_policy or retry.RetryPolicy()))
@@ -450,8 +463,10 @@ def _check_quotes(file: str) -> None:
 def _read_parquet(file: str, column: str, start_row: int, retry_policy: retry.RetryPolicy | None) -> Iterator[pa.Array]:
     raw: Any
     with contextlib.ExitStack() as stack:
-        if _is_http(file):
-            raw = stack.enter_context(http.HttpRangeFile(file, retry_policy=retry_policy or retry.RetryPolicy()))
+        if address := _http_address(file):
+            url, headers = address
+            connection = http.HttpRangeFile(url, headers=headers, retry_policy=retry_policy or retry.RetryPolicy())
+            raw = stack.enter_context(connection)
         elif "://" in file:
             raw = stack.enter_context(_open_with_fsspec(file, retry_policy or retry.RetryPolicy()))
         else:

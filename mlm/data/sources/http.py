@@ -5,7 +5,7 @@ import contextlib
 import io
 import itertools
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from huggingface_hub.utils import httpx
@@ -16,13 +16,19 @@ from mlm.data.sources import retry
 class _HttpFile(io.RawIOBase):
     """The requests that both kinds of file send; they check that all answers come from the same version of the file.
 
+    Args:
+        url: where the file is.
+        retry_policy: waits and deadline.
+        headers: of every request; a redirect to another host leaves Authorization out.
+
     Raises:
         RetriesExhaustedError, HostUnreachableError: see RetryingClient.
         FileNotFoundError, PermanentError: the server refuses.
     """
 
-    def __init__(self, url: str, *, retry_policy: retry.RetryPolicy):
+    def __init__(self, url: str, *, retry_policy: retry.RetryPolicy, headers: Mapping[str, str] | None = None):
         self._url = url
+        self._headers = dict(headers or {})
         self._client = retry.client(retry_policy)
         self._retries = retry.Retries(retry_policy, url.split("?", 1)[0])
         self._etag: str | None = None  # of the first response
@@ -33,7 +39,9 @@ class _HttpFile(io.RawIOBase):
 
     def _get(self, bytes_range: str) -> httpx.Response:
         # Without "identity" the server may compress the body, and byte positions would no longer be those of the file.
-        headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={bytes_range}"} if bytes_range else {})
+        headers = self._headers | {"Accept-Encoding": "identity"}
+        if bytes_range:
+            headers["Range"] = f"bytes={bytes_range}"
         response = self._client.send(self._client.build_request("GET", self._url, headers=headers), stream=True)
         status = response.status_code
         if status in (200, 206):
@@ -47,7 +55,9 @@ class _HttpFile(io.RawIOBase):
             raise retry.PermanentError("the file on the server changed while it was read")
         if status in (404, 410):
             raise FileNotFoundError(self._url)
-        raise retry.PermanentError(f"the server answers {status} {response.reason_phrase}".strip())
+        # The hub's own header says more, such as who may read a gated dataset.
+        reason = response.headers.get("x-error-message", response.reason_phrase)
+        raise retry.PermanentError(f"the server answers {status} {reason}".strip())
 
     def _check_start(self, response: httpx.Response, start: int) -> None:
         if not response.headers.get("content-range", "").startswith(f"bytes {start}-"):
@@ -67,8 +77,8 @@ def _close_files() -> None:
 class HttpStreamFile(_HttpFile):
     """A file at a URL, read from start to end; after an interruption a Range request continues it."""
 
-    def __init__(self, url: str, *, retry_policy: retry.RetryPolicy):
-        super().__init__(url, retry_policy=retry_policy)
+    def __init__(self, url: str, *, retry_policy: retry.RetryPolicy, headers: Mapping[str, str] | None = None):
+        super().__init__(url, retry_policy=retry_policy, headers=headers)
         self._response: httpx.Response | None = None
         self._chunks: Iterator[bytes] = iter(())
         self._chunk = memoryview(b"")  # received, but not yet returned
@@ -127,8 +137,8 @@ class HttpStreamFile(_HttpFile):
 class HttpRangeFile(_HttpFile):
     """A seekable file at a URL: each read is a Range request."""
 
-    def __init__(self, url: str, *, retry_policy: retry.RetryPolicy):
-        super().__init__(url, retry_policy=retry_policy)
+    def __init__(self, url: str, *, retry_policy: retry.RetryPolicy, headers: Mapping[str, str] | None = None):
+        super().__init__(url, retry_policy=retry_policy, headers=headers)
         self._position = 0
         self._size = 1
         with self._get_part(1) as response:

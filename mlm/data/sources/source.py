@@ -1,6 +1,7 @@
 """A dataset name, files or URLs -> shards of documents, read as Arrow arrays.
 
-Named datasets are streamed with `datasets`; files are read by files.py, docstrings by docstrings.py.
+Files are read by files.py, those of named datasets too if their format is JSON, CSV or text; other named datasets are
+streamed with `datasets`; docstrings are read by docstrings.py.
 """
 
 import dataclasses
@@ -10,6 +11,7 @@ import json
 import logging as std_logging
 import lzma
 import os
+import re
 import ssl
 import time
 import urllib.error
@@ -185,7 +187,8 @@ def _open_files(patterns: tuple[str, ...], *, text_column: str, retry_policy: re
         columns=lambda shard, row: files.read_column(
             paths[shard], text_column, start_row=row, retry_policy=retry_policy
         ),
-        shard_name=lambda shard: repr(paths[shard]),
+        # Without the revision of a dataset on the hub.
+        shard_name=lambda shard: repr(re.sub("^(hf://datasets/[^@]+)@[^/]+", r"\1", paths[shard])),
         retry_policy=retry_policy if any("://" in path for path in paths) else None,
         blank_rows_are_separators=formats[0] == "text",
     )
@@ -243,18 +246,22 @@ def _open_named(
             raise UserError(f"data.dataset_name={name!r}: there is no such directory; check the path")
         require_hub(f"data.dataset_name={name!r}")
         retry.configure_hub_retries(retry_policy)
-    load = functools.partial(
-        datasets.load_dataset, name, config or None, split=split, streaming=True, cache_dir=cache_dir or None
-    )
+    build = functools.partial(datasets.load_dataset_builder, name, config or None, cache_dir=cache_dir or None)
+    is_saved_to_disk = _is_saved_to_disk(name)
+    paths: tuple[str, ...] = ()
     retries = retry.Retries(retry_policy, name)
     while True:
         try:
-            if _is_saved_to_disk(name):
+            if is_saved_to_disk:
                 dataset = _load_from_disk(name, split=split)
                 break
-            dataset = load()
-            if dataset.info.builder_name == "parquet" and text_column in (dataset.features or ()):
-                dataset = load(columns=[text_column])  # Other columns are not read.
+            builder = build()
+            if paths := _plain_files(builder, split=split, text_column=text_column):
+                break
+            dataset = builder.as_streaming_dataset(split=split)
+            if builder.name == "parquet" and text_column in (dataset.features or ()):
+                # Other columns are not read.
+                dataset = build(columns=[text_column]).as_streaming_dataset(split=split)
             break
         except (*_READ_ERRORS, datasets.exceptions.DatasetsError, RuntimeError) as error:
             reason = one_line(error)
@@ -266,10 +273,9 @@ def _open_named(
                 reason = one_line(exhausted)
             raise UserError(f"data.dataset_name={name!r}: cannot be opened ({reason}); check the name") from None
     shown_name = f"{name}, {config}" if config else name
-    if not remote and (paths := _plain_files(name, config=config, split=split, cache_dir=cache_dir)):
-        return dataclasses.replace(
-            _open_files(paths, text_column=text_column, retry_policy=retry_policy), name=shown_name
-        )
+    if paths:
+        source = _open_files(paths, text_column=text_column, retry_policy=retry_policy)
+        return dataclasses.replace(source, name=shown_name)
     num_shards = dataset.num_shards
 
     def columns(shard: int) -> Iterator[pa.ChunkedArray]:
@@ -290,27 +296,27 @@ def _open_named(
     )
 
 
-def _plain_files(directory: str, *, config: str | None, split: str, cache_dir: str | None) -> tuple[str, ...]:
-    """Returns the JSON, CSV or text files of a split of a directory, if files.py reads them as `datasets` would.
+def _plain_files(builder: "datasets.DatasetBuilder", *, split: str, text_column: str) -> tuple[str, ...]:
+    """Returns the JSON, CSV or text files of a split, if files.py reads them as `datasets` would.
 
     `datasets` itself casts every chunk of a file to the columns of the first one: a column that is null first and text
-    later ends the run, and values of several types change the texts beside them. files.py reads one column only.
+    later ends the run, and values of several types change the texts beside them. files.py reads one column only. The
+    files are the shards of `datasets`, in its order, with the same rows: saved positions keep their meaning.
 
     Returns:
-        The paths; () if the files have another format, several formats, or options in the directory's README.md.
+        The paths, hf://datasets/... for those on the hub; () if the files have another format, several formats, or
+        options in the dataset's README.md.
     """
-    if _is_saved_to_disk(directory):
-        return ()
-    import datasets  # Imported here: see _open_named.
-
-    builder = datasets.load_dataset_builder(directory, config or None, cache_dir=cache_dir or None)
-    if builder.name not in ("json", "csv", "text"):
+    if builder.name not in ("json", "csv", "text") or (builder.name == "text" and text_column != "text"):
         return ()
     own = {"name", "version", "data_dir", "data_files", "description", "features"}
     defaults = vars(type(builder.config)())
     if any(value != defaults.get(field) for field, value in vars(builder.config).items() if field not in own):
         return ()
-    paths = tuple(map(str, builder.config.data_files[split]))
+    paths_of_split = dict(builder.config.data_files)
+    if split not in paths_of_split:
+        return ()
+    paths = tuple(map(str, paths_of_split[split]))
     try:
         return paths if len({files.file_format(path) for path in paths}) == 1 else ()
     except UserError:  # an archive, for example
