@@ -14,6 +14,7 @@ from typing import Any
 # key -> value (lists as tuples).
 ADDED_KEYS: dict[str, Any] = {
     # One line per key.
+    "max_hours": 0.0,
     "data.max_unknown_fraction": 1.0,
     "data.accept_changed_files": False,
     "masking.strategy": "token",

@@ -34,6 +34,10 @@ def get_config() -> ConfigDict:
     # Steps between two checkpoints: the most that a crash can cost. The last step is always saved. 500 as in the
     # reference script.
     config.save_steps = 500
+    # Hours from the start of the process by which a checkpoint must be complete: the run saves and stops with exit code
+    # 75 early enough, and the same command resumes it. For machines with a time limit that send no signal before it.
+    # 0: no limit.
+    config.max_hours = 0.0
 
     config.data = data = ConfigDict()
     # "docstrings" (of the installed Python packages; needs no network, hence the default), a dataset name on the

@@ -95,6 +95,7 @@ MUTABLE_KEYS: tuple[str, ...] = (
     "logging_steps",
     "eval_steps",
     "save_steps",
+    "max_hours",
     # How batches are read, not what is in them. skip_steps may change after the last checkpoint only, which
     # restoring the data stream checks.
     "data.skip_steps",
@@ -612,6 +613,7 @@ class RunSettings:
     logging_steps: int
     eval_steps: int
     save_steps: int
+    max_hours: float
     data: DataSettings
     tokenizer: TokenizerSettings
     model: ModelSettings
@@ -639,6 +641,8 @@ class RunSettings:
             eval_steps=1,
             save_steps=1,
         )
+        if not 0 <= self.max_hours < math.inf:
+            raise _error("max_hours", self.max_hours, "must be a number of hours, or 0 for no limit")
         # Numbers of tokens are checked once the tokens of a step are known.
         durations = [value for value in (self.optimizer.warmup_steps, self.optimizer.decay_steps or 0) if value]
         if not any(isinstance(value, str) for value in durations):

@@ -17,6 +17,7 @@ from mlm.export.model_directory import export_model
 from mlm.reporting.summary import print_next_steps
 from mlm.run.checkpoint import Checkpointer, DiskFullError, SaveError
 from mlm.run.signals import Interrupt, Interrupted
+from mlm.run.time_limit import TimeLimit
 from mlm.run.workdir import KeyChanges
 from mlm.settings import RunSettings
 from mlm.startup import Run, open_run
@@ -43,7 +44,7 @@ def train_and_evaluate(
 
     Raises:
       UserError: the run cannot be started or resumed, or training failed in a way the user can fix.
-      Interrupted: a signal asked it to stop, and its state is saved.
+      Interrupted: a signal or `max_hours` asked it to stop, and its state is saved.
     """
     interrupt = interrupt or Interrupt()
     with contextlib.ExitStack() as stack:
@@ -53,8 +54,10 @@ def train_and_evaluate(
         reporter, state, last_step = run.reporter, run.state, settings.num_train_steps
         predictions: dict[int, list[MaskPrediction]] = {}  # By the step of the evaluation.
 
+        time_limit = interrupt.time_limit = TimeLimit(settings.max_hours)
+
         def evaluate(step: int) -> dict[str, float]:
-            with reporter.timed("evaluation"):
+            with reporter.timed("evaluation"), time_limit.evaluation():
                 counts_V = reporter.accumulator.counts_V
                 unigram_V = unigram_log_probs(counts_V, special_ids=run.components.tokenizer.special_ids)
                 unigram_V = parallel.broadcast_from_first(unigram_V)
@@ -75,7 +78,7 @@ def train_and_evaluate(
                     run.checkpointer.wait()
 
         def export(step: int, metrics: dict[str, float]) -> None:
-            with reporter.timed("export"), _log_and_retry_later(is_last_try=step >= last_step):
+            with reporter.timed("export"), time_limit.evaluation(), _log_and_retry_later(is_last_try=step >= last_step):
                 if jax.process_index() == 0:
                     predictions[step] = _export(run, parallel.first_replica(state.eval_params), step, metrics)
                     if run.hub is not None and step < last_step:
@@ -104,6 +107,7 @@ def train_and_evaluate(
 
                 intervals = settings.logging_steps, settings.eval_steps, settings.save_steps
                 logs, evaluates, saves = (step % interval == 0 or step == last_step for interval in intervals)
+                time_limit.add_step(save_seconds=run.checkpointer.last_save_seconds)
                 stops = stop_consensus.should_stop(step)
                 if logs or evaluates or saves or stops:
                     reporter.wait_for_pending_step()
@@ -115,7 +119,7 @@ def train_and_evaluate(
                     # An exported last step means that the run is finished: its checkpoint must be complete by then.
                     save(step, batch.state, is_evaluated=not (evaluates and stops), wait=stops or step == last_step)
                 if stops:
-                    raise Interrupted(f"stopped after step {step}, which is saved", on_all_processes=True)
+                    raise stop_consensus.interrupted(step)
                 if evaluates:
                     export(step, eval_metrics)
         reporter.writer.flush()
@@ -144,10 +148,18 @@ class StopConsensus:
     def should_stop(self, step: int) -> bool:
         """Must be called once per step, on every process."""
         if jax.process_count() == 1:
-            return bool(self._interrupt.requested)
-        previous, self._pending = self._pending, parallel.any_process_async(bool(self._interrupt.requested))
+            return self._interrupt.reason is not None
+        previous, self._pending = self._pending, parallel.any_process_async(self._interrupt.reason is not None)
         maintenance_is_near = parallel.maintenance_is_near(step)
         return maintenance_is_near or (previous is not None and bool(parallel.first_replica(previous)))
+
+    def interrupted(self, step: int) -> Interrupted:
+        """Returns what to raise after `step`, on every process."""
+        message, limit = f"stopped after step {step}, which is saved", self._interrupt.time_limit
+        # A signal to one process is no reason that the others know; the limit may be near on one of them only.
+        if limit is not None and parallel.any_process(self._interrupt.requested is None and limit.is_near()):
+            message = f"max_hours={limit.hours}: {message}"
+        return Interrupted(message, on_all_processes=True)
 
 
 def _log(run: Run, step: int) -> None:

@@ -47,6 +47,7 @@ VALID = {
     "logging_steps": 2,
     "eval_steps": 4,
     "save_steps": 4,
+    "max_hours": 0.0,
     "data": {
         "dataset_name": "docstrings",
         "dataset_config_name": None,
@@ -139,6 +140,7 @@ WRONG = [
     ({"logging_steps": 0}, "logging_steps=0: must be at least 1"),
     ({"eval_steps": 0}, "eval_steps=0: must be at least 1"),
     ({"save_steps": -5}, "save_steps=-5: must be at least 1"),
+    ({"max_hours": -1}, "max_hours=-1.0: must be a number of hours, or 0 for no limit"),
     # data
     ({"data.dataset_name": ""}, "data.dataset_name='': there is no data; set it, or data.data_files"),
     (

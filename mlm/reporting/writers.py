@@ -35,7 +35,7 @@ _CHARTS = {
 _NO_HPARAMS = (
     "checkpoint.", "data.cache_dir", "data.max_failed_shards", "data.network_", "data.num_eval_samples",
     "data.prefetch_batches", "data.split", "data.text_column_name", "eval_steps", "export.", "hub.", "logging_steps",
-    "per_device_eval_batch_size", "profile.", "report.", "save_steps", "tokenizer.backend",
+    "max_hours", "per_device_eval_batch_size", "profile.", "report.", "save_steps", "tokenizer.backend",
     "tokenizer.use_fast_tokenizer",
 )  # fmt: skip
 # Metrics with a column there.

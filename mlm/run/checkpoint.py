@@ -10,6 +10,7 @@ the host.
 import contextlib
 import dataclasses
 import json
+import time
 import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -114,7 +115,12 @@ class Restored:
 
 
 class Checkpointer:
-    """Saves and restores the checkpoints of a work directory. A context manager: leaving it waits for a save."""
+    """Saves and restores the checkpoints of a work directory. A context manager: leaving it waits for a save.
+
+    Attributes:
+      last_save_seconds: time that the last save took until its checkpoint was complete, as `check` has noticed; None if
+        there was none.
+    """
 
     def __init__(self, storage: LocalStorage | GcsStorage, *, keep_checkpoints: int, keep_every_steps: int = 0):
         """Opens the checkpoints; there may be none.
@@ -146,6 +152,8 @@ class Checkpointer:
             ) from None
         # Whether the manager would raise the error of an earlier save again, and could not be replaced yet.
         self._is_stale = False
+        self._save_start: float | None = None
+        self.last_save_seconds: float | None = None
 
     def _open(self) -> ocp.CheckpointManager:
         return ocp.CheckpointManager(
@@ -188,6 +196,7 @@ class Checkpointer:
             # device, which takes longer than it saves where one process writes them all.
             state = jax.tree.map(lambda leaf: leaf.addressable_data(0), state)
         content = {"format_version": FORMAT_VERSION, "loop": dict(loop), "checksums": checksums(state)}
+        self._save_start = time.monotonic()
         with self._as_save_error():
             if self._is_stale:
                 self._manager, self._is_stale = self._open(), False
@@ -218,6 +227,8 @@ class Checkpointer:
         """Raises SaveError if the save in progress has failed; does not wait."""
         with self._as_save_error():
             self._manager.check_for_errors()
+            if self._save_start is not None and not self._manager.is_saving_in_progress():
+                self.last_save_seconds, self._save_start = time.monotonic() - self._save_start, None
 
     def wait(self) -> None:
         """Blocks until the save in progress is complete. Raises SaveError if it fails."""

@@ -10,6 +10,8 @@ import time
 from collections.abc import Callable, Iterator
 from types import FrameType
 
+from mlm.run.time_limit import TimeLimit
+
 # Exit code of main.py: EX_TEMPFAIL of sysexits.h, "the user is invited to retry". The launch scripts restart the run.
 EXIT_INTERRUPTED = 75
 # Exit code after a second signal: 128 + SIGINT, as a shell reports it.
@@ -76,10 +78,12 @@ class Interrupt:
 
     Attributes:
       requested: name of the signal that requested a stop; None before that.
+      time_limit: requests a stop, too, when it is near.
     """
 
     def __init__(self) -> None:
         self.requested: str | None = None
+        self.time_limit: TimeLimit | None = None
         self._is_deferred = False
         self._first_time: float | None = None
 
@@ -105,10 +109,17 @@ class Interrupt:
         finally:
             self._is_deferred = False
 
+    @property
+    def reason(self) -> str | None:
+        """What requests a stop: the name of a signal or "max_hours=12.0"; None if nothing does."""
+        if self.requested is None and self.time_limit is not None and self.time_limit.is_near():
+            return f"max_hours={self.time_limit.hours}"
+        return self.requested
+
     def check(self) -> None:
-        """Raises Interrupted if a signal has arrived."""
-        if self.requested:
-            raise Interrupted(f"stopped by {self.requested}")
+        """Raises Interrupted if a stop is requested."""
+        if reason := self.reason:
+            raise Interrupted(f"stopped by {reason}")
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         is_first = self.requested is None
