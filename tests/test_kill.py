@@ -84,7 +84,7 @@ def straight(trainer, tmp_path_factory) -> tuple[str, float]:
 def test_a_run_killed_at_any_time_is_identical_to_an_uninterrupted_one(trainer, straight, tmp_path):
     # In phases that occur once, in repeated phases, and at fixed times. The later fixed time is last: with a warm
     # compilation cache the run may have ended by then.
-    plan = [0.2 * straight[1], "tokenizer training", "save", "evaluation", "export", "save", 0.5 * straight[1]]
+    plan = [0.2 * straight[1], "tokenizer training", "save", "evaluation", "export", 0.5 * straight[1]]
     hit = collections.Counter()
     result = campaign(
         trainer,
@@ -97,7 +97,7 @@ def test_a_run_killed_at_any_time_is_identical_to_an_uninterrupted_one(trainer, 
         hit=hit,
     )
     assert result.differences == []
-    assert len(result.kills) >= 6
+    assert len(result.kills) >= 5
 
 
 @pytest.mark.slow
@@ -138,9 +138,8 @@ def test_a_signal_stops_a_run_that_waits_for_text(tmp_path):
     server = Server(files={"/text.jsonl": encode("text.jsonl", sentences(300))})
     server.silence_seconds = 600.0
     try:
-        trainer = trainer_of(
-            tmp_path, f"{server.url}/text.jsonl", "--config.num_train_steps=100000", "--config.data.prefetch_batches=1"
-        )
+        flags = ("--config.num_train_steps=100000", "--config.save_steps=100000", "--config.data.prefetch_batches=1")
+        trainer = trainer_of(tmp_path, f"{server.url}/text.jsonl", *flags)
         workdir, log = str(tmp_path / "run"), str(tmp_path / "log")
         process = trainer.start(workdir, log)
         try:
@@ -150,7 +149,7 @@ def test_a_signal_stops_a_run_that_waits_for_text(tmp_path):
             num_requests = server.count("/text.jsonl")
             while server.count("/text.jsonl") == num_requests and process.poll() is None:
                 time.sleep(0.1)
-            time.sleep(3.0)
+            time.sleep(1.0)
             start = time.monotonic()
             process.send_signal(signal.SIGTERM)
             assert process.wait(60) == EXIT_INTERRUPTED, Path(log).read_text()[-3000:]

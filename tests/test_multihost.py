@@ -324,6 +324,7 @@ def test_a_failing_text_source_of_one_process_ends_both_with_the_cause(tmp_path)
     try:
         write_config(tmp_path, [f"{server.url}/part-{i}.jsonl" for i in range(2)], last=100_000)
         flags = ("--config.data.network_deadline_seconds=0.0", "--config.data.max_failed_shards=0")
+        flags += ("--config.save_steps=100000", "--config.eval_steps=100000")
         with pair(tmp_path, *flags, workdir=str(tmp_path / "run")) as both:
             both.await_line(0, "step  ")
             server.always["/part-1.jsonl"] = 500
