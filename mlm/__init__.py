@@ -7,7 +7,7 @@ Read these first; they explain how the trainer works:
     masking     (key, tokens) -> inputs, masked positions, labels, label weights
     models/     encoder: MaskedLM.encode -> hidden states of L or K positions, then the head; block: one layer
     loss        masked cross-entropy as a sum and a count
-    optimizer   gradient clipping and AdamW;  schedules  learning-rate schedules
+    optimizer   gradient clipping, then AdamW, Muon, ...;  schedules  learning-rate schedules
     evaluate    sums over the evaluation sequences, divided once
     parallel    the only file that handles devices: pmap, replication, batch placement, collectives
 

@@ -4,6 +4,7 @@ Legend: N matrices, R rows, C columns with R <= C.
 """
 
 import functools
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -159,41 +160,35 @@ def scale_by_muon(
         sums = jax.tree.map(lambda grad, total: grad + momentum * total, grads, state.momentum)
         nesterov = jax.tree.map(lambda grad, total: grad + momentum * total, grads, sums)
         leaves, treedef = jax.tree_util.tree_flatten_with_path(nesterov)
-        shapes = {path: leaf.shape for path, leaf in leaves}
-        matrices, counts = [], []
-        for path, leaf in leaves:
-            parts = _split_matrices(path, leaf, shapes)
-            matrices += parts
-            counts.append(len(parts))
-        matrices = [matrix * _scale(matrix, scale) for matrix in orthogonalize(matrices, iterations, axis_name)]
-        updates = []
-        for (path, leaf), count in zip(leaves, counts, strict=True):
-            parts, matrices = matrices[:count], matrices[count:]
-            updates.append(_join_matrices(path, parts).astype(leaf.dtype))
+        named = {tuple(key.key for key in path): leaf for path, leaf in leaves}
+        matrices = {names: _split_matrices(names, named) for names in named}
+        results = iter(orthogonalize([part for parts in matrices.values() for part in parts], iterations, axis_name))
+        updates = [
+            _join_matrices(names, [next(results) * _scale(part, scale) for part in parts])
+            for names, parts in matrices.items()
+        ]
         return jax.tree.unflatten(treedef, updates), MuonState(sums)
 
     return optax.GradientTransformation(init, update)
 
 
-def _split_matrices(path: tuple[Any, ...], leaf: jax.Array, shapes: dict[Any, tuple[int, ...]]) -> list[jax.Array]:
-    """Splits a parameter into matrices [inputs, outputs]."""
-    if path[-1].key == "weight":  # Queries, keys and values: [3D, D], outputs first.
-        return [matrix.T for matrix in jnp.split(leaf, 3)]
-    names = [key.key for key in path]
-    if names[-2:] == ["inner", "kernel"]:
+def _split_matrices(names: tuple[str, ...], params: Mapping[tuple[str, ...], jax.Array]) -> list[jax.Array]:
+    """Splits the parameter of that path into matrices [inputs, outputs]."""
+    param = params[names]
+    if names[-1] == "weight":  # Queries, keys and values: [3D, D], outputs first.
+        return [matrix.T for matrix in jnp.split(param, 3)]
+    if names[-2:] == ("inner", "kernel"):
         # A gated network has two inner matrices: [D, 2F] beside the output's [F, D].
-        output = next(
-            shape for other, shape in shapes.items() if [k.key for k in other] == [*names[:-2], "output", "kernel"]
-        )
-        return jnp.split(leaf, leaf.shape[1] // output[0], axis=1)
-    return [leaf]
+        width = params[(*names[:-2], "output", "kernel")].shape[0]
+        return jnp.split(param, param.shape[1] // width, axis=1)
+    return [param]
 
 
-def _join_matrices(path: tuple[Any, ...], matrices: list[jax.Array]) -> jax.Array:
+def _join_matrices(names: tuple[str, ...], matrices: list[jax.Array]) -> jax.Array:
     """Inverse of `_split_matrices`."""
-    if path[-1].key == "weight":
+    if names[-1] == "weight":
         return jnp.concatenate([matrix.T for matrix in matrices])
-    return jnp.concatenate(matrices, axis=1) if len(matrices) > 1 else matrices[0]
+    return jnp.concatenate(matrices, axis=1)
 
 
 def _scale(matrix_IxO: jax.Array, scale: str) -> float:
@@ -203,17 +198,18 @@ def _scale(matrix_IxO: jax.Array, scale: str) -> float:
 
 def orthogonalize(matrices: list[jax.Array], iterations: int, axis_name: str | None) -> list[jax.Array]:
     """Returns U V^T of each matrix U S V^T, approximately; on several devices each computes an equal part of them."""
-    groups: dict[tuple[int, int], list[int]] = {}
+    groups: dict[tuple[int, ...], list[int]] = {}
     for number, matrix in enumerate(matrices):
-        groups.setdefault((min(matrix.shape), max(matrix.shape)), []).append(number)
-    results: list[Any] = list(matrices)
-    for (num_rows, _), numbers in groups.items():
-        is_tall = [matrices[number].shape[0] > num_rows for number in numbers]
-        wide = [matrices[n].T if tall else matrices[n] for n, tall in zip(numbers, is_tall, strict=True)]
-        for n, tall, matrix in zip(
-            numbers, is_tall, _on_all_devices(jnp.stack(wide), iterations, axis_name), strict=False
-        ):
-            results[n] = matrix.T if tall else matrix
+        groups.setdefault(tuple(sorted(matrix.shape)), []).append(number)
+
+    def is_tall(number: int) -> bool:
+        return matrices[number].shape[0] > matrices[number].shape[1]
+
+    results = list(matrices)
+    for numbers in groups.values():
+        stacked_NxRxC = jnp.stack([matrices[n].T if is_tall(n) else matrices[n] for n in numbers])
+        for n, matrix_RxC in zip(numbers, _on_all_devices(stacked_NxRxC, iterations, axis_name), strict=False):
+            results[n] = matrix_RxC.T if is_tall(n) else matrix_RxC
     return results
 
 
