@@ -408,10 +408,10 @@ class MaskingSettings:
     eval_random_replace_prob: float | None
 
     def __post_init__(self):
-        _convert_types(self, "masking.")
-        is_pair = isinstance(self.mlm_probability, tuple)
-        if is_pair and [type(rate) for rate in self.mlm_probability] not in ([float] * 2, [float, int], [int, float]):
+        rates = self.mlm_probability if isinstance(self.mlm_probability, tuple | list) else (self.mlm_probability,) * 2
+        if len(rates) != 2 or any(type(rate) not in (int, float) for rate in rates):
             raise _error("masking.mlm_probability", self.mlm_probability, "must be a number or a pair of numbers")
+        _convert_types(self, "masking.")
         if not all(0 < rate <= 1 for rate in self.mlm_probabilities):
             raise _error("masking.mlm_probability", self.mlm_probability, "must lie in (0, 1]")
         # None: the value of training, as before these keys existed.
@@ -531,15 +531,15 @@ class OptimizerSettings:
     def _set_defaults(self, choice: str, tables: Mapping[str, Mapping[str, Any]]) -> None:
         """Replaces None by the default of the chosen optimizer or schedule, and refuses keys that it does not have."""
         chosen = getattr(self, choice)
-        for key in dict.fromkeys(key for table in tables.values() for key in table):
+        keys = dict.fromkeys(key for table in tables.values() for key in table)
+        unused = [key for key in keys if getattr(self, key) is not None and key not in tables[chosen]]
+        if unused:
+            shown = ", ".join(f"optimizer.{key}={getattr(self, key)!r}" for key in unused)
+            them = "it; set it" if len(unused) == 1 else "them; set them"
+            raise UserError(f"{shown}: optimizer.{choice}={chosen!r} does not use {them} to None")
+        for key in keys:
             if getattr(self, key) is None:
                 object.__setattr__(self, key, tables[chosen].get(key))
-            elif key not in tables[chosen]:
-                raise _error(
-                    f"optimizer.{key}",
-                    getattr(self, key),
-                    f"optimizer.{choice}={chosen!r} does not use it; set it to None",
-                )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -311,7 +311,7 @@ WRONG = [
         {"masking.mlm_probability": (0.3, 0.2, 0.1)},
         "masking.mlm_probability=(0.3, 0.2, 0.1): must be a number or a pair of numbers",
     ),
-    ({"masking.mlm_probability": "0.3"}, "masking.mlm_probability='0.3': must be a number or a list"),
+    ({"masking.mlm_probability": "0.3"}, "masking.mlm_probability='0.3': must be a number or a pair of numbers"),
     ({"masking.eval_mlm_probability": 1.5}, "masking.eval_mlm_probability=1.5: must lie in (0, 1]"),
     ({"masking.eval_random_replace_prob": 2.0}, "masking.eval_random_replace_prob=2.0: must lie in [0, 1]"),
     ({"masking.strategy": "words"}, "masking.strategy='words': must be one of token, whole_word, span"),
@@ -362,6 +362,10 @@ WRONG = [
     (
         {"optimizer.name": "lion", "optimizer.adam_beta2": 0.98},
         "optimizer.adam_beta2=0.98: optimizer.name='lion' does not use it; set it to None",
+    ),
+    (
+        {"optimizer.name": "lion", "optimizer.adam_beta2": 0.98, "optimizer.muon_momentum": 0.9},
+        "optimizer.adam_beta2=0.98, optimizer.muon_momentum=0.9: optimizer.name='lion' does not use them; set them to None",
     ),
     (
         {"optimizer.muon_momentum": 0.9},
