@@ -13,7 +13,7 @@ key. Rerun the same command to resume after an interruption. Other modes:
     export          --workdir=DIR [--step=N] [--average=K] [--dtype=T] [--output=DIR]
                                                                       a checkpoint as a Hugging Face model directory
     fill_mask       --workdir=DIR [--step=N] "A <mask>." ...          the five best tokens; or lines from standard input
-    report          --workdir=DIR [--workdir=DIR]... [--output=FILE]  the curves of runs as an HTML page
+    report          --workdir=DIR... [--output=FILE] [--reference=NAME]  the curves of runs as an HTML page
 
 The last four read the config from the work directory. They run on the CPU; set JAX_PLATFORMS=cuda or tpu to run
 fill_mask elsewhere. Exit codes: 0 done; 2 an error that one line explains; 75 stopped by a signal, checkpoint saved;
@@ -106,7 +106,9 @@ MODES = {
     ),
     "export": Mode(options=("step", "average", "output", "dtype"), config="workdir", on_cpu=True),
     "fill_mask": Mode(options=("arguments", "step"), config="workdir", on_cpu="JAX_PLATFORMS" not in os.environ),
-    "report": Mode(options=("defaults", "output", "key_changes"), config="none", workdirs="many", on_cpu=True),
+    "report": Mode(
+        options=("defaults", "output", "reference", "key_changes"), config="none", workdirs="many", on_cpu=True
+    ),
 }
 
 FLAGS = flags.FLAGS
@@ -121,6 +123,7 @@ flags.DEFINE_integer("num_processes", None, "multihost: number of processes, if 
 flags.DEFINE_integer("process_id", None, "multihost: number of this process, if jax cannot find it", lower_bound=0)
 flags.DEFINE_integer("step", None, "show_data: the step, from 1 on; export, fill_mask: the checkpoint")
 flags.DEFINE_string("output", None, "export, train_tokenizer: the directory to write; report: the page")
+flags.DEFINE_string("reference", None, "report: a stored curve to compare with, such as quickstart")
 flags.DEFINE_integer("average", 1, "export: average this many checkpoints, the last of them --step", lower_bound=1)
 flags.DEFINE_string("dtype", None, "export: of the weights; the default is the config's export.dtype")
 flags.DEFINE_integer("steps", 50, "benchmark: number of steps to time", lower_bound=1)

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import itertools
+import zlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -185,6 +186,7 @@ def _write_workdir(
         processes=jax.process_count(),
         rows_per_process=components.stream.batch_rows,
         borders=borders,
+        eval_checksum=f"{zlib.crc32(components.text.eval_rows_RxL.tobytes()):08x}",
         step=start_step,
     )
     for key, (before, now) in changed.items():

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import save_curve
 from configs import default
 from mlm import train
 from mlm.errors import UserError
@@ -157,6 +158,26 @@ def test_the_page_loads_nothing_and_escapes_names(tmp_path):
     assert "default-src 'none'" in html
     assert "<img" not in html[html.index("const page") :]
     assert data_of(html)["runs"][0]["name"] == folder.name
+
+
+def test_a_stored_curve_is_drawn_beside_a_run(tmp_path, monkeypatch):
+    write_run(tmp_path / "run")
+    write_run(tmp_path / "stored", loss=6.0)
+    monkeypatch.setattr(report, "CURVES", str(tmp_path / "curves"))
+    (tmp_path / "curves").mkdir()
+    save_curve.main(str(tmp_path / "stored"), str(tmp_path / "curves" / "small.jsonl"))
+    output = tmp_path / "page.html"
+    for reference in ("small", str(tmp_path / "curves" / "small.jsonl")):
+        report.run(None, [str(tmp_path / "run")], output=str(output), reference=reference, defaults=DEFAULTS)
+        stored = report.read_reference(reference)
+        assert stored["name"] == "reference small"
+        assert stored["curves"] == report.read_run(WorkDir(str(tmp_path / "stored")), "x")["curves"]
+        assert '"reference small"' in output.read_text()
+    with pytest.raises(UserError, match=r"^--reference=large: no such file; stored curves are small$"):
+        report.read_reference("large")
+    (tmp_path / "curves" / "other.jsonl").write_text('{"step": 1}\n{"step": 2}\n')
+    with pytest.raises(UserError, match=r"is not a stored curve; write one with benchmarks/save_curve\.py$"):
+        report.read_reference("other")
 
 
 def test_user_errors(tmp_path):

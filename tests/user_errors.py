@@ -722,6 +722,10 @@ ELSEWHERE = {
     "mlm/data/tokenizer.py": {
         "the tokenizer {}: does not split text into words, which masking.strategy needs; set that to 'token', or choose another tokenizer": "tests/test_tokenizer.py::test_a_tokenizer_without_words_is_refused_where_they_are_needed",
     },
+    "mlm/modes/report.py": {
+        "--reference={}: no such file; stored curves are {}": "tests/test_report.py::test_a_stored_curve_is_drawn_beside_a_run",
+        "--reference={}: is not a stored curve; write one with benchmarks/save_curve.py": "tests/test_report.py::test_a_stored_curve_is_drawn_beside_a_run",
+    },
     "mlm/schedules.py": {
         "optimizer.warmup_steps={}: the warm-up of {} steps is over at step {}; set it to {}": "tests/test_schedules.py::test_a_longer_run_moves_only_the_borders_ahead",
         "optimizer.decay_steps={}: the decay would begin at step {}, but it has begun at step {}, and {} steps are done; branch a new run from a checkpoint up to step {} with checkpoint.init_from": "tests/test_schedules.py::test_a_longer_run_moves_only_the_borders_ahead",

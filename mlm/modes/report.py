@@ -36,6 +36,8 @@ PANELS = (
     ("Padding", "% of tokens", [("data/padding_fraction", "padding")], 100),
     ("Skipped steps", "so far", [("train/skipped_steps", "skipped")], 1),
 )
+# The stored curves of configs.
+CURVES = os.path.join(os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))), "docs", "curves")
 # The panel of eval/<source>/loss, for the sources of a mixture.
 SOURCES_TITLE = "Eval loss by source"
 
@@ -45,6 +47,7 @@ def run(
     workdir: Sequence[str],
     *,
     output: str | None,
+    reference: str | None = None,
     defaults: Mapping[str, Any],
     key_changes: KeyChanges | None = None,
 ) -> None:
@@ -54,11 +57,13 @@ def run(
       settings: unused.
       workdir: the directories of one or more runs.
       output: the file to write, replaced if it exists; None for report.html.
+      reference: a stored curve to compare with, by its file or its name in docs/curves; None for no comparison.
       defaults: key -> value of `configs/default.py`, with dotted keys; the page shows what differs from it.
       key_changes: how config keys have changed since earlier versions; None for no changes.
 
     Raises:
-      UserError: a directory has no run or no metrics yet, two are the same, or the file cannot be written.
+      UserError: a directory has no run or no metrics yet, two are the same, there is no such reference, or the file
+        cannot be written.
     """
     output = output or "report.html"
     workdirs = [WorkDir(path, key_changes=key_changes) for path in workdir]
@@ -67,6 +72,8 @@ def run(
         raise UserError("--workdir: the same run is given twice; give each run once")
     names = _short_names(paths)
     runs = [read_run(each, name) for each, name in zip(workdirs, names, strict=True)]
+    if reference is not None:
+        runs.append(read_reference(reference))
     # Imported here: an error above need not wait for it.
     from plotly.offline import get_plotlyjs
 
@@ -95,12 +102,41 @@ def read_run(workdir: WorkDir, name: str) -> dict[str, Any]:
     Raises:
       UserError: there is no run, or it has no metrics yet.
     """
-    config, history = workdir.read_config(), workdir.read_history()
     lines = read_metrics(workdir.metrics)
     if not lines:
+        workdir.read_config()
         raise UserError(
             f"--workdir={workdir.display_path}: has no metrics yet; try again after the first evaluation or checkpoint"
         )
+    return _describe(name, workdir.display_path, workdir.read_config(), workdir.read_history(), lines)
+
+
+def read_reference(name: str) -> dict[str, Any]:
+    """Returns what the page shows of a stored curve, as `read_run` does.
+
+    Its first line is the content of `config.json`, the others are those of `metrics.jsonl`: benchmarks/save_curve.py
+    writes such files.
+
+    Args:
+      name: a file, or the name of one in docs/curves without its ending.
+
+    Raises:
+      UserError: there is no such file, or it is not a stored curve.
+    """
+    path = name if name.endswith(".jsonl") else os.path.join(CURVES, f"{name}.jsonl")
+    if not os.path.isfile(path):
+        known = sorted(file.removesuffix(".jsonl") for file in os.listdir(CURVES)) if os.path.isdir(CURVES) else []
+        raise UserError(f"--reference={name}: no such file; stored curves are {', '.join(known)}")
+    content, *lines = read_metrics(path)
+    if "history" not in content or not lines:
+        raise UserError(f"--reference={name}: is not a stored curve; write one with benchmarks/save_curve.py")
+    title = os.path.basename(path).removesuffix(".jsonl")
+    return _describe(f"reference {title}", path, content["config"], content["history"], lines)
+
+
+def _describe(
+    name: str, path: str, config: dict[str, Any], history: list[dict[str, Any]], lines: list[dict[str, Any]]
+) -> dict[str, Any]:
     curves = {}
     for metric in sorted({metric for line in lines for metric in line} - {"step"}):
         points = [(line["step"], line[metric]) for line in lines if _is_number(line.get(metric))]
@@ -109,7 +145,7 @@ def read_run(workdir: WorkDir, name: str) -> dict[str, Any]:
         curves[metric] = _axes(lines, [step for step, _ in points]) | {"values": [value for _, value in points]}
     return {
         "name": name,
-        "path": workdir.display_path,
+        "path": path,
         "config": {key: json.dumps(value) for key, value in config.items()},
         "curves": curves,
         "events": _events(lines, history),
@@ -189,6 +225,7 @@ def _figures(
         ("Utilization, median", median("perf/mfu", ".1f", 100) + " %"),
         ("Skipped steps", last("train/skipped_steps", ",.0f")),
         ("Restarts", str(len(history) - 1)),
+        ("Evaluation sequences, checksum", history[-1].get("eval_checksum", "-")),
     ]
 
 

@@ -186,6 +186,7 @@ class WorkDir:
         processes: int,
         rows_per_process: int,
         borders: Borders | None = None,
+        eval_checksum: str | None = None,
         step: int,
     ) -> dict[str, list[Any]]:
         """Writes the tokenizer, and `config.json` with an entry for this start in its history.
@@ -196,6 +197,7 @@ class WorkDir:
           processes: number of processes.
           rows_per_process: sequences of a step per process.
           borders: those of the learning-rate schedule.
+          eval_checksum: of the evaluation sequences, which shows whether the losses of two runs can be compared.
           step: steps in the checkpoint that the run resumes from; 0 for a new run.
 
         Returns:
@@ -220,6 +222,7 @@ class WorkDir:
                 "rows_per_process": rows_per_process,
                 "changed": changed,
                 **({"borders": dataclasses.asdict(borders)} if borders else {}),
+                **({"eval_checksum": eval_checksum} if eval_checksum else {}),
             }
         )
         self.storage.create()
