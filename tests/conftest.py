@@ -57,8 +57,9 @@ _CAN_BROWSE = bool(shutil.which("chromium") and shutil.which("chromedriver"))
 
 
 # They come first, so that no process is left with one of them when the others have ended.
-_LONGEST_FILES = ("test_gcs_runs", "test_kill", "test_end_to_end", "test_families", "test_documented_commands")
-_LONGEST_FILES += ("test_multihost", "test_execution", "test_worked_examples", "test_load", "test_formats")
+_LONGEST_FILES = ("test_multihost", "test_gcs_runs", "test_kill", "test_end_to_end", "test_families", "test_configs")
+_LONGEST_FILES += ("test_documented_commands", "test_processes", "test_slurm", "test_execution", "test_worked_examples")
+_LONGEST_FILES += ("test_load", "test_formats")
 
 
 def pytest_collection_modifyitems(config, items):
@@ -76,6 +77,10 @@ def pytest_collection_finish():
     """Leaves the libraries' objects, which live to the end, out of garbage collections: a run takes a fifth less."""
     gc.collect()
     gc.freeze()
+
+
+def pytest_sessionfinish():
+    gc.unfreeze()
 
 
 def pytest_terminal_summary(terminalreporter):

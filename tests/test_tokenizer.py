@@ -277,6 +277,7 @@ def test_word_starts_are_those_of_the_tokenizers_words(family):
         if len(words) == len(ids) + 1:  # The name of a special token is dropped from some.
             assert [id >= WORD_START for id in with_starts] == [a != b for a, b in itertools.pairwise(words)]
     assert marked.decode(ragged(marked, ["the dog"])[0]) == plain.decode(ragged(plain, ["the dog"])[0])
+    assert marked.decode([]) == ""  # Between two masked tokens, in show_data.
 
 
 def test_a_tokenizer_without_words_is_refused_where_they_are_needed():

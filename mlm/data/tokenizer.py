@@ -205,7 +205,8 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Returns the text of ids, special tokens included; blanks before punctuation stay."""
-        return str(self.hf.decode(without_word_starts(np.asarray(ids)).tolist(), clean_up_tokenization_spaces=False))
+        ids = without_word_starts(np.asarray(ids, np.int64)).tolist()
+        return str(self.hf.decode(ids, clean_up_tokenization_spaces=False))
 
     def unknown_fraction(self, ids: np.ndarray) -> float:
         """Returns the fraction of unknown tokens among those that represent text; 0 without any."""
