@@ -38,6 +38,8 @@ ADDED_KEYS: dict[str, Any] = {
     "optimizer.adafactor_clipping_threshold": None,
     "optimizer.layer_decay": 1.0,
     "optimizer.ema_decay": 0.0,
+    "checkpoint.init_from": None,
+    "checkpoint.init_mode": None,
 }
 # old key -> new key.
 RENAMED_KEYS: dict[str, str] = {}

@@ -300,6 +300,12 @@ def get_config() -> ConfigDict:
     checkpoint.keep_checkpoints = 2
     # Also keep every checkpoint whose step is a multiple of this. 0: none, which saves disk space.
     checkpoint.keep_every_steps = 0
+    # WORKDIR or WORKDIR@STEP: start a new run from a checkpoint of that run, by default the newest one. The run there
+    # is only read, and may be in progress. None: start with new weights, or those of model.model_name_or_path.
+    checkpoint.init_from = placeholder(str)
+    # "branch": continue its steps, optimizer, schedule and data position, such as for a decay of the learning rate.
+    # "restart": take parameters and optimizer state, and begin at step 0. None: "branch" where init_from is set.
+    checkpoint.init_mode = placeholder(str)
 
     config.export = export = ConfigDict()
     # Dtype of the weights in `model/`: "float32" (as trained), "bfloat16" or "float16" (half the size).

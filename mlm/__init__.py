@@ -17,6 +17,7 @@ Around them:
     build       settings -> the components of a run
     startup     components -> a run that is ready for its next step: work directory, restored state, batches
     load        models from checkpoints and exported directories
+    init_from   a new run that starts from a checkpoint of another one
     memory      compiled memory of a step: the largest batch that fits;  hardware  the table of devices
     command_line  clear errors, log lines and exit codes around main.py's flags;  errors  UserError
     modes/      one file per --mode: train, check, explain, benchmark, report, show_data, export, fill_mask, ...

@@ -78,8 +78,13 @@ class Components:
         return random_params() if self.pretrained is None else self.pretrained.params(random_params)
 
 
-def build(settings: RunSettings, workdir: WorkDir) -> Components:
+def build(settings: RunSettings, workdir: WorkDir, *, parent_tokenizer: str | None = None) -> Components:
     """Builds the components, cheap checks first.
+
+    Args:
+      settings: those of the run.
+      workdir: its work directory.
+      parent_tokenizer: directory of the tokenizer of the run that a new run starts from.
 
     Raises:
       UserError: config, data, tokenizer and model do not fit together, or one of them is missing.
@@ -96,7 +101,7 @@ def build(settings: RunSettings, workdir: WorkDir) -> Components:
     tokenizer = pipeline.open_tokenizer(
         settings,
         text_sources,
-        saved_tokenizer=workdir.tokenizer if workdir.has_tokenizer() else None,
+        saved_tokenizer=workdir.tokenizer if workdir.has_tokenizer() else parent_tokenizer,
         model_type=model_type,
     )
     encoder = _encoder_config(settings, copied, checkpoint, tokenizer)

@@ -84,6 +84,8 @@ SCHEDULES: dict[str, dict[str, Any]] = {
 }
 # optimizer.decay_shape.
 DECAY_SHAPES = ("linear", "1-sqrt", "cosine")
+# checkpoint.init_mode.
+INIT_MODES = ("branch", "restart")
 # export.dtype.
 EXPORT_DTYPES = ("float32", "bfloat16", "float16")
 
@@ -544,14 +546,22 @@ class OptimizerSettings:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CheckpointSettings:
-    """`checkpoint`: which checkpoints stay on disk."""
+    """`checkpoint`: which checkpoints stay on disk, and the one that a new run starts from."""
 
     keep_checkpoints: int
     keep_every_steps: int
+    init_from: str | None
+    init_mode: str | None
 
     def __post_init__(self):
         _convert_types(self, "checkpoint.")
         _check_minimums(self, "checkpoint.", keep_checkpoints=1, keep_every_steps=0)
+        if self.init_mode is not None:
+            _check_choice("checkpoint.init_mode", self.init_mode, INIT_MODES)
+            if not self.init_from:
+                raise _error("checkpoint.init_mode", self.init_mode, "needs checkpoint.init_from; set that, too")
+        elif self.init_from:
+            object.__setattr__(self, "init_mode", INIT_MODES[0])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

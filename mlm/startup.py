@@ -19,6 +19,7 @@ from mlm.errors import UserError
 from mlm.evaluate import Evaluator
 from mlm.export import model_directory
 from mlm.export.hub import Hub
+from mlm.init_from import Parent, check_overwrite, open_parent, restart
 from mlm.models.flops import flops_per_token
 from mlm.reporting.summary import log_run_summary, warn_batch_size_changed
 from mlm.run.checkpoint import Checkpointer, CorruptCheckpointError
@@ -87,6 +88,7 @@ def open_run(
     """
     workdir = WorkDir(workdir_path, key_changes=key_changes)
     if overwrite:
+        check_overwrite(settings, workdir)
         if jax.process_index() == 0 and (renamed := workdir.move_aside()):
             logging.info("renamed the existing work directory %s to %s", workdir.display_path, renamed)
         parallel.barrier("work directory renamed")
@@ -99,7 +101,8 @@ def open_run(
     stack.callback(workdir.close)
     if jax.process_index() == 0:
         workdir.lock()
-    components = build.build(settings, workdir)
+    settings, parent = open_parent(settings, workdir, key_changes=key_changes)
+    components = build.build(settings, workdir, parent_tokenizer=parent.workdir.tokenizer if parent else None)
     if settings.per_device_train_batch_size == 0:
         length, microbatches = settings.data.max_seq_length, settings.gradient_accumulation_steps
         found = memory.find_batch_size(components.step_config, length=length, microbatches=microbatches)
@@ -109,10 +112,10 @@ def open_run(
     checkpointer = stack.enter_context(
         Checkpointer(workdir.storage, keep_checkpoints=keep.keep_checkpoints, keep_every_steps=keep.keep_every_steps)
     )
-    state, loop_state = _restore(components, checkpointer)
+    state, loop_state = _restore(components, checkpointer, parent)
     start_step = loop_state["step"] if loop_state else 0
     borders = build.resolve_borders(settings)
-    if loop_state and (earlier := workdir.last_borders()):
+    if loop_state and (earlier := (parent.workdir if parent else workdir).last_borders()):
         applied = int(parallel.first_replica(state.update_stats.num_applied))
         borders = keep_passed_borders(borders, earlier, settings.optimizer, step=applied)
     components = components.with_borders(settings, borders)
@@ -125,10 +128,12 @@ def open_run(
     batches = itertools.chain([next(prefetcher)], prefetcher)
     hub = build.open_hub(settings, workdir)
     if jax.process_index() == 0:
-        _write_workdir(settings, workdir, components, borders, start_step)
+        _write_workdir(settings, workdir, components, borders, start_step, parent)
         checkpointer.remove_partial()
     parallel.barrier("work directory written")
     reporter = stack.enter_context(_create_reporter(settings, workdir, components, start_step, loop_state))
+    if start_step == 0 or parent:
+        reporter.write_config(settings.flat())
     log_run_summary(
         model_type=components.encoder.model_type,
         params=state.params,
@@ -177,25 +182,37 @@ def _is_finished(settings: RunSettings, workdir: WorkDir) -> bool:
 
 
 def _write_workdir(
-    settings: RunSettings, workdir: WorkDir, components: Components, borders: Borders, start_step: int
+    settings: RunSettings,
+    workdir: WorkDir,
+    components: Components,
+    borders: Borders,
+    start_step: int,
+    parent: Parent | None,
 ) -> None:
-    warn_batch_size_changed(workdir, sequences_per_step=jax.process_count() * components.stream.batch_rows)
+    branches_off = parent.workdir if parent and parent.mode == "branch" else None
+    warn_batch_size_changed(
+        branches_off or workdir, sequences_per_step=jax.process_count() * components.stream.batch_rows
+    )
     changed = workdir.create(
         settings,
-        save_tokenizer=components.tokenizer.save,
+        save_tokenizer=parent.copy_tokenizer if parent else components.tokenizer.save,
         processes=jax.process_count(),
         rows_per_process=components.stream.batch_rows,
         borders=borders,
         eval_checksum=f"{zlib.crc32(components.text.eval_rows_RxL.tobytes()):08x}",
         step=start_step,
+        parent=parent.to_json() if parent else None,
+        resumes=branches_off,
     )
     for key, (before, now) in changed.items():
         logging.info("changed since the last start: %s from %r to %r", key, before, now)
     workdir.lock()
 
 
-def _restore(components: Components, checkpointer: Checkpointer) -> tuple[TrainState, dict[str, Any] | None]:
-    """Returns the stacked state to start with, and the loop state that was saved with it; None for a new run.
+def _restore(
+    components: Components, checkpointer: Checkpointer, parent: Parent | None
+) -> tuple[TrainState, dict[str, Any] | None]:
+    """Returns the stacked state to start with, and the loop state that was saved with it; None for a run at step 0.
 
     Moves the data stream to the position that belongs to the state. A corrupt checkpoint is quarantined, and the one
     before it is restored.
@@ -205,9 +222,15 @@ def _restore(components: Components, checkpointer: Checkpointer) -> tuple[TrainS
     def initial_state() -> TrainState:
         return init_state(components.step_config, components.initial_params())
 
-    if newest is None:
+    if newest is None and parent is None:
         return parallel.replicate(initial_state()), None
     like = parallel.global_like(jax.eval_shape(initial_state))
+    if parent is not None:
+        restored = parent.restore(like)
+        if parent.mode == "restart":
+            return parallel.from_global(restart(restored.state)), None
+        components.stream.restore(restored.streams)
+        return parallel.from_global(restored.state), restored.loop
     while (step := checkpointer.latest_step()) is not None:
         restored, problem = None, "another process cannot read it"
         try:
@@ -240,7 +263,7 @@ def _create_reporter(
 
     length = settings.data.max_seq_length
     predictions = components.step_config.masking.max_predictions_per_seq(length)
-    reporter = Reporter(
+    return Reporter(
         workdir,
         num_train_steps=settings.num_train_steps,
         vocab_size=components.encoder.vocab_size,
@@ -252,6 +275,3 @@ def _create_reporter(
         pad_id=None if settings.data.packing in CONCATENATING else components.tokenizer.pad_id,
         unknown_id=components.tokenizer.unknown_id,
     )
-    if start_step == 0:
-        reporter.write_config(settings.flat())
-    return reporter

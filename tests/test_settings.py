@@ -109,7 +109,7 @@ VALID = {
         "max_skipped_steps": 10,
         "spike_factor": 0.0,
     },
-    "checkpoint": {"keep_checkpoints": 2, "keep_every_steps": 0},
+    "checkpoint": {"keep_checkpoints": 2, "keep_every_steps": 0, "init_from": None, "init_mode": None},
     "export": {"dtype": "float32"},
     "hub": {"push_to_hub": False, "hub_model_id": None, "private": False, "license": None, "languages": ()},
     "profile": {"first_step": 10, "num_steps": 0},
@@ -388,6 +388,11 @@ WRONG = [
     # The others.
     ({"checkpoint.keep_checkpoints": 0}, "checkpoint.keep_checkpoints=0: must be at least 1"),
     ({"checkpoint.keep_every_steps": -1}, "checkpoint.keep_every_steps=-1: must not be negative"),
+    ({"checkpoint.init_mode": "branch"}, "checkpoint.init_mode='branch': needs checkpoint.init_from; set that, too"),
+    (
+        {"checkpoint.init_from": "runs/a", "checkpoint.init_mode": "fork"},
+        "checkpoint.init_mode='fork': must be one of branch, restart",
+    ),
     ({"export.dtype": "float64"}, "export.dtype='float64': must be one of float32, bfloat16, float16"),
     ({"hub.languages": "en"}, "hub.languages='en': must be a list of strings"),
     ({"profile.first_step": -1}, "profile.first_step=-1: must not be negative"),
@@ -423,11 +428,12 @@ WRONG = [
     ({"seed": {"low": 1}}, "seed.low=1: unknown key; did you mean seed?"),
     (
         {"checkpoint": 3},
-        "checkpoint=3: is a group of keys; set one of them: checkpoint.keep_checkpoints, checkpoint.keep_every_steps",
+        "checkpoint=3: is a group of keys; set one of them: checkpoint.keep_checkpoints, checkpoint.keep_every_steps, "
+        "checkpoint.init_from, checkpoint.init_mode",
     ),
     (
         {"checkpoint": {}},
-        "checkpoint.keep_checkpoints, checkpoint.keep_every_steps: missing; let get_config() start from configs/default.py",
+        "checkpoint.keep_checkpoints, checkpoint.keep_every_steps, checkpoint.init_from, checkpoint.init_mode: missing; let get_config() start from configs/default.py",
     ),
     (
         {"masking": {}, "profile": {}, "export": {}},

@@ -21,6 +21,7 @@ from mlm.data.sources.source import Source
 from mlm.data.tokenizer import Tokenizer
 from mlm.errors import UserError
 from mlm.hardware import Machine, find_device, parse_topology
+from mlm.init_from import open_parent
 from mlm.masking import mask_tokens
 from mlm.models.flops import flops_per_token
 from mlm.modes.show_data import decode_masked
@@ -99,10 +100,10 @@ def check(
     here = machine or Machine("this machine", jax.devices()[0].device_kind, jax.device_count(), 1)
     _heading("Config")
     show_config(settings, defaults)
-    workdir = None
+    workdir, parent = None, None
     with findings.collect():
         workdir = WorkDir(workdir_path, key_changes=key_changes)
-        settings = workdir.resume(settings)
+        settings, parent = open_parent(workdir.resume(settings), workdir, key_changes=key_changes)
         workdir.storage.check_writable()
     with findings.collect():
         build.check_device(settings)
@@ -113,7 +114,7 @@ def check(
         build.check_hub(settings, workdir)
     local = settings.replace({"hub.push_to_hub": False})
     with findings.collect():
-        components = build.build(local, workdir)
+        components = build.build(local, workdir, parent_tokenizer=parent.workdir.tokenizer if parent else None)
         if local.per_device_train_batch_size == 0:
             local = local.replace({"per_device_train_batch_size": find_batch(local, components, machine)})
         _heading("Text")

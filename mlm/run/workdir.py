@@ -89,10 +89,7 @@ class WorkDir:
             raise UserError(f"{self.display_path}/config.json: {error}") from None
 
     def resume(self, settings: RunSettings) -> RunSettings:
-        """Returns the settings to resume the run with; `settings` itself if there is no run.
-
-        Keys younger than the run keep their earlier behavior, unless the user has set them on the command line.
-        `per_device_train_batch_size=0` becomes the size that the run has found.
+        """Returns the settings to resume the run with, as `complete` does; `settings` itself if there is no run.
 
         Raises:
           UserError: the settings differ from the run's in a key that must not change during a run.
@@ -103,6 +100,21 @@ class WorkDir:
                     f"--workdir={self.display_path}: has checkpoints but no config.json; restore it, or choose another"
                 )
             return settings
+        settings = self.complete(settings)
+        differing = {key: pair for key, pair in self.changes(settings).items() if key not in MUTABLE_KEYS}
+        if differing:
+            raise UserError(
+                f"--workdir={self.display_path}: holds a run with another config: {describe_changes(differing)}; use "
+                "the same values to resume it, choose another --workdir, or start a new run with --overwrite"
+            )
+        return settings
+
+    def complete(self, settings: RunSettings) -> RunSettings:
+        """Returns the settings with what the run has already decided.
+
+        Keys younger than the run keep their earlier behavior, unless the user has set them on the command line.
+        `per_device_train_batch_size=0` becomes the size that the run has found.
+        """
         stored, config = self._stored_keys(), settings.flat()
         resolved, old = self._resolved_keys(), {}
         for key, value in self._key_changes.added.items():
@@ -112,15 +124,7 @@ class WorkDir:
                 logging.info(text, key, resolved[key], config[key])
         if settings.per_device_train_batch_size == 0:
             old["per_device_train_batch_size"] = stored["per_device_train_batch_size"]
-        settings = settings.replace(old)
-        differing = {key: pair for key, pair in self._changes(settings).items() if key not in MUTABLE_KEYS}
-        if differing:
-            details = "; ".join(f"{key} (there {there!r}, here {here!r})" for key, (there, here) in differing.items())
-            raise UserError(
-                f"--workdir={self.display_path}: holds a run with another config: {details}; use the same values to "
-                "resume it, choose another --workdir, or start a new run with --overwrite"
-            )
-        return settings
+        return settings.replace(old)
 
     def _stored_keys(self) -> dict[str, Any]:
         return self._key_changes.apply(self._read()["config"])
@@ -133,7 +137,7 @@ class WorkDir:
         except UserError:  # A key or value of another version, which the caller reports as a difference.
             return keys
 
-    def _changes(self, settings: RunSettings) -> dict[str, list[Any]]:
+    def changes(self, settings: RunSettings) -> dict[str, list[Any]]:
         """Returns key -> [old value, new value] of the keys that differ, "absent" where a version has no such key."""
         old, new = self._resolved_keys(), settings.flat()
         return {
@@ -155,6 +159,10 @@ class WorkDir:
         if not os.path.exists(self.config) or "borders" not in (last := self._read()["history"][-1]):
             return None
         return Borders(**last["borders"])
+
+    def read_parent(self) -> dict[str, Any] | None:
+        """Returns the checkpoint that the run started from, as `create` wrote it; None if there is none, or no run."""
+        return self._read().get("parent") if os.path.exists(self.config) else None
 
     def read_history(self) -> list[dict[str, Any]]:
         """Returns an entry for each start of the run, as `create` wrote it."""
@@ -188,6 +196,8 @@ class WorkDir:
         borders: Borders | None = None,
         eval_checksum: str | None = None,
         step: int,
+        parent: Mapping[str, Any] | None = None,
+        resumes: "WorkDir | None" = None,
     ) -> dict[str, list[Any]]:
         """Writes the tokenizer, and `config.json` with an entry for this start in its history.
 
@@ -199,6 +209,8 @@ class WorkDir:
           borders: those of the learning-rate schedule.
           eval_checksum: of the evaluation sequences, which shows whether the losses of two runs can be compared.
           step: steps in the checkpoint that the run resumes from; 0 for a new run.
+          parent: JSON-serializable, the checkpoint of another run that this one starts from; None to keep the earlier.
+          resumes: for a new run that continues another, the work directory of that.
 
         Returns:
           key -> [old value, new value] of the keys changed since the last start.
@@ -207,11 +219,13 @@ class WorkDir:
           UserError: the upload failed, or the run was restarted elsewhere.
         """
         history, changed, keys = [], {}, settings.flat()
+        parent = parent or self.read_parent()
         if os.path.exists(self.config):
-            history, changed, stored = self.read_history(), self._changes(settings), self._stored_keys()
+            history, changed, resumes = self.read_history(), self.changes(settings), self
+        if resumes is not None:
             # A key younger than the run that keeps its earlier behavior stays absent: every later start must complete
             # it again.
-            old = self._resolved_keys()
+            stored, old = resumes._stored_keys(), resumes._resolved_keys()
             keys = {key: value for key, value in keys.items() if key in stored or old[key] != value}
         history.append(
             {
@@ -239,6 +253,8 @@ class WorkDir:
             os.rename(self.tokenizer + ".tmp", self.tokenizer)
         with open(self.config + ".tmp", "w", encoding="utf-8") as file:
             content = {"format_version": FORMAT_VERSION, "config": keys, "history": history}
+            if parent is not None:
+                content["parent"] = dict(parent)
             json.dump(content, file, indent=2)
             file.write("\n")
         sync(self.config + ".tmp")
@@ -306,6 +322,11 @@ class WorkDir:
                 return json.load(file)["global_step"]
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             return None
+
+
+def describe_changes(changes: Mapping[str, Any]) -> str:
+    """Returns key -> [there, here] as text."""
+    return "; ".join(f"{key} (there {there!r}, here {here!r})" for key, (there, here) in changes.items())
 
 
 def sync(path: str) -> None:

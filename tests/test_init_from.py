@@ -1,0 +1,237 @@
+# ruff: noqa: E501, messages are one line.
+"""Runs that start from a checkpoint of another run."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from benchmarks.same_run import differences, read_state, read_streams, untimed
+from configs import default
+from mlm import train
+from mlm.errors import UserError
+from mlm.init_from import restart, split_step
+from mlm.optimizer import create_optimizer
+from mlm.reporting.curves import read_metrics
+from mlm.reporting.reporter import Reporter
+from mlm.settings import OptimizerSettings
+from mlm.steps import TrainState, UpdateStats
+from mlm.train import train_and_evaluate
+from tests.gcs_server import GcsServer
+from tests.test_multihost import Pair, free_port
+from tests.tiny import tiny_settings, write_corpus
+
+
+def files(directory: Path) -> dict[str, tuple[str, int]]:
+    """Path -> hash and time of change of every file."""
+    return {
+        str(path.relative_to(directory)): (hashlib.sha256(path.read_bytes()).hexdigest(), path.stat().st_mtime_ns)
+        for path in sorted(directory.rglob("*"))
+        if path.is_file()
+    }
+
+
+def stop(*args, **kwargs):
+    raise KeyboardInterrupt
+
+
+def batches_of(workdir: Path, step: int) -> int:
+    [state] = read_streams(str(workdir), step)
+    return state["batches"]
+
+
+def lines_after(workdir: Path, step: int) -> list[dict]:
+    return [untimed(line) for line in read_metrics(str(workdir / "metrics.jsonl")) if line["step"] > step]
+
+
+def assert_equal_after(step: int, parent: Path, branch: Path) -> None:
+    """Asserts that two finished runs are equal but for the metrics up to `step`."""
+    found = [line for line in differences(str(parent), str(branch)) if not line.startswith("metrics.jsonl")]
+    assert [line for line in found if line != "model/README.md"] == []
+    assert lines_after(parent, step) == lines_after(branch, step) != []
+
+
+def parent_of(workdir: Path) -> dict:
+    return json.loads((workdir / "config.json").read_text())["parent"]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> str:
+    return write_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture(scope="module")
+def parent(corpus, tmp_path_factory) -> Path:
+    """A finished run of 8 steps with checkpoints 4 and 8."""
+    workdir = tmp_path_factory.mktemp("parent") / "run"
+    train_and_evaluate(tiny_settings(corpus), str(workdir))
+    return workdir
+
+
+def test_a_branch_equals_its_parent_also_if_killed_before_its_first_checkpoint(corpus, tmp_path, monkeypatch):
+    parent, branch = tmp_path / "a" / "run", tmp_path / "b" / "run"
+    train_and_evaluate(tiny_settings(corpus, num_train_steps=4), str(parent))
+    before = files(parent)
+    settings = tiny_settings(corpus, **{"checkpoint.init_from": str(parent)})
+    with monkeypatch.context() as patch:
+        patch.setattr(Reporter, "add_step", stop)
+        with pytest.raises(KeyboardInterrupt):
+            train_and_evaluate(settings, str(branch))
+    assert files(parent) == before
+    assert parent_of(branch) == {"path": str(parent), "step": 4, "mode": "branch", "format_version": 1}
+
+    train_and_evaluate(tiny_settings(corpus), str(parent))  # Its newest checkpoint is now 8.
+    before = files(parent)
+    train_and_evaluate(settings, str(branch))
+    assert files(parent) == before
+    assert parent_of(branch)["step"] == 4
+    assert_equal_after(4, parent, branch)
+    assert [line["step"] for line in lines_after(branch, 0)] == [6, 8]
+
+    # The parent is no longer needed, but another one is refused.
+    parent.rename(tmp_path / "moved")
+    train_and_evaluate(settings.replace({"num_train_steps": 9}), str(branch))
+    assert parent_of(branch)["step"] == 4
+    with pytest.raises(UserError, match=r"holds a run with another config: checkpoint\.init_from"):
+        train_and_evaluate(settings.replace({"checkpoint.init_from": "elsewhere"}), str(branch))
+
+
+def test_a_branch_decays_the_learning_rate_from_its_parent_s(corpus, parent, tmp_path):
+    changes = {"checkpoint.init_from": f"{parent}@4", "logging_steps": 1}
+    changes |= {"optimizer.schedule": "wsd", "optimizer.decay_steps": 2, "optimizer.decay_shape": "linear"}
+    train_and_evaluate(tiny_settings(corpus, **changes, num_train_steps=7), str(tmp_path / "run"))
+    rates = [line["train/learning_rate"] for line in read_metrics(str(tmp_path / "run" / "metrics.jsonl"))]
+    np.testing.assert_allclose(rates, [0.01, 0.01, 0.005], rtol=1e-6)
+
+
+def test_a_restart_has_parameters_and_moments_of_its_parent_and_begins_at_step_0(corpus, parent, tmp_path):
+    before = files(parent)
+    changes = {"checkpoint.init_from": str(parent), "checkpoint.init_mode": "restart", "seed": 7, "save_steps": 1}
+    changes |= {"optimizer.warmup_steps": 2, "data.packing": "pad", "num_train_steps": 2}
+    train_and_evaluate(tiny_settings(corpus, **changes), str(tmp_path / "run"))
+    assert files(parent) == before
+    assert parent_of(tmp_path / "run") == {"path": str(parent), "step": 8, "mode": "restart", "format_version": 1}
+    old, new = read_state(str(parent), 8), read_state(str(tmp_path / "run"), 1)
+    # The rate of the first step is 0.
+    for name in (name for name in old if name.startswith("params")):
+        np.testing.assert_array_equal(old[name], new[name])
+    counts = {name: int(value) for name, value in new.items() if value.ndim == 0 and value.dtype == np.int32}
+    assert sorted(counts.values()) == [1, 1, 1, 9]  # Step, applied steps and schedule; Adam's bias correction.
+    assert batches_of(tmp_path / "run", 1) == 1
+    assert files(tmp_path / "run" / "tokenizer").keys() == files(parent / "tokenizer").keys()
+
+
+@pytest.mark.parametrize("name", ["adamw", "stable_adamw", "lamb", "lion", "adafactor", "muon"])
+def test_a_restart_resets_the_schedule_of_every_optimizer_and_no_moments(name):
+    params = {"layer_0": {"query_key_value": {"kernel": jnp.ones((4, 4))}}, "bias": jnp.ones(4)}
+    settings = OptimizerSettings(**default.get_config().optimizer.to_dict() | {"name": name, "learning_rate": 0.01})
+    optimizer = create_optimizer(settings, lambda count: 0.1)
+    opt_state = optimizer.init(params)
+    for _ in range(3):
+        _, opt_state = optimizer.update(params, opt_state, params)
+    three = jnp.int32(3)
+    state = restart(TrainState(three, params, opt_state, UpdateStats(three, jnp.float32(2.0))))
+    assert (int(state.step), int(state.update_stats.num_applied)) == (0, 0)
+
+    def schedules(tree):
+        return [
+            node
+            for node in jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, optax.ScaleByScheduleState))
+            if isinstance(node, optax.ScaleByScheduleState)
+        ]
+
+    assert [int(node.count) for node in schedules(opt_state)] == [3] * len(schedules(opt_state)) != []
+    assert {int(node.count) for node in schedules(state.opt_state)} == {0}
+    differing = [
+        not np.array_equal(one, other)
+        for one, other in zip(jax.tree.leaves(opt_state), jax.tree.leaves(state.opt_state), strict=True)
+    ]
+    assert sum(differing) == len(schedules(opt_state))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"checkpoint.init_from": "{parent}/none"}, "checkpoint.init_from='{parent}/none': contains no run; choose a run's work directory"),
+        ({"checkpoint.init_from": "{parent}@5"}, "checkpoint.init_from='{parent}@5': has no checkpoint 5; choose one of 4, 8"),
+        ({}, "num_train_steps=8: the checkpoint of checkpoint.init_from='{parent}' has 8 steps already; raise it, or choose an earlier checkpoint with @STEP"),
+        ({"model.overrides.hidden_size": 32}, "checkpoint.init_from='{parent}': holds a run with another model: model.overrides.hidden_size (there 16, here 32); use the same values"),
+        ({"model.model_name_or_path": "roberta-base"}, "checkpoint.init_from='{parent}': holds a run with another model: model.model_name_or_path (there None, here 'roberta-base'); use the same values"),
+        ({"tokenizer.tokenizer_name": "roberta-base"}, "checkpoint.init_from='{parent}': holds a run with another tokenizer: tokenizer.tokenizer_name (there None, here 'roberta-base'); use the same values"),
+        ({"tokenizer.vocab_size": 290, "checkpoint.init_mode": "restart"}, "checkpoint.init_from='{parent}': holds a run with another tokenizer: tokenizer.vocab_size (there 300, here 290); use the same values"),
+        ({"optimizer.name": "lion", "checkpoint.init_mode": "restart"}, "checkpoint.init_from='{parent}': holds a run with another optimizer: optimizer.name (there 'adamw', here 'lion'); use the same values"),
+        ({"seed": 7}, "checkpoint.init_from='{parent}': holds a run with another config: seed (there 42, here 7); use the same values, or checkpoint.init_mode='restart'"),
+    ],
+)  # fmt: skip
+def test_errors_are_one_line_before_anything_is_written(corpus, parent, tmp_path, monkeypatch, changes, message):
+    monkeypatch.setattr(train.Run, "__init__", None)
+    changes = {"checkpoint.init_from": "{parent}"} | changes
+    changes = {key: value.format(parent=parent) if isinstance(value, str) else value for key, value in changes.items()}
+    with pytest.raises(UserError) as error:
+        train_and_evaluate(tiny_settings(corpus, **changes), str(tmp_path / "run"))
+    assert str(error.value) == message.format(parent=parent)
+    assert not (tmp_path / "run").exists()
+
+
+def test_other_errors(corpus, parent, tmp_path):
+    settings = tiny_settings(corpus, **{"checkpoint.init_from": str(parent)})
+    with pytest.raises(UserError, match="is the run that --overwrite renames; choose another --workdir"):
+        train_and_evaluate(settings, str(parent), overwrite=True)
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    (empty / "config.json").write_bytes((parent / "config.json").read_bytes())
+    settings = tiny_settings(corpus, **{"checkpoint.init_from": str(empty)})
+    with pytest.raises(UserError, match="has no checkpoints; wait for its run to save one"):
+        train_and_evaluate(settings, str(tmp_path / "run"))
+    assert split_step("runs/a@b@12") == ("runs/a@b", 12)
+    assert split_step("runs/a@b") == ("runs/a@b", None)
+
+
+def test_a_parent_in_a_bucket(corpus, tmp_path, monkeypatch):
+    server = GcsServer()
+    for name, value in server.environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    parent, branch = "gs://bucket/runs/run", tmp_path / "run"
+    try:
+        train_and_evaluate(tiny_settings(corpus), parent)
+        server.asked.clear()
+        train_and_evaluate(tiny_settings(corpus, **{"checkpoint.init_from": f"{parent}@4"}), str(branch))
+        assert {method for method, name in server.asked} == {"GET"}
+    finally:
+        server.close()
+    assert parent_of(branch)["path"] == parent
+    straight = tmp_path / "straight" / "run"
+    train_and_evaluate(tiny_settings(corpus), str(straight))
+    assert_equal_after(4, straight, branch)
+
+
+ONE_OF_TWO = """
+import sys
+from mlm.run import multihost
+port, index, corpus, parent, branch = sys.argv[1:]
+multihost.start(coordinator_address=f"127.0.0.1:{port}", num_processes=2, process_id=int(index))
+from mlm.train import train_and_evaluate
+from tests.tiny import tiny_settings
+train_and_evaluate(tiny_settings(corpus), parent)
+train_and_evaluate(tiny_settings(corpus, **{"checkpoint.init_from": parent + "@4"}), branch)
+again = {"checkpoint.init_from": parent, "checkpoint.init_mode": "restart", "num_train_steps": 2}
+train_and_evaluate(tiny_settings(corpus, **again), branch + "2")
+"""
+
+
+@pytest.mark.slow
+def test_a_branch_of_two_processes_equals_its_parent(corpus, tmp_path):
+    parent, branch, port = tmp_path / "a" / "run", tmp_path / "b" / "run", free_port()
+    both = Pair([["-c", ONE_OF_TWO, port, str(i), corpus, str(parent), str(branch)] for i in range(2)], tmp_path)
+    try:
+        assert both.wait() == [0, 0], both.log(0) + both.log(1)
+    finally:
+        both.kill()
+    assert_equal_after(4, parent, branch)
+    assert parent_of(tmp_path / "b" / "run2")["step"] == 8
