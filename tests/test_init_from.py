@@ -4,6 +4,7 @@
 import hashlib
 import json
 from pathlib import Path
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ from mlm.init_from import restart, split_step
 from mlm.optimizer import create_optimizer
 from mlm.reporting.curves import read_metrics
 from mlm.reporting.reporter import Reporter
+from mlm.run.checkpoint import Checkpointer, CorruptCheckpointError
 from mlm.settings import OptimizerSettings
 from mlm.steps import TrainState, UpdateStats
 from mlm.train import train_and_evaluate
@@ -42,7 +44,7 @@ def stop(*args, **kwargs):
 
 def batches_of(workdir: Path, step: int) -> int:
     [state] = read_streams(str(workdir), step)
-    return state["batches"]
+    return state["item"]["batches"]
 
 
 def lines_after(workdir: Path, step: int) -> list[dict]:
@@ -164,7 +166,7 @@ def test_a_restart_resets_the_schedule_of_every_optimizer_and_no_moments(name):
         ({"model.model_name_or_path": "roberta-base"}, "checkpoint.init_from='{parent}': holds a run with another model: model.model_name_or_path (there None, here 'roberta-base'); use the same values"),
         ({"tokenizer.tokenizer_name": "roberta-base"}, "checkpoint.init_from='{parent}': holds a run with another tokenizer: tokenizer.tokenizer_name (there None, here 'roberta-base'); use the same values"),
         ({"tokenizer.vocab_size": 290, "checkpoint.init_mode": "restart"}, "checkpoint.init_from='{parent}': holds a run with another tokenizer: tokenizer.vocab_size (there 300, here 290); use the same values"),
-        ({"optimizer.name": "lion", "checkpoint.init_mode": "restart"}, "checkpoint.init_from='{parent}': holds a run with another optimizer: optimizer.name (there 'adamw', here 'lion'); use the same values"),
+        ({"optimizer.name": "lamb", "checkpoint.init_mode": "restart"}, "checkpoint.init_from='{parent}': holds a run with another optimizer: optimizer.name (there 'adamw', here 'lamb'); use the same values"),
         ({"seed": 7}, "checkpoint.init_from='{parent}': holds a run with another config: seed (there 42, here 7); use the same values, or checkpoint.init_mode='restart'"),
     ],
 )  # fmt: skip
@@ -178,10 +180,15 @@ def test_errors_are_one_line_before_anything_is_written(corpus, parent, tmp_path
     assert not (tmp_path / "run").exists()
 
 
-def test_other_errors(corpus, parent, tmp_path):
+def test_other_errors(corpus, parent, tmp_path, monkeypatch):
     settings = tiny_settings(corpus, **{"checkpoint.init_from": str(parent)})
     with pytest.raises(UserError, match="is the run that --overwrite renames; choose another --workdir"):
         train_and_evaluate(settings, str(parent), overwrite=True)
+    settings = tiny_settings(corpus, **{"checkpoint.init_from": f"{parent}@4"})
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpointer, "restore", mock.Mock(side_effect=CorruptCheckpointError("a checksum")))
+        with pytest.raises(UserError, match=r"cannot read checkpoint 4 \(a checksum\); choose another one with @STEP$"):
+            train_and_evaluate(settings, str(tmp_path / "run"))
     empty = tmp_path / "empty"
     empty.mkdir()
     (empty / "config.json").write_bytes((parent / "config.json").read_bytes())

@@ -722,6 +722,15 @@ ELSEWHERE = {
     "mlm/data/tokenizer.py": {
         "the tokenizer {}: does not split text into words, which masking.strategy needs; set that to 'token', or choose another tokenizer": "tests/test_tokenizer.py::test_a_tokenizer_without_words_is_refused_where_they_are_needed",
     },
+    "mlm/init_from.py": {
+        "checkpoint.init_from={}: {}": "tests/test_init_from.py::test_errors_are_one_line_before_anything_is_written",
+        "checkpoint.init_from={}: has no checkpoint {}; choose one of {}": "tests/test_init_from.py::test_errors_are_one_line_before_anything_is_written",
+        "num_train_steps={}: the checkpoint of checkpoint.init_from={} has {} steps already; raise it, or choose an earlier checkpoint with @STEP": "tests/test_init_from.py::test_errors_are_one_line_before_anything_is_written",
+        "checkpoint.init_from={}: holds a run with another {}: {}; use the same values{}": "tests/test_init_from.py::test_errors_are_one_line_before_anything_is_written",
+        "checkpoint.init_from={}: has no checkpoints; wait for its run to save one": "tests/test_init_from.py::test_other_errors",
+        "checkpoint.init_from={}: is the run that --overwrite renames; choose another --workdir": "tests/test_init_from.py::test_other_errors",
+        "checkpoint.init_from={}: cannot read checkpoint {} ({}); choose another one with @STEP": "tests/test_init_from.py::test_other_errors",
+    },
     "mlm/modes/report.py": {
         "--reference={}: no such file; stored curves are {}": "tests/test_report.py::test_a_stored_curve_is_drawn_beside_a_run",
         "--reference={}: is not a stored curve; write one with benchmarks/save_curve.py": "tests/test_report.py::test_a_stored_curve_is_drawn_beside_a_run",
