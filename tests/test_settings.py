@@ -507,6 +507,7 @@ def test_optional_keys_take_none():
     nullable = {
         "data.dataset_config_name", "data.data_files", "data.eval_data_files", "data.cache_dir",
         "tokenizer.tokenizer_name", "model.config_name", "model.model_name_or_path", "hub.hub_model_id", "hub.license",
+        "checkpoint.init_from", "checkpoint.init_mode",
     }  # fmt: skip
     nullable |= {key for key in KEYS if key.startswith("model.overrides.")}
     # None stands for a default that depends on other keys.
