@@ -44,8 +44,8 @@ def run(tmp_path_factory):
         rows[step] = batch.tokens
         real_update(self, step, metrics, batch, wait_seconds=wait_seconds)
 
-    def masked(tokens_BxL, *, rows_B, key, spec):
-        batch = mask_tokens(tokens_BxL, rows_B=rows_B, key=key, spec=spec)
+    def masked(tokens_BxL, *, rows_B, key, **options):
+        batch = mask_tokens(tokens_BxL, rows_B=rows_B, key=key, **options)
 
         def record(key, numbers, *masked):
             for n, number in enumerate(numbers.tolist()):
