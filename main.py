@@ -14,16 +14,19 @@ key. Rerun the same command to resume after an interruption. Other modes:
                                                                       a checkpoint as a Hugging Face model directory
     fill_mask       --workdir=DIR [--step=N] "A <mask>." ...          the five best tokens; or lines from standard input
     report          --workdir=DIR... [--output=FILE] [--reference=NAME]  the curves of runs as an HTML page
+    probe           --workdir=DIR [--step=N] --task=FILE [--test=FILE]  linear classifiers on frozen features
 
-The last four read the config from the work directory. They run on the CPU; set JAX_PLATFORMS=cuda or tpu to run
-fill_mask elsewhere. Exit codes: 0 done; 2 an error that one line explains; 75 stopped by a signal, checkpoint saved;
-130 stopped at once; 141 stdout was closed (SIGPIPE); anything else is a failure. Examples:
+show_data, export, fill_mask and report run on the CPU; set JAX_PLATFORMS=cuda or tpu to run fill_mask elsewhere.
+probe takes --model=DIR_OR_HUB_NAME instead of --workdir, too. Exit codes: 0 done; 2 an error that one line explains;
+75 stopped by a signal, checkpoint saved; 130 stopped at once; 141 stdout was closed (SIGPIPE); anything else is a
+failure. Examples:
 
     python main.py --mode=check --config=configs/roberta_base.py --workdir=runs/base --topology=v3-8
     python main.py --config=configs/quickstart.py --workdir=runs/mine --config.data.data_files='corpus/*.jsonl'
     python main.py --mode=explain optimizer data.packing
     python main.py --mode=fill_mask --workdir=runs/mine 'The cat sat on the <mask>.'
     python main.py --mode=report --workdir=runs/mine --workdir=runs/other
+    python main.py --mode=probe --workdir=runs/mine --task=reviews.jsonl
 """
 
 import dataclasses
@@ -70,7 +73,7 @@ class Mode:
         values of configs/default.py) and "defaults_file" (its path).
       config: "flag": --config is required; "optional": it may be missing; "workdir": the run's own config is used;
         "none": no config is read.
-      workdirs: the number of work directories: "none", "one" or "many".
+      workdirs: the number of work directories: "none", "one" or "many"; "model": one, or --model instead.
       required: flags that must be given, with an example value.
       on_cpu: run on the CPU, since an accelerator may be busy with the run itself.
     """
@@ -109,6 +112,12 @@ MODES = {
     "report": Mode(
         options=("defaults", "output", "reference", "key_changes"), config="none", workdirs="many", on_cpu=True
     ),
+    "probe": Mode(
+        options=("model", "step", "task", "test", "seeds", "output"),
+        config="workdir",
+        workdirs="model",
+        required=(("task", "reviews.jsonl"),),
+    ),
 }
 
 FLAGS = flags.FLAGS
@@ -121,8 +130,8 @@ flags.DEFINE_bool("multihost", None, "train: run as one of several processes; au
 flags.DEFINE_string("coordinator_address", None, "multihost: HOST:PORT of process 0, if jax cannot find it")
 flags.DEFINE_integer("num_processes", None, "multihost: number of processes, if jax cannot find it", lower_bound=1)
 flags.DEFINE_integer("process_id", None, "multihost: number of this process, if jax cannot find it", lower_bound=0)
-flags.DEFINE_integer("step", None, "show_data: the step, from 1 on; export, fill_mask: the checkpoint")
-flags.DEFINE_string("output", None, "export, train_tokenizer: the directory to write; report: the page")
+flags.DEFINE_integer("step", None, "show_data: the step, from 1 on; export, fill_mask, probe: the checkpoint")
+flags.DEFINE_string("output", None, "export, train_tokenizer: the directory to write; report, probe: the file")
 flags.DEFINE_string("reference", None, "report: a stored curve to compare with, such as quickstart")
 flags.DEFINE_integer("average", 1, "export: average this many checkpoints, the last of them --step", lower_bound=1)
 flags.DEFINE_string("dtype", None, "export: of the weights; the default is the config's export.dtype")
@@ -131,6 +140,10 @@ flags.DEFINE_integer("sequences", 4, "show_data: number of sequences to print", 
 flags.DEFINE_integer("process", 0, "show_data: the process whose sequences to print", lower_bound=0)
 flags.DEFINE_string("topology", None, "check: the machine the run is meant for, such as v3-8, v5e-16 or h100-8")
 flags.DEFINE_float("utilization", 0.4, "check: assumed fraction of the peak rate", lower_bound=1e-3, upper_bound=1)
+flags.DEFINE_string("model", None, "probe: a model directory or a name on the hub, instead of --workdir")
+flags.DEFINE_string("task", None, "probe: a file with text and label, a GLUE task, or a dataset on the hub")
+flags.DEFINE_string("test", None, "probe: a file with the examples to test on; default: a fifth of --task")
+flags.DEFINE_integer("seeds", 5, "probe: number of splits and of models with random weights", lower_bound=1)
 
 
 def main(argv: list[str]) -> None:
@@ -139,7 +152,10 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1 and "arguments" not in mode.options:
         raise UserError(f"{argv[1]}: is not a flag; write flags as --NAME=VALUE")
     workdirs = FLAGS.workdir or []
-    if not workdirs and mode.workdirs != "none":
+    has_model = mode.workdirs == "model" and FLAGS.model is not None
+    if has_model and (workdirs or FLAGS.step is not None):
+        raise UserError(f"--model={FLAGS.model}: excludes --workdir and --step; give one of them")
+    if not workdirs and not has_model and mode.workdirs != "none":
         raise UserError("--workdir: missing; name the run's directory, such as --workdir=runs/quickstart")
     if len(workdirs) > 1 and mode.workdirs != "many":
         raise UserError(f"--workdir: was given {len(workdirs)} times; only --mode=report takes several runs")
@@ -155,7 +171,7 @@ def main(argv: list[str]) -> None:
     defaults = RunSettings.from_dict(default.get_config().to_dict())
     if FLAGS.config is not None:
         settings = command_line.read_config(FLAGS.config, command_line.config_path(sys.argv))
-    elif mode.config == "workdir":
+    elif mode.config == "workdir" and workdirs:
         settings = WorkDir(workdirs[0], key_changes=key_changes).read_settings()
     elif mode.config == "flag":
         raise UserError(f"--config: missing; there are {', '.join(command_line.known_configs())}")

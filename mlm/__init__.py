@@ -16,14 +16,15 @@ Around them:
     settings    one frozen dataclass per config group, RunSettings across groups: every check without device or file
     build       settings -> the components of a run
     startup     components -> a run that is ready for its next step: work directory, restored state, batches
-    load        models from checkpoints and exported directories
+    load        models from checkpoints, exported directories and the hub
     init_from   a new run that starts from a checkpoint of another one
+    downstream/  labelled tasks, features of every layer, linear probes
     memory      compiled memory of a step: the largest batch that fits;  hardware  the table of devices
     command_line  clear errors, log lines and exit codes around main.py's flags;  errors  UserError
     modes/      one file per --mode: train, check, explain, benchmark, report, show_data, export, fill_mask, ...
 
     data/       text -> this host's token rows; imports no jax
-      sources/      named datasets, files, docstrings -> Arrow columns; http and retry for the network
+      sources/      named datasets, files, docstrings -> Arrow columns; http and retry for the network; table
       pipeline      settings -> sources, tokenizer, evaluation sequences, batches
       stream        one source: shuffle windows, held-out documents, exact resume
       shard_assignment  which process reads which shards, also when the number of processes changes
@@ -40,7 +41,7 @@ Around them:
     reporting/  metrics, writers, progress, curves, summary
     export/     the Hugging Face model directory, model card, hub, mask filling
 
-Imports point one way: main > modes > train > startup > load > build > {reporting, export, evaluate, memory} > {run,
-data, models.hf, parallel} > steps > {models, masking, loss, optimizer, schedules} > {settings, hardware, errors}.
-import-linter checks this (pyproject.toml).
+Imports point one way: main > modes > train > startup > downstream > load > build > {reporting, export, evaluate,
+memory} > {run, data, models.hf, parallel} > steps > {models, masking, loss, optimizer, schedules} > {settings,
+hardware, errors}. import-linter checks this (pyproject.toml).
 """

@@ -1,22 +1,26 @@
-"""Loads trained models from a run's checkpoints or from an exported model directory.
+"""Loads trained models from a run's checkpoints, from an exported model directory, or published ones.
 
 Loading needs neither the run's devices nor its data, and does not disturb a run in progress.
 """
 
 import dataclasses
+import functools
 import json
 import os
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
+from absl import logging
 
 from mlm import build
 from mlm.data.tokenizer import Tokenizer, load_tokenizer
 from mlm.errors import UserError
 from mlm.models.config import EncoderConfig
-from mlm.models.hf import weights
+from mlm.models.encoder import MaskedLM
+from mlm.models.hf import pretrained, weights
 from mlm.run.workdir import WorkDir
 from mlm.settings import RunSettings
 
@@ -26,7 +30,7 @@ class LoadedModel:
     """A model on the host.
 
     Attributes:
-      steps: the checkpoints whose parameters are averaged, usually one; empty for an exported model.
+      steps: the checkpoints whose parameters are averaged, usually one; empty if unknown.
       params: float32 parameters, without a device axis.
       encoder: the encoder's config.
       tokenizer: the tokenizer.
@@ -38,6 +42,64 @@ class LoadedModel:
     encoder: EncoderConfig
     tokenizer: Tokenizer
     tokens_seen: int
+
+
+def load_any(
+    settings: RunSettings | None, workdir_path: str | None, *, model: str | None, step: int | None, needs_head: bool
+) -> LoadedModel:
+    """Loads the model of a run, or a published one.
+
+    Args:
+      settings: those of the run.
+      workdir_path: its work directory; None with `model`.
+      model: a model directory or a name on the hub.
+      step: the run's checkpoint; None for the model in `model/`.
+      needs_head: refuse a model without masked-language-model head.
+
+    Raises:
+      UserError: there is no such model, or it lacks a tokenizer or the head.
+    """
+    if model is not None:
+        return load_published(model, needs_head=needs_head)
+    assert settings is not None
+    assert workdir_path is not None
+    workdir = WorkDir(workdir_path)
+    if step is not None:
+        return load_checkpoint(settings, workdir, step=step)
+    workdir.fetch_weights()
+    loaded = load_model(workdir.model, display_path=os.path.join(workdir.display_path, "model"))
+    exported = workdir.exported_step()
+    return loaded if exported is None else dataclasses.replace(loaded, steps=(exported,))
+
+
+def load_published(name: str, *, needs_head: bool) -> LoadedModel:
+    """Loads a model directory of transformers or a model on the hub; a missing head gets random weights.
+
+    Raises:
+      UserError: it does not exist, is damaged, or lacks a tokenizer or the head.
+    """
+    published = pretrained.load_weights(name, cache_dir=None)
+    encoder, head_params = published.config, None
+    if published.vocabulary is None:
+        raise UserError(f"--model={name}: has no tokenizer; save its tokenizer in the same directory")
+    if not published.has_head:
+        if needs_head:
+            raise UserError(f"--model={name}: has no masked-language-model head; choose a model that has one")
+        head_params = jax.device_get(random_params(encoder, 0))
+    tokenizer = load_tokenizer(name)
+    if tokenizer.num_ids > encoder.vocab_size or tokenizer.pad_id != encoder.pad_token_id:
+        raise UserError(
+            f"--model={name}: its tokenizer has {tokenizer.num_ids} ids and pads with {tokenizer.pad_id}, its "
+            f"model has {encoder.vocab_size} and {encoder.pad_token_id}; use the model's own tokenizer"
+        )
+    logging.info("loaded %s, %s with %d layers", name, encoder.model_type, len(encoder.layers))
+    return LoadedModel((), weights.from_hf(published.tensors, encoder, head_params=head_params), encoder, tokenizer, 0)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def random_params(encoder: EncoderConfig, seed: int) -> Any:
+    """Returns the parameters of a model before training."""
+    return MaskedLM(encoder).init(jax.random.key(seed), jnp.ones((1, 2), jnp.int32))["params"]
 
 
 def load_checkpoint(settings: RunSettings, workdir: WorkDir, *, step: int | None, average: int = 1) -> LoadedModel:

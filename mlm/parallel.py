@@ -86,6 +86,16 @@ def replicate(tree: Any) -> Any:
     return jax.tree.map(replicate_leaf, tree)
 
 
+def copy_to_devices(tree: Any) -> Any:
+    """Copies host arrays to every local device, unstacked, for functions under `jax.jit`."""
+    return jax.device_put(tree, jax.NamedSharding(_local_sharding().mesh, jax.P()))
+
+
+def split_rows(tree: Any) -> Any:
+    """Splits the rows of host arrays over the local devices, unstacked, for functions under `jax.jit`."""
+    return jax.device_put(tree, _local_sharding())
+
+
 def first_replica(tree: Any) -> Any:
     """Fetches the copy of stacked arrays on the first local device to the host, unstacked."""
     return jax.tree.map(lambda leaf: leaf[0], jax.device_get(jax.tree.map(lambda leaf: leaf.addressable_data(0), tree)))

@@ -106,7 +106,7 @@ def test_requirements_list_what_the_code_imports():
     lines = (ROOT / "requirements.txt").read_text().splitlines()
     required = {re.split("[=<>]", line)[0] for line in lines if line and not line.startswith("#")}
     distributions = {"absl": "absl-py", "orbax": "orbax-checkpoint", "tensorflow": "tensorflow-cpu"}
-    distributions["google"] = "google-cloud-storage"
+    distributions |= {"google": "google-cloud-storage", "sklearn": "scikit-learn"}
     packages = {name.split(".")[0] for tree in TREES.values() for name in imports(tree)}
     # PyTorch is for those who have weights in its own format, and is asked for then.
     packages -= sys.stdlib_module_names | {"mlm", "configs", "torch"}

@@ -30,6 +30,8 @@ RUN = {"clu", "google", "orbax", "tensorstore"}
             for modules, packages in (
                 ("mlm.modes.fill_mask", MODEL | TEXT),
                 ("mlm.modes.export", MODEL | TEXT),
+                ("mlm.modes.probe", MODEL | TEXT),
+                ("mlm.downstream.probe", MODEL | TEXT | {"pandas", "scipy", "sklearn"}),
                 ("mlm.modes.show_data", MODEL | TEXT),
                 ("mlm.modes.check", MODEL | TEXT),
                 ("mlm.modes.train_tokenizer", MODEL | TEXT),

@@ -81,7 +81,7 @@ COMMAND_LINE = [
     ((QUICKSTART, "--config.seed=-1", "--workdir={world}/x"), "seed=-1: must lie between 0 and 2**32 - 1"),
     (
         (QUICKSTART, "--mode=trian", "--workdir={world}/x"),
-        "--mode=trian: must be one of train, check, explain, benchmark, train_tokenizer, show_data, export, fill_mask, report",
+        "--mode=trian: must be one of train, check, explain, benchmark, train_tokenizer, show_data, export, fill_mask, report, probe",
     ),
     ((QUICKSTART, "--workdir={world}/x", "--num_processes=0"), "--num_processes=0: 0 is not a positive integer"),
     ((QUICKSTART, "--mode=benchmark", "--steps=many"), "--steps=many: must be a whole number"),
@@ -142,6 +142,22 @@ COMMAND_LINE = [
     (
         ("--mode=export", "--workdir={world}/not_a_run"),
         "{world}/not_a_run/config.json: is damaged, or not the config of a run; restore it, or choose another --workdir",
+    ),
+    (
+        ("--mode=probe", "--workdir={world}/started"),
+        "--task: missing; --mode=probe needs it, such as --task=reviews.jsonl",
+    ),
+    (
+        ("--mode=probe", "--workdir={world}/started", "--model=roberta-base", "--task=a.csv"),
+        "--model=roberta-base: excludes --workdir and --step; give one of them",
+    ),
+    (
+        ("--mode=probe", "--task=a.csv"),
+        "--workdir: missing; name the run's directory, such as --workdir=runs/quickstart",
+    ),
+    (
+        ("--mode=probe", "--model={world}/models/ids_only", "--task={world}/a.csv"),
+        "--task={world}/a.csv: no such file; check the path",
     ),
 ]
 
@@ -708,6 +724,33 @@ CALLS = [
 
 # Errors of other tests: file -> message, with {} for values -> test.
 ELSEWHERE = {
+    "mlm/downstream/tasks.py": {
+        "{}: its development set contradicts its training set; choose one of {}": "tests/test_tasks.py::test_wrong_tasks_are_errors_of_one_line",
+        "{}: must be a file that ends in one of {}": "tests/test_tasks.py::test_wrong_tasks_are_errors_of_one_line",
+        "{}: is not UTF-8; convert it": "tests/test_tasks.py::test_wrong_files_are_errors_of_one_line",
+        "{}: cannot be read ({}); write it again": "tests/test_tasks.py::test_wrong_files_are_errors_of_one_line",
+        "{}: is empty; name a file with examples": "tests/test_tasks.py::test_wrong_files_are_errors_of_one_line",
+        "{}: line {} is not a JSON object; write one object per line": "tests/test_tasks.py::test_wrong_files_are_errors_of_one_line",
+        "{}: has no column {}, only {}; name the columns text (and text_b) and label, or tokens and tags": "tests/test_tasks.py::test_wrong_files_are_errors_of_one_line",
+        "{}: row {} of column {} is not text; remove the row, or write text": "tests/test_tasks.py::test_wrong_files_are_errors_of_one_line",
+        "{}: column {} has {} empty texts, the first in row {}; remove them": "tests/test_tasks.py::test_wrong_files_are_errors_of_one_line",
+        "{}: row {} is not a list of words in tokens and a list of as many labels in tags; correct or remove it": "tests/test_tasks.py::test_wrong_files_are_errors_of_one_line",
+        "{}: row {} of column {} has no value; remove or complete it": "tests/test_tasks.py::test_wrong_files_are_errors_of_one_line",
+        "{}: column {} has labels of the types {}; use one type, text or numbers": "tests/test_tasks.py::test_wrong_files_are_errors_of_one_line",
+        "{}: column {} has a value that is not finite; remove its row": "tests/test_tasks.py::test_wrong_files_are_errors_of_one_line",
+        "{}: has other columns or another type of labels than {}; make them equal": "tests/test_tasks.py::test_a_test_file_must_fit",
+        "{}: has {} examples; give at least 10": "tests/test_tasks.py::test_wrong_files_are_errors_of_one_line",
+        "{}: column {} has the single value {}; give examples of others": "tests/test_tasks.py::test_wrong_files_are_errors_of_one_line",
+        "{}: the label {} occurs once, and cannot be both learned and held out; add examples, or remove it": "tests/test_tasks.py::test_wrong_files_are_errors_of_one_line",
+        "{}: the label {} does not occur in {}; correct or remove it": "tests/test_tasks.py::test_a_test_file_must_fit",
+        "{}: unknown task; name a file, one of the GLUE tasks {}, or a dataset on the hub": "tests/test_tasks.py::test_wrong_tasks_are_errors_of_one_line",
+        "{}: unknown task ({}); name a file, one of the GLUE tasks {}, or a dataset on the hub": "tests/test_tasks.py::test_wrong_tasks_are_errors_of_one_line",
+        "{}: cannot be loaded from the hub ({}); check the name": "tests/test_tasks.py::test_wrong_tasks_are_errors_of_one_line",
+    },
+    "mlm/modes/probe.py": {
+        "--output={}: cannot be written there; name a file in a directory that exists": "tests/test_probe.py::test_outputs_that_are_refused",
+        "--output={}: is not a file of results; name another with --output": "tests/test_probe.py::test_outputs_that_are_refused",
+    },
     "main.py": {
         "--workdir: was given {} times; only --mode=report takes several runs": "tests/test_user_errors.py::test_command_line",
     },
@@ -785,6 +828,9 @@ ELSEWHERE = {
         "optimizer.max_skipped_steps={}: steps {} to {} were skipped, the last one with {}; print its sequences with --mode=show_data --step={}, then resume with a lower optimizer.learning_rate, more optimizer.warmup_steps, optimizer.max_grad_norm=1.0 or data.skip_steps": "tests/test_reporter.py::test_too_many_skipped_steps_in_a_row_end_the_run_also_after_a_restart",
     },
     "mlm/load.py": {
+        "--model={}: has no tokenizer; save its tokenizer in the same directory": "tests/test_probe.py::test_models_without_a_tokenizer_or_a_head",
+        "--model={}: has no masked-language-model head; choose a model that has one": "tests/test_probe.py::test_models_without_a_tokenizer_or_a_head",
+        "--model={}: its tokenizer has {} ids and pads with {}, its model has {} and {}; use the model's own tokenizer": "tests/test_probe.py::test_models_without_a_tokenizer_or_a_head",
         "--step={}: no such checkpoint; choose one of {}": "tests/test_load.py::test_export_errors",
         "--average={}: up to step {} there are only the checkpoints {}; lower it, or keep more with checkpoint.keep_checkpoints or checkpoint.keep_every_steps": "tests/test_load.py::test_export_errors",
         "--workdir={}: cannot read checkpoint {} ({}); choose another --step": "tests/test_load.py::test_export_errors",

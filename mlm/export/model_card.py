@@ -194,6 +194,18 @@ def metadata(card: Card, *, metrics: Mapping[str, float]) -> huggingface_hub.Mod
     )
 
 
+def add_results(path: str, results: Sequence[huggingface_hub.EvalResult]) -> None:
+    """Adds results to the model-index of a model card, in place of those of the same task and dataset."""
+    card = huggingface_hub.ModelCard.load(path)
+    replaced = {(result.task_name, result.dataset_name) for result in results}
+    kept = [old for old in card.data.eval_results or () if (old.task_name, old.dataset_name) not in replaced]
+    card.data.eval_results = [*kept, *results]
+    card.data.model_name = card.data.model_name or os.path.basename(os.path.dirname(os.path.abspath(path)))
+    partial = f"{path}.tmp"
+    card.save(partial)
+    os.replace(partial, path)
+
+
 def render_card(
     card: Card,
     *,

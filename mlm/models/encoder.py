@@ -170,7 +170,8 @@ class MaskedLM(nn.Module):
         *,
         token_types_BxL: jax.Array | None = None,
         deterministic: bool = True,
-    ) -> jax.Array:
+        return_layers: bool = False,
+    ) -> Any:
         """Returns the last hidden states [B, K, D] at `positions_BxK`, or [B, L, D] if that is None.
 
         The result at a position is the same either way. With `positions_BxK` the last layer computes only keys and
@@ -181,6 +182,8 @@ class MaskedLM(nn.Module):
           positions_BxK: int32 positions in the rows. A position past the row gives NaN.
           token_types_BxL: int32, all 0 if not given; ignored by families without token types.
           deterministic: False in training, which needs a "dropout" key.
+          return_layers: return the tuple that transformers calls `hidden_states`: the embeddings, then the states
+            after every layer; the last entry is what is returned otherwise.
 
         Raises:
           UserError: rows are longer than the model's positions.
@@ -203,7 +206,9 @@ class MaskedLM(nn.Module):
         apply_block = functools.partial(Block.__call__, deterministic=deterministic)
         if self.execution.remat == "full":
             apply_block = nn.remat(apply_block)
+        states = []
         for number, layer in enumerate(cfg.layers):
+            states.append(hidden)
             is_last = number == len(cfg.layers) - 1
             hidden = apply_block(
                 self.layer[layer.block],
@@ -212,7 +217,8 @@ class MaskedLM(nn.Module):
                 rotations[layer.rope_theta],
                 positions_BxK if is_last else None,
             )
-        return self.final_norm(hidden) if cfg.family.norm_first else hidden
+        hidden = self.final_norm(hidden) if cfg.family.norm_first else hidden
+        return (*states, hidden) if return_layers else hidden
 
     def _rotations(self, position_ids_BxL: jax.Array) -> dict[float | None, Rotation | None]:
         """Returns the rotary embedding for each `Layer.rope_theta`."""

@@ -1,6 +1,5 @@
 """--mode=fill_mask: prints the five most probable tokens for each mask of some sentences."""
 
-import os
 import sys
 from collections.abc import Iterable, Sequence
 
@@ -8,9 +7,8 @@ import jax
 
 from mlm.errors import UserError
 from mlm.export.fill_mask import fill_mask, format_predictions
-from mlm.load import load_checkpoint, load_model
+from mlm.load import load_any
 from mlm.models.encoder import MaskedLM
-from mlm.run.workdir import WorkDir
 from mlm.settings import RunSettings
 
 # Sentences of a file or a pipe that are predicted together.
@@ -29,12 +27,7 @@ def run(settings: RunSettings, workdir_path: str, *, arguments: Sequence[str], s
     Raises:
       UserError: the model does not exist, or a sentence has no mask or is too long.
     """
-    workdir = WorkDir(workdir_path)
-    if step is None:
-        workdir.fetch_weights()
-        loaded = load_model(workdir.model, display_path=os.path.join(workdir.display_path, "model"))
-    else:
-        loaded = load_checkpoint(settings, workdir, step=step)
+    loaded = load_any(settings, workdir_path, model=None, step=step, needs_head=True)
     model, params = MaskedLM(loaded.encoder), jax.device_put(loaded.params)
     is_empty = True
     for sentences in _batches(arguments, _lines()):

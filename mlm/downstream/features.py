@@ -1,0 +1,123 @@
+"""Features of an encoder that is not trained further: hidden states of every layer.
+
+Shapes: B rows, L tokens per row, W words per row, D hidden_size, N texts or words, S = layers + 1 states.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mlm import parallel
+from mlm.data.tokenizer import Tokenizer
+from mlm.downstream import tokens
+from mlm.load import LoadedModel
+from mlm.models.encoder import MaskedLM
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """N texts, or sentences of words, as token ids.
+
+    Attributes:
+      sequences: their tokens.
+      firsts: for sentences the positions of the first token of each word, as far as the model's length reaches.
+      kept: bool, for each text or word: it has features. Words past the model's length have none.
+    """
+
+    sequences: tokens.Sequences
+    firsts: Sequence[Sequence[int]] | None
+    kept: np.ndarray
+
+
+def encode_texts(
+    tokenizer: Tokenizer, texts: Sequence[str], pairs: Sequence[str] | None = None, *, max_length: int
+) -> Inputs:
+    """Encodes texts, or pairs of texts, cut to `max_length` tokens."""
+    inputs = list(texts) if pairs is None else list(zip(texts, pairs, strict=True))
+    return Inputs(tokens.encode(tokenizer, inputs, max_length=max_length), None, np.ones(len(texts), bool))
+
+
+def encode_words(tokenizer: Tokenizer, sentences: Sequence[Sequence[str]], *, max_length: int) -> Inputs:
+    """Encodes sentences of words, joined by blanks, cut to `max_length` tokens."""
+    sequences = tokens.encode(tokenizer, [" ".join(words) for words in sentences], max_length=max_length)
+    firsts, kept = [], []
+    for words, encoding in zip(sentences, sequences.encodings, strict=True):
+        firsts.append(_first_tokens(words, encoding.offsets))
+        kept += [True] * len(firsts[-1]) + [False] * (len(words) - len(firsts[-1]))
+    return Inputs(sequences, firsts, np.array(kept))
+
+
+def extract(loaded: LoadedModel, inputs: Inputs, *, label: str = "features") -> np.ndarray:
+    """Returns the hidden states of all layers, float32 [S, N, D]; the first are the embeddings.
+
+    Of a text the mean over its tokens, begin and end tokens too: the mean pooling of sentence-transformers. Of a word
+    that is kept, the state of its first token (Devlin et al. 2019, "BERT", section 5.3).
+
+    Args:
+      loaded: the model.
+      inputs: texts or words.
+      label: name of the progress bar.
+    """
+    states = _all_states(loaded, inputs.sequences, inputs.firsts, label=label)
+    return np.stack(states, axis=1) if inputs.firsts is None else np.concatenate(states, axis=1)
+
+
+def _first_tokens(words: Sequence[str], offsets: Sequence[tuple[int, int]]) -> list[int]:
+    """Returns the position of the first token of each word of " ".join(words), as far as the tokens reach."""
+    ends = np.array([end for _, end in offsets])
+    found, start = [], 0
+    for word in words:
+        # A token may begin with the blank before the word, or contain several words.
+        after = np.flatnonzero(ends > start)
+        if not len(after):
+            break
+        found.append(int(after[0]))
+        start += len(word) + 1
+    return found
+
+
+def _all_states(
+    loaded: LoadedModel, sequences: tokens.Sequences, firsts: Sequence[Sequence[int]] | None, *, label: str
+) -> list[np.ndarray]:
+    """Returns for each sequence its means [S, D], or with `firsts` its states at these positions [S, words, D]."""
+    model, pad_id = MaskedLM(loaded.encoder), loaded.tokenizer.pad_id
+    params = parallel.copy_to_devices(loaded.params)
+    found: list[Any] = [None] * len(sequences)
+    lengths = [len(ids) for ids in sequences.ids]
+    max_words = max(map(len, firsts)) if firsts else 0
+    with tokens.progress_bar(len(sequences), label) as bar:
+        for numbers, rows, length in tokens.batches(
+            lengths, max_length=loaded.encoder.max_seq_length, rows_multiple=jax.local_device_count()
+        ):
+            ids_BxL = tokens.padded((sequences.ids[n] for n in numbers), shape=(rows, length), value=pad_id)
+            types_BxL = tokens.padded((sequences.types[n] for n in numbers), shape=(rows, length), value=0)
+            words_BxW = None
+            if firsts is not None:
+                shape = (rows, min(max_words, length))
+                words_BxW = tokens.padded((firsts[n] for n in numbers), shape=shape, value=0)
+            batch = parallel.split_rows((ids_BxL, types_BxL, words_BxW))
+            states = np.asarray(_states(params, *batch, model=model), np.float32)
+            for row, number in enumerate(numbers):
+                found[number] = states[:, row] if firsts is None else states[:, row, : len(firsts[number])]
+            bar.update(len(numbers))
+    return found
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _states(
+    params: Any, ids_BxL: jax.Array, types_BxL: jax.Array, words_BxW: jax.Array | None, *, model: MaskedLM
+) -> jax.Array:
+    """Returns [S, B, D], or [S, B, W, D] with `words_BxW`."""
+    # Token types of models that have none, or one, are ignored.
+    types = types_BxL if model.config.type_vocab_size > 1 else None
+    states: Any = model.apply({"params": params}, ids_BxL, token_types_BxL=types, return_layers=True, method="encode")
+    if words_BxW is not None:
+        return jnp.stack([jnp.take_along_axis(state, words_BxW[..., None], axis=1) for state in states])
+    is_token = (ids_BxL != model.config.pad_token_id)[..., None]
+    counts = jnp.maximum(1, is_token.sum(axis=1))
+    return jnp.stack([jnp.where(is_token, state, 0).sum(axis=1) / counts for state in states])

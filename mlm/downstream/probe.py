@@ -1,0 +1,302 @@
+"""Linear probes: how much of a task's labels a linear model finds in frozen features, and in those of baselines.
+
+All rows of the table have the same splits and the same classifier, whose strength of regularization is cross-validated.
+The features of a model come from the layer that is best on a validation split. The only file that imports scikit-learn.
+"""
+
+import dataclasses
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import scipy.sparse
+import scipy.stats
+from sklearn import metrics
+from sklearn.feature_extraction import DictVectorizer
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.linear_model import LogisticRegression, RidgeCV
+from sklearn.model_selection import GridSearchCV, KFold, StratifiedKFold
+from sklearn.preprocessing import StandardScaler
+from threadpoolctl import threadpool_limits
+
+from mlm.downstream import tasks
+from mlm.downstream.features import encode_texts, encode_words, extract
+from mlm.downstream.tasks import Examples, Task
+from mlm.load import LoadedModel, random_params
+
+# Labels to learn from: more change little and take minutes (BabyLM cuts MNLI and QQP to 10,000, too).
+MAX_TRAIN = 10_000
+# Fraction of the training examples that choose the layer.
+_VALIDATION_FRACTION = 0.2
+_FOLDS = 3
+# Of standardized features; for the choice of the layer the middle one.
+_STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0)
+# TF-IDF vectors have norm 1, and features that are mostly zero.
+_SPARSE_STRENGTHS = (1.0, 10.0, 100.0, 1000.0)
+_RIDGE_STRENGTHS = tuple(10.0**power for power in range(-1, 6))
+
+
+def _correlation(function: Callable[..., Any]) -> Callable[[np.ndarray, np.ndarray], float]:
+    def score(labels: np.ndarray, predicted: np.ndarray) -> float:
+        # A constant prediction has no correlation; it counts as none.
+        return 0.0 if np.ptp(predicted) == 0 or np.ptp(labels) == 0 else float(function(labels, predicted).statistic)
+
+    return score
+
+
+def _f1(labels: np.ndarray, predicted: np.ndarray) -> float:
+    """GLUE's F1: of the second of two classes, "equivalent" or "duplicate"."""
+    positive = {"equivalent", "duplicate"} & set(labels.tolist())
+    label = positive.pop() if positive else np.unique(labels)[-1]
+    return float(metrics.f1_score(labels == label, predicted == label))
+
+
+# Wang et al. 2019, "GLUE", table 1, and the macro average of F1.
+METRICS: Mapping[str, Callable[[np.ndarray, np.ndarray], float]] = {
+    "accuracy": lambda labels, predicted: float(metrics.accuracy_score(labels, predicted)),
+    "macro_f1": lambda labels, predicted: float(metrics.f1_score(labels, predicted, average="macro", zero_division=0)),
+    "f1": _f1,
+    "matthews": lambda labels, predicted: float(metrics.matthews_corrcoef(labels, predicted)),
+    "pearson": _correlation(scipy.stats.pearsonr),
+    "spearman": _correlation(scipy.stats.spearmanr),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """The scores of one kind of features.
+
+    Attributes:
+      name: the features.
+      scores: metric -> one score per seed.
+      layers: the chosen layer per seed, 0 for the embeddings; empty for other features.
+    """
+
+    name: str
+    scores: Mapping[str, Sequence[float]]
+    layers: Sequence[int] = ()
+
+    def mean(self, metric: str) -> float:
+        """Returns the mean over seeds."""
+        return float(np.mean(self.scores[metric]))
+
+    def spread(self, metric: str) -> float:
+        """Returns the standard deviation over seeds (of the sample); 0 for one seed."""
+        scores = self.scores[metric]
+        return float(np.std(scores, ddof=1)) if len(scores) > 1 else 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class ProbeResult:
+    """The table of a task.
+
+    Attributes:
+      task: its name.
+      rows: the model, then the baselines.
+      train, test: number of labels to learn from and of those held out.
+      classes: number of classes; 0 for regression.
+      cut: number of texts longer than the model, which were cut.
+      max_length: the model's number of tokens.
+    """
+
+    task: str
+    rows: Sequence[Row]
+    train: int
+    test: int
+    classes: int
+    cut: int
+    max_length: int
+
+
+def probe(loaded: LoadedModel, task: Task, *, name: str, seeds: int) -> ProbeResult:
+    """Scores a model's features and the baselines on a task.
+
+    Args:
+      loaded: the model.
+      task: the task.
+      name: the model's name in the table.
+      seeds: number of splits; the model with random weights is another one for each.
+    """
+    limited = dataclasses.replace(task, train=_limited(task.train))
+    examples = limited.train if task.test is None else limited.train.joined(task.test)
+    max_length = loaded.encoder.max_seq_length
+    if examples.words is not None:
+        inputs = encode_words(loaded.tokenizer, examples.words, max_length=max_length)
+    else:
+        inputs = encode_texts(loaded.tokenizer, examples.texts, examples.pairs, max_length=max_length)
+    kept = inputs.kept
+    labels, groups = examples.labels[kept], examples.groups[kept]
+    splits = [_split(limited, examples, seed=seed) for seed in range(seeds)]
+    parts = [tuple(np.flatnonzero(np.isin(groups, rows)) for rows in split) for split in splits]
+    scorer = _Scorer(labels, task.metrics, is_regression=task.is_regression)
+    rows = [scorer.layers(name, [extract(loaded, inputs, label="model")] * seeds, parts)]
+    untrained = (
+        extract(_random_weights(loaded, seed), inputs, label=f"random weights, {seed + 1} of {seeds}")
+        for seed in range(seeds)
+    )
+    rows.append(scorer.layers("random weights", untrained, parts))
+    is_words = examples.words is not None
+    rows.append(
+        scorer.sparse("words and neighbours" if is_words else "TF-IDF", _sparse_features(examples, kept), parts)
+    )
+    rows.append(scorer.constant("mean" if task.is_regression else "majority class", parts))
+    fit, valid, test = parts[0]
+    return ProbeResult(
+        task=task.name,
+        rows=rows,
+        train=len(fit) + len(valid),
+        test=len(test),
+        classes=len(task.classes),
+        cut=inputs.sequences.cut,
+        max_length=max_length,
+    )
+
+
+def _limited(examples: Examples) -> Examples:
+    """Returns examples with at most MAX_TRAIN labels, drawn at random if there are more."""
+    if len(examples.labels) <= MAX_TRAIN:
+        return examples
+    rows = np.random.default_rng(0).permutation(len(examples))
+    counts = np.bincount(examples.groups)[rows]
+    return examples.select(rows[: max(1, np.searchsorted(np.cumsum(counts), MAX_TRAIN, side="right"))])
+
+
+def _split(task: Task, examples: Examples, *, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns the examples to fit, to choose the layer and to test."""
+    if task.test is None:
+        train, test = tasks.split_rows(task.train, fraction=tasks.TEST_FRACTION, seed=seed)
+    else:
+        train, test = np.arange(len(task.train)), np.arange(len(task.train), len(examples))
+    fit, valid = tasks.split_rows(task.train.select(train), fraction=_VALIDATION_FRACTION, seed=seed)
+    return train[fit], train[valid], test
+
+
+def _random_weights(loaded: LoadedModel, seed: int) -> LoadedModel:
+    """Returns the same model before any training."""
+    return dataclasses.replace(loaded, params=jax.device_get(random_params(loaded.encoder, seed)))
+
+
+def _sparse_features(examples: Examples, kept: np.ndarray) -> Callable[[np.ndarray], Any]:
+    """Returns a function that gives features of all labels that do not know the texts outside of `rows`."""
+    if examples.words is not None:
+        dicts = [
+            {"word": words[i].lower(), "before": (words[i - 1] if i else "").lower(), "end": words[i][-3:].lower()}
+            | {"after": (words[i + 1] if i + 1 < len(words) else "").lower()}
+            for words in examples.words
+            for i in range(len(words))
+        ]
+        dicts = [entry for entry, is_kept in zip(dicts, kept, strict=True) if is_kept]
+        return lambda rows: DictVectorizer().fit([dicts[row] for row in rows]).transform(dicts)
+
+    def of_texts(rows: np.ndarray) -> Any:
+        columns = [examples.texts] if examples.pairs is None else [examples.texts, examples.pairs]
+        parts = []
+        for texts in columns:
+            # Without a limit on characters, so that texts of signs only, or in scripts without blanks, have features.
+            vectorizer = TfidfVectorizer(sublinear_tf=True, token_pattern=r"\w+|[^\w\s]")
+            parts.append(vectorizer.fit([texts[row] for row in rows]).transform(texts))
+        return scipy.sparse.hstack(parts, format="csr")
+
+    return of_texts
+
+
+@dataclasses.dataclass(frozen=True)
+class _Scorer:
+    """Scores features of N labels on splits (fit, valid, test) of them."""
+
+    labels: np.ndarray
+    metrics: Sequence[str]
+    is_regression: bool
+
+    def layers(self, name: str, features_of_seeds: Any, parts: Sequence[tuple[np.ndarray, ...]]) -> Row:
+        """Returns the row of float32 [S, N, D] per seed; the layer is the best one on the validation split."""
+        layers, scores = [], []
+        for (fit, valid, test), features in zip(parts, features_of_seeds, strict=True):
+            of_layers = []
+            for state in features:
+                scaler = StandardScaler().fit(state[fit])
+                model = self._fit(scaler.transform(state[fit]), self.labels[fit], strengths=_STRENGTHS[2:3])
+                predicted = model.predict(scaler.transform(state[valid]))
+                of_layers.append(METRICS[self.metrics[0]](self.labels[valid], predicted))
+            layers.append(int(np.argmax(of_layers)))
+            train, state = np.concatenate([fit, valid]), features[layers[-1]]
+            scaler = StandardScaler().fit(state[train])
+            model = self._fit(scaler.transform(state[train]), self.labels[train], strengths=_STRENGTHS)
+            scores.append(self._scores(test, model.predict(scaler.transform(state[test]))))
+        return self._row(name, scores, layers)
+
+    def sparse(self, name: str, features: Callable[[np.ndarray], Any], parts: Sequence[tuple[np.ndarray, ...]]) -> Row:
+        """Returns the row of sparse features, given as a function of the labels to learn from."""
+        scores = []
+        for fit, valid, test in parts:
+            train = np.concatenate([fit, valid])
+            matrix = features(train)
+            model = self._fit(matrix[train], self.labels[train], strengths=_SPARSE_STRENGTHS)
+            scores.append(self._scores(test, model.predict(matrix[test])))
+        return self._row(name, scores)
+
+    def constant(self, name: str, parts: Sequence[tuple[np.ndarray, ...]]) -> Row:
+        """Returns the row of the most frequent label, or of the mean."""
+        scores = []
+        for fit, valid, test in parts:
+            known = self.labels[np.concatenate([fit, valid])]
+            classes, counts = np.unique(known, return_counts=True)
+            value = known.mean() if self.is_regression else classes[np.argmax(counts)]
+            scores.append(self._scores(test, np.full(len(test), value)))
+        return self._row(name, scores)
+
+    def _fit(self, features: Any, labels: np.ndarray, *, strengths: Sequence[float]) -> Any:
+        """Returns a fitted classifier or regression; several strengths are compared by cross-validation."""
+        if self.is_regression:
+            scale = 1.0 if isinstance(features, np.ndarray) else 1e-3
+            alphas = [alpha * scale for alpha in _RIDGE_STRENGTHS]
+            folds = KFold(_FOLDS, shuffle=True, random_state=0)
+            if isinstance(features, np.ndarray):
+                return RidgeCV(alphas).fit(features, labels)
+            return RidgeCV(alphas, cv=folds).fit(features, labels)
+        # With more features than examples a low loss is easily found, and a better optimum changes no prediction.
+        tolerance = 1e-3 if isinstance(features, np.ndarray) else 1e-2
+        model = LogisticRegression(C=strengths[0], max_iter=300, tol=tolerance)
+        # Fits of this size are several times slower with several threads, more so beside other programs.
+        with warnings.catch_warnings(), threadpool_limits(1):
+            # Classes with fewer examples than folds, and fits that have not converged fully, are usual.
+            warnings.simplefilter("ignore")
+            if len(strengths) == 1 or len(np.unique(labels)) < 2:
+                return model.fit(features, labels)
+            folds = StratifiedKFold(_FOLDS, shuffle=True, random_state=0)
+            if np.unique(labels, return_counts=True)[1].max() < _FOLDS:
+                folds = KFold(_FOLDS, shuffle=True, random_state=0)
+            return GridSearchCV(model, {"C": list(strengths)}, cv=folds, scoring="accuracy").fit(features, labels)
+
+    def _scores(self, rows: np.ndarray, predicted: np.ndarray) -> dict[str, float]:
+        return {name: METRICS[name](self.labels[rows], predicted) for name in self.metrics}
+
+    def _row(self, name: str, scores: Sequence[Mapping[str, float]], layers: Sequence[int] = ()) -> Row:
+        return Row(name, {metric: [of_seed[metric] for of_seed in scores] for metric in self.metrics}, layers)
+
+
+def format_result(result: ProbeResult) -> str:
+    """Returns the table as lines for a terminal: mean ± standard deviation, in percent."""
+    what = f"{result.classes} classes" if result.classes else "regression"
+    lines = [f"{result.task}: {what}, {result.train:,} labels to learn from, {result.test:,} held out"]
+    if result.cut:
+        lines[0] += f"; {result.cut:,} texts cut to {result.max_length} tokens"
+    names = list(result.rows[0].scores)
+    width = max(len(row.name) for row in result.rows)
+    lines.append(f"{'':{width}}" + "".join(f"{name:>17}" for name in names) + "   layer")
+    for row in result.rows:
+        cells = "".join(f"{100 * row.mean(name):10.1f} ± {100 * row.spread(name):4.1f}" for name in names)
+        layers = ", ".join(map(str, sorted(set(row.layers))))
+        lines.append(f"{row.name:{width}}{cells}   {layers}".rstrip())
+    return "\n".join(lines)
+
+
+def as_json(result: ProbeResult) -> dict[str, Any]:
+    """Returns the result with the scores of all seeds and their mean and spread."""
+    fields = dataclasses.asdict(result)
+    for fields_of_row, row in zip(fields["rows"], result.rows, strict=True):
+        fields_of_row["mean"] = {metric: row.mean(metric) for metric in row.scores}
+        fields_of_row["spread"] = {metric: row.spread(metric) for metric in row.scores}
+    return fields

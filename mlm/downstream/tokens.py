@@ -1,0 +1,92 @@
+"""Texts as token ids of limited length, and sequences of unequal length as batches of few shapes."""
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+import tokenizers
+from tqdm import tqdm
+
+from mlm.data.tokenizer import Tokenizer
+
+# Tokens in a batch: enough for full use of a CPU's cores, and little memory.
+_BATCH_TOKENS = 4096
+
+
+@dataclasses.dataclass(frozen=True)
+class Sequences:
+    """N sequences of token ids, with begin and end tokens.
+
+    Attributes:
+      ids: N lists.
+      types: N lists of token types: 1 for the second text of a pair.
+      encodings: N encodings of `tokenizers`, which also know words and offsets.
+      cut: number of sequences that were cut to the limit.
+    """
+
+    ids: list[list[int]]
+    types: list[list[int]]
+    encodings: list[tokenizers.Encoding]
+    cut: int
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+def encode(tokenizer: Tokenizer, texts: Sequence[str] | Sequence[tuple[str, str]], *, max_length: int) -> Sequences:
+    """Encodes texts, or pairs of texts in the tokenizer's form for pairs; longer ones are cut to `max_length` tokens.
+
+    Names of special tokens in a text are text, as in training. Of a pair, the longer text is cut.
+    """
+    backend = tokenizers.Tokenizer.from_str(tokenizer.hf.backend_tokenizer.to_str())
+    backend.encode_special_tokens = True
+    backend.no_padding()
+    backend.enable_truncation(max_length, strategy="longest_first")
+    encoded = backend.encode_batch(list(texts))
+    return Sequences(
+        ids=[encoding.ids for encoding in encoded],
+        types=[encoding.type_ids for encoding in encoded],
+        encodings=encoded,
+        cut=sum(bool(encoding.overflowing) for encoding in encoded),
+    )
+
+
+def batches(
+    lengths: Sequence[int], *, max_length: int, rows_multiple: int = 1
+) -> Iterator[tuple[np.ndarray, int, int]]:
+    """Yields (numbers of sequences, rows of the batch, length) for batches of sequences of similar length.
+
+    The lengths are those of `_rounded`, and each has one number of rows, so that few shapes are compiled.
+
+    Args:
+      lengths: number of tokens of each sequence.
+      max_length: the model's limit.
+      rows_multiple: divisor of the number of rows, the number of devices.
+    """
+    rounded = np.array([_rounded(length, max_length) for length in lengths], int)
+    for length in np.unique(rounded)[::-1].tolist():  # The longest first: an error for lack of memory comes at once.
+        rows = max(1, _BATCH_TOKENS // length // rows_multiple) * rows_multiple
+        numbers = np.flatnonzero(rounded == length)
+        for start in range(0, len(numbers), rows):
+            yield numbers[start : start + rows], rows, length
+
+
+def _rounded(length: int, max_length: int) -> int:
+    """Returns the next of 16, 32, 48, 64, 96, 128, 192, ...: at most a third is padding, from 32 tokens on."""
+    size = 16
+    while size < length:
+        size = size * 3 // 2 if size & (size - 1) == 0 and size > 16 else size * 4 // 3 if size > 16 else 32
+    return min(size, max_length)
+
+
+def padded(rows: Iterable[Sequence[int]], *, shape: tuple[int, int], value: int) -> np.ndarray:
+    """Returns int32 [shape]: the rows, then `value`."""
+    array = np.full(shape, value, np.int32)
+    for number, row in enumerate(rows):
+        array[number, : len(row)] = row
+    return array
+
+
+def progress_bar(total: int, label: str) -> tqdm:
+    """Returns a bar on stderr that disappears at the end; nothing is shown unless stderr is a terminal."""
+    return tqdm(total=total, desc=label, leave=False, disable=None)
