@@ -17,6 +17,7 @@ ADDED_KEYS: dict[str, Any] = {
     "max_hours": 0.0,
     "data.max_unknown_fraction": 1.0,
     "data.accept_changed_files": False,
+    "data.eval_rows": "first",
     "masking.strategy": "token",
     "masking.eval_strategy": "token",
     "masking.eval_mlm_probability": None,

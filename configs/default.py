@@ -49,8 +49,8 @@ def get_config() -> ConfigDict:
     # Text files (one document per line), JSON lines, CSV or parquet, plain or compressed, all of the same format: a
     # path, a glob, an http(s):// or gs:// URL of one file, or a list of these. Takes precedence over dataset_name.
     data.data_files = placeholder(object)
-    # Files to evaluate on, given like data_files. None: the first num_eval_samples sequences of the training text are
-    # held out instead.
+    # Files to evaluate on, given like data_files. None: num_eval_samples sequences of the training text are held out
+    # instead.
     data.eval_data_files = placeholder(object)
     # Several sources: a list of (name, weight) or (name, weight, {key: value}). The name is a dataset name, or any name
     # if the dict sets dataset_name or data_files; it appears in the metric eval/<name>/loss. The weight is the relative
@@ -74,6 +74,10 @@ def get_config() -> ConfigDict:
     # Sequences in the evaluation set, which are never trained on. 5,000 sequences of 128 tokens have 96,000 masked
     # tokens, enough to compare the losses of two runs.
     data.num_eval_samples = 5_000
+    # Documents of the evaluation set, and those that train a tokenizer. "spread": the first ones of up to 64 evenly
+    # spaced shards (files), because one file may have one topic only. "first": the first ones of the source, as in the
+    # reference script.
+    data.eval_rows = "spread"
     # Step ranges (first, last) whose batches are skipped, e.g. around a loss spike: step `first` then trains on the
     # batch that step last + 1 would have had. Step numbers are those of a run that skips nothing.
     data.skip_steps = ()
@@ -100,7 +104,7 @@ def get_config() -> ConfigDict:
 
     config.tokenizer = tokenizer = ConfigDict()
     # A hub name or a local directory. None: the tokenizer of model.model_name_or_path if that is set, otherwise one is
-    # trained on the first train_documents documents.
+    # trained on train_documents documents (see data.eval_rows).
     tokenizer.tokenizer_name = placeholder(str)
     # Must be True: slow tokenizers are not supported. The key exists because the reference script has the flag.
     tokenizer.use_fast_tokenizer = True
@@ -112,8 +116,7 @@ def get_config() -> ConfigDict:
     tokenizer.lowercase = False
     # Vocabulary size of a tokenizer trained here, including special tokens. 50,265 is that of RoBERTa.
     tokenizer.vocab_size = 50_265
-    # Documents to train a tokenizer on, from the beginning of the text. 100,000: more take longer to read and change
-    # little.
+    # Documents to train a tokenizer on. 100,000: more take longer to read and change little.
     tokenizer.train_documents = 100_000
     # Library that tokenizes: "gigatoken", "tokenizers", or "auto": gigatoken if it gives the same ids as tokenizers
     # (byte-level BPE), because it is more than ten times as fast.

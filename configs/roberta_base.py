@@ -35,6 +35,7 @@ def get_config() -> ConfigDict:
     config.data.packing = "concatenate"
     config.data.shuffle_buffer_size = 10_000
     config.data.num_eval_samples = 5_000
+    config.data.eval_rows = "first"
 
     # The tokenizer and the model config of an existing model, as in the reference command; weights are random. Both
     # also take a local directory. Without a network, set both to None: a tokenizer is trained, and the family's

@@ -30,6 +30,7 @@ Around them:
       shard_assignment  which process reads which shards, also when the number of processes changes
       reader        a process's shards as chunks of text, without those that failed
       mixture       batches of one source or several;  held_out  evaluation sequences
+      spread        the documents read before training, from shards in all parts of a source
       tokenizer     a column of strings -> ids and offsets;  train_tokenizer  BPE, WordPiece, Unigram
       packing       ids -> rows;  prefetch  a thread that makes batches;  synthetic  rows without text
       provenance    the documents of a batch

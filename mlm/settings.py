@@ -20,6 +20,8 @@ from mlm.models.families import FAMILIES, Family, PositionEmbedding
 
 # data.packing.
 PACKINGS = ("concatenate", "pad", "pad_lines", "isolate")
+# data.eval_rows.
+EVAL_ROWS = ("spread", "first")
 # Keys that an entry of data.mixture may set for its source only.
 MIXTURE_KEYS = ("dataset_name", "dataset_config_name", "data_files", "eval_data_files", "split", "text_column_name")
 # data.dataset_name of random ids, which need no text.
@@ -179,6 +181,7 @@ class DataSettings:
     packing: str
     shuffle_buffer_size: int
     num_eval_samples: int
+    eval_rows: str
     skip_steps: tuple[Any, ...]
     network_deadline_seconds: float
     network_timeout_seconds: float
@@ -206,6 +209,7 @@ class DataSettings:
                 "data.max_seq_length", self.max_seq_length, "must be at least 3: a begin token, text and an end token"
             )
         _check_choice("data.packing", self.packing, PACKINGS)
+        _check_choice("data.eval_rows", self.eval_rows, EVAL_ROWS)
         _check_minimums(
             self, "data.", shuffle_buffer_size=0, num_eval_samples=1, max_failed_shards=0, prefetch_batches=1
         )

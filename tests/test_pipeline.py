@@ -52,6 +52,28 @@ def test_a_mixture_holds_out_documents_of_each_source(mixed):
     assert {source for source, *_ in seen} == {"sentences", "numbers"}
 
 
+def test_evaluation_and_tokenizer_come_from_all_files_of_sorted_text(tmp_path, monkeypatch):
+    for n, topic in enumerate(("sea", "city", "field")):
+        (tmp_path / f"{n}.txt").write_text("".join(f"{topic} number {row}\n" for row in range(50)))
+    config = tiny_config(str(tmp_path / "*.txt"))
+    config.data.packing = "pad"
+    config.tokenizer.train_documents = 30
+    trained_on = []
+    monkeypatch.setattr(
+        "mlm.data.train_tokenizer.train_tokenizer", lambda texts, **options: trained_on.extend(texts) or options
+    )
+    for eval_rows, counts in {"spread": [10, 10, 10], "first": [30, 0, 0]}.items():
+        trained_on.clear()
+        config.data.eval_rows = eval_rows
+        settings = settings_of(config)
+        held_out = open_text(config).held_out.to_pylist()
+        sources = pipeline.open_sources(settings.data)
+        pipeline.open_tokenizer(settings, sources, saved_tokenizer=None, model_type="roberta")
+        for texts in (held_out, trained_on):
+            topics = [text.split()[0] for text in texts]
+            assert [topics.count(topic) for topic in ("sea", "city", "field")] == counts
+
+
 def test_the_shards_of_a_process_are_described(mixed):
     text = open_text(mixed)
     batches = text.batches(process_index=1, process_count=2, batch_rows=4)

@@ -155,6 +155,7 @@ WRONG = [
     ({"data.data_files": ("a.txt", 5)}, "data.data_files=('a.txt', 5): must be a string or a list of strings or None"),
     ({"data.max_seq_length": 2}, "data.max_seq_length=2: must be at least 3: a begin token, text and an end token"),
     ({"data.packing": "tight"}, "data.packing='tight': must be one of concatenate, pad, pad_lines, isolate"),
+    ({"data.eval_rows": "last"}, "data.eval_rows='last': must be one of spread, first"),
     ({"data.shuffle_buffer_size": -1}, "data.shuffle_buffer_size=-1: must not be negative"),
     ({"data.num_eval_samples": 0}, "data.num_eval_samples=0: must be at least 1"),
     ({"data.prefetch_batches": 0}, "data.prefetch_batches=0: must be at least 1"),

@@ -12,8 +12,10 @@ from absl import logging
 from mlm.data import synthetic
 from mlm.data.held_out import EvalSet, read_eval_set
 from mlm.data.mixture import BatchStream
+from mlm.data.packing import PackedChunk
 from mlm.data.sources.retry import RetryPolicy
 from mlm.data.sources.source import Source, open_source
+from mlm.data.spread import read_units
 from mlm.data.stream import RowStream
 from mlm.data.tokenizer import Tokenizer, load_tokenizer, without_word_starts
 from mlm.errors import UserError
@@ -34,8 +36,8 @@ class TextSource:
       name: for metrics and messages.
       weight: its part of the sequences, relative to the sum of all weights.
       train: the documents to train on.
-      eval: the documents whose first sequences are the evaluation set; the same object as `train` if there are no
-        separate files.
+      eval: the documents of which some are the evaluation set; the same object as `train` if there are no separate
+        files.
     """
 
     name: str
@@ -168,7 +170,7 @@ def retry_policy(data: DataSettings) -> RetryPolicy:
 def open_tokenizer(
     settings: RunSettings, text_sources: tuple[TextSource, ...], *, saved_tokenizer: str | None, model_type: str
 ) -> Tokenizer:
-    """Loads the tokenizer of a run, or trains one on the first documents if the settings name none.
+    """Loads the tokenizer of a run, or trains one on some documents if the settings name none.
 
     Args:
       settings: what to load or train.
@@ -191,6 +193,7 @@ def open_tokenizer(
     return train_tokenizer(
         options,
         text_sources,
+        eval_rows=settings.data.eval_rows,
         max_seq_length=length,
         model_type=model_type,
         marks_words=settings.masking.needs_words,
@@ -201,22 +204,28 @@ def train_tokenizer(
     options: TokenizerSettings,
     text_sources: tuple[TextSource, ...],
     *,
+    eval_rows: str,
     max_seq_length: int,
     model_type: str,
     marks_words: bool = False,
 ) -> Tokenizer:
-    """Trains a tokenizer for a model family on the first documents of the sources."""
+    """Trains a tokenizer for a model family on documents of the sources, see spread.py."""
     # Imported here: it imports transformers, which takes a second.
     from mlm.data.train_tokenizer import train_tokenizer as train_on_texts
 
     algorithm = resolve_algorithm(options.algorithm, model_type=model_type)
     names = ", ".join(source.train.name for source in text_sources)
     logging.info(
-        "training a %s tokenizer of %d entries on the first documents of %s", algorithm, options.vocab_size, names
+        "training a %s tokenizer of %d entries on %d documents of %s",
+        algorithm,
+        options.vocab_size,
+        options.train_documents,
+        names,
     )
     counts = _proportional_counts(options.train_documents, text_sources)
+    documents = functools.partial(_documents_for_tokenizer, eval_rows=eval_rows)
     return train_on_texts(
-        (text for source in text_sources for text in first_documents(source.train, counts[source.name])),
+        (text for source in text_sources for text in documents(source.train, counts[source.name])),
         vocab_size=options.vocab_size,
         max_seq_length=max_seq_length,
         algorithm=algorithm,
@@ -251,6 +260,7 @@ def open_text(
                 num_sequences=counts[source.name],
                 max_seq_length=data.max_seq_length,
                 packing=data.packing,
+                eval_rows=data.eval_rows,
                 allow_fewer=source.eval is not source.train,
             )
         )
@@ -312,6 +322,19 @@ def _proportional_counts(total: int, text_sources: tuple[TextSource, ...]) -> di
     ends = np.rint(total * np.cumsum(weights) / weights.sum()).astype(int)
     counts = np.maximum(np.diff(ends, prepend=0), 1)
     return {source.name: int(count) for source, count in zip(text_sources, counts, strict=True)}
+
+
+def _documents_for_tokenizer(source: Source, num_documents: int, *, eval_rows: str) -> Iterator[str]:
+    """Yields non-null documents to train a tokenizer on."""
+    for texts, _ in read_units(
+        source,
+        num_documents,
+        units_per_row=1,
+        eval_rows=eval_rows,
+        is_used=lambda texts: np.asarray(texts.is_valid()),
+        pack=lambda texts: PackedChunk(np.arange(len(texts)), np.arange(len(texts) + 1)),
+    ):
+        yield from texts.to_pylist()
 
 
 def first_documents(source: Source, num_documents: int) -> Iterator[str]:

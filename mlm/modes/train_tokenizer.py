@@ -11,7 +11,7 @@ from mlm.settings import RunSettings
 
 
 def run(settings: RunSettings, workdir: None, *, output: str) -> None:
-    """Trains the tokenizer of the settings on the first documents of their text and writes it to `output`.
+    """Trains the tokenizer of the settings on documents of their text and writes it to `output`.
 
     Args:
       settings: the settings of the run that will use the tokenizer.
@@ -27,6 +27,7 @@ def run(settings: RunSettings, workdir: None, *, output: str) -> None:
     tokenizer = pipeline.train_tokenizer(
         settings.tokenizer,
         pipeline.open_sources(settings.data),
+        eval_rows=settings.data.eval_rows,
         max_seq_length=settings.data.max_seq_length,
         model_type=copied.model_type if copied is not None else settings.model.model_type,
     )

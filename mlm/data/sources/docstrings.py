@@ -1,8 +1,8 @@
 """The built-in dataset: docstrings of the standard library and of the installed Python packages.
 
 It is tens of megabytes of English and needs no network. A shard is a package, or a part of a large one. Shards are
-sorted by a hash of their names: the first documents, which are held out for evaluation and train the tokenizer, then
-come from a mixture of packages and not from those whose names begin with "a".
+sorted by a hash of their names: the first documents then come from a mixture of packages and not from those whose names
+begin with "a".
 """
 
 import ast
@@ -81,8 +81,8 @@ def read_shard(shard: Shard) -> Iterator[pa.Array]:
         yield _read_file(path)
 
 
-# The first documents are read three times at the start of a run: to train the tokenizer, for the evaluation set and
-# for the first shuffle window.
+# Some documents are read three times at the start of a run: to train the tokenizer, for the evaluation set and for the
+# first shuffle window.
 @functools.lru_cache(maxsize=_CACHED_FILES)
 def _read_file(path: str) -> pa.Array:
     return pa.array(read_docstrings(path), pa.large_string())
