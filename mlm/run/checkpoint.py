@@ -273,9 +273,22 @@ class Checkpointer:
                 "version of the code that wrote it, or choose another --workdir"
             )
         with self._reading(step):
-            state = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(like))).state
+            fields = self._stored_fields(step, like)
+            restored = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(fields)))
+            state = restored.state if fields is like else dataclasses.replace(like, **restored.state)
             _compare_checksums(expected, checksums(state))
         return Restored(step=step, state=state, loop=content["loop"], streams=small.stream)
+
+    def _stored_fields(self, step: int, like: Any) -> Any:
+        """Returns `like`; or its fields by name if some are None and were not in the state when it was saved.
+
+        Orbax stores None as an entry of the tree, and compares the trees.
+        """
+        if not dataclasses.is_dataclass(like) or None not in vars(like).values():
+            return like
+        directory = epath.Path(self._storage.checkpoints) / str(step) / "state"
+        stored = ocp.PyTreeCheckpointHandler().metadata(directory).tree
+        return {name: value for name, value in vars(like).items() if value is not None or name in stored}
 
     def restore_params(self, step: int) -> tuple[Any, dict[str, Any]]:
         """Reads the parameters to evaluate of checkpoint `step`, as NumPy arrays, and what the loop has saved.
