@@ -155,7 +155,8 @@ def step_config() -> steps.StepConfig:
     options = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "type_vocab_size": 1, "vocab_size": 50}
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
     encoder = EncoderConfig(**options, **sizes, max_position_embeddings=18, pad_token_id=1)
-    optimizer = optimizer_settings(adam_epsilon=1e-3, weight_decay=0.01)
+    # Muon, whose work the devices of both processes share.
+    optimizer = optimizer_settings(name="muon", adam_learning_rate=0.01, adam_epsilon=1e-3, weight_decay=0.01)
     schedule = create_schedule(optimizer, num_train_steps=100)
     return steps.StepConfig(
         model=MaskedLM(encoder),
@@ -167,9 +168,10 @@ def step_config() -> steps.StepConfig:
             special_ids=(0, 1, 2, 3, 4),
             num_ids=50,
         ),
-        optimizer=create_optimizer(optimizer, schedule),
+        optimizer=create_optimizer(optimizer, schedule, axis_name=parallel.AXIS),
         schedule=schedule,
         seed=7,
+        ema_decay=0.9,
     )
 
 
