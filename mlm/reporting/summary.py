@@ -91,7 +91,9 @@ def print_next_steps(
         first_and_last = sorted({min(predictions), max(predictions)})
         print(compare_predictions({f"step {step:,}": predictions[step] for step in first_and_last}))
     longer = re.sub(r" --config\.num_train_steps[= ]\S+", "", command)
-    extend = f"\nResume     {longer} --config.num_train_steps={2 * num_train_steps}" if can_be_extended else ""
+    extend = "Longer     branch from a checkpoint before the decay of the learning rate: docs/resume.md"
+    if can_be_extended:
+        extend = f"Resume     {longer} --config.num_train_steps={2 * num_train_steps}"
     path = workdir.raw_path
     model = os.path.join(path, "model")
     download = workdir.storage.download_command("model")
@@ -99,7 +101,8 @@ def print_next_steps(
     print(f"""
 Model      {model}
 Curves     {os.path.join(model, "curves.png")}
-Look at    tensorboard --logdir {shlex.quote(path)}{extend}
+Look at    tensorboard --logdir {shlex.quote(path)}
+{extend}
 Use        from transformers import pipeline  # needs PyTorch: pip install torch{copied}
            pipeline("fill-mask", model={"model" if download else model!r})
 Or         python main.py --mode=fill_mask --workdir={shlex.quote(path)}
