@@ -226,11 +226,11 @@ def _restore(
         return parallel.replicate(initial_state()), None
     like = parallel.global_like(jax.eval_shape(initial_state))
     if parent is not None:
-        restored = parent.restore(like)
+        of_parent = parent.restore(like)
         if parent.mode == "restart":
-            return parallel.from_global(restart(restored.state)), None
-        components.stream.restore(restored.streams)
-        return parallel.from_global(restored.state), restored.loop
+            return parallel.from_global(restart(of_parent.state)), None
+        components.stream.restore(of_parent.streams)
+        return parallel.from_global(of_parent.state), of_parent.loop
     while (step := checkpointer.latest_step()) is not None:
         restored, problem = None, "another process cannot read it"
         try:
