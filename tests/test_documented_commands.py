@@ -69,6 +69,7 @@ CORPUS = " --config.data.data_files='corpus/*.jsonl'"
 RUN: dict[str, tuple[str, dict[str, str]]] = {
     "python main.py --mode=explain optimizer.learning_rate": ("", {}),
     "python main.py --mode=explain optimizer.warmup_steps": ("", {}),
+    "python main.py --mode=explain optimizer masking loss": ("", {}),
     "python main.py --mode=check --config=configs/quickstart.py --workdir=runs/mine": (SMALL, {}),
     "python main.py --config=configs/quickstart.py --workdir=runs/mine --config.data.data_files='corpus/*.jsonl'": (
         SMALL,
