@@ -33,8 +33,6 @@ def get_config(family: str = "modernbert") -> ConfigDict:
     # Attention across documents would see text that says nothing about a token.
     config.data.packing = "isolate"
     config.data.num_eval_samples = 1_024
-    # The shards of docstrings are in a random order, so the first ones are like all others.
-    config.data.eval_rows = "first"
 
     config.tokenizer.vocab_size = 2_048
     config.tokenizer.train_documents = 5_000
