@@ -15,11 +15,13 @@ key. Rerun the same command to resume after an interruption. Other modes:
     fill_mask       --workdir=DIR [--step=N] "A <mask>." ...          the five best tokens; or lines from standard input
     report          --workdir=DIR... [--output=FILE] [--reference=NAME]  the curves of runs as an HTML page
     probe           --workdir=DIR [--step=N] --task=FILE [--test=FILE]  linear classifiers on frozen features
+    score           --workdir=DIR [--step=N] [--output=FILE] FILE     pseudo-log-likelihoods, minimal pairs
+    embed           --workdir=DIR [--step=N] [--layer=N] --output=FILE FILE   vectors of texts
 
 show_data, export, fill_mask and report run on the CPU; set JAX_PLATFORMS=cuda or tpu to run fill_mask elsewhere.
-probe takes --model=DIR_OR_HUB_NAME instead of --workdir, too. Exit codes: 0 done; 2 an error that one line explains;
-75 stopped by a signal, checkpoint saved; 130 stopped at once; 141 stdout was closed (SIGPIPE); anything else is a
-failure. Examples:
+probe, score and embed take --model=DIR_OR_HUB_NAME instead of --workdir, too. Exit codes: 0 done; 2 an error that one
+line explains; 75 stopped by a signal, checkpoint saved; 130 stopped at once; 141 stdout was closed (SIGPIPE); anything
+else is a failure. Examples:
 
     python main.py --mode=check --config=configs/roberta_base.py --workdir=runs/base --topology=v3-8
     python main.py --config=configs/quickstart.py --workdir=runs/mine --config.data.data_files='corpus/*.jsonl'
@@ -118,6 +120,13 @@ MODES = {
         workdirs="model",
         required=(("task", "reviews.jsonl"),),
     ),
+    "score": Mode(options=("arguments", "model", "step", "output"), config="workdir", workdirs="model"),
+    "embed": Mode(
+        options=("arguments", "model", "step", "layer", "output"),
+        config="workdir",
+        workdirs="model",
+        required=(("output", "vectors.npy"),),
+    ),
 }
 
 FLAGS = flags.FLAGS
@@ -130,8 +139,10 @@ flags.DEFINE_bool("multihost", None, "train: run as one of several processes; au
 flags.DEFINE_string("coordinator_address", None, "multihost: HOST:PORT of process 0, if jax cannot find it")
 flags.DEFINE_integer("num_processes", None, "multihost: number of processes, if jax cannot find it", lower_bound=1)
 flags.DEFINE_integer("process_id", None, "multihost: number of this process, if jax cannot find it", lower_bound=0)
-flags.DEFINE_integer("step", None, "show_data: the step, from 1 on; export, fill_mask, probe: the checkpoint")
-flags.DEFINE_string("output", None, "export, train_tokenizer: the directory to write; report, probe: the file")
+flags.DEFINE_integer(
+    "step", None, "show_data: the step, from 1 on; export, fill_mask, probe, score, embed: the checkpoint"
+)
+flags.DEFINE_string("output", None, "export, train_tokenizer: the directory to write; others: the file")
 flags.DEFINE_string("reference", None, "report: a stored curve to compare with, such as quickstart")
 flags.DEFINE_integer("average", 1, "export: average this many checkpoints, the last of them --step", lower_bound=1)
 flags.DEFINE_string("dtype", None, "export: of the weights; the default is the config's export.dtype")
@@ -140,9 +151,10 @@ flags.DEFINE_integer("sequences", 4, "show_data: number of sequences to print", 
 flags.DEFINE_integer("process", 0, "show_data: the process whose sequences to print", lower_bound=0)
 flags.DEFINE_string("topology", None, "check: the machine the run is meant for, such as v3-8, v5e-16 or h100-8")
 flags.DEFINE_float("utilization", 0.4, "check: assumed fraction of the peak rate", lower_bound=1e-3, upper_bound=1)
-flags.DEFINE_string("model", None, "probe: a model directory or a name on the hub, instead of --workdir")
+flags.DEFINE_string("model", None, "probe, score, embed: a model directory or a name on the hub, instead of --workdir")
 flags.DEFINE_string("task", None, "probe: a file with text and label, a GLUE task, or a dataset on the hub")
 flags.DEFINE_string("test", None, "probe: a file with the examples to test on; default: a fifth of --task")
+flags.DEFINE_integer("layer", None, "embed: the layer, 0 for the embeddings; default: the last")
 flags.DEFINE_integer("seeds", 5, "probe: number of splits and of models with random weights", lower_bound=1)
 
 

@@ -80,6 +80,8 @@ RUN: dict[str, tuple[str, dict[str, str]]] = {
     "python main.py --mode=export --workdir=runs/mine --average=3": ("", {}),
     "python main.py --mode=fill_mask --workdir=runs/mine": ("", {}),
     "python main.py --mode=probe --workdir=runs/mine --task=": ("--seeds=1", {}),
+    "python main.py --mode=score --workdir=runs/mine pairs.jsonl": ("", {}),
+    "python main.py --mode=embed --workdir=runs/mine": ("", {}),
     "python main.py --mode=train_tokenizer --config=configs/quickstart.py --output=tokenizers/mine": (TOKENIZER, {}),
     "python main.py --config=configs/quickstart.py --workdir=runs/mine --config.data.data_files='corpus/*.txt'": (
         SMALL.replace(TOKENIZER, ""),
@@ -185,6 +187,8 @@ def test_the_commands_of_the_pages_work_one_after_the_other(tmp_path):
         (tmp_path / "corpus" / f"part-{part}.txt").write_text("\n".join(sentences(600, seed=1)[part::3]) + "\n")
     reviews = [{"text": text, "label": "river" in text} for text in sentences(60)]
     (tmp_path / "reviews.jsonl").write_text("\n".join(map(json.dumps, reviews)))
+    pairs = [{"good": text, "bad": text.replace("the", "cat")} for text in sentences(3)]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
     (tmp_path / "configs").symlink_to(REPO / "configs")
     env = {**os.environ, "XLA_FLAGS": fork_server.xla_flags(1)}
     outputs = {}

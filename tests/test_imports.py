@@ -31,6 +31,8 @@ RUN = {"clu", "google", "orbax", "tensorstore"}
                 ("mlm.modes.fill_mask", MODEL | TEXT),
                 ("mlm.modes.export", MODEL | TEXT),
                 ("mlm.modes.probe", MODEL | TEXT),
+                ("mlm.modes.score", MODEL | TEXT),
+                ("mlm.modes.embed", MODEL | TEXT),
                 ("mlm.downstream.probe", MODEL | TEXT | {"pandas", "scipy", "sklearn"}),
                 ("mlm.modes.show_data", MODEL | TEXT),
                 ("mlm.modes.check", MODEL | TEXT),

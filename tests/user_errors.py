@@ -81,7 +81,7 @@ COMMAND_LINE = [
     ((QUICKSTART, "--config.seed=-1", "--workdir={world}/x"), "seed=-1: must lie between 0 and 2**32 - 1"),
     (
         (QUICKSTART, "--mode=trian", "--workdir={world}/x"),
-        "--mode=trian: must be one of train, check, explain, benchmark, train_tokenizer, show_data, export, fill_mask, report, probe",
+        "--mode=trian: must be one of train, check, explain, benchmark, train_tokenizer, show_data, export, fill_mask, report, probe, score, embed",
     ),
     ((QUICKSTART, "--workdir={world}/x", "--num_processes=0"), "--num_processes=0: 0 is not a positive integer"),
     ((QUICKSTART, "--mode=benchmark", "--steps=many"), "--steps=many: must be a whole number"),
@@ -724,6 +724,16 @@ CALLS = [
 
 # Errors of other tests: file -> message, with {} for values -> test.
 ELSEWHERE = {
+    "mlm/modes/score.py": {
+        "{}: has no column text, and not the columns good and bad, only {}": "tests/test_score.py::test_wrong_files_and_outputs",
+        "--mode={}: needs one file, not {}; name it after the flags": "tests/test_score.py::test_wrong_files_and_outputs",
+        "--output={}: must end in {}": "tests/test_score.py::test_wrong_files_and_outputs",
+        "--output={}: cannot be written there; name a file in a directory that exists": "tests/test_score.py::test_wrong_files_and_outputs",
+    },
+    "mlm/modes/embed.py": {
+        "{}: has no column text, only {}; name the column text": "tests/test_score.py::test_wrong_files_and_outputs",
+        "--layer={}: the model has layers 1 to {}, and 0 for the embeddings; choose one": "tests/test_score.py::test_vectors_of_texts",
+    },
     "mlm/downstream/tasks.py": {
         "{}: its development set contradicts its training set; choose one of {}": "tests/test_tasks.py::test_wrong_tasks_are_errors_of_one_line",
         "{}: must be a file that ends in one of {}": "tests/test_tasks.py::test_wrong_tasks_are_errors_of_one_line",

@@ -1,0 +1,169 @@
+"""Scores of sentences by masking: pseudo-log-likelihood, pseudo-perplexity, minimal pairs.
+
+- PLL (Salazar et al. 2020, "Masked Language Model Scoring"): the sum over the tokens of log p(token | all others), each
+  token masked in turn. Begin and end tokens are given, not scored.
+- PLL-word-l2r (Kauf and Ivanova 2023, "A Better Way to Do Masked Language Model Scoring"): while a token is scored, the
+  later tokens of its word are masked, too; otherwise the rest of a long word gives its beginning away.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from mlm import parallel
+from mlm.downstream import tokens
+from mlm.load import LoadedModel
+from mlm.models.encoder import MaskedLM
+
+# Smaller differences of two scores, in nats, are rounding.
+_TIE = 1e-4
+
+
+@dataclasses.dataclass(frozen=True)
+class Scores:
+    """Scores of N sentences, in nats.
+
+    Attributes:
+      pll: float64 [N].
+      pll_word_l2r: float64 [N].
+      tokens: int [N], the number of scored tokens.
+      cut: number of sentences longer than the model, which were cut.
+    """
+
+    pll: np.ndarray
+    pll_word_l2r: np.ndarray
+    tokens: np.ndarray
+    cut: int
+
+    def perplexities(self) -> tuple[float, float]:
+        """Returns exp(-PLL / tokens) of all sentences together, with PLL and with PLL-word-l2r."""
+        count = max(1, self.tokens.sum())
+        return float(np.exp(-self.pll.sum() / count)), float(np.exp(-self.pll_word_l2r.sum() / count))
+
+
+def score(loaded: LoadedModel, texts: Sequence[str]) -> Scores:
+    """Scores sentences; the words are those of the tokenizer's pre-tokenizer.
+
+    Args:
+      loaded: a model with a masked-language-model head.
+      texts: N sentences.
+    """
+    sequences = tokens.encode(loaded.tokenizer, texts, max_length=loaded.encoder.max_seq_length)
+    rows = [
+        _Row(sentence, masked, in_pll, in_word_l2r)
+        for sentence, encoding in enumerate(sequences.encodings)
+        for masked, in_pll, in_word_l2r in _masks(encoding.word_ids)
+    ]
+    log_probs = _log_probs(loaded, sequences.ids, rows)
+    numbers = np.array([row.sentence for row in rows], int)
+
+    def sums(is_in: Sequence[bool]) -> np.ndarray:
+        return np.bincount(numbers, weights=np.where(is_in, log_probs, 0), minlength=len(texts))
+
+    in_pll, in_word_l2r = ([getattr(row, name) for row in rows] for name in ("in_pll", "in_word_l2r"))
+    counts = np.bincount(numbers, weights=in_pll, minlength=len(texts)).astype(int)
+    return Scores(sums(in_pll), sums(in_word_l2r), counts, sequences.cut)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Row:
+    """A sentence with the tokens `masked` masked, the first of which is scored, in one score or in both."""
+
+    sentence: int
+    masked: Sequence[int]
+    in_pll: bool
+    in_word_l2r: bool
+
+
+def _masks(word_ids: Sequence[int | None]) -> Iterator[tuple[list[int], bool, bool]]:
+    """Yields (masked positions, in PLL, in PLL-word-l2r): the same for the last token of a word."""
+    for position, word in enumerate(word_ids):
+        if word is None:
+            continue
+        later = [other for other in range(position + 1, len(word_ids)) if word_ids[other] == word]
+        yield [position], True, not later
+        if later:
+            yield [position, *later], False, True
+
+
+def _log_probs(loaded: LoadedModel, ids: Sequence[Sequence[int]], rows: Sequence[_Row]) -> np.ndarray:
+    """Returns float64 [rows]: the log-probability of the first masked token of each row."""
+    model, tokenizer = MaskedLM(loaded.encoder), loaded.tokenizer
+    params = parallel.copy_to_devices(loaded.params)
+    found = np.zeros(len(rows))
+    with tokens.progress_bar(len(rows), "masked copies") as bar:
+        for numbers, size, length in tokens.batches(
+            [len(ids[row.sentence]) for row in rows],
+            max_length=loaded.encoder.max_seq_length,
+            rows_multiple=jax.local_device_count(),
+        ):
+            batch = [rows[number] for number in numbers]
+            inputs_BxL = tokens.padded(
+                (ids[row.sentence] for row in batch), shape=(size, length), value=tokenizer.pad_id
+            )
+            positions_Bx1 = tokens.padded((row.masked[:1] for row in batch), shape=(size, 1), value=0)
+            labels_Bx1 = np.take_along_axis(inputs_BxL, positions_Bx1, axis=1)
+            for line, row in enumerate(batch):
+                inputs_BxL[line, list(row.masked)] = tokenizer.mask_id
+            arrays = parallel.split_rows((inputs_BxL, positions_Bx1, labels_Bx1))
+            found[numbers] = np.asarray(_first_log_probs(params, *arrays, model=model))[: len(numbers)]
+            bar.update(len(numbers))
+    return found
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _first_log_probs(
+    params: Any, inputs_BxL: jax.Array, positions_Bx1: jax.Array, labels_Bx1: jax.Array, *, model: MaskedLM
+) -> jax.Array:
+    logits_Bx1xV: Any = model.apply({"params": params}, inputs_BxL, positions_Bx1)
+    log_probs_Bx1xV = jax.nn.log_softmax(logits_Bx1xV)
+    return jax.numpy.take_along_axis(log_probs_Bx1xV, labels_Bx1[..., None], axis=-1)[:, 0, 0]
+
+
+@dataclasses.dataclass(frozen=True)
+class PairResult:
+    """Minimal pairs of a phenomenon: how often the good sentence has the higher score."""
+
+    phenomenon: str
+    pairs: int
+    pll_accuracy: float
+    pll_word_l2r_accuracy: float
+    ties: int
+
+
+def compare_pairs(good: Scores, bad: Scores, phenomena: Sequence[str]) -> list[PairResult]:
+    """Returns the accuracy per phenomenon, in alphabetical order, then that of all pairs.
+
+    A tie is wrong: a model that scores everything alike knows nothing (BLiMP, Warstadt et al. 2020, asks for a strictly
+    higher score). Ties are those of PLL.
+    """
+    pll, word_l2r = good.pll - bad.pll, good.pll_word_l2r - bad.pll_word_l2r
+
+    def result(name: str, is_in: np.ndarray) -> PairResult:
+        return PairResult(
+            phenomenon=name,
+            pairs=int(is_in.sum()),
+            pll_accuracy=float(np.mean(pll[is_in] > _TIE)),
+            pll_word_l2r_accuracy=float(np.mean(word_l2r[is_in] > _TIE)),
+            ties=int(np.sum(np.abs(pll[is_in]) <= _TIE)),
+        )
+
+    names = np.array(phenomena)
+    of_each = [result(str(name), names == name) for name in np.unique(names)]
+    return [*of_each, result("all pairs", np.ones(len(names), bool))]
+
+
+def format_pairs(results: Sequence[PairResult]) -> str:
+    """Returns the table as lines for a terminal, in percent."""
+    width = max(len(result.phenomenon) for result in results)
+    lines = [f"{'':{width}}   pairs     PLL   PLL-word-l2r   ties"]
+    lines += [
+        f"{result.phenomenon:{width}}{result.pairs:8,}{100 * result.pll_accuracy:8.1f}"
+        f"{100 * result.pll_word_l2r_accuracy:15.1f}{result.ties:7,}"
+        for result in results
+    ]
+    return "\n".join(lines)
