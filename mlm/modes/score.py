@@ -52,7 +52,7 @@ def run(
     parts = [_part(scores, slice(start, start + count)) for start in range(0, len(names) * count, count)]
     if is_pairs:
         phenomena = [str(name) for name in columns.get("phenomenon", ["all"] * count)]
-        results = compare_pairs(*parts, phenomena)
+        results = compare_pairs(parts[0], parts[1], phenomena)
         print(format_pairs(results if len(results) > 2 else results[-1:]))
     else:
         pll, word_l2r = scores.perplexities()
