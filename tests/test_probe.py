@@ -153,6 +153,21 @@ def test_a_probe_of_texts(model):
     assert again == result
 
 
+def test_the_baseline_of_words_learns_many_classes_of_rare_words():
+    draw = np.random.default_rng(0)
+    common = [f"word{i}" for i in range(400)]
+    labels = np.repeat(np.arange(10), 60)
+    texts = [
+        " ".join([*draw.choice(common, 60), *(f"topic{label}x{i}" for i in draw.integers(20, size=4))])
+        for label in labels
+    ]
+    examples = Examples(texts, labels)
+    scorer = probe._Scorer(labels, ("accuracy",), is_regression=False)
+    parts = [tuple(np.array_split(draw.permutation(600), 3))]
+    row = scorer.sparse("TF-IDF", probe._sparse_features(examples, np.ones(600, bool)), parts)
+    assert row.mean("accuracy") > 0.5
+
+
 def test_a_probe_of_words_pairs_numbers_and_a_test_file(model):
     rng = np.random.default_rng(0)
     sentences = [[["cat", "dog", "the", "sees"][i] for i in rng.integers(4, size=5)] for _ in range(40)]

