@@ -206,6 +206,7 @@ def test_the_commands_of_the_pages_work_one_after_the_other(tmp_path):
     printed = iter(outputs.values())
     assert "optimizer.learning_rate = 5e-05\n" in next(printed)
     assert "optimizer.warmup_steps = 0\n" in next(printed)
+    assert next(printed).startswith("masking.strategy = 'token'\n")
     assert next(printed).rstrip().endswith("ready")
     assert "step 6 of 6   evaluation: loss" in next(printed)
     assert "step 3: batch 3 of the data" in next(printed)

@@ -131,7 +131,7 @@ def test_a_run_resumes_on_fewer_and_on_more_processes(tmp_path):
 
     config = tiny_config(corpus)
     config.data.num_eval_samples = 5
-    assert WorkDir(workdir).last_topology() == (3, 3)
+    assert WorkDir(workdir).last_topology() == (3, 4)
     used = collections.Counter()
     for (step, process), batch in rows.items():
         data = show_data.replay(settings_of(config), workdir, step=step, process_index=process)

@@ -174,21 +174,20 @@ def test_a_step_with_a_loss_that_is_not_finite_is_skipped(bag_step, bag_state, u
 def test_one_bad_row_on_one_device_skips_the_step_on_all_devices_and_the_next_step_is_applied(
     make_step_config, bag_step, bag_state, train_step, uneven_rows, monkeypatch, broken
 ):
-    real = steps.masked_cross_entropy
+    real = steps.training_loss
 
-    def poisoned(logits, labels, label_weights):
-        sums = real(logits, labels, label_weights)
+    def poisoned(logits, labels, label_weights, **terms):
+        loss, sums = real(logits, labels, label_weights, **terms)
         bad = jnp.any((labels == 49) & (label_weights > 0))
         if broken == "loss":
-            return sums.replace(loss=jnp.where(bad, jnp.nan, sums.loss))
+            return loss, sums.replace(loss=jnp.where(bad, jnp.nan, sums.loss))
         # The square root has no derivative at 0.
-        harm = jnp.sqrt(jnp.where(bad, 0.0 * jnp.sum(logits), 1.0))
-        return sums.replace(loss=sums.loss + harm)
+        return loss + jnp.sqrt(jnp.where(bad, 0.0 * jnp.sum(logits), 1.0)), sums
 
     good, bad = np.where(uneven_rows == 49, 48, uneven_rows), uneven_rows.copy()
     bad[1] = 49  # On the first device.
     with monkeypatch.context() as patch:
-        patch.setattr(steps, "masked_cross_entropy", poisoned)
+        patch.setattr(steps, "training_loss", poisoned)
         step = train_step(make_step_config(masking={"mlm_probability": 0.3}))
         skipped, metrics = one_step(step, bag_state, bad)
         assert np.isfinite(metrics.sums.loss) == (broken == "gradient")

@@ -21,7 +21,6 @@ from mlm.data.sources.source import Source
 from mlm.data.tokenizer import Tokenizer
 from mlm.errors import UserError
 from mlm.hardware import Machine, find_device, parse_topology
-from mlm.init_from import open_parent
 from mlm.masking import mask_tokens
 from mlm.models.flops import flops_per_token
 from mlm.modes.show_data import decode_masked
@@ -103,7 +102,11 @@ def check(
     workdir, parent = None, None
     with findings.collect():
         workdir = WorkDir(workdir_path, key_changes=key_changes)
-        settings, parent = open_parent(workdir.resume(settings), workdir, key_changes=key_changes)
+        settings = workdir.resume(settings)
+        if settings.checkpoint.init_from:
+            from mlm.init_from import open_parent  # Imported here: it imports Orbax, which takes half a second.
+
+            settings, parent = open_parent(settings, workdir, key_changes=key_changes)
         workdir.storage.check_writable()
     with findings.collect():
         build.check_device(settings)
