@@ -18,18 +18,18 @@ from mlm.models.families import FAMILIES
 def get_config(family: str = "modernbert") -> ConfigDict:
     """Returns the configuration; `family` is what follows the colon in --config=configs/quickstart.py:roberta."""
     config = default.get_config()
-    config.num_train_steps = 2_600
+    config.num_train_steps = 1_700
     # Small batches: a model of this size learns more from many steps than from smooth gradients.
     config.per_device_train_batch_size = 32
     config.per_device_eval_batch_size = 64
     config.logging_steps = 50
-    config.eval_steps = 650
-    config.save_steps = 650
+    config.eval_steps = 425
+    config.save_steps = 425
 
     config.data.dataset_name = "docstrings"
     config.data.max_seq_length = 64
-    # All documents: those of one package must not fill a batch.
-    config.data.shuffle_buffer_size = 200_000
+    # Hundreds of packages: the documents of one must not fill a batch. More would take longer to read before step 1.
+    config.data.shuffle_buffer_size = 20_000
     # Attention across documents would see text that says nothing about a token.
     config.data.packing = "isolate"
     config.data.num_eval_samples = 1_024
