@@ -52,6 +52,7 @@ NEEDS = {
     "python main.py --config=configs/roberta_base.py --workdir=runs/roberta_base": "TPU",
     "python main.py --config=configs/default.py --workdir=runs/my_bert": "hub",
     "python benchmarks/cpu_step.py": "CPU cores",
+    "python benchmarks/recipe_sweep.py": "CPU cores",
     "python benchmarks/tpu_compile.py": "TPU",
     "python benchmarks/gpu_step.py": "NVIDIA",
 }
@@ -213,10 +214,13 @@ def test_the_commands_of_the_pages_work_one_after_the_other(tmp_path):
     assert "exported step 4 to" in next(printed)
     assert "exported steps 2 + 4 + 6 to" in next(printed)
     assert next(printed).count(" %") >= 10
+    assert "the scores of all seeds are in runs/mine/results.json" in next(printed)
+    assert "all pairs" in next(printed)
+    assert "vectors.npy" in next(printed)
     assert "a tokenizer of 300 entries is in tokenizers/mine" in next(printed)
     assert "tokenized by tokenizers/mine" in next(printed)
     assert "in tokenizers/albert; use it with" in next(printed)
-    assert "parameters of the modernbert encoder" in next(printed)
+    assert "parameters of the roberta encoder" in next(printed)
     assert "step 6 of 6   evaluation: loss" in next(printed)
     assert "the report of mine, b is in report.html" in next(printed)
     assert (tmp_path / "models" / "early" / "model.safetensors").exists()

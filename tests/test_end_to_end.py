@@ -136,6 +136,7 @@ def test_metrics_have_the_documented_names_at_the_configured_steps(finished):
     lines = {line["step"]: set(line) for line in read_metrics(str(finished / "metrics.jsonl"))}
     train = {"train/loss", "train/accuracy", "train/learning_rate", "train/grad_norm", "train/skipped_steps"}
     train |= {"data/epoch", "data/documents", "data/skipped_documents", "data/held_out_documents", "data/failed_shards"}
+    train |= {"data/tokenizer_differences"}
     train |= {f"data/{name}_fraction" for name in ("masked", "mask_replaced", "random_replaced")}
     train |= {"data/tokens", "perf/tokens_per_second", "perf/step_ms", "perf/input_wait_fraction", "perf/hours"}
     train |= {f"perf/{part}_ms" for part in ("input_wait", "transfer", "device", "host")}
