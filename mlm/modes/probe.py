@@ -12,6 +12,7 @@ from mlm.downstream.tasks import Task, open_task
 from mlm.errors import UserError
 from mlm.export.model_card import add_results
 from mlm.load import load_any
+from mlm.modes.score import check_directory
 from mlm.run.gcs import is_url
 from mlm.run.workdir import WorkDir
 from mlm.settings import RunSettings
@@ -80,9 +81,7 @@ def run(
 
 def _read_results(path: str) -> list[dict[str, Any]]:
     """Returns the results in a file; none if it does not exist."""
-    directory = os.path.dirname(os.path.abspath(path))
-    if os.path.isdir(path) or not os.path.isdir(directory):
-        raise UserError(f"--output={path}: cannot be written there; name a file in a directory that exists")
+    check_directory(path)
     if not os.path.exists(path):
         return []
     try:

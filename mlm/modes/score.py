@@ -90,5 +90,10 @@ def check_output(output: str | None, *, formats: Sequence[str] = (".jsonl",)) ->
         return
     if not output.endswith(tuple(formats)):
         raise UserError(f"--output={output}: must end in {' or '.join(formats)}")
+    check_directory(output)
+
+
+def check_directory(output: str) -> None:
+    """Raises UserError unless `output` can be a file in a directory that exists."""
     if os.path.isdir(output) or not os.path.isdir(os.path.dirname(os.path.abspath(output))):
         raise UserError(f"--output={output}: cannot be written there; name a file in a directory that exists")

@@ -10,7 +10,7 @@ _UNKNOWN_SECONDS_PER_HOUR = 18.0
 
 
 class TimeLimit:
-    """Tells when a run must save its last checkpoint so that it is complete before the limit.
+    """Decides when a run must save its last checkpoint so that it is complete before the limit.
 
     The margin is twice the time that the last save, the last evaluation with its export, and the last step took.
     """
