@@ -109,7 +109,9 @@ MODES = {
         required=(("step", "100"),),
         on_cpu=True,
     ),
-    "export": Mode(options=("step", "average", "output", "dtype"), config="workdir", on_cpu=True),
+    "export": Mode(
+        options=("step", "average", "output", "dtype", "sentence_transformers"), config="workdir", on_cpu=True
+    ),
     "fill_mask": Mode(options=("arguments", "step"), config="workdir", on_cpu="JAX_PLATFORMS" not in os.environ),
     "report": Mode(
         options=("defaults", "output", "reference", "key_changes"), config="none", workdirs="many", on_cpu=True
@@ -146,6 +148,7 @@ flags.DEFINE_string("output", None, "export, train_tokenizer: the directory to w
 flags.DEFINE_string("reference", None, "report: a stored curve to compare with, such as quickstart")
 flags.DEFINE_integer("average", 1, "export: average this many checkpoints, the last of them --step", lower_bound=1)
 flags.DEFINE_string("dtype", None, "export: of the weights; the default is the config's export.dtype")
+flags.DEFINE_bool("sentence_transformers", None, "export: add that library's files; default: as the config says")
 flags.DEFINE_integer("steps", 50, "benchmark: number of steps to time", lower_bound=1)
 flags.DEFINE_integer("sequences", 4, "show_data: number of sequences to print", lower_bound=1)
 flags.DEFINE_integer("process", 0, "show_data: the process whose sequences to print", lower_bound=0)

@@ -41,6 +41,7 @@ ADDED_KEYS: dict[str, Any] = {
     "optimizer.ema_decay": 0.0,
     "checkpoint.init_from": None,
     "checkpoint.init_mode": None,
+    "export.sentence_transformers": False,
 }
 # old key -> new key.
 RENAMED_KEYS: dict[str, str] = {}

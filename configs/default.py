@@ -313,6 +313,9 @@ def get_config() -> ConfigDict:
     config.export = export = ConfigDict()
     # Dtype of the weights in `model/`: "float32" (as trained), "bfloat16" or "float16" (half the size).
     export.dtype = "float32"
+    # True: add the files with which sentence-transformers loads `model/`; its vector of a text is the mean over its
+    # tokens. Off: only that library reads them.
+    export.sentence_transformers = False
 
     config.hub = hub = ConfigDict()
     # Upload `model/` and the TensorBoard files to the Hugging Face hub after every evaluation, in the background. Off:

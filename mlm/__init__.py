@@ -40,7 +40,7 @@ Around them:
       hf/           tensor names, weights, and loading published weights
     run/        workdir; storage, local or gcs; checkpoint (the only file that imports Orbax); signals, multihost
     reporting/  metrics, writers, progress, curves, summary
-    export/     the Hugging Face model directory, model card, hub, mask filling
+    export/     the Hugging Face model directory, its files for sentence-transformers, model card, hub, mask filling
 
 Imports point one way: main > modes > train > startup > downstream > load > build > {reporting, export, evaluate,
 memory} > {run, data, models.hf, parallel} > steps > {models, masking, loss, optimizer, schedules} > {settings,

@@ -130,6 +130,7 @@ MUTABLE_KEYS: tuple[str, ...] = (
     "checkpoint.keep_every_steps",
     # What is written beside the checkpoints, and where it is uploaded.
     "export.dtype",
+    "export.sentence_transformers",
     "hub.push_to_hub",
     "hub.hub_model_id",
     "hub.private",
@@ -570,9 +571,10 @@ class CheckpointSettings:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExportSettings:
-    """`export`: the weights in `model/`."""
+    """`export`: what is in `model/`."""
 
     dtype: str
+    sentence_transformers: bool
 
     def __post_init__(self):
         _convert_types(self, "export.")

@@ -195,6 +195,7 @@ def _export(run: Run, params: Any, step: int, metrics: dict[str, float]) -> list
         predictions=predictions,
         metrics_path=workdir.metrics,
         dtype=settings.export.dtype,
+        for_sentence_transformers=settings.export.sentence_transformers,
     )
     workdir.push()
     return predictions

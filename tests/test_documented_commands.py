@@ -32,6 +32,9 @@ TESTED = {
     "launch/tpu_vm.sh status": "tests/test_tpu_vm.py::test_status_logs_and_delete",
     "launch/tpu_vm.sh logs": "tests/test_tpu_vm.py::test_status_logs_and_delete",
     "launch/tpu_vm.sh delete": "tests/test_tpu_vm.py::test_status_logs_and_delete",
+    "python main.py --mode=export --workdir=runs/mine --sentence_transformers": (
+        "tests/test_load.py::test_files_for_sentence_transformers"
+    ),
     "launch/slurm.sh": "tests/test_slurm.py::test_a_job_is_submitted",
     "python main.py --config=... --workdir=/shared/run --multihost": (
         "tests/test_multihost.py::test_two_processes_make_the_steps_of_one_and_save_together_or_not_at_all"
@@ -44,6 +47,8 @@ TESTED = {
 NEEDS = {
     "pip install libtpu": "libtpu",
     "pip install torch": "PyTorch",
+    "pip download --no-deps": "PyPI",
+    "python main.py --mode=embed --model=gt/": "PyPI",
     'pip install -r requirements.txt "jax[cuda13]"': "CUDA",
     "hf ": "hub",
     "gcloud ": "Google",

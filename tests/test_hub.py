@@ -65,7 +65,8 @@ def export(workdir, *, step):
 
 
 def contents(workdir):
-    files = {path.name: path.read_bytes() for path in (workdir / "model").iterdir()}
+    model = workdir / "model"
+    files = {str(path.relative_to(model)): path.read_bytes() for path in model.rglob("*") if path.is_file()}
     return files | {f"runs/{path.name}": path.read_bytes() for path in workdir.glob("events.*")}
 
 
@@ -94,6 +95,8 @@ def test_uploaded_files_arrive_byte_for_byte(server, workdir):
     hub.push(step=1)
     wait_for(lambda: is_pushed(str(workdir), name="run", step=1))
     export(workdir, step=2)
+    (workdir / "model" / "1_Pooling").mkdir()  # As export.sentence_transformers does.
+    (workdir / "model" / "1_Pooling" / "config.json").write_text("{}")
     hub.finish(step=2)
     assert [message for message, _ in server.commits] == ["Step 1", "Step 2"]
     assert [files for _, files in server.commits] == [first, contents(workdir)]

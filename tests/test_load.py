@@ -22,7 +22,7 @@ from mlm.export import model_directory
 from mlm.export.fill_mask import fill_mask
 from mlm.export.model_card import build_card
 from mlm.models.encoder import MaskedLM
-from mlm.modes import export
+from mlm.modes import embed, export
 from mlm.modes import fill_mask as fill_mask_mode
 from mlm.run.workdir import WorkDir
 from mlm.train import train_and_evaluate
@@ -136,6 +136,35 @@ def test_weights_of_another_dtype(run, tmp_path, dtype, kind):
     # It can be loaded again.
     loaded = load.load_model(directory)
     assert {leaf.dtype for leaf in jax.tree.leaves(loaded.params)} == {np.dtype(np.float32)}
+
+
+def test_files_for_sentence_transformers(run, tmp_path):
+    """The pooling that the files describe gives the vectors of --mode=embed; docs/downstream.md has the library's."""
+    config, workdir, _ = run
+    directory = Path(
+        export.run(settings_of(config), str(workdir), sentence_transformers=True, output=str(tmp_path / "model"))
+    )
+    assert not Path(workdir, "model", "modules.json").exists()
+    modules = json.loads((directory / "modules.json").read_text())
+    assert [(module["path"], module["type"].rsplit(".", 1)[1]) for module in modules] == [
+        ("", "Transformer"),
+        ("1_Pooling", "Pooling"),
+    ]
+    pooling = json.loads((directory / "1_Pooling" / "config.json").read_text())
+    assert [name for name, value in pooling.items() if value is True] == ["pooling_mode_mean_tokens"]
+    limit = json.loads((directory / "sentence_bert_config.json").read_text())["max_seq_length"]
+    texts = ["the cat", "the dog sees the river " * 9]
+    (tmp_path / "texts.txt").write_text("\n".join(texts))
+    embed.run(
+        None, None, arguments=[str(tmp_path / "texts.txt")], model=str(directory), output=str(tmp_path / "vectors.npy")
+    )
+    loaded = load.load_model(str(directory))
+    assert pooling["word_embedding_dimension"] == loaded.encoder.hidden_size
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    for text, vector in zip(texts, np.load(tmp_path / "vectors.npy"), strict=True):
+        ids = tokenizer(text, truncation=True, max_length=limit)["input_ids"]
+        states = MaskedLM(loaded.encoder).apply({"params": loaded.params}, np.array([ids]), method="encode")
+        np.testing.assert_allclose(vector, np.mean(states[0], axis=0), atol=1e-6)
 
 
 def test_all_files_have_the_same_permissions(run):

@@ -438,7 +438,7 @@ WRONG = [
     ),
     (
         {"masking": {}, "profile": {}, "export": {}},
-        "masking.strategy, masking.mlm_probability, masking.mask_replace_prob, masking.random_replace_prob and 7 more: missing; let get_config() start from configs/default.py",
+        "masking.strategy, masking.mlm_probability, masking.mask_replace_prob, masking.random_replace_prob and 8 more: missing; let get_config() start from configs/default.py",
     ),
 ]
 

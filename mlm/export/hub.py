@@ -123,7 +123,10 @@ class Hub:
         model = shutil.copytree(
             os.path.join(self._workdir, "model"), os.path.join(directory, "model"), copy_function=_link_or_copy
         )
-        files = {name: os.path.join(model, name) for name in os.listdir(model)}
+        files: dict[str, str] = {}
+        for folder, _, names in os.walk(model):
+            paths = [os.path.join(folder, name) for name in names]
+            files |= {os.path.relpath(path, model): path for path in paths}
         for name in os.listdir(self._workdir):
             if name.startswith("events.out.tfevents"):
                 # Copied, because the run appends to it.

@@ -11,6 +11,7 @@ import numpy as np
 import safetensors.numpy
 
 from mlm.data.tokenizer import Tokenizer
+from mlm.export import sentence_transformers
 from mlm.export.fill_mask import MaskPrediction
 from mlm.export.model_card import Card, render_card
 from mlm.models.config import EncoderConfig
@@ -34,6 +35,7 @@ def export_model(
     predictions: Sequence[MaskPrediction],
     metrics_path: str,
     dtype: str = "float32",
+    for_sentence_transformers: bool = False,
 ) -> None:
     """Writes a model directory, replacing an existing one atomically.
 
@@ -52,6 +54,7 @@ def export_model(
       predictions: examples for the card.
       metrics_path: `metrics.jsonl`, for the curves.
       dtype: dtype of the weights, one of `settings.EXPORT_DTYPES`.
+      for_sentence_transformers: add the files that sentence-transformers needs.
 
     Raises:
       OSError: the disk is full or fails; the old model is unchanged.
@@ -75,6 +78,8 @@ def export_model(
     ids = {"cls_token_id": tokenizer.bos_id, "sep_token_id": tokenizer.eos_id}
     fields = config.to_hf() | config.to_hf_4() | ids | {"dtype": dtype, "torch_dtype": dtype}
     _write_json(os.path.join(partial, "config.json"), fields)
+    if for_sentence_transformers:
+        sentence_transformers.write_files(partial, config)
     draw_curves(metrics_path, os.path.join(partial, "curves.png"), title=f"{card.title}, {step:,} steps")
     with open(os.path.join(partial, "README.md"), "w", encoding="utf-8") as file:
         mask_token = tokenizer.hf.mask_token
@@ -83,8 +88,9 @@ def export_model(
     shutil.copymode(os.path.join(partial, "README.md"), os.path.join(partial, "model.safetensors"))
     state = {"global_step": step, "tokens_seen": card.tokens_seen, "hardware": card.hardware, **metrics}
     _write_json(os.path.join(partial, "trainer_state.json"), state)
-    for name in (*os.listdir(partial), "."):
-        sync(os.path.join(partial, name))
+    for folder, _, names in os.walk(partial):
+        for name in (*names, "."):
+            sync(os.path.join(folder, name))
 
     if os.path.exists(directory):
         os.rename(directory, old)

@@ -26,6 +26,7 @@ def run(
     average: int = 1,
     output: str | None = None,
     dtype: str | None = None,
+    sentence_transformers: bool | None = None,
 ) -> str:
     """Writes a checkpoint of a run as a Hugging Face model directory.
 
@@ -36,6 +37,7 @@ def run(
       average: number of checkpoints, the last of them `step`, whose parameters are averaged.
       output: the directory to write; None for the run's own `model/`.
       dtype: dtype of the weights; None for the run's export.dtype.
+      sentence_transformers: add the files of that library; None for the run's export.sentence_transformers.
 
     Returns:
       The directory.
@@ -44,6 +46,8 @@ def run(
       UserError: the checkpoint does not exist, or `output` is something else than a model directory.
     """
     dtype = dtype or settings.export.dtype
+    if sentence_transformers is None:
+        sentence_transformers = settings.export.sentence_transformers
     if dtype not in EXPORT_DTYPES:
         raise UserError(f"--dtype={dtype}: must be one of {', '.join(EXPORT_DTYPES)}")
     if output is not None and is_url(output):
@@ -87,6 +91,7 @@ def run(
             predictions=fill_mask(MaskedLM(loaded.encoder), loaded.params, loaded.tokenizer, settings.report.sentences),
             metrics_path=workdir.metrics,
             dtype=dtype,
+            for_sentence_transformers=sentence_transformers,
         )
         if output is None:
             workdir.push()
