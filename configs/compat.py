@@ -18,6 +18,8 @@ ADDED_KEYS: dict[str, Any] = {
     "data.max_unknown_fraction": 1.0,
     "data.accept_changed_files": False,
     "data.eval_rows": "first",
+    "data.shuffle_buffer_bytes": 64 << 20,
+    "data.interleave_shards": 1,
     "masking.strategy": "token",
     "masking.eval_strategy": "token",
     "masking.eval_mlm_probability": None,

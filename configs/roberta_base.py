@@ -34,6 +34,7 @@ def get_config() -> ConfigDict:
     config.data.max_seq_length = 128
     config.data.packing = "concatenate"
     config.data.shuffle_buffer_size = 10_000
+    config.data.interleave_shards = 1
     config.data.num_eval_samples = 5_000
     config.data.eval_rows = "first"
 

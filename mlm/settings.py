@@ -181,6 +181,8 @@ class DataSettings:
     max_seq_length: int
     packing: str
     shuffle_buffer_size: int
+    shuffle_buffer_bytes: int
+    interleave_shards: int
     num_eval_samples: int
     eval_rows: str
     skip_steps: tuple[Any, ...]
@@ -211,9 +213,8 @@ class DataSettings:
             )
         _check_choice("data.packing", self.packing, PACKINGS)
         _check_choice("data.eval_rows", self.eval_rows, EVAL_ROWS)
-        _check_minimums(
-            self, "data.", shuffle_buffer_size=0, num_eval_samples=1, max_failed_shards=0, prefetch_batches=1
-        )
+        minimums = {"shuffle_buffer_size": 0, "shuffle_buffer_bytes": 1, "interleave_shards": 1, "num_eval_samples": 1}
+        _check_minimums(self, "data.", **minimums, max_failed_shards=0, prefetch_batches=1)
         if not 0 <= self.max_unknown_fraction <= 1:
             raise _error("data.max_unknown_fraction", self.max_unknown_fraction, "must be between 0 and 1")
         _check_skip_steps(self.skip_steps)

@@ -61,14 +61,17 @@ def end_of(state, shard):
     return next((end for number, *_, end in state["slices"] or () if number == shard), None)
 
 
-@pytest.mark.parametrize(("process_count", "readers"), [(1, 1), (3, 1), (6, 2)])
-def test_a_failed_shard_is_skipped_for_the_rest_of_the_epoch(server, tiny_reads, monkeypatch, process_count, readers):
+@pytest.mark.parametrize(("process_count", "readers", "interleave"), [(1, 1, 1), (1, 1, 3), (3, 1, 2), (6, 2, 1)])
+def test_a_failed_shard_is_skipped_for_the_rest_of_the_epoch(
+    server, tiny_reads, monkeypatch, process_count, readers, interleave
+):
     """Resuming from any batch after it gives the same batches, although the network works again."""
     impatient, patient = serve_shards(server, retry_policy=SHORT_DEADLINE), serve_shards(server)
     fail_from(server, "0.txt", 17)
     runs = []
     for index in range(process_count):
-        rows = row_stream(impatient, process_index=index, process_count=process_count, batch_rows=1)
+        process = {"process_index": index, "process_count": process_count, "batch_rows": 1}
+        rows = row_stream(impatient, **process, interleave_shards=interleave)
         batches, used, states = [], [], [rows.state_dict()]
         while True:
             batches.append(next(rows).tolist())
@@ -82,6 +85,7 @@ def test_a_failed_shard_is_skipped_for_the_rest_of_the_epoch(server, tiny_reads,
     num_failed = 0
     for index, batches, used, states in runs:
         process = {"process_index": index, "process_count": process_count, "batch_rows": 1}
+        process["interleave_shards"] = interleave
         end = end_of(states[-1], 0)
         num_failed += end is not None
         assert end is None or 10 < end <= 17
@@ -97,8 +101,10 @@ def test_a_failed_shard_is_skipped_for_the_rest_of_the_epoch(server, tiny_reads,
     assert num_failed == readers
 
 
-def test_the_next_epoch_reads_the_complete_shard(server, tiny_reads):
-    rows = row_stream(serve_shards(server, retry_policy=SHORT_DEADLINE), batch_rows=1)
+@pytest.mark.parametrize("interleave", [1, 4])
+def test_the_next_epoch_reads_the_complete_shard(server, tiny_reads, interleave):
+    source = serve_shards(server, retry_policy=SHORT_DEADLINE)
+    rows = row_stream(source, batch_rows=1, interleave_shards=interleave)
     fail_from(server, "0.txt", 17)
     seen = {0: [], 1: []}
     while rows.epoch < 2:
@@ -112,14 +118,16 @@ def test_the_next_epoch_reads_the_complete_shard(server, tiny_reads):
     assert rows.counters["failed_shards"] == 1
 
 
-def test_skipped_rows_stay_skipped_on_another_number_of_processes(server, tiny_reads):
+@pytest.mark.parametrize("interleave", [1, 2])
+def test_skipped_rows_stay_skipped_on_another_number_of_processes(server, tiny_reads, interleave):
     """All other documents are used exactly once."""
+    options = {"batch_rows": 1, "interleave_shards": interleave}
     impatient, patient = serve_shards(server, retry_policy=SHORT_DEADLINE), serve_shards(server)
     broken = row_stream(patient, process_index=0, process_count=2).assignment()[0].shard
     fail_from(server, SHARDS[broken], 17)
     used, states, ends = [], [], []
     for index in range(2):
-        rows = row_stream(impatient, process_index=index, process_count=2, batch_rows=1)
+        rows = row_stream(impatient, process_index=index, process_count=2, **options)
         for _ in range(30):
             next(rows)
             used += rows.documents()
@@ -128,7 +136,7 @@ def test_skipped_rows_stay_skipped_on_another_number_of_processes(server, tiny_r
     server.heal()
     [end] = [end for end in ends if end is not None]
     for index in range(3):
-        rows = row_stream(patient, process_index=index, process_count=3, batch_rows=1)
+        rows = row_stream(patient, process_index=index, process_count=3, **options)
         rows.restore(states)
         while True:
             next(rows)
@@ -140,19 +148,20 @@ def test_skipped_rows_stay_skipped_on_another_number_of_processes(server, tiny_r
     assert sorted(locations) == sorted(expected)
 
 
-def test_a_partly_used_window_must_be_read_completely_on_resuming(server, tiny_reads):
+@pytest.mark.parametrize("interleave", [1, 4])
+def test_a_partly_used_window_must_be_read_completely_on_resuming(server, tiny_reads, interleave):
     source = serve_shards(server, retry_policy=SHORT_DEADLINE)
-    rows = row_stream(source)
+    rows = row_stream(source, interleave_shards=interleave)
     next(rows)
     state = rows.state_dict()
     for name in SHARDS:
         server.always[f"/{name}"] = 503
-    resumed = row_stream(source)
+    resumed = row_stream(source, interleave_shards=interleave)
     resumed.restore([state])
     with pytest.raises(UserError, match=r"^cannot resume the data stream: cannot read '.*txt' from row 0 on: .* 503"):
         next(resumed)
     server.heal()
-    resumed = row_stream(source)
+    resumed = row_stream(source, interleave_shards=interleave)
     resumed.restore([state])
     assert take(resumed, 30) == take(rows, 30)
 
@@ -179,12 +188,12 @@ def test_with_too_many_failed_shards_the_stream_ends_after_its_batches(server, t
     assert [batch.tokens.tolist() for batch in found[:first_failure]] == healthy[:first_failure]
 
 
-@pytest.mark.parametrize("count", [1, 4])
-def test_a_server_that_stops_answering_ends_the_stream(server, tiny_reads, count):
+@pytest.mark.parametrize(("count", "interleave"), [(1, 1), (4, 1), (4, 4)])
+def test_a_server_that_stops_answering_ends_the_stream(server, tiny_reads, count, interleave):
     serve_shards(server)
     names = SHARDS[:count]
     source = open_url(server, *names, retry_policy=SHORT_DEADLINE)
-    rows = row_stream(source, max_failed_shards=5)
+    rows = row_stream(source, max_failed_shards=5, interleave_shards=interleave)
     next(rows)
     for name in names:
         server.always[f"/{name}"] = 500

@@ -165,7 +165,7 @@ def test_a_mixture_of_other_sources_is_refused():
         mixture(weights={"a": 1, "b": 1, "c": 1}).restore([state])
 
 
-@pytest.mark.parametrize("found", [None, 0, 2])
+@pytest.mark.parametrize("found", [None, 0, 3])
 def test_a_state_of_another_format_version_is_refused(found):
     state = saved(one())
     if found is None:
@@ -190,7 +190,7 @@ def test_the_format_of_the_state():
     resumed.restore([saved(stream) for stream in streams])
     take(resumed, 1)
     assert saved(resumed) == {
-        "format_version": 1,
+        "format_version": 2,
         "batches": 5,
         "skipped_batches": [[4, 4]],
         "topology_history": [
@@ -204,16 +204,17 @@ def test_the_format_of_the_state():
                 "max_seq_length": 12,
                 "packing": "concatenate",
                 "shuffle_buffer_size": 7,
+                "shuffle_buffer_bytes": 1 << 26,
+                "interleave_shards": 1,
                 "num_shards": 3,
                 "process_index": 0,
                 "process_count": 1,
                 "epoch": 0,
                 "slices": [[1, 0, 0, 1, None]],
                 "window_subset": [0, 1],
-                "slice_index": 0,
-                "row": 0,
+                "window_start": [0, 0, []],
                 "window_index": 0,
-                "window_end": [1, 0],
+                "window_end": [1, 0, []],
                 "window_hash": "219e1d2f",
                 "document": 6,
                 "unit": 9,
@@ -228,6 +229,23 @@ def test_the_format_of_the_state():
             }
         },
     }
+
+
+def test_a_state_of_format_version_1_continues_in_the_same_order():
+    source = memory_source(split(words(40), 3))
+    for num_batches in range(12):
+        stream = one(source)
+        take(stream, num_batches)
+        state = saved(stream)
+        state["format_version"] = 1
+        position = state["streams"]["text"]
+        for name in ("shuffle_buffer_bytes", "interleave_shards"):
+            del position[name]
+        position["slice_index"], position["row"], _ = position.pop("window_start")
+        position["window_end"] = position["window_end"] and position["window_end"][:2]
+        resumed = one(source)
+        resumed.restore([state])
+        assert take(resumed, 8) == take(stream, 8)
 
 
 def test_documents_of_a_batch_are_those_of_its_rows():

@@ -72,12 +72,19 @@ def incomplete_epochs(streams):
 @pytest.mark.slow
 @pytest.mark.parametrize("counts", [(2, 1), (2, 4), (8, 3), (1, 8), (2, 4, 3), (8, 3, 8, 1)])
 @pytest.mark.parametrize("num_shards", [1, 4, 7, 16])
-@pytest.mark.parametrize("shuffle_buffer_size", [0, 7])
-def test_every_document_of_an_epoch_is_used_once_after_reassignments(counts, num_shards, shuffle_buffer_size):
+@pytest.mark.parametrize(("shuffle_buffer_size", "interleave_shards"), [(0, 1), (7, 1), (7, 3)])
+def test_every_document_of_an_epoch_is_used_once_after_reassignments(
+    counts, num_shards, shuffle_buffer_size, interleave_shards
+):
     corpus = [*words(160), None, " "]
     shards = split(corpus, num_shards)
     source = memory_source(shards)
-    options = {"shuffle_buffer_size": shuffle_buffer_size, "batch_rows": 1, "held_out": pa.array(corpus[:5])}
+    options = {
+        "shuffle_buffer_size": shuffle_buffer_size,
+        "interleave_shards": interleave_shards,
+        "batch_rows": 1,
+        "held_out": pa.array(corpus[:5]),
+    }
     expected = units(shards, corpus[:5])
     for first in (1, 6):
         used = collections.Counter()
@@ -105,15 +112,23 @@ TEXTS = st.one_of(st.none(), st.text(st.sampled_from("ab "), max_size=9))
     shards=st.lists(st.lists(TEXTS, max_size=14), min_size=1, max_size=6),
     array_rows=st.integers(1, 5),
     shuffle_buffer_size=st.integers(0, 9),
+    shuffle_buffer_bytes=st.sampled_from([15, 1 << 20]),
+    interleave_shards=st.integers(1, 4),
     batch_rows=st.integers(1, 2),
     runs=st.lists(st.tuples(st.integers(1, 5), st.integers(0, 5)), min_size=2, max_size=5),
 )
 def test_repeated_reassignments_after_any_batches_use_no_document_twice(
-    shards, array_rows, shuffle_buffer_size, batch_rows, runs
+    shards, array_rows, shuffle_buffer_size, shuffle_buffer_bytes, interleave_shards, batch_rows, runs
 ):
     """`runs` are (processes, batches). Epochs are complete, except those that a process far behind skips."""
     source = memory_source(shards, array_rows)
-    options = {"shuffle_buffer_size": shuffle_buffer_size, "batch_rows": batch_rows, "max_seq_length": 4}
+    options = {
+        "shuffle_buffer_size": shuffle_buffer_size,
+        "shuffle_buffer_bytes": shuffle_buffer_bytes,
+        "interleave_shards": interleave_shards,
+        "batch_rows": batch_rows,
+        "max_seq_length": 4,
+    }
     expected = units(shards)
     used, incomplete, streams = collections.Counter(), set(), processes(source, runs[0][0], **options)
     try:
@@ -227,7 +242,7 @@ def test_the_examples_of_the_module_docstring():
     assert shards(1, 2) == [(1, 0, 0, 1), (3, 0, 0, 1)]
     assert shards(5, 8) == [(1, 0, 1, 2)]
 
-    positions = [shard_assignment.Position(slice_index=0, row=row) for row in (7, 5)]
+    positions = [shard_assignment.Position(window_start=shard_assignment.Cursor(0, row)) for row in (7, 5)]
     position = shard_assignment.reassign(
         positions,
         process_index=0,

@@ -74,6 +74,13 @@ def test_every_format_is_read_from_every_row(tmp_path, extension, monkeypatch):
         assert read(source, start_row=start) == TEXTS[start:]
 
 
+def test_csv_rows_that_are_larger_than_a_block_are_read(tmp_path):
+    texts = [f"{n} " * (200_000 if n in (30, 61) else 9_000) for n in range(64)]
+    source = open_files(write(tmp_path / "a.csv", texts))
+    assert read(source) == texts
+    assert read(source, start_row=29) == texts[29:]
+
+
 def test_a_file_is_a_shard_and_globs_are_sorted(tmp_path):
     for name in ("b", "a", "c"):
         write(tmp_path / f"{name}.txt", [name])

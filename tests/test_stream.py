@@ -1,3 +1,4 @@
+import collections
 import dataclasses
 import json
 
@@ -10,7 +11,7 @@ import pytest
 from absl import logging
 
 from mlm.data import packing, reader, shard_assignment, stream
-from mlm.data.sources import docstrings
+from mlm.data.sources import docstrings, files
 from mlm.data.sources.source import Source, open_source
 from mlm.errors import UserError
 from mlm.settings import PACKINGS
@@ -135,10 +136,13 @@ def make_source(kind, folder, monkeypatch):
 def test_every_source_and_packing_resumes_after_every_batch(kind, how, tmp_path, monkeypatch):
     source = make_source(kind, tmp_path, monkeypatch)
     assert source.num_shards == 3
+    monkeypatch.setattr(files, "_BLOCK_BYTES", 40)
     row = {"concatenate": 12, "isolate": 12, "pad": 6, "pad_lines": 8}[how]
     held_out = pa.array([words(50)[5]])
     # Two rows of 6 to 12 tokens per batch: an epoch is 13 to 23 batches, a window 1 to 4.
-    assert_resumes_everywhere(source, 27, packing=how, max_seq_length=row, held_out=held_out)
+    for interleave in (1, 2):
+        options = {"packing": how, "max_seq_length": row, "held_out": held_out, "interleave_shards": interleave}
+        assert_resumes_everywhere(source, 27, **options)
 
 
 def test_lines_of_a_document_resume_in_its_middle():
@@ -146,20 +150,27 @@ def test_lines_of_a_document_resume_in_its_middle():
     assert_resumes_everywhere(memory_source(shards), 9, packing="pad_lines", batch_rows=3, max_seq_length=4)
 
 
-@pytest.mark.parametrize("process_count", [2, 5])
-def test_every_process_resumes(process_count):
+@pytest.mark.parametrize(("process_count", "interleave_shards"), [(2, 1), (2, 2), (5, 1)])
+def test_every_process_resumes(process_count, interleave_shards):
     source = memory_source(split(words(80), 4))
     for process in range(process_count):
-        kwargs = {"process_index": process, "process_count": process_count, "batch_rows": 1}
+        kwargs = {
+            "process_index": process,
+            "process_count": process_count,
+            "interleave_shards": interleave_shards,
+            "batch_rows": 1,
+        }
         assert_resumes_everywhere(source, 40, **kwargs)
 
 
 def test_the_state_is_small_and_holds_no_text():
-    rows = rows_of(memory_source([[f"document{n}" * 20 for n in range(500)]]), shuffle_buffer_size=400)
-    take(rows, 50)
-    state = json.dumps(rows.state_dict())
-    assert len(state) < 600
-    assert "document0" not in state
+    shards = split([f"document{n}" * 20 for n in range(500)], 16)
+    for interleave, max_characters in ((1, 700), (16, 1000)):
+        rows = rows_of(memory_source(shards), shuffle_buffer_size=400, interleave_shards=interleave)
+        take(rows, 50)
+        state = json.dumps(rows.state_dict())
+        assert len(state) < max_characters
+        assert "document0" not in state
 
 
 @pytest.mark.parametrize(
@@ -169,6 +180,8 @@ def test_the_state_is_small_and_holds_no_text():
         ({"max_seq_length": 13}, "max_seq_length=13, but the checkpoint was saved with 12"),
         ({"packing": "pad"}, "packing='pad', but the checkpoint was saved with 'concatenate'"),
         ({"shuffle_buffer_size": 8}, "shuffle_buffer_size=8, but the checkpoint was saved with 7"),
+        ({"shuffle_buffer_bytes": 8}, "shuffle_buffer_bytes=8, but the checkpoint was saved with 67108864"),
+        ({"interleave_shards": 2}, "interleave_shards=2, but the checkpoint was saved with 1"),
         ({"process_count": 2}, "process_count=2, but the checkpoint was saved with 1"),
     ],
 )
@@ -233,8 +246,8 @@ def test_batches_are_int32_and_contiguous():
 
 @pytest.mark.parametrize("num_shards", [1, 4, 7, 16])
 @pytest.mark.parametrize("process_count", [1, 2, 3, 8])
-@pytest.mark.parametrize("shuffle_buffer_size", [0, 10])
-def test_processes_divide_an_epoch_without_overlap(process_count, num_shards, shuffle_buffer_size):
+@pytest.mark.parametrize(("shuffle_buffer_size", "interleave_shards"), [(0, 1), (10, 1), (10, 3)])
+def test_processes_divide_an_epoch_without_overlap(process_count, num_shards, shuffle_buffer_size, interleave_shards):
     corpus = words(160)
     held_out = corpus[:6]
     source = memory_source(split([*corpus, None, " ", corpus[3]], num_shards))
@@ -243,6 +256,7 @@ def test_processes_divide_an_epoch_without_overlap(process_count, num_shards, sh
         found += epoch_documents(
             source,
             shuffle_buffer_size=shuffle_buffer_size,
+            interleave_shards=interleave_shards,
             held_out=pa.array(held_out),
             process_index=process,
             process_count=process_count,
@@ -277,6 +291,41 @@ def test_a_window_is_the_source_in_another_order():
     assert len({tuple(order) for order in orders}) == 6  # Every window has another.
     assert found != epoch_documents(source, shuffle_buffer_size=10, seed=2)
     assert found == epoch_documents(source, shuffle_buffer_size=10)
+
+
+def test_a_window_has_equal_parts_of_the_open_shards():
+    """The shards have 4 to 40 documents; one that ends is replaced by the next one."""
+    shards = [[f"{shard:x}{row:02}" for row in range(size)] for shard, size in enumerate([40, 4, 40, 40, 9, 40])]
+    found = epoch_documents(memory_source(shards), shuffle_buffer_size=12, interleave_shards=3)
+    assert sorted(found) == sorted(text for shard in shards for text in shard)
+    windows = [collections.Counter(text[0] for text in found[start : start + 12]) for start in range(0, 132, 12)]
+    assert all(len(window) >= 3 for window in windows[:9])
+    assert sum(sorted(window.values()) == [4, 4, 4] for window in windows) >= 5
+    # Documents of a shard come in order of the windows.
+    for shard in shards:
+        assert sorted(shard) == [
+            text for w in range(0, 173, 12) for text in sorted(set(shard) & set(found[w : w + 12]))
+        ]
+
+
+def test_large_documents_take_no_more_than_their_part_of_a_window():
+    """Of 60 bytes a shard of 30-byte texts gives 2 texts or fewer, and all shards move on."""
+    shards = [["a" * 30] * 20, ["b"] * 300, ["c" * 3] * 100, ["d"] * 300]
+    source = memory_source(shards, array_rows=7)
+    part = reader.Reader(source, [shard_assignment.ShardSlice(n) for n in range(4)], interleave_shards=4, max_bytes=60)
+    cursors, taken = [], []
+    while (texts := part.take(24)) is not None:
+        taken.append(collections.Counter(text[0] for text in texts.to_pylist()))
+        cursors.append(part.cursor)
+    assert sum(taken, collections.Counter()) == {"a": 20, "b": 300, "c": 100, "d": 300}
+    assert all(1 <= window["a"] <= 2 and len(window) == 4 for window in taken[:10])
+    # Reading again from any position gives the same.
+    for n, cursor in enumerate(cursors):
+        slices = [shard_assignment.ShardSlice(n) for n in range(4)]
+        again = reader.Reader(source, slices, cursor=cursor, interleave_shards=4, max_bytes=60)
+        rest = [collections.Counter(text[0] for text in again.take(24).to_pylist()) for _ in taken[n + 1 :]]
+        assert rest == taken[n + 1 :]
+        assert again.take(24) is None
 
 
 def test_every_epoch_has_its_own_order_of_windows_and_shards():
@@ -367,22 +416,24 @@ def test_backends_are_compared_on_documents_of_all_windows(monkeypatch):
 @pytest.mark.parametrize("how", PACKINGS)
 def test_rows_do_not_depend_on_the_sizes_of_arrays_and_chunks(how, monkeypatch):
     shards = split(words(70), 3)
-    expected = take(rows_of(memory_source(shards), packing=how), 30)
+    options = [{"packing": how, "interleave_shards": interleave} for interleave in (1, 2)]
+    expected = [take(rows_of(memory_source(shards), **option), 30) for option in options]
     monkeypatch.setattr(stream, "_CHUNK_BYTES", 1)
-    assert take(rows_of(memory_source(shards, array_rows=100), packing=how), 30) == expected
+    assert [take(rows_of(memory_source(shards, array_rows=100), **option), 30) for option in options] == expected
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["concatenate", "pad", "pad_lines"])
-def test_windows_of_large_documents_end_early(how, monkeypatch):
-    monkeypatch.setattr(reader, "_MAX_BYTES", 40)
+def test_windows_of_large_documents_end_early(how):
     corpus = [word * (30 if n % 4 == 0 else 1) for n, word in enumerate(words(40))]
-    for array_rows in (1, 100):
+    for array_rows, interleave in ((1, 1), (100, 2)):
         source = memory_source(split(corpus, 3), array_rows)
-        assert_resumes_everywhere(source, 130 if how in packing.CONCATENATING else 30, packing=how, batch_rows=3)
-        found = epoch_documents(source, max_seq_length=400)
+        num_batches = 130 if how in packing.CONCATENATING else 30
+        options = {"shuffle_buffer_bytes": 40, "interleave_shards": interleave}
+        assert_resumes_everywhere(source, num_batches, packing=how, batch_rows=3, **options)
+        found = epoch_documents(source, max_seq_length=400, **options)
         assert sorted(found) == sorted(corpus)
-    texts = reader.Reader(source, [shard_assignment.ShardSlice(shard) for shard in range(3)]).take(1000)
+    texts = reader.Reader(source, [shard_assignment.ShardSlice(n) for n in range(3)], max_bytes=40).take(1000)
     assert sum(map(len, texts.to_pylist()[:-1])) < 40
 
 
@@ -431,13 +482,24 @@ TEXTS = st.one_of(st.none(), st.text(st.sampled_from("ab \n"), max_size=12))
     array_rows=st.integers(1, 5),
     how=st.sampled_from(PACKINGS),
     shuffle_buffer_size=st.integers(0, 9),
+    shuffle_buffer_bytes=st.sampled_from([9, 1 << 20]),
+    interleave_shards=st.integers(1, 4),
     batch_rows=st.integers(1, 3),
     process_count=st.integers(1, 4),
     kills=st.lists(st.integers(0, 6), max_size=4),
     data=st.data(),
 )
 def test_restarts_after_any_batches_change_nothing(
-    shards, array_rows, how, shuffle_buffer_size, batch_rows, process_count, kills, data
+    shards,
+    array_rows,
+    how,
+    shuffle_buffer_size,
+    shuffle_buffer_bytes,
+    interleave_shards,
+    batch_rows,
+    process_count,
+    kills,
+    data,
 ):
     """`kills` are numbers of batches between restarts."""
     source = memory_source(shards, array_rows)
@@ -446,6 +508,8 @@ def test_restarts_after_any_batches_change_nothing(
         "packing": how,
         "max_seq_length": 4,
         "shuffle_buffer_size": shuffle_buffer_size,
+        "shuffle_buffer_bytes": shuffle_buffer_bytes,
+        "interleave_shards": interleave_shards,
         "batch_rows": batch_rows,
         "held_out": pa.array(["a", "ab"]),
         "process_index": data.draw(st.integers(0, process_count - 1)),

@@ -21,7 +21,7 @@ from mlm.data.synthetic import SyntheticRows
 from mlm.errors import UserError
 
 # Raised by every change of what `BatchStream.state_dict` returns.
-STREAM_FORMAT_VERSION = 1
+STREAM_FORMAT_VERSION = 2
 
 
 class Document(NamedTuple):
@@ -195,17 +195,35 @@ class BatchStream:
 def upgrade_state(state: Mapping[str, Any]) -> Mapping[str, Any]:
     """Returns a saved state in the format of this version of the code.
 
-    Fields of older formats are to be mapped here, from one version to the next.
+    Version 2 reads several shards at the same time.
 
     Raises:
         UserError: the format is not known.
     """
-    if (version := state.get("format_version", 0)) != STREAM_FORMAT_VERSION:
+    version = state.get("format_version", 0)
+    if version == 1:
+        streams = {name: _upgrade_position(position) for name, position in state["streams"].items()}
+        return {**state, "format_version": STREAM_FORMAT_VERSION, "streams": streams}
+    if version != STREAM_FORMAT_VERSION:
         raise UserError(
             f"data stream state: format_version={version} is not supported, this version of the code reads "
             f"{STREAM_FORMAT_VERSION}; use the version that wrote the checkpoint, or choose another --workdir"
         )
     return state
+
+
+def _upgrade_position(position: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Returns a source's position of format version 1, which read one shard at a time, in the format of version 2."""
+    if "slice_index" not in position:  # Of synthetic rows.
+        return position
+    rest = {name: value for name, value in position.items() if name not in ("slice_index", "row", "window_end")}
+    end = position["window_end"]
+    return rest | {
+        "shuffle_buffer_bytes": 64 << 20,
+        "interleave_shards": 1,
+        "window_start": [position["slice_index"], position["row"], []],
+        "window_end": end and [*end, []],
+    }
 
 
 def batch_of_step(step: int, skip_steps: Sequence[tuple[int, int]]) -> int:

@@ -278,6 +278,8 @@ def open_text(
             "max_seq_length": data.max_seq_length,
             "packing": data.packing,
             "shuffle_buffer_size": data.shuffle_buffer_size,
+            "shuffle_buffer_bytes": data.shuffle_buffer_bytes,
+            "interleave_shards": data.interleave_shards,
             "max_failed_shards": data.max_failed_shards,
             "accept_changed_files": data.accept_changed_files,
         },

@@ -57,6 +57,23 @@ class ShardSlice(NamedTuple):
     end: int | None = None
 
 
+class Cursor(NamedTuple):
+    """A position in the slices of a work item, of which several may be read at the same time.
+
+    Attributes:
+        slice_index, row: the first slice that is not open, and the row of its shard to start at.
+        open_slices: (slice_index, row) of the open slices, in the order in which they are read next; empty if one slice
+            is read at a time, because it can then be given as the first slice that is not open.
+    """
+
+    slice_index: int = 0
+    row: int = 0
+    open_slices: tuple[tuple[int, int], ...] = ()
+
+
+START = Cursor()
+
+
 class OpenWindow(NamedTuple):
     """A shuffle window some of whose documents are used.
 
@@ -88,10 +105,9 @@ class Position:
         epoch: of the current work item.
         slices: of the current work item; None for the epoch's initial assignment.
         window_subset: (offset, stride) of the documents to use if the work item is an open window, else None.
-        slice_index: index of the slice in which the current window starts.
-        row: row of that slice's shard at which the window starts.
+        window_start: where the current window starts.
         window_index: number of windows of the work item before this one; part of the seed of its permutation.
-        window_end: (slice_index, row) after the window, once it was read and its rows counted.
+        window_end: where it ends, once it was read and its rows counted.
         window_hash: hash of the window's documents, once it was read; None in states without it.
         document: index of the window's next document, in permuted order and without the skipped ones.
         unit: index of that document's next unit.
@@ -106,10 +122,9 @@ class Position:
     epoch: int = 0
     slices: tuple[ShardSlice, ...] | None = None
     window_subset: tuple[int, int] | None = None
-    slice_index: int = 0
-    row: int = 0
+    window_start: Cursor = START
     window_index: int = 0
-    window_end: tuple[int, int] | None = None
+    window_end: Cursor | None = None
     window_hash: str | None = None
     document: int = 0
     unit: int = 0
@@ -130,8 +145,9 @@ class Position:
     def from_json(cls, state: Mapping[str, Any]) -> "Position":
         """Returns the position in `state`, which may have other keys, too."""
         fields = {field.name: state[field.name] for field in dataclasses.fields(cls) if field.name in state}
-        for name in ("window_subset", "window_end"):
-            fields[name] = fields[name] and tuple(fields[name])
+        fields["window_subset"] = fields["window_subset"] and tuple(fields["window_subset"])
+        for name in ("window_start", "window_end"):
+            fields[name] = fields[name] and _cursor_from_json(fields[name])
         if fields["slices"] is not None:
             fields["slices"] = _slices_from_json(fields["slices"])
         fields["work_items"] = tuple(
@@ -162,10 +178,15 @@ class Position:
             document=window.document,
             unit=window.unit,
             # Marks the rows of the window as counted. The value does not matter: nothing is read after an open window.
-            window_end=(len(slices), 0),
+            window_end=Cursor(len(slices)),
             window_hash=window.hash,
             documents_before_window=self.documents_before_window - window.document - (window.unit > 0),
         )
+
+
+def _cursor_from_json(numbers: Sequence[Any]) -> Cursor:
+    slice_index, row, open_slices = numbers
+    return Cursor(slice_index, row, tuple((index, open_row) for index, open_row in open_slices))
 
 
 def _slices_from_json(slices: Sequence[Sequence[int]]) -> tuple[ShardSlice, ...]:
@@ -266,20 +287,24 @@ def _group(count: int, *, process_index: int, process_count: int) -> tuple[int, 
 def _remaining_items(position: Position, slices: tuple[ShardSlice, ...]) -> list[WorkItem]:
     """Returns what a process had left to read before its next epoch; `slices` are those of its current work item."""
     items = []
-    start, row = position.slice_index, position.row
+    rest_start = position.window_start
     if position.window_end is not None:
-        end, end_row = position.window_end
         subset = position.window_subset or (0, 1)
         window = OpenWindow(position.window_index, position.document, position.unit, *subset, hash=position.window_hash)
-        of_window = _slices_from(slices, start, row)[: end - start + (end_row > 0)]
-        items.append(WorkItem(position.epoch, of_window, window))
-        start, row = end, end_row
+        # Those that were open or opened: read from the start of these, the window is the same.
+        start, end = position.window_start, position.window_end
+        num_opened = len(start.open_slices) + end.slice_index - start.slice_index + (end.row > 0)
+        items.append(WorkItem(position.epoch, _slices_from(slices, start)[:num_opened], window))
+        rest_start = end
     if position.window_subset is None:
-        items.append(WorkItem(position.epoch, _slices_from(slices, start, row)))
+        items.append(WorkItem(position.epoch, _slices_from(slices, rest_start)))
     return [*items, *position.work_items]
 
 
-def _slices_from(slices: tuple[ShardSlice, ...], index: int, row: int) -> tuple[ShardSlice, ...]:
-    """Returns the slices from `index` on, the first of them from `row` on."""
-    rest = slices[index:]
-    return rest and (rest[0]._replace(start=max(rest[0].start, row)), *rest[1:])
+def _slices_from(slices: tuple[ShardSlice, ...], cursor: Cursor) -> tuple[ShardSlice, ...]:
+    """Returns what is left of the slices from a position on, the open ones first."""
+    starts = [*cursor.open_slices, (cursor.slice_index, cursor.row)]
+    begun = [
+        slices[index]._replace(start=max(slices[index].start, row)) for index, row in starts if index < len(slices)
+    ]
+    return (*begun, *slices[cursor.slice_index + 1 :])

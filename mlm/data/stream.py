@@ -1,9 +1,10 @@
 """The endless stream of rows of one source: shuffle windows, held-out documents, exact resume.
 
-A window is the next `shuffle_buffer_size` documents in the epoch's order of shards, permuted by a seed made of
-(seed, epoch, window). So a position in the stream is a few numbers: where the window starts, how many of its documents
-are used, and how many tokens of the next document. To resume, the window is read and permuted again, that document is
-tokenized again, and its first tokens are skipped. No text and no token is ever saved.
+A window is the next `shuffle_buffer_size` documents of `interleave_shards` shards, in the epoch's order of shards (see
+reader.py), permuted by a seed made of (seed, epoch, window). So a position in the stream is a few numbers: where the
+window starts in each of its shards, how many of its documents are used, and how many tokens of the next document. To
+resume, the window is read and permuted again, that document is tokenized again, and its first tokens are skipped. No
+text and no token is ever saved.
 
 All processes stop together because no stream ends: a process that has used all documents assigned to it starts its next
 epoch, whatever the others do. So every process has a batch for every step, and none waits in a collective for one that
@@ -25,7 +26,7 @@ from absl import logging
 from mlm.data import packing as packing_lib
 from mlm.data import provenance
 from mlm.data import reader as reader_lib
-from mlm.data.shard_assignment import Position, ShardSlice, assign_shards, reassign
+from mlm.data.shard_assignment import Cursor, Position, ShardSlice, assign_shards, reassign
 from mlm.data.sources.source import Source
 from mlm.data.tokenizer import Tokenizer
 from mlm.errors import UserError
@@ -56,14 +57,14 @@ class _Window:
         order: int64 [N], indices into `texts` of the documents to use, permuted.
         byte_ends: int64 [N], bytes of the documents in `order` up to and including each.
         locations: int64 [N, 2], (shard, row) of the documents in `order`.
-        end: the reader's (slice_index, row) after the window.
+        end: the reader's position after the window.
     """
 
     texts: pa.LargeStringArray
     order: np.ndarray
     byte_ends: np.ndarray
     locations: np.ndarray
-    end: tuple[int, int]
+    end: Cursor
 
 
 class RowStream:
@@ -78,7 +79,9 @@ class RowStream:
         seed: of the shard order and of the window permutations.
         max_seq_length: tokens per row.
         packing: one of settings.PACKINGS.
-        shuffle_buffer_size: documents per window; 0 or 1 for the source's own order.
+        shuffle_buffer_size: documents per window; 0 or 1 for the source's own order, without the next two.
+        shuffle_buffer_bytes: a window ends early with the document that reaches so many bytes.
+        interleave_shards: shards of which the documents of a window come at the same time.
         batch_rows: rows that `next` returns.
         held_out: texts dropped wherever they occur.
         process_index, process_count: of the processes that divide the source.
@@ -99,6 +102,8 @@ class RowStream:
         packing: str,
         shuffle_buffer_size: int,
         batch_rows: int,
+        shuffle_buffer_bytes: int = 64 << 20,
+        interleave_shards: int = 1,
         held_out: pa.Array | None = None,
         process_index: int = 0,
         process_count: int = 1,
@@ -115,6 +120,8 @@ class RowStream:
         self._packing = packing
         self._shuffle_buffer_size = shuffle_buffer_size
         self._is_shuffled = shuffle_buffer_size > 1
+        self._shuffle_buffer_bytes = shuffle_buffer_bytes
+        self._interleave_shards = interleave_shards if self._is_shuffled else 1
         self._batch_rows = batch_rows
         self._held_out = held_out.cast(pa.large_string()) if held_out is not None else None
         self._process_index = process_index
@@ -224,6 +231,8 @@ class RowStream:
             "max_seq_length": self._max_seq_length,
             "packing": self._packing,
             "shuffle_buffer_size": self._shuffle_buffer_size,
+            "shuffle_buffer_bytes": self._shuffle_buffer_bytes,
+            "interleave_shards": self._interleave_shards,
             "num_shards": self._source.num_shards,
             "process_index": self._process_index,
             "process_count": self._process_count,
@@ -246,8 +255,9 @@ class RowStream:
         self._reader = reader_lib.Reader(
             self._source,
             self.assignment(),
-            slice_index=position.slice_index,
-            row=position.row,
+            cursor=position.window_start,
+            interleave_shards=self._interleave_shards,
+            max_bytes=self._shuffle_buffer_bytes,
             failure_budget=self._failure_budget,
         )
         self._chunk = _EMPTY_CHUNK
@@ -285,8 +295,7 @@ class RowStream:
                 raise self._source_changed_error()
             self._start = dataclasses.replace(
                 self._start,
-                slice_index=window.end[0],
-                row=window.end[1],
+                window_start=window.end,
                 window_index=self._start.window_index + 1,
                 window_end=None,
                 window_hash=None,
@@ -327,7 +336,7 @@ class RowStream:
         if self._held_out is not None and len(self._held_out):
             is_used &= ~np.asarray(pc.is_in(texts, value_set=self._held_out))
         order = order[is_used[order]]
-        end = reader.slice_index, reader.row
+        end = reader.cursor
         if not was_read_before:
             skipped_documents = texts.null_count if self._source.blank_rows_are_separators else num_blank
             num_held_out = len(texts) - num_blank - len(order)

@@ -43,10 +43,15 @@ FORMATS = {
 }
 # File extension -> Arrow codec, except for xz, which Arrow does not have.
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2", ".xz": "xz"}
-_BLOCK_BYTES = 4 << 20
-# Arrow needs each row of a CSV file within one block.
-_CSV_BLOCK_BYTES = 32 << 20
+# Many files may be open at the same time: 512 KB are as fast as 4 MB, and a file then takes about 4 MB of memory.
+_BLOCK_BYTES = 512 << 10
+# Arrow needs each row of a CSV file within one block, and reads 32 blocks ahead. At a larger row the file is read
+# again, in blocks 8 times as large.
+_CSV_BLOCK_BYTES = 128 << 10
+_CSV_MAX_BLOCK_BYTES = 32 << 20
 _JSON_PARSE_BYTES = 1 << 20
+# Buffer of a local parquet file. Without one, a column's part of a row group is read as a whole.
+_PARQUET_BUFFER_BYTES = 256 << 10
 _PARQUET_BATCH_ROWS = 256
 # Buffer of a sequential HTTP connection.
 _HTTP_BUFFER_BYTES = 1 << 20
@@ -406,7 +411,7 @@ def _strings(rows: list, column: str) -> pa.Array:
     return pa.array(data, pa.large_binary())
 
 
-def _read_csv(stream: Utf8Stream, file: str, column: str) -> Iterator[pa.Array]:
+def _read_csv(stream: Utf8Stream, file: str, column: str, *, block_bytes: int = _CSV_BLOCK_BYTES) -> Iterator[pa.Array]:
     # Every value is text: no conversion of numbers or of "NA", and bytes that are not UTF-8 are kept.
     convert = pa_csv.ConvertOptions(
         include_columns=[column],
@@ -416,8 +421,15 @@ def _read_csv(stream: Utf8Stream, file: str, column: str) -> Iterator[pa.Array]:
         strings_can_be_null=False,
     )
     # Several threads would read ahead of the rows that are taken.
-    read = pa_csv.ReadOptions(block_size=_CSV_BLOCK_BYTES, use_threads=False)
+    read = pa_csv.ReadOptions(block_size=block_bytes, use_threads=False)
     parse = pa_csv.ParseOptions(newlines_in_values=True)
+
+    def in_larger_blocks(num_rows: int) -> Iterator[pa.Array]:
+        with _open(file) as again:
+            larger_bytes = min(8 * block_bytes, _CSV_MAX_BLOCK_BYTES)
+            arrays = _read_csv(Utf8Stream(again, count_quotes=True), file, column, block_bytes=larger_bytes)
+            yield from skip_rows(arrays, num_rows)
+
     try:
         reader = pa_csv.open_csv(stream, read_options=read, parse_options=parse, convert_options=convert)
     except KeyError:
@@ -427,16 +439,24 @@ def _read_csv(stream: Utf8Stream, file: str, column: str) -> Iterator[pa.Array]:
     except pa.ArrowInvalid as error:
         if "Empty CSV file" in str(error):
             return
+        if block_bytes < _CSV_MAX_BLOCK_BYTES:
+            yield from in_larger_blocks(0)
+            return
         _check_quotes(file)
         raise
     # The last rows are held back: a quote that is never closed makes one row of the rest of the file.
     previous = None
+    num_rows = 0
     try:
         for batch in reader:
             if previous is not None:
+                num_rows += len(previous)
                 yield previous
             previous = batch.column(0)
     except pa.ArrowInvalid:
+        if block_bytes < _CSV_MAX_BLOCK_BYTES:
+            yield from in_larger_blocks(num_rows)
+            return
         _check_quotes(file)
         raise
     if stream.num_quotes % 2:
@@ -472,7 +492,9 @@ def _read_parquet(file: str, column: str, start_row: int, retry_policy: retry.Re
         else:
             raw = stack.enter_context(pa.OSFile(file))
         # Over a network each read is a request: pre_buffer reads all of a row group in one.
-        reader = stack.enter_context(pq.ParquetFile(raw, pre_buffer="://" in file))
+        pre_buffer = "://" in file
+        buffer_bytes = 0 if pre_buffer else _PARQUET_BUFFER_BYTES
+        reader = stack.enter_context(pq.ParquetFile(raw, pre_buffer=pre_buffer, buffer_size=buffer_bytes))
         if column not in reader.schema_arrow.names:
             raise missing_column_error(file, column, reader.schema_arrow.names)
         for group in range(reader.num_row_groups):
