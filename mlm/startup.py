@@ -97,6 +97,8 @@ def open_run(
     if _is_finished(settings, workdir):
         return None
     build.check_device(settings)
+    if jax.default_backend() == "cpu":
+        memory.keep_freed_memory()
 
     stack.callback(workdir.close)
     if jax.process_index() == 0:

@@ -3,6 +3,8 @@ libtpu itself is tried by hand."""
 
 import functools
 import importlib.util
+import subprocess
+import sys
 
 import jax
 import pytest
@@ -223,3 +225,19 @@ def test_a_run_finds_its_batch_size_and_keeps_it_when_resumed(tmp_path, monkeypa
     # A resumed run uses the stored batch size, whatever would be found now.
     train_and_evaluate(settings, workdir.path)
     assert workdir.read_config()["per_device_train_batch_size"] == 16
+
+
+def test_freed_memory_is_kept():
+    code = """
+import resource, numpy as np
+from mlm import memory
+faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+memory.keep_freed_memory()
+np.ones(50 << 20, np.uint8)  # The first one comes from the system.
+before = faults()
+for _ in range(20):
+    np.ones(50 << 20, np.uint8)
+print(faults() - before)
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(result.stdout) < 2_000  # Each array has 12,800 pages.
