@@ -92,7 +92,7 @@ class Tokenizer:
         model = json.loads(hf.backend_tokenizer.to_str())
         has_unknown = any(model["model"].get(key) is not None for key in ("unk_token", "unk_id"))
         self.unknown_id: int | None = hf.unk_token_id if has_unknown else None
-        self._reference = _text_only(hf.backend_tokenizer)
+        self._reference = text_only(hf.backend_tokenizer)
         self._marks_words = marks_words
         if marks_words and not _has_words(self._reference):
             raise UserError(
@@ -321,7 +321,7 @@ def post_processor(begin: str, end: str, *, ids: tuple[int, int]) -> processors.
     )
 
 
-def _text_only(tokenizer: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+def text_only(tokenizer: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
     """Returns a copy that encodes names of special tokens as text, and neither truncates nor pads."""
     copy = tokenizers.Tokenizer.from_str(tokenizer.to_str())
     copy.encode_special_tokens = True

@@ -7,7 +7,7 @@ import numpy as np
 import tokenizers
 from tqdm import tqdm
 
-from mlm.data.tokenizer import Tokenizer
+from mlm.data.tokenizer import Tokenizer, text_only
 
 # Tokens in a batch: enough for full use of a CPU's cores, and little memory.
 _BATCH_TOKENS = 4096
@@ -38,9 +38,7 @@ def encode(tokenizer: Tokenizer, texts: Sequence[str] | Sequence[tuple[str, str]
 
     Names of special tokens in a text are text, as in training. Of a pair, the longer text is cut.
     """
-    backend = tokenizers.Tokenizer.from_str(tokenizer.hf.backend_tokenizer.to_str())
-    backend.encode_special_tokens = True
-    backend.no_padding()
+    backend = text_only(tokenizer.hf.backend_tokenizer)
     backend.enable_truncation(max_length, strategy="longest_first")
     encoded = backend.encode_batch(list(texts))
     return Sequences(
