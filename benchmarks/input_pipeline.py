@@ -113,7 +113,7 @@ def ours(files: list[str], tokenizer: tokenizer_lib.Tokenizer, held_out: pa.Arra
         batch_rows=rows,
         held_out=held_out,
     )
-    batches = mixture.BatchStream({"text": rows_stream}, weights={"text": 1.0}, batch_rows=rows)
+    batches = mixture.BatchStream({"text": rows_stream}, shapes=[mixture.BatchShape(0, rows, length, {"text": 1.0})])
     return prefetch.Prefetcher(batches, depth=4)
 
 

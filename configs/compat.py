@@ -15,6 +15,7 @@ from typing import Any
 ADDED_KEYS: dict[str, Any] = {
     # One line per key.
     "max_hours": 0.0,
+    "stages": (),
     "data.max_unknown_fraction": 1.0,
     "data.accept_changed_files": False,
     "data.eval_rows": "first",

@@ -38,6 +38,11 @@ def get_config() -> ConfigDict:
     # 75 early enough, and the same command resumes it. For machines with a time limit that send no signal before it.
     # 0: no limit.
     config.max_hours = 0.0
+    # Parts of the run in which some keys have other values: a list such as ({"name": "pretrain", "steps": 0.9},
+    # {"name": "extend", "steps": 0.1, "data.max_seq_length": 512, "per_device_train_batch_size": 32}). "steps" is a
+    # number of steps, a fraction of the run, or a string such as "3e9 tokens"; one stage may leave it out and has the
+    # rest. A key keeps its value in later stages. docs/config.md lists the keys. Empty: the same values in all steps.
+    config.stages = ()
 
     config.data = data = ConfigDict()
     # "docstrings" (of the installed Python packages; needs no network, hence the default), a dataset name on the

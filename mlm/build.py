@@ -7,16 +7,16 @@ import contextlib
 import dataclasses
 import functools
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-import mlm.settings
 from mlm import parallel
 from mlm.data import pipeline
-from mlm.data.mixture import BatchStream
+from mlm.data.mixture import BatchShape, BatchStream
 from mlm.data.pipeline import TextPipeline
 from mlm.data.tokenizer import Tokenizer
 from mlm.errors import UserError
@@ -31,11 +31,14 @@ from mlm.models.hf.pretrained import AdaptedWeights, PretrainedWeights
 from mlm.optimizer import create_optimizer
 from mlm.run.workdir import WorkDir
 from mlm.schedules import create_schedule
-from mlm.settings import Borders, RunSettings
+from mlm.settings import RunSettings
+from mlm.stages import Stage, resolve, source_weights
 from mlm.steps import StepConfig, init_params
 
 # Tokens per sequence from which "auto" uses the flash kernel on TPUs.
 SPLASH_LENGTH = 1_024
+# Fields of the model's config that a stage may change.
+_ROTARY_BASES = ("global_rope_theta", "local_rope_theta")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +52,9 @@ class Components:
       stream: the training batches of this process, at their beginning.
       text: the source of training batches and evaluation sequences.
       pretrained: the weights to start from; None for random ones.
+      stages: the stages of the run.
+
+    Step config and encoder are those of the first stage, or of the one given to `for_stage`.
     """
 
     step_config: StepConfig
@@ -57,19 +63,19 @@ class Components:
     stream: BatchStream
     text: TextPipeline
     pretrained: AdaptedWeights | None
+    stages: tuple[Stage, ...]
 
-    def with_batch_size(self, settings: RunSettings) -> "Components":
-        """Returns the same components for another `per_device_train_batch_size`."""
-        return dataclasses.replace(self, stream=_open_batches(settings, self.text)).with_borders(
-            settings, resolve_borders(settings)
-        )
+    def with_stages(self, stages: tuple[Stage, ...]) -> "Components":
+        """Returns the same components for stages with other borders, batch sizes or schedules; those of the first."""
+        stream = _open_batches(stages, self.text)
+        return dataclasses.replace(self, stream=stream, stages=stages).for_stage(stages[0])
 
-    def with_borders(self, settings: RunSettings, borders: Borders) -> "Components":
-        """Returns the same components with a schedule whose parts begin and end at these steps."""
-        schedule = create_schedule(settings.optimizer, num_train_steps=settings.num_train_steps, borders=borders)
-        optimizer = create_optimizer(settings.optimizer, schedule, axis_name=parallel.AXIS)
-        step_config = dataclasses.replace(self.step_config, optimizer=optimizer, schedule=schedule)
-        return dataclasses.replace(self, step_config=step_config)
+    def for_stage(self, stage: Stage) -> "Components":
+        """Returns the same components with the model, masking and optimizer of a stage."""
+        given = stage.settings.model.overrides.given()
+        encoder = self.encoder.replace(**{name: given[name] for name in _ROTARY_BASES if name in given})
+        step_config = _step_config(stage, encoder, self.tokenizer)
+        return dataclasses.replace(self, step_config=step_config, encoder=encoder)
 
     def initial_params(self) -> Any:
         """Returns the parameters before the first step, on the host or one device."""
@@ -91,12 +97,11 @@ def build(settings: RunSettings, workdir: WorkDir, *, parent_tokenizer: str | No
     """
     if jax.process_index() == 0:
         check_hub(settings, workdir)
-    schedule = create_schedule(
-        settings.optimizer, num_train_steps=settings.num_train_steps, borders=resolve_borders(settings)
-    )
+    stages = resolve(settings, num_devices=jax.device_count())
+    first, later = stages[0].settings, [stage.settings for stage in stages[1:]]
     copied, checkpoint = load_model(settings)
 
-    text_sources = pipeline.open_sources(settings.data)
+    text_sources = pipeline.open_sources(first.data, *(stage.data for stage in later))
     model_type = copied.model_type if copied is not None else settings.model.model_type
     tokenizer = pipeline.open_tokenizer(
         settings,
@@ -104,57 +109,71 @@ def build(settings: RunSettings, workdir: WorkDir, *, parent_tokenizer: str | No
         saved_tokenizer=workdir.tokenizer if workdir.has_tokenizer() else parent_tokenizer,
         model_type=model_type,
     )
-    encoder = _encoder_config(settings, copied, checkpoint, tokenizer)
+    encoder = _encoder_config(first, copied, checkpoint, tokenizer)
+    for stage in later:
+        _check_positions(stage, encoder)
     adapted = None
     if checkpoint is not None:
         adapted = pretrained.adapt_to_config(checkpoint, encoder, vocabulary=tokenizer.hf.get_vocab())
 
-    text = pipeline.open_text(settings.data, text_sources, tokenizer, seed=settings.seed)
+    text = pipeline.open_text(
+        first.data, text_sources, tokenizer, seed=settings.seed, later_stages=[stage.data for stage in later]
+    )
     fill_mask.encode(tokenizer, settings.report.sentences, max_seq_length=encoder.max_seq_length)
     return Components(
-        step_config=StepConfig(
-            model=MaskedLM(
-                encoder,
-                jnp.dtype(settings.model.dtype),
-                begin_id=tokenizer.bos_id if settings.data.packing == "isolate" else None,
-                execution=open_execution(settings, backend=jax.default_backend()),
-            ),
-            masking=open_masking(settings, tokenizer),
-            eval_masking=open_eval_masking(settings, tokenizer),
-            mask_rate=open_mask_rate(settings),
-            optimizer=create_optimizer(settings.optimizer, schedule, axis_name=parallel.AXIS),
-            schedule=schedule,
-            seed=settings.seed,
-            spike_factor=settings.optimizer.spike_factor,
-            ema_decay=settings.optimizer.ema_decay,
-            z_loss=settings.loss.z_loss,
-            label_smoothing=settings.loss.label_smoothing,
-        ),
+        step_config=_step_config(stages[0], encoder, tokenizer),
         encoder=encoder,
         tokenizer=tokenizer,
-        stream=_open_batches(settings, text),
+        stream=_open_batches(stages, text),
         text=text,
         pretrained=adapted,
+        stages=stages,
     )
 
 
-def resolve_borders(settings: RunSettings) -> Borders:
-    """Returns the steps at which parts of the schedule begin and end, on the devices here."""
-    rows = max(1, settings.per_device_train_batch_size) * settings.gradient_accumulation_steps * jax.device_count()
-    tokens_per_step = rows * settings.data.max_seq_length
-    return mlm.settings.resolve_borders(
-        settings.optimizer, num_train_steps=settings.num_train_steps, tokens_per_step=tokens_per_step
+def _step_config(stage: Stage, encoder: EncoderConfig, tokenizer: Tokenizer) -> StepConfig:
+    settings = stage.settings
+    schedule = create_schedule(
+        settings.optimizer,
+        num_train_steps=stage.schedule_end - stage.schedule_start,
+        borders=stage.borders,
+        start=stage.schedule_start,
+    )
+    return StepConfig(
+        model=MaskedLM(
+            encoder,
+            jnp.dtype(settings.model.dtype),
+            begin_id=tokenizer.bos_id if settings.data.packing == "isolate" else None,
+            execution=open_execution(settings, backend=jax.default_backend()),
+        ),
+        masking=open_masking(settings, tokenizer),
+        eval_masking=open_eval_masking(settings, tokenizer),
+        mask_rate=open_mask_rate(stage),
+        optimizer=create_optimizer(settings.optimizer, schedule, axis_name=parallel.AXIS),
+        schedule=schedule,
+        seed=settings.seed,
+        spike_factor=settings.optimizer.spike_factor,
+        ema_decay=settings.optimizer.ema_decay,
+        z_loss=settings.loss.z_loss,
+        label_smoothing=settings.loss.label_smoothing,
     )
 
 
-def _open_batches(settings: RunSettings, text: TextPipeline) -> BatchStream:
+def _open_batches(stages: Sequence[Stage], text: TextPipeline) -> BatchStream:
     """Opens the training batches of this process; for per_device_train_batch_size=0, of one row per device."""
-    rows_per_device = max(1, settings.per_device_train_batch_size) * settings.gradient_accumulation_steps
+    local_devices = jax.local_device_count()
     return text.batches(
         process_index=jax.process_index(),
         process_count=jax.process_count(),
-        batch_rows=rows_per_device * jax.local_device_count(),
+        batch_rows=stages[0].rows_per_device * local_devices,
+        shapes=[batch_shape(stage, batch_rows=stage.rows_per_device * local_devices) for stage in stages],
     )
+
+
+def batch_shape(stage: Stage, *, batch_rows: int) -> BatchShape:
+    """Returns the batches of a stage in one process."""
+    data = stage.settings.data
+    return BatchShape(stage.start, batch_rows, data.max_seq_length, source_weights(data))
 
 
 def open_encoder(settings: RunSettings, tokenizer: Tokenizer) -> EncoderConfig:
@@ -189,7 +208,7 @@ def open_masking(settings: RunSettings, tokenizer: Tokenizer) -> MaskingSpec:
         special_ids=tuple(sorted({*tokenizer.special_ids, *tokenizer.unused_ids})),
         num_ids=tokenizer.num_ids,
         strategy=masking.strategy,
-        has_word_starts=masking.needs_words,
+        has_word_starts=tokenizer.marks_words,
     )
 
 
@@ -205,10 +224,11 @@ def open_eval_masking(settings: RunSettings, tokenizer: Tokenizer) -> MaskingSpe
     )
 
 
-def open_mask_rate(settings: RunSettings) -> optax.Schedule | None:
+def open_mask_rate(stage: Stage) -> optax.Schedule | None:
     """Returns the fraction of predicted tokens by the number of steps done; None if it is constant."""
-    first, last = settings.masking.mlm_probabilities
-    return None if first == last else optax.linear_schedule(first, last, max(1, settings.num_train_steps - 1))
+    first, last = stage.settings.masking.mlm_probabilities
+    steps = max(1, stage.mask_end - stage.mask_start - 1)
+    return None if first == last else optax.linear_schedule(first, last, steps, transition_begin=stage.mask_start)
 
 
 def open_hub(settings: RunSettings, workdir: WorkDir) -> Hub | None:

@@ -16,6 +16,7 @@ from typing import Any
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
+from mlm import stages
 from mlm.errors import UserError
 from mlm.run import signals
 from mlm.settings import RunSettings, check_key
@@ -138,7 +139,9 @@ def read_config(config: Any, path: str | None) -> RunSettings:
         raise UserError(
             f"--config={path}: get_config() returns a {kind}, not a ConfigDict; start from configs/default.py"
         )
-    return RunSettings.from_dict(config.to_dict())
+    settings = RunSettings.from_dict(config.to_dict())
+    stages.check(settings)
+    return settings
 
 
 def set_up_logging(*, verbose: bool) -> None:

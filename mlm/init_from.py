@@ -20,7 +20,8 @@ from mlm.errors import UserError
 from mlm.run.checkpoint import FORMAT_VERSION as CHECKPOINT_FORMAT_VERSION
 from mlm.run.checkpoint import Checkpointer, CorruptCheckpointError, Restored
 from mlm.run.workdir import KeyChanges, WorkDir, describe_changes
-from mlm.settings import MUTABLE_KEYS, RunSettings
+from mlm.settings import RunSettings
+from mlm.stages import may_change
 from mlm.steps import TrainState, UpdateStats
 
 # How the model is computed, not what it is.
@@ -145,7 +146,7 @@ def _check_config(settings: RunSettings, parent: WorkDir, *, name: str, mode: st
     differing = for_restart
     if mode == "branch":
         own = ("checkpoint.init_from", "checkpoint.init_mode")
-        differing = {key: pair for key, pair in changes.items() if key not in (*MUTABLE_KEYS, *own)}
+        differing = {key: pair for key, pair in changes.items() if key not in own and not may_change(key, *pair)}
     if not differing:
         return
     groups = {key.partition(".")[0] for key in differing}

@@ -11,7 +11,7 @@ from mlm.settings import Borders, OptimizerSettings, resolve_borders
 
 
 def create_schedule(
-    settings: OptimizerSettings, *, num_train_steps: int, borders: Borders | None = None
+    settings: OptimizerSettings, *, num_train_steps: int, borders: Borders | None = None, start: int = 0
 ) -> optax.Schedule:
     """Linear warm-up from 0 to `learning_rate`, then the schedule named by `settings.schedule`.
 
@@ -31,9 +31,10 @@ def create_schedule(
 
     Args:
       settings: the schedule and its keys.
-      num_train_steps: steps in the run.
+      num_train_steps: steps of the schedule.
       borders: ends of the warm-up and of the constant phase; by default those of `settings`, which then must not
         count tokens.
+      start: applied steps before the first one of the schedule.
 
     Returns:
       A function of the number of steps applied so far. The first step of a warm-up has rate 0, as in the reference
@@ -44,6 +45,8 @@ def create_schedule(
 
     def schedule(count: jnp.ndarray) -> jnp.ndarray:
         step = jnp.asarray(count, jnp.float32)
+        if start:
+            step = jnp.maximum(step - start, 0.0)
         rate = jnp.float32(1.0)
         if settings.schedule in ("linear", "cosine"):
             rate = _decay(settings.schedule, step, warmup_steps, num_train_steps, settings.end_factor)

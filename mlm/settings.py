@@ -504,9 +504,10 @@ class OptimizerSettings:
     spike_factor: float
 
     def __post_init__(self):
-        _check_duration("optimizer.warmup_steps", self.warmup_steps)
-        if self.decay_steps is not None:
-            _check_duration("optimizer.decay_steps", self.decay_steps)
+        check_duration("optimizer.warmup_steps", self.warmup_steps)
+        # 1.0: all of it, such as a stage of its own.
+        if self.decay_steps is not None and (type(self.decay_steps), self.decay_steps) != (float, 1.0):
+            check_duration("optimizer.decay_steps", self.decay_steps)
         _convert_types(self, "optimizer.", skip=("warmup_steps", "decay_steps"))
         _check_choice("optimizer.name", self.name, tuple(OPTIMIZERS))
         _check_choice("optimizer.schedule", self.schedule, tuple(SCHEDULES))
@@ -631,6 +632,7 @@ class RunSettings:
     eval_steps: int
     save_steps: int
     max_hours: float
+    stages: tuple[Any, ...]
     data: DataSettings
     tokenizer: TokenizerSettings
     model: ModelSettings
@@ -750,24 +752,27 @@ class Borders:
     decay_start: int
 
 
-def resolve_borders(optimizer: OptimizerSettings, *, num_train_steps: int, tokens_per_step: int) -> Borders:
+def resolve_borders(
+    optimizer: OptimizerSettings,
+    *,
+    num_train_steps: int,
+    tokens_per_step: int,
+    parts: Sequence[tuple[int, int]] | None = None,
+) -> Borders:
     """Converts `optimizer.warmup_steps` and `decay_steps` to steps.
 
     Args:
       optimizer: an integer is a number of steps, a float a fraction of the run, a string a number of tokens.
-      num_train_steps: steps in the run.
+      num_train_steps: steps of the schedule.
       tokens_per_step: tokens in a batch on all devices, for values in tokens.
+      parts: (steps, tokens per step) of the parts of the schedule, if they differ in the latter.
 
     Raises:
       UserError: they are longer than the run.
     """
-
-    def resolve(value: int | float | str) -> int:
-        if isinstance(value, str):
-            return round((_tokens(value) or 0.0) / tokens_per_step)
-        return round(value * num_train_steps) if isinstance(value, float) else value
-
-    warmup_steps, decay_steps = resolve(optimizer.warmup_steps), resolve(optimizer.decay_steps or 0)
+    parts = parts or ((num_train_steps, tokens_per_step),)
+    warmup_steps = num_steps(optimizer.warmup_steps, parts)
+    decay_steps = num_steps(optimizer.decay_steps or 0, parts[::-1])
     if warmup_steps > num_train_steps:
         raise _error("optimizer.warmup_steps", optimizer.warmup_steps, f"must be at most {num_train_steps=}")
     if warmup_steps + decay_steps > num_train_steps:
@@ -777,6 +782,25 @@ def resolve_borders(optimizer: OptimizerSettings, *, num_train_steps: int, token
             f"with {warmup_steps} warm-up steps it is longer than {num_train_steps=}; lower one of them",
         )
     return Borders(warmup_steps, num_train_steps - decay_steps)
+
+
+def num_steps(duration: int | float | str, parts: Sequence[tuple[int, int]]) -> int:
+    """Converts a duration to steps.
+
+    Args:
+      duration: a number of steps, a fraction of all of them, or a string such as "3e9 tokens".
+      parts: (steps, tokens per step), in the order in which tokens are counted; the last one never ends.
+    """
+    if isinstance(duration, float):
+        return round(duration * sum(steps for steps, _ in parts))
+    if isinstance(duration, int):
+        return duration
+    tokens, passed = num_tokens(duration) or 0.0, 0
+    for steps, tokens_per_step in parts[:-1]:
+        if tokens <= steps * tokens_per_step:
+            return passed + round(tokens / tokens_per_step)
+        tokens, passed = tokens - steps * tokens_per_step, passed + steps
+    return passed + round(tokens / parts[-1][1])
 
 
 def resolve_algorithm(algorithm: str, *, model_type: str) -> str:
@@ -929,18 +953,18 @@ def _check_minimums(group: Any, prefix: str, **minimums: int) -> None:
             raise _error(f"{prefix}{name}", value, f"must be at least {minimum}" if minimum else "must not be negative")
 
 
-def _check_duration(key: str, value: Any) -> None:
+def check_duration(key: str, value: Any) -> None:
     """Checks a number of steps: an integer, a fraction of the run, or a string with a number of tokens."""
     if (type(value) is int and value >= 0) or (type(value) is float and 0 <= value < 1):
         return
-    if isinstance(value, str) and _tokens(value) is not None:
+    if isinstance(value, str) and num_tokens(value) is not None:
         return
     raise _error(
         key, value, "must be a number of steps, a fraction of the run in (0, 1), or a string such as '3e9 tokens'"
     )
 
 
-def _tokens(value: str) -> float | None:
+def num_tokens(value: str) -> float | None:
     """Returns the number in a string such as "3e9 tokens"; None if it is something else."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?(?:e\d+)?) tokens", value)
     return None if match is None else float(match[1])

@@ -5,10 +5,11 @@ import dataclasses
 import functools
 import itertools
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
+import numpy as np
 from absl import logging
 
 from mlm import build, memory, parallel, steps
@@ -26,7 +27,8 @@ from mlm.run.checkpoint import Checkpointer, CorruptCheckpointError
 from mlm.run.signals import Interrupt
 from mlm.run.workdir import KeyChanges, WorkDir
 from mlm.schedules import keep_passed_borders
-from mlm.settings import Borders, RunSettings
+from mlm.settings import RunSettings
+from mlm.stages import Stage, resolve
 from mlm.steps import TrainState, init_state
 
 # Imported in _create_reporter.
@@ -35,33 +37,53 @@ if TYPE_CHECKING:
 
 
 @dataclasses.dataclass(frozen=True)
+class RunStage:
+    """A stage of a run.
+
+    Attributes:
+      stage: its steps and settings.
+      components: what the settings determine.
+      train_step: the step, (state, tokens) -> (state, metrics); the first call compiles it.
+      evaluator: evaluates the model as the stage computes it.
+      flops_per_token: operations of a training step per token.
+    """
+
+    stage: Stage
+    components: Components
+    train_step: Any
+    evaluator: Evaluator
+    flops_per_token: float
+
+
+@dataclasses.dataclass(frozen=True)
 class Run:
     """A run that is ready for step `start_step` + 1.
 
     Attributes:
       settings: those of the run, with the batch size that was found if it was 0.
-      components: what the settings determine.
       state: parameters and optimizer state, stacked over local devices.
       start_step: the number of steps done.
       is_evaluated: whether the state has been evaluated, if its step is one to evaluate.
-      train_step: the compiled step, (state, tokens) -> (state, metrics).
+      stages: one for a run without `config.stages`.
       batches: the prefetched batches; `prefetcher` is the thread behind them.
       hub: the repository to push to; None on other processes than the first, or if nothing is to be pushed.
     """
 
     settings: RunSettings
     workdir: WorkDir
-    components: Components
     state: TrainState
     start_step: int
     is_evaluated: bool
-    train_step: Any
-    evaluator: Evaluator
+    stages: tuple[RunStage, ...]
     batches: Iterator[Batch]
     prefetcher: Prefetcher
     checkpointer: Checkpointer
     reporter: "Reporter"
     hub: Hub | None
+
+    def stage_at(self, step: int) -> RunStage:
+        """Returns the stage that a step belongs to; for step 0 the first one."""
+        return next(other for other in self.stages if step <= other.stage.end)
 
 
 def open_run(
@@ -109,18 +131,20 @@ def open_run(
         length, microbatches = settings.data.max_seq_length, settings.gradient_accumulation_steps
         found = memory.find_batch_size(components.step_config, length=length, microbatches=microbatches)
         settings = settings.replace({"per_device_train_batch_size": found})
-        components = components.with_batch_size(settings)
+        components = components.with_stages(resolve(settings, num_devices=jax.device_count()))
     keep = settings.checkpoint
     checkpointer = stack.enter_context(
         Checkpointer(workdir.storage, keep_checkpoints=keep.keep_checkpoints, keep_every_steps=keep.keep_every_steps)
     )
-    state, loop_state = _restore(components, checkpointer, parent)
+    state, loop_state, stream_states = _restore(components, checkpointer, parent)
     start_step = loop_state["step"] if loop_state else 0
-    borders = build.resolve_borders(settings)
-    if loop_state and (earlier := (parent.workdir if parent else workdir).last_borders()):
+    if loop_state:
         applied = int(parallel.first_replica(state.update_stats.num_applied))
-        borders = keep_passed_borders(borders, earlier, settings.optimizer, step=applied)
-    components = components.with_borders(settings, borders)
+        last_stages = (parent.workdir if parent else workdir).last_stages()
+        stages = _resume_stages(settings, last_stages, step=start_step, applied=applied)
+        components = components.with_stages(stages)
+        components.stream.restore(stream_states)
+    checkpointer.keep_steps = [stage.end for stage in components.stages[:-1]]
     # Other processes would not know that one has stopped waiting for a batch.
     check_interrupt = interrupt.check if jax.process_count() == 1 else lambda: None
     prefetcher = stack.enter_context(
@@ -130,7 +154,7 @@ def open_run(
     batches = itertools.chain([next(prefetcher)], prefetcher)
     hub = build.open_hub(settings, workdir)
     if jax.process_index() == 0:
-        _write_workdir(settings, workdir, components, borders, start_step, parent)
+        _write_workdir(settings, workdir, components, start_step, parent)
         checkpointer.remove_partial()
     parallel.barrier("work directory written")
     reporter = stack.enter_context(_create_reporter(settings, workdir, components, start_step, loop_state))
@@ -142,33 +166,94 @@ def open_run(
         text_name=components.text.name,
         tokenizer_name=components.tokenizer.name,
         shards=components.text.describe_assignment(components.stream),
-        sequences_per_step=jax.process_count() * components.stream.batch_rows,
-        max_seq_length=settings.data.max_seq_length,
+        stages=components.stages,
         start_step=start_step,
     )
-    train_step = functools.partial(steps.train_step, step_config=components.step_config, axis_name=parallel.AXIS)
-    eval_step = functools.partial(steps.eval_step, step_config=components.step_config, axis_name=parallel.AXIS)
     return Run(
         settings=settings,
         workdir=workdir,
-        components=components,
         state=state,
         start_step=start_step,
         is_evaluated=loop_state is None or loop_state["evaluated"],
-        train_step=parallel.data_parallel(train_step, donate_argnums=(0,)),
-        evaluator=Evaluator(
-            parallel.data_parallel(eval_step),
-            components.text.eval_rows_RxL,
-            per_device_batch_size=settings.per_device_eval_batch_size,
-            pad_id=components.tokenizer.pad_id,
-            counts=components.text.eval_counts,
-        ),
+        stages=_run_stages(components),
         batches=batches,
         prefetcher=prefetcher,
         checkpointer=checkpointer,
         reporter=reporter,
         hub=hub,
     )
+
+
+def _resume_stages(
+    settings: RunSettings, last_stages: Sequence[Mapping[str, Any]], *, step: int, applied: int
+) -> tuple[Stage, ...]:
+    """Returns the stages of a run that is resumed: only borders ahead move, of stages and of their schedules.
+
+    Args:
+      settings: those of the run now.
+      last_stages: the stages at the last start; empty for a run of an earlier version.
+      step: steps done.
+      applied: those that were not skipped.
+    """
+    ends = [stage["end"] for stage in last_stages]
+    stages = resolve(settings, num_devices=jax.device_count(), earlier=ends, step=step)
+    if not last_stages:
+        return stages
+    return tuple(
+        dataclasses.replace(
+            stage,
+            borders=keep_passed_borders(
+                stage.borders, last["borders"], stage.settings.optimizer, step=applied - stage.schedule_start
+            ),
+        )
+        for stage, last in zip(stages, last_stages, strict=True)
+    )
+
+
+def _run_stages(components: Components) -> tuple[RunStage, ...]:
+    text, eval_steps = components.text, {}
+
+    def evaluator(own: Components, settings: RunSettings, rows_RxL: np.ndarray, **options: Any) -> Evaluator:
+        length = rows_RxL.shape[1]
+        # Stages with the same model share the programs.
+        if (own.encoder, length) not in eval_steps:
+            with_length = settings.replace({"data.max_seq_length": length})
+            execution = build.open_execution(with_length, backend=jax.default_backend())
+            step_config = dataclasses.replace(own.step_config, model=own.step_config.model.clone(execution=execution))
+            eval_steps[own.encoder, length] = parallel.data_parallel(
+                functools.partial(steps.eval_step, step_config=step_config, axis_name=parallel.AXIS)
+            )
+        # Batches have about as many tokens at every length.
+        batch = max(1, settings.per_device_eval_batch_size * text.eval_rows_RxL.shape[1] // length)
+        return Evaluator(
+            eval_steps[own.encoder, length],
+            rows_RxL,
+            per_device_batch_size=batch,
+            pad_id=components.tokenizer.pad_id,
+            **options,
+        )
+
+    run_stages = []
+    for index, stage in enumerate(components.stages):
+        own, settings = components.for_stage(stage), stage.settings
+        extra = {
+            rows.name: evaluator(own, settings, rows.rows_RxL)
+            for rows in text.extra_eval_rows
+            if rows.first_stage <= index
+        }
+        length = settings.data.max_seq_length
+        predictions = own.step_config.masking.max_predictions_per_seq(length)
+        train_step = functools.partial(steps.train_step, step_config=own.step_config, axis_name=parallel.AXIS)
+        run_stages.append(
+            RunStage(
+                stage=stage,
+                components=own,
+                train_step=parallel.data_parallel(train_step, donate_argnums=(0,)),
+                evaluator=evaluator(own, settings, text.eval_rows_RxL, counts=text.eval_counts, others=extra),
+                flops_per_token=flops_per_token(own.encoder, length=length, max_predictions_per_seq=predictions),
+            )
+        )
+    return tuple(run_stages)
 
 
 def _is_finished(settings: RunSettings, workdir: WorkDir) -> bool:
@@ -187,20 +272,19 @@ def _write_workdir(
     settings: RunSettings,
     workdir: WorkDir,
     components: Components,
-    borders: Borders,
     start_step: int,
     parent: Parent | None,
 ) -> None:
     branches_off = parent.workdir if parent and parent.mode == "branch" else None
-    warn_batch_size_changed(
-        branches_off or workdir, sequences_per_step=jax.process_count() * components.stream.batch_rows
-    )
+    # Compared with the first stage at earlier starts.
+    rows_per_process = components.stages[0].rows_per_device * jax.local_device_count()
+    warn_batch_size_changed(branches_off or workdir, sequences_per_step=jax.process_count() * rows_per_process)
     changed = workdir.create(
         settings,
         save_tokenizer=parent.copy_tokenizer if parent else components.tokenizer.save,
         processes=jax.process_count(),
-        rows_per_process=components.stream.batch_rows,
-        borders=borders,
+        rows_per_process=rows_per_process,
+        stages=components.stages,
         eval_checksum=f"{zlib.crc32(components.text.eval_rows_RxL.tobytes()):08x}",
         step=start_step,
         parent=parent.to_json() if parent else None,
@@ -213,10 +297,10 @@ def _write_workdir(
 
 def _restore(
     components: Components, checkpointer: Checkpointer, parent: Parent | None
-) -> tuple[TrainState, dict[str, Any] | None]:
-    """Returns the stacked state to start with, and the loop state that was saved with it; None for a run at step 0.
+) -> tuple[TrainState, dict[str, Any] | None, list[dict[str, Any]]]:
+    """Returns the stacked state to start with, and the loop state and stream states that were saved with it.
 
-    Moves the data stream to the position that belongs to the state. A corrupt checkpoint is quarantined, and the one
+    For a run at step 0 the loop state is None. A corrupt checkpoint is quarantined, and the one
     before it is restored.
     """
     newest = checkpointer.latest_step()
@@ -225,14 +309,13 @@ def _restore(
         return init_state(components.step_config, components.initial_params())
 
     if newest is None and parent is None:
-        return parallel.replicate(initial_state()), None
+        return parallel.replicate(initial_state()), None, []
     like = parallel.global_like(jax.eval_shape(initial_state))
     if parent is not None:
         of_parent = parent.restore(like)
         if parent.mode == "restart":
-            return parallel.from_global(restart(of_parent.state)), None
-        components.stream.restore(of_parent.streams)
-        return parallel.from_global(of_parent.state), of_parent.loop
+            return parallel.from_global(restart(of_parent.state)), None, []
+        return parallel.from_global(of_parent.state), of_parent.loop, of_parent.streams
     while (step := checkpointer.latest_step()) is not None:
         restored, problem = None, "another process cannot read it"
         try:
@@ -241,8 +324,7 @@ def _restore(
             problem = str(error)
         failed = parallel.any_process(restored is None)
         if restored is not None and not failed:
-            components.stream.restore(restored.streams)
-            return parallel.from_global(restored.state), restored.loop
+            return parallel.from_global(restored.state), restored.loop, restored.streams
         if jax.process_index() == 0:
             logging.warning("checkpoint %d is corrupt (%s): moved to %s", step, problem, checkpointer.quarantine(step))
         parallel.barrier(f"checkpoint {step} quarantined")
@@ -263,13 +345,10 @@ def _create_reporter(
     # Imported here, after all checks: CLU's writer imports TensorFlow, which takes seconds.
     from mlm.reporting.reporter import Reporter
 
-    length = settings.data.max_seq_length
-    predictions = components.step_config.masking.max_predictions_per_seq(length)
     return Reporter(
         workdir,
         num_train_steps=settings.num_train_steps,
         vocab_size=components.encoder.vocab_size,
-        flops_per_token=flops_per_token(components.encoder, length=length, max_predictions_per_seq=predictions),
         profile=settings.profile,
         max_skipped_steps=settings.optimizer.max_skipped_steps,
         restored=loop_state,

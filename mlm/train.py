@@ -59,11 +59,12 @@ def train_and_evaluate(
         def evaluate(step: int) -> dict[str, float]:
             with reporter.timed("evaluation"), time_limit.evaluation():
                 counts_V = reporter.accumulator.counts_V
-                unigram_V = unigram_log_probs(counts_V, special_ids=run.components.tokenizer.special_ids)
+                stage = run.stage_at(step)
+                unigram_V = unigram_log_probs(counts_V, special_ids=stage.components.tokenizer.special_ids)
                 unigram_V = parallel.broadcast_from_first(unigram_V)
-                metrics = run.evaluator(state.eval_params, unigram_V)
+                metrics = stage.evaluator(state.eval_params, unigram_V)
                 if state.ema_params is not None:
-                    metrics["eval/raw_loss"] = run.evaluator(state.params, unigram_V)["eval/loss"]
+                    metrics["eval/raw_loss"] = stage.evaluator(state.params, unigram_V)["eval/loss"]
                 reporter.log_evaluation(step, metrics)
             return metrics
 
@@ -90,6 +91,8 @@ def train_and_evaluate(
                 export(run.start_step, evaluate(run.start_step))
             stop_consensus = StopConsensus(interrupt)
             for step in range(run.start_step + 1, last_step + 1):
+                run_stage = run.stage_at(step)
+                stage = run_stage.stage
                 try:
                     batch = next(run.batches)
                 except (UserError, Interrupted):
@@ -99,14 +102,15 @@ def train_and_evaluate(
                         save(step - 1, batch.state, wait=True)
                     raise
                 with reporter.transfer():
-                    tokens = parallel.shard(batch.tokens, shape=(settings.gradient_accumulation_steps,))
-                state, metrics = run.train_step(state, tokens)
+                    tokens = parallel.shard(batch.tokens, shape=(stage.settings.gradient_accumulation_steps,))
+                with reporter.dispatch(stage=stage.name, flops_per_token=run_stage.flops_per_token):
+                    state, metrics = run_stage.train_step(state, tokens)
                 reporter.add_step(step, metrics, batch, wait_seconds=run.prefetcher.wait_seconds)
                 with _log_and_retry_later(on_all_processes=True):
                     run.checkpointer.check()
 
                 intervals = settings.logging_steps, settings.eval_steps, settings.save_steps
-                logs, evaluates, saves = (step % interval == 0 or step == last_step for interval in intervals)
+                logs, evaluates, saves = (step % interval == 0 or step == stage.end for interval in intervals)
                 time_limit.add_step(save_seconds=run.checkpointer.last_save_seconds)
                 stops = stop_consensus.should_stop(step)
                 if logs or evaluates or saves or stops:
@@ -129,7 +133,7 @@ def train_and_evaluate(
                 predictions,
                 command=command,
                 num_train_steps=last_step,
-                can_be_extended=not settings.optimizer.decay_steps,
+                can_be_extended=not (settings.stages or settings.optimizer.decay_steps),
             )
         if run.hub is not None:
             run.hub.finish(step=last_step)
@@ -172,7 +176,8 @@ def _log(run: Run, step: int) -> None:
 
 def _export(run: Run, params: Any, step: int, metrics: dict[str, float]) -> list[MaskPrediction]:
     """Writes `model/`, on process 0; returns what the model predicts for `report.sentences`."""
-    components, settings, workdir = run.components, run.settings, run.workdir
+    components, stage, workdir = run.stage_at(step).components, run.stage_at(step).stage, run.workdir
+    settings = stage.settings
     predictions = fill_mask(components.step_config.model, params, components.tokenizer, settings.report.sentences)
     run.reporter.writer.write_texts(step, {"predictions": f"```\n{format_predictions(predictions)}\n```"})
     card = build_card(
@@ -180,7 +185,8 @@ def _export(run: Run, params: Any, step: int, metrics: dict[str, float]) -> list
         title=os.path.basename(workdir.path),
         model_type=components.encoder.model_type,
         step=step,
-        sequences_per_step=jax.process_count() * components.stream.batch_rows,
+        sequences_per_step=jax.device_count() * stage.rows_per_device,
+        stages=[other.stage for other in run.stages],
         tokens_seen=run.reporter.accumulator.tokens_seen,
         hardware=f"{jax.device_count()} x {jax.devices()[0].device_kind}",
     )

@@ -7,7 +7,7 @@ import pytest
 
 from mlm.data import mixture as mixture_lib
 from mlm.errors import UserError
-from tests.test_stream import memory_source, rows_of, split, words
+from tests.test_stream import DEFAULTS, memory_source, rows_of, split, words
 
 SHARDS = split(words(90), 3)
 
@@ -16,9 +16,8 @@ def one(source=None, *, rows=2, skip_steps=(), process_index=0, process_count=1,
     """The batches of a single source."""
     process = {"process_index": process_index, "process_count": process_count}
     stream = rows_of(source or memory_source(SHARDS), batch_rows=rows, **process, **kwargs)
-    return mixture_lib.BatchStream(
-        {"text": stream}, weights={"text": 1.0}, batch_rows=rows, skip_steps=skip_steps, **process
-    )
+    shape = mixture_lib.BatchShape(0, rows, (DEFAULTS | kwargs)["max_seq_length"], {"text": 1.0})
+    return mixture_lib.BatchStream({"text": stream}, shapes=[shape], skip_steps=skip_steps, **process)
 
 
 WEIGHTS = {"even": 5, "odd": 3, "rare": 0.04}
@@ -33,7 +32,8 @@ def mixture(*, rows=8, weights=None, process_index=0, process_count=1, skip_step
         name: rows_of(memory_source(part), batch_rows=1, **process, **kwargs)
         for name, part in zip(weights, texts, strict=True)
     }
-    return mixture_lib.BatchStream(streams, weights=weights, batch_rows=rows, skip_steps=skip_steps, **process)
+    shape = mixture_lib.BatchShape(0, rows, (DEFAULTS | kwargs)["max_seq_length"], weights)
+    return mixture_lib.BatchStream(streams, shapes=[shape], skip_steps=skip_steps, **process)
 
 
 def take(stream, count):

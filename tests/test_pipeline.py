@@ -127,8 +127,7 @@ def test_a_run_resumes_with_other_skip_steps_but_not_with_another_mixture(mixed,
 
 
 def test_counts_are_proportional_to_weights_and_at_least_one():
-    sources = [pipeline.TextSource(name, weight, None, None) for name, weight in (("a", 2), ("b", 1), ("c", 1e-9))]
-    assert pipeline._proportional_counts(31, tuple(sources)) == {"a": 21, "b": 10, "c": 1}
+    assert pipeline._proportional_counts(31, {"a": 2, "b": 1, "c": 1e-9}) == {"a": 21, "b": 10, "c": 1}
 
 
 def test_an_error_names_the_key_of_the_evaluation_files(tmp_path):

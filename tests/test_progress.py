@@ -182,7 +182,6 @@ def make_reporter(tmp_path, monkeypatch):
             WorkDir(str(tmp_path)),
             num_train_steps=100,
             vocab_size=10,
-            flops_per_token=1e3,
             profile=ProfileSettings(first_step=1, num_steps=0),
             max_skipped_steps=2,
             restored=None,
@@ -196,6 +195,8 @@ def test_the_log_line_has_every_field(make_reporter, monkeypatch, caplog):
     monkeypatch.setattr(reporter_lib, "peak_flops", lambda: 1e6)
     with caplog.at_level("INFO"), make_reporter() as reporter:
         for step in (1, 2):
+            with reporter.dispatch(stage="", flops_per_token=1e3):
+                pass
             reporter.add_step(step, *fake(step), wait_seconds=0.0)
             reporter.wait_for_pending_step()
             reporter.log_evaluation(step, EVALUATION)

@@ -148,7 +148,6 @@ def make_reporter(tmp_path, monkeypatch, clock):
             workdir,
             num_train_steps=100,
             vocab_size=10,
-            flops_per_token=1e3,
             profile=ProfileSettings(first_step=1, num_steps=0),
             max_skipped_steps=max_skipped_steps,
             restored=restored,

@@ -48,6 +48,7 @@ VALID = {
     "eval_steps": 4,
     "save_steps": 4,
     "max_hours": 0.0,
+    "stages": (),
     "data": {
         "dataset_name": "docstrings",
         "dataset_config_name": None,

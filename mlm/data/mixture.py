@@ -41,13 +41,30 @@ class Document(NamedTuple):
     batch_rows: tuple[int, ...]
 
 
+class BatchShape(NamedTuple):
+    """The batches of a stage of the run.
+
+    Attributes:
+        start: number of steps done before its first batch; skipped batches are not steps.
+        batch_rows: rows per batch of this process.
+        max_seq_length: tokens per row.
+        weights: name -> fraction of the rows, of the sources that the stage uses; they need not add up to 1.
+    """
+
+    start: int
+    batch_rows: int
+    max_seq_length: int
+    weights: Mapping[str, float]
+
+
 class BatchStream:
     """An endless iterator of int32 [batch_rows, max_seq_length], C-contiguous.
 
+    A source continues where it last stopped, whichever stage has used it.
+
     Args:
         streams: name -> rows of a source, in the order in which the sources are evaluated.
-        weights: name -> fraction of the rows; they need not add up to 1.
-        batch_rows: rows per batch of this process.
+        shapes: of the stages, in order; the first one starts at step 0, and `streams` have its length.
         skip_steps: (first, last) numbers of batches to skip, both included.
         process_index, process_count: which of the run's processes this is.
     """
@@ -56,15 +73,14 @@ class BatchStream:
         self,
         streams: Mapping[str, RowStream | SyntheticRows],
         *,
-        weights: Mapping[str, float],
-        batch_rows: int,
+        shapes: Sequence[BatchShape],
         skip_steps: Sequence[tuple[int, int]] = (),
         process_index: int = 0,
         process_count: int = 1,
     ):
         self.streams = dict(streams)
-        self.batch_rows = batch_rows
-        self._weights = np.array([weights[name] for name in self.streams], np.float64)
+        self._shapes = shapes
+        self._set_shape(shapes[0])
         self._skip_steps = skip_steps
         self._process_index = process_index
         self._process_count = process_count
@@ -78,17 +94,37 @@ class BatchStream:
         return self
 
     def __next__(self) -> np.ndarray:
+        for shape in self._shapes:
+            if shape.start == self._num_steps() > 0:
+                self._set_shape(shape)
+                self._append_topology()
+                self._rows_per_source[:] = 0
         while True:
             batch = self._take()
             self._num_batches += 1
             if not any(first <= self._num_batches <= last for first, last in self._skip_steps):
                 return batch
 
+    def _num_steps(self) -> int:
+        """Returns the number of batches returned."""
+        skipped = _ranges_until(self._skip_steps, self._num_batches)
+        return self._num_batches - sum(last - first + 1 for first, last in skipped)
+
+    def _set_shape(self, shape: BatchShape) -> None:
+        """Starts a stage."""
+        self.batch_rows = shape.batch_rows
+        self._weights = np.array([shape.weights.get(name, 0.0) for name in self.streams], np.float64)
+        self._used = {name: stream for name, stream in self.streams.items() if name in shape.weights}
+        for stream in self.streams.values():
+            # A batch of a mixture may need as little as one row of a source.
+            batch_rows = shape.batch_rows if len(self._used) == 1 else 1
+            stream.set_shape(max_seq_length=shape.max_seq_length, batch_rows=batch_rows)
+
     def _take(self) -> np.ndarray:
-        if len(self.streams) == 1:
-            (stream,) = self.streams.values()
-            self._row_sources = np.zeros(self.batch_rows, np.int64)
-            self._rows_per_source += self.batch_rows
+        if len(self._used) == 1:
+            (stream,) = self._used.values()
+            self._row_sources = np.full(self.batch_rows, np.argmax(self._weights))
+            self._rows_per_source[self._row_sources[0]] += self.batch_rows
             return stream.take(self.batch_rows)
         self._row_sources = self._next_row_sources()
         counts = np.bincount(self._row_sources, minlength=len(self.streams))
@@ -103,7 +139,8 @@ class BatchStream:
     def _next_row_sources(self) -> np.ndarray:
         """Returns int64 [batch_rows]: the index of the source of each of the next rows."""
         rows = self._rows_per_source[:, None] + np.arange(self.batch_rows)
-        due = (rows + 0.5) / self._weights[:, None]
+        with np.errstate(divide="ignore"):  # The sources that the stage does not use are never due.
+            due = (rows + 0.5) / self._weights[:, None]
         # The sort is stable: of rows due at the same time, that of the first source comes first.
         return np.argsort(due, axis=None, kind="stable")[: self.batch_rows] // self.batch_rows
 
@@ -115,7 +152,7 @@ class BatchStream:
     @property
     def epoch(self) -> int:
         """Epoch of the last row returned; the smallest one of a mixture's sources."""
-        return min(stream.epoch for stream in self.streams.values())
+        return min(stream.epoch for stream in self._used.values())
 
     @property
     def counters(self) -> dict[str, int]:
@@ -140,13 +177,14 @@ class BatchStream:
         """Returns the state after the last batch, for JSON.
 
         `topology_history` has an entry for every change of the processes: after batch `after_batch` the run has had
-        `process_count` processes with `batch_rows` rows each. `rows_per_source` counts rows since then.
+        `process_count` processes with `batch_rows` rows each. `rows_per_source` counts rows since then, or since the
+        start of the stage.
         """
         return {
             "format_version": STREAM_FORMAT_VERSION,
             "batches": self._num_batches,
             "skipped_batches": _ranges_until(self._skip_steps, self._num_batches),
-            "topology_history": self._topology_history,
+            "topology_history": [*self._topology_history],
             "rows_per_source": dict(zip(self.streams, self._rows_per_source.tolist(), strict=True)),
             "streams": {name: stream.state_dict() for name, stream in self.streams.items()},
         }
@@ -175,6 +213,7 @@ class BatchStream:
                 f"change only what is past batch {batches}, or remove the checkpoints that are too new"
             )
         self._num_batches = batches
+        self._set_shape([shape for shape in self._shapes if shape.start < max(1, self._num_steps())][-1])
         self._topology_history = [dict(entry) for entry in state["topology_history"]]
         self._append_topology()
         if len(states) == self._process_count:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ from absl import logging
 
 from mlm.data import synthetic
 from mlm.data.held_out import EvalSet, read_eval_set
-from mlm.data.mixture import BatchStream
+from mlm.data.mixture import BatchShape, BatchStream
 from mlm.data.packing import PackedChunk
 from mlm.data.sources.retry import RetryPolicy
 from mlm.data.sources.source import Source, open_source
@@ -20,6 +20,7 @@ from mlm.data.stream import RowStream
 from mlm.data.tokenizer import Tokenizer, load_tokenizer, without_word_starts
 from mlm.errors import UserError
 from mlm.settings import DataSettings, MixtureEntry, RunSettings, TokenizerSettings, resolve_algorithm
+from mlm.stages import settings_of_stages, source_weights
 
 # Maximum number of a process's shards that the log lists by name.
 _MAX_NAMED_SHARDS = 4
@@ -34,7 +35,7 @@ class TextSource:
 
     Attributes:
       name: for metrics and messages.
-      weight: its part of the sequences, relative to the sum of all weights.
+      weight: its part of the sequences, relative to the sum of all weights, in the first stage that uses it.
       train: the documents to train on.
       eval: the documents of which some are the evaluation set; the same object as `train` if there are no separate
         files.
@@ -47,14 +48,31 @@ class TextSource:
 
 
 @dataclasses.dataclass(frozen=True)
+class ExtraEvalRows:
+    """Evaluation sequences of another length, or of a source, that a later stage introduces.
+
+    Attributes:
+      name: the metric is eval/<name>/loss.
+      rows_RxL: int32, the sequences.
+      first_stage: index of the first stage in which they are evaluated.
+    """
+
+    name: str
+    rows_RxL: np.ndarray
+    first_stage: int
+
+
+@dataclasses.dataclass(frozen=True)
 class TextPipeline:
     """The text of a run: what it is trained and evaluated on.
 
     Attributes:
-      sources: one, or the entries of a mixture.
+      sources: one, or the entries of a mixture; those of later stages come last.
       tokenizer: text to ids.
-      eval_rows_RxL: int32, the evaluation sequences, source by source, the same on every process.
+      eval_rows_RxL: int32, the evaluation sequences, source by source, the same on every process and in every stage.
       eval_counts: name of a source -> number of its evaluation sequences.
+      extra_eval_rows: those of later stages.
+      weights: name -> weight of the sources of the first stage.
       held_out: the documents that have tokens in the evaluation set; they are not trained on.
       stream_options: arguments of every RowStream.
       skip_steps: (first, last) numbers of batches to skip.
@@ -64,40 +82,46 @@ class TextPipeline:
     tokenizer: Tokenizer
     eval_rows_RxL: np.ndarray
     eval_counts: Mapping[str, int]
+    extra_eval_rows: tuple[ExtraEvalRows, ...]
+    weights: Mapping[str, float]
     held_out: pa.Array
     stream_options: Mapping[str, Any]
     skip_steps: tuple[tuple[int, int], ...]
 
     @property
     def name(self) -> str:
-        """The names of the sources, with the fractions of a mixture."""
+        """The names of the sources, with the fractions of a mixture in the first stage."""
         if len(self.sources) == 1:
             return self.sources[0].train.name
-        total = sum(source.weight for source in self.sources)
-        return ", ".join(f"{source.name} ({source.weight / total:.1%})" for source in self.sources)
+        total, weights = sum(self.weights.values()), self.weights
+        return ", ".join(f"{source.name} ({weights.get(source.name, 0) / total:.1%})" for source in self.sources)
 
-    def batches(self, *, process_index: int, process_count: int, batch_rows: int) -> BatchStream:
+    def batches(
+        self, *, process_index: int, process_count: int, batch_rows: int, shapes: Sequence[BatchShape] = ()
+    ) -> BatchStream:
         """Returns the training batches of a process, from the first one.
 
         Args:
           process_index, process_count: which of the run's processes.
           batch_rows: rows per batch of this process.
+          shapes: batches of the run's stages; none for a single stage of `batch_rows` rows.
         """
+        length = self.stream_options["max_seq_length"]
+        shapes = shapes or (BatchShape(0, batch_rows, length, self.weights),)
         streams: dict[str, RowStream | synthetic.SyntheticRows] = {}
         for source in self.sources:
             if source.train is synthetic.SOURCE:
                 streams[source.name] = synthetic.SyntheticRows(
                     self.tokenizer,
                     seed=self.stream_options["seed"],
-                    max_seq_length=self.stream_options["max_seq_length"],
+                    max_seq_length=length,
                     process_index=process_index,
                 )
                 continue
             streams[source.name] = RowStream(
                 source.train,
                 self.tokenizer,
-                # A batch of a mixture may need as little as one row of a source.
-                batch_rows=batch_rows if len(self.sources) == 1 else 1,
+                batch_rows=batch_rows,
                 held_out=self.held_out,
                 process_index=process_index,
                 process_count=process_count,
@@ -105,8 +129,7 @@ class TextPipeline:
             )
         return BatchStream(
             streams,
-            weights={source.name: source.weight for source in self.sources},
-            batch_rows=batch_rows,
+            shapes=shapes,
             skip_steps=self.skip_steps,
             process_index=process_index,
             process_count=process_count,
@@ -129,8 +152,8 @@ class TextPipeline:
         return next(source for source in self.sources if source.name == source_name).train.shard_name(shard)
 
 
-def open_sources(data: DataSettings) -> tuple[TextSource, ...]:
-    """Opens the only source of a run, or those of its mixture.
+def open_sources(data: DataSettings, *later_stages: DataSettings) -> tuple[TextSource, ...]:
+    """Opens the only source of a run, or those of its mixture, then those that later stages introduce.
 
     Raises:
       UserError: a source does not exist, cannot be read or is empty.
@@ -138,7 +161,15 @@ def open_sources(data: DataSettings) -> tuple[TextSource, ...]:
     if data.is_synthetic:
         return (TextSource("text", 1.0, synthetic.SOURCE, synthetic.SOURCE),)
     entries = data.mixture_entries or (MixtureEntry("text", 1.0, {"dataset_name": data.dataset_name}),)
-    return tuple(_open_entry(data, entry) for entry in entries)
+    sources = {entry.name: _open_entry(data, entry) for entry in entries}
+    total = sum(entry.weight for entry in entries)
+    for stage in later_stages:
+        scale = total / sum(source_weights(stage).values())
+        for entry in stage.mixture_entries:
+            if entry.name not in sources:
+                scaled = dataclasses.replace(entry, weight=entry.weight * scale)
+                sources[entry.name] = _open_entry(stage, scaled)
+    return tuple(sources.values())
 
 
 def _open_entry(data: DataSettings, entry: MixtureEntry) -> TextSource:
@@ -178,16 +209,17 @@ def open_tokenizer(
       saved_tokenizer: directory of the tokenizer in the work directory; None for a run that has not saved one.
       model_type: the model family to train a tokenizer for.
     """
-    options = settings.tokenizer
+    options, stages = settings.tokenizer, settings_of_stages(settings)
+    marks_words = any(stage.masking.needs_words for stage in stages)
     name = saved_tokenizer or options.tokenizer_name or settings.model.model_name_or_path
     if name:
         return load_tokenizer(
             name,
             cache_dir=settings.data.cache_dir,
             backend=options.backend,
-            marks_words=settings.masking.needs_words,
+            marks_words=marks_words,
         )
-    length = settings.data.max_seq_length
+    length = max(stage.data.max_seq_length for stage in stages)
     if text_sources[0].train is synthetic.SOURCE:
         return synthetic.tokenizer(vocab_size=options.vocab_size, max_seq_length=length)
     return train_tokenizer(
@@ -196,7 +228,7 @@ def open_tokenizer(
         eval_rows=settings.data.eval_rows,
         max_seq_length=length,
         model_type=model_type,
-        marks_words=settings.masking.needs_words,
+        marks_words=marks_words,
     )
 
 
@@ -222,7 +254,7 @@ def train_tokenizer(
         options.train_documents,
         names,
     )
-    counts = _proportional_counts(options.train_documents, text_sources)
+    counts = _proportional_counts(options.train_documents, {source.name: source.weight for source in text_sources})
     documents = functools.partial(_documents_for_tokenizer, eval_rows=eval_rows)
     return train_on_texts(
         (text for source in text_sources for text in documents(source.train, counts[source.name])),
@@ -237,42 +269,63 @@ def train_tokenizer(
 
 
 def open_text(
-    data: DataSettings, text_sources: tuple[TextSource, ...], tokenizer: Tokenizer, *, seed: int
+    data: DataSettings,
+    text_sources: tuple[TextSource, ...],
+    tokenizer: Tokenizer,
+    *,
+    seed: int,
+    later_stages: Sequence[DataSettings] = (),
 ) -> TextPipeline:
-    """Reads the evaluation set, to which each source contributes by its weight.
+    """Reads the evaluation set, to which each source contributes by its weight, and those of later stages.
+
+    Args:
+      data: settings of the first stage.
+      text_sources: those of all stages.
+      tokenizer: text to ids.
+      seed: of the order of the text.
+      later_stages: the settings of the other stages.
 
     Raises:
       UserError: a source has too little text, or cannot be read.
     """
-    counts = _proportional_counts(data.num_eval_samples, text_sources)
-    eval_sets: list[EvalSet] = []
-    for source in text_sources:
-        if source.train is synthetic.SOURCE:
-            rows = synthetic.draw_rows(
-                counts[source.name], length=data.max_seq_length, tokenizer=tokenizer, seed=(seed, 0)
-            )
-            eval_sets.append(EvalSet(rows, pa.array([], pa.large_string())))
-            continue
-        eval_sets.append(
-            read_eval_set(
-                source.eval,
-                tokenizer,
-                num_sequences=counts[source.name],
-                max_seq_length=data.max_seq_length,
-                packing=data.packing,
-                eval_rows=data.eval_rows,
-                allow_fewer=source.eval is not source.train,
-            )
-        )
-    eval_rows_RxL = np.concatenate([part.sequences for part in eval_sets])
-    held_out = pa.concat_arrays([part.documents for part in eval_sets]).unique()
-    _check_unknown_tokens(eval_rows_RxL, held_out, tokenizer, max_fraction=data.max_unknown_fraction)
+    sources = {source.name: source for source in text_sources}
+    weights = source_weights(data)
+
+    def read(name: str, count: int, length: int) -> EvalSet:
+        return _read_eval_set(data, sources[name], tokenizer, count=count, length=length, seed=seed)
+
+    counts = _proportional_counts(data.num_eval_samples, weights)
+    eval_sets = {name: read(name, count, data.max_seq_length) for name, count in counts.items()}
+    eval_rows_RxL = np.concatenate([part.sequences for part in eval_sets.values()])
+    held_out = [part.documents for part in eval_sets.values()]
+    _check_unknown_tokens(
+        eval_rows_RxL, pa.concat_arrays(held_out).unique(), tokenizer, max_fraction=data.max_unknown_fraction
+    )
+    extra: list[ExtraEvalRows] = []
+    lengths, names = {data.max_seq_length}, set(weights)
+    for index, stage in enumerate(later_stages, start=1):
+        counts, length = _proportional_counts(data.num_eval_samples, source_weights(stage)), stage.max_seq_length
+        parts = {name: [read(name, counts[name], data.max_seq_length)] for name in counts if name not in names}
+        first_stages = dict.fromkeys(parts, 0)
+        if length not in lengths:
+            # As many tokens as of the first length.
+            num_sequences = -(-data.num_eval_samples * data.max_seq_length // length)
+            counts = _proportional_counts(num_sequences, source_weights(stage))
+            parts[f"length_{length}"] = [read(name, count, length) for name, count in counts.items()]
+            first_stages[f"length_{length}"] = index
+        for name, some in parts.items():
+            extra.append(ExtraEvalRows(name, np.concatenate([part.sequences for part in some]), first_stages[name]))
+            held_out += [part.documents for part in some]
+        lengths.add(length)
+        names.update(counts)
     return TextPipeline(
         sources=text_sources,
         tokenizer=tokenizer,
         eval_rows_RxL=eval_rows_RxL,
-        eval_counts={source.name: len(part.sequences) for source, part in zip(text_sources, eval_sets, strict=True)},
-        held_out=held_out,
+        eval_counts={name: len(part.sequences) for name, part in eval_sets.items()},
+        extra_eval_rows=tuple(extra),
+        weights=weights,
+        held_out=pa.concat_arrays(held_out).unique(),
         stream_options={
             "seed": seed,
             "max_seq_length": data.max_seq_length,
@@ -284,6 +337,24 @@ def open_text(
             "accept_changed_files": data.accept_changed_files,
         },
         skip_steps=data.skip_steps,
+    )
+
+
+def _read_eval_set(
+    data: DataSettings, source: TextSource, tokenizer: Tokenizer, *, count: int, length: int, seed: int
+) -> EvalSet:
+    """Reads `count` evaluation sequences of a source."""
+    if source.train is synthetic.SOURCE:
+        rows = synthetic.draw_rows(count, length=length, tokenizer=tokenizer, seed=(seed, 0))
+        return EvalSet(rows, pa.array([], pa.large_string()))
+    return read_eval_set(
+        source.eval,
+        tokenizer,
+        num_sequences=count,
+        max_seq_length=length,
+        packing=data.packing,
+        eval_rows=data.eval_rows,
+        allow_fewer=source.eval is not source.train,
     )
 
 
@@ -318,12 +389,12 @@ def _check_unknown_tokens(
     )
 
 
-def _proportional_counts(total: int, text_sources: tuple[TextSource, ...]) -> dict[str, int]:
+def _proportional_counts(total: int, weights: Mapping[str, float]) -> dict[str, int]:
     """Divides `total` among the sources by their weights, at least 1 for each."""
-    weights = np.array([source.weight for source in text_sources])
-    ends = np.rint(total * np.cumsum(weights) / weights.sum()).astype(int)
+    values = np.array(list(weights.values()))
+    ends = np.rint(total * np.cumsum(values) / values.sum()).astype(int)
     counts = np.maximum(np.diff(ends, prepend=0), 1)
-    return {source.name: int(count) for source, count in zip(text_sources, counts, strict=True)}
+    return {name: int(count) for name, count in zip(weights, counts, strict=True)}
 
 
 def _documents_for_tokenizer(source: Source, num_documents: int, *, eval_rows: str) -> Iterator[str]:

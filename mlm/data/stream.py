@@ -161,6 +161,19 @@ class RowStream:
             self._units_used += len(part)
         return np.concatenate(parts).reshape(num_rows, self._max_seq_length)
 
+    def set_shape(self, *, max_seq_length: int, batch_rows: int) -> None:
+        """Continues with rows of another length: the rest of an unfinished document begins the next row.
+
+        Args:
+            max_seq_length: tokens per row.
+            batch_rows: rows that `next` returns.
+        """
+        is_repacked = max_seq_length != self._max_seq_length and self._packing not in packing_lib.CONCATENATING
+        self._max_seq_length, self._batch_rows = max_seq_length, batch_rows
+        self.units_per_row = packing_lib.units_per_row(self._packing, max_seq_length=max_seq_length)
+        if is_repacked:
+            self._seek(self._position())
+
     def documents(self) -> list[provenance.DocumentSpan]:
         """Returns the documents of the last batch, in order."""
         return provenance.document_spans(self._batch_slices)

@@ -65,8 +65,14 @@ class SyntheticRows:
     epoch = 0
 
     def __init__(self, tokenizer: Tokenizer, *, seed: int, max_seq_length: int, process_index: int):
-        self._pool = draw_rows(_POOL_ROWS, length=max_seq_length, tokenizer=tokenizer, seed=(seed, 1 + process_index))
+        self._tokenizer = tokenizer
+        self._seed = seed, 1 + process_index
         self._num_rows = 0
+        self.set_shape(max_seq_length=max_seq_length, batch_rows=1)
+
+    def set_shape(self, *, max_seq_length: int, batch_rows: int) -> None:
+        """Continues with rows of another length, as `RowStream.set_shape` does."""
+        self._pool = draw_rows(_POOL_ROWS, length=max_seq_length, tokenizer=self._tokenizer, seed=self._seed)
 
     def take(self, num_rows: int) -> np.ndarray:
         """Returns the next rows, int32 [num_rows, max_seq_length]."""

@@ -93,7 +93,7 @@ class Tokenizer:
         has_unknown = any(model["model"].get(key) is not None for key in ("unk_token", "unk_id"))
         self.unknown_id: int | None = hf.unk_token_id if has_unknown else None
         self._reference = text_only(hf.backend_tokenizer)
-        self._marks_words = marks_words
+        self.marks_words = marks_words
         if marks_words and not _has_words(self._reference):
             raise UserError(
                 f"the tokenizer {name!r}: does not split text into words, which masking.strategy needs; set that to "
@@ -150,7 +150,7 @@ class Tokenizer:
         if self._gigatoken is not None and not self._checked:
             self._check(texts)
         if self._gigatoken is None:
-            ids, offsets = _encode_tokenizers(self._reference, texts, marks_words=self._marks_words)
+            ids, offsets = _encode_tokenizers(self._reference, texts, marks_words=self.marks_words)
         else:
             ids, offsets = _encode_gigatoken(self._gigatoken, texts)
         keep_mask = np.isin(without_word_starts(ids), self._structural_ids, invert=True)

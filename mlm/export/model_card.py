@@ -11,6 +11,7 @@ import huggingface_hub
 from mlm.data.sources.source import is_local_path
 from mlm.export.fill_mask import MaskPrediction, display_token
 from mlm.settings import RunSettings
+from mlm.stages import Stage
 
 _TEMPLATE = os.path.join(os.path.dirname(__file__), "model_card.md.jinja")
 # Metrics in the hub's model-index: our name -> the hub's name.
@@ -72,18 +73,24 @@ def build_card(
     sequences_per_step: int,
     tokens_seen: int,
     hardware: str,
+    stages: Sequence[Stage] = (),
 ) -> Card:
     """Returns the content of the card of a run.
 
     Args:
-      settings: those of the run.
+      settings: those of the run, or of the stage that `step` belongs to.
       title: the model's name.
       model_type: the model family.
       step: number of steps done.
       sequences_per_step: sequences in a step, over all devices.
       tokens_seen: number of training tokens, without padding.
       hardware: the devices; empty if unknown.
+      stages: those of the run.
     """
+    data, begun = _training_data(settings), [stage for stage in stages if stage.start < max(step, 1)]
+    if len(begun) > 1:
+        data = tuple({source.name: source for stage in begun for source in _training_data(stage.settings)}.values())
+    names = ", ".join(f"{stage.name} (steps {stage.start + 1:,} to {stage.end:,})" for stage in begun)
     pretrained = settings.model.model_name_or_path
     base_model = None
     if not pretrained:
@@ -98,7 +105,7 @@ def build_card(
     return Card(
         title=title,
         model_type=model_type,
-        data=_training_data(settings),
+        data=data,
         initialization=initialization,
         base_model=base_model,
         license=settings.hub.license,
@@ -108,6 +115,7 @@ def build_card(
         recipe={
             "steps": f"{step:,} of {settings.num_train_steps:,}",
             "sequences per step": f"{sequences_per_step:,} of {settings.data.max_seq_length} tokens",
+            **({"stages": names} if len(stages) > 1 else {}),
             **{f"`{key}`": value for key, value in options.items()},
             "`packing`": settings.data.packing,
             "`dtype` of the computation": settings.model.dtype,

@@ -13,6 +13,7 @@ from mlm import build, parallel, steps
 from mlm.reporting.curves import read_metrics
 from mlm.run.workdir import WorkDir
 from mlm.settings import RunSettings
+from mlm.stages import settings_of_stages
 from mlm.train import train_and_evaluate
 
 # Parts of the time per step in the loop; they add up to it.
@@ -32,11 +33,13 @@ def run(settings: RunSettings, workdir: None, *, steps: int) -> None:
     Both are timed over `steps` steps, after as many untimed ones, in one process. The step alone is timed before and
     after the loop: its mean is compared, and the difference is the uncertainty of the ratio. All files are temporary.
     """
+    settings = settings_of_stages(settings)[0]  # The first stage.
     # One log line after each half; the pauses for evaluation, checkpoint and export are between them, timed apart.
     settings = settings.replace(
         {
             "hub.push_to_hub": False,
             "num_train_steps": 2 * steps,
+            "stages": (),
             # The schedule of the run may be longer than these steps; a constant rate costs the same.
             "optimizer.warmup_steps": 0,
             "optimizer.schedule": "constant",

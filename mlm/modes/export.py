@@ -16,6 +16,7 @@ from mlm.reporting.curves import read_metrics
 from mlm.run.gcs import is_url
 from mlm.run.workdir import WorkDir
 from mlm.settings import EXPORT_DTYPES, RunSettings
+from mlm.stages import recorded, stage_at
 
 
 def run(
@@ -69,12 +70,16 @@ def run(
         title = os.path.basename(workdir.path)
         if average > 1:
             title += f", mean of the checkpoints {', '.join(map(str, loaded.steps))}"
+        stages = recorded(settings, workdir.last_stages())
+        stage = stage_at(stages, last)
         card = build_card(
-            settings,
+            stage.settings,
             title=title,
             model_type=loaded.encoder.model_type,
             step=last,
-            sequences_per_step=math.prod(topology),
+            # The topology has the sequences of the first stage.
+            sequences_per_step=math.prod(topology) // stages[0].rows_per_device * stage.rows_per_device,
+            stages=stages,
             tokens_seen=loaded.tokens_seen,
             hardware=_hardware(workdir),
         )

@@ -20,6 +20,7 @@ from mlm.errors import UserError
 from mlm.masking import MaskedBatch, mask_tokens
 from mlm.run.workdir import KeyChanges, WorkDir
 from mlm.settings import RunSettings
+from mlm.stages import recorded, stage_at
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,11 +105,13 @@ def replay(
     if step < 1:
         raise UserError(f"--step={step}: must be at least 1, the first step")
     settings = workdir.resume(settings)
-    sources = text_lib.open_sources(settings.data)
+    stages = recorded(settings, workdir.last_stages())
+    first, later = stages[0].settings.data, [stage.settings.data for stage in stages[1:]]
+    sources = text_lib.open_sources(first, *later)
     tokenizer = text_lib.open_tokenizer(
         settings, sources, saved_tokenizer=workdir.tokenizer, model_type=settings.model.model_type
     )
-    text = text_lib.open_text(settings.data, sources, tokenizer, seed=settings.seed)
+    text = text_lib.open_text(first, sources, tokenizer, seed=settings.seed, later_stages=later)
 
     process_count, batch_rows = last_topology
     history = [{"after_batch": 0, "process_count": process_count, "batch_rows": batch_rows}]
@@ -134,7 +137,14 @@ def replay(
             )
         indices = range(process_count) if last_batch < batch_number else (process_index,)
         streams = [
-            text.batches(process_index=index, process_count=process_count, batch_rows=batch_rows) for index in indices
+            text.batches(
+                process_index=index,
+                process_count=process_count,
+                batch_rows=batch_rows,
+                # Where the number of rows changes, the history has another entry.
+                shapes=[build.batch_shape(stage, batch_rows=batch_rows) for stage in stages],
+            )
+            for index in indices
         ]
         for stream in streams:
             if states is not None:
@@ -145,10 +155,11 @@ def replay(
             break
         batches_done, states = last_batch, [stream.state_dict() for stream in streams]
 
+    stage = stage_at(stages, step)
     first_row = process_index * batch_rows
     key = jax.random.fold_in(steps.random_key(settings.seed, steps.TRAIN_MASKS), step - 1)
-    mask = jax.jit(functools.partial(mask_tokens, spec=build.open_masking(settings, tokenizer)))
-    rate = build.open_mask_rate(settings)
+    mask = jax.jit(functools.partial(mask_tokens, spec=build.open_masking(stage.settings, tokenizer)))
+    rate = build.open_mask_rate(stage)
     masked = mask(
         tokens_BxL,
         rows_B=first_row + np.arange(batch_rows, dtype=np.int32),

@@ -8,6 +8,7 @@ from mlm import build
 from mlm.data import pipeline
 from mlm.errors import UserError
 from mlm.settings import RunSettings
+from mlm.stages import settings_of_stages
 
 
 def run(settings: RunSettings, workdir: None, *, output: str) -> None:
@@ -23,12 +24,13 @@ def run(settings: RunSettings, workdir: None, *, output: str) -> None:
     """
     if os.path.exists(output) and not (os.path.isdir(output) and not os.listdir(output)):
         raise UserError(f"--output={output}: exists and is not an empty directory; name another directory")
+    stages = settings_of_stages(settings)
     copied, _ = build.load_model(settings)
     tokenizer = pipeline.train_tokenizer(
         settings.tokenizer,
-        pipeline.open_sources(settings.data),
+        pipeline.open_sources(*(stage.data for stage in stages)),
         eval_rows=settings.data.eval_rows,
-        max_seq_length=settings.data.max_seq_length,
+        max_seq_length=max(stage.data.max_seq_length for stage in stages),
         model_type=copied.model_type if copied is not None else settings.model.model_type,
     )
     tokenizer.save(output)

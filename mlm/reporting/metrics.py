@@ -52,6 +52,7 @@ class MetricsAccumulator:
       seconds: time in the training loop, pauses included; steps repeated after a restart count once.
       skipped_steps, consecutive_skipped_steps: all steps skipped so far, and those since the last one that was not.
       eval_loss: loss of the newest evaluation; None before the first.
+      peak_tokens_per_second: rate of all devices at 100 % utilization; None if unknown.
     """
 
     def __init__(
@@ -61,7 +62,6 @@ class MetricsAccumulator:
         num_processes: int = 1,
         pad_id: int | None = None,
         unknown_id: int | None = None,
-        peak_tokens_per_second: float | None = None,
         state: Mapping[str, Any] | None = None,
     ):
         """Starts from `state`, which `to_json` returned, or from zero.
@@ -72,7 +72,6 @@ class MetricsAccumulator:
           pad_id: the padding id, to log the fraction of padding; None if sequences are never padded.
           unknown_id: the id of the unknown token, to log its fraction of the tokens that are no padding; None if there
             is none.
-          peak_tokens_per_second: rate of all devices at 100 % utilization; None if unknown.
           state: JSON state.
         """
         state = dict(state or {})
@@ -86,7 +85,7 @@ class MetricsAccumulator:
         self._num_processes = num_processes
         self._pad_id = pad_id
         self._unknown_id = unknown_id
-        self._peak_tokens_per_second = peak_tokens_per_second
+        self.peak_tokens_per_second: float | None = None
         self._newest: tuple[TrainMetrics, Batch] | None = None
 
     def to_json(self) -> dict[str, Any]:
@@ -170,8 +169,8 @@ class MetricsAccumulator:
             scalars["data/padding_fraction"] = interval.padding / max(interval.tokens, 1)
         if self._unknown_id is not None:
             scalars["data/unknown_fraction"] = interval.unknown / max(interval.tokens - interval.padding, 1)
-        if self._peak_tokens_per_second is not None:
-            scalars["perf/mfu"] = tokens_per_second / self._peak_tokens_per_second
+        if self.peak_tokens_per_second is not None:
+            scalars["perf/mfu"] = tokens_per_second / self.peak_tokens_per_second
         host_seconds = max(0.0, seconds - sum(interval.part_seconds.values()))
         parts = interval.part_seconds | {"host": host_seconds}
         scalars |= {f"perf/{name}_ms": 1e3 * part / interval.steps for name, part in parts.items()}

@@ -38,7 +38,6 @@ class Reporter:
         *,
         num_train_steps: int,
         vocab_size: int,
-        flops_per_token: float,
         profile: ProfileSettings,
         max_skipped_steps: int,
         restored: Mapping[str, Any] | None,
@@ -52,7 +51,6 @@ class Reporter:
           workdir: where metrics are written.
           num_train_steps: steps of the run.
           vocab_size: number of token ids.
-          flops_per_token: operations of a training step per token.
           profile: the steps to trace.
           max_skipped_steps: how many steps in a row may be skipped.
           restored: state of the accumulator; None for a new run.
@@ -60,13 +58,11 @@ class Reporter:
           pad_id: the padding id, to log the fraction of padding; None if sequences are never padded.
           unknown_id: the id of the unknown token, to log its fraction; None if there is none.
         """
-        peak = peak_flops()
         self.accumulator = MetricsAccumulator(
             vocab_size=vocab_size,
             num_processes=jax.process_count(),
             pad_id=pad_id,
             unknown_id=unknown_id,
-            peak_tokens_per_second=None if peak is None else peak * jax.device_count() / flops_per_token,
             state=restored,
         )
         self.writer = writers.create_writer(workdir, last_step=step)
@@ -75,6 +71,7 @@ class Reporter:
         self._num_train_steps = num_train_steps
         self._max_skipped_steps = max_skipped_steps
         self._step = step
+        self._stage: str | None = None
         self._pending: tuple[int, TrainMetrics, Batch] | None = None
         # Both start with the first step: before it is dispatched the loop compiles.
         self._clock: float | None = None
@@ -93,6 +90,23 @@ class Reporter:
                     every_secs=None,
                 )
             )
+
+    @contextlib.contextmanager
+    def dispatch(self, *, stage: str, flops_per_token: float) -> Iterator[None]:
+        """Surrounds the dispatch of a step. The first one of a later stage compiles, which is a pause.
+
+        Args:
+          stage: name of the step's stage.
+          flops_per_token: operations of a training step per token in that stage.
+        """
+        if stage == self._stage:
+            yield
+            return
+        self._stage = stage
+        if (peak := peak_flops()) is not None:
+            self.accumulator.peak_tokens_per_second = peak * jax.device_count() / flops_per_token
+        with self.timed("compilation") if self._clock is not None else contextlib.nullcontext():
+            yield
 
     def add_step(self, step: int, metrics: TrainMetrics, batch: Batch, *, wait_seconds: float) -> None:
         """Takes a step that was just dispatched; reads the step before it while the devices work on this one.

@@ -12,6 +12,7 @@ from clu import parameter_overview
 
 from mlm.export.fill_mask import MaskPrediction, compare_predictions
 from mlm.run.workdir import WorkDir
+from mlm.stages import Stage
 
 
 def log_run_summary(
@@ -21,8 +22,7 @@ def log_run_summary(
     text_name: str,
     tokenizer_name: str,
     shards: Iterable[str],
-    sequences_per_step: int,
-    max_seq_length: int,
+    stages: Sequence[Stage],
     start_step: int,
 ) -> None:
     """Logs model, text and devices on process 0, and on each process the shards it reads.
@@ -32,8 +32,7 @@ def log_run_summary(
       params: parameters, stacked over local devices.
       text_name, tokenizer_name: names in messages.
       shards: descriptions of the shards of this process.
-      sequences_per_step: of all devices.
-      max_seq_length: tokens per sequence.
+      stages: those of the run.
       start_step: steps done.
     """
     for line in shards:
@@ -45,14 +44,16 @@ def log_run_summary(
     overview = parameter_overview.get_parameter_overview(shapes, include_stats=False)
     logging.info("parameters of the %s encoder:\n%s", model_type, overview)
     logging.info("text: %s, tokenized by %s", text_name, tokenizer_name)
-    logging.info(
-        "each step: %s sequences of %d tokens; devices: %d x %s, processes: %d",
-        f"{sequences_per_step:,}",
-        max_seq_length,
-        jax.device_count(),
-        jax.devices()[0].device_kind,
-        jax.process_count(),
-    )
+    for stage in stages:
+        logging.info(
+            "each step%s: %s sequences of %d tokens; devices: %d x %s, processes: %d",
+            f" of {stage.name}, {stage.start + 1:,} to {stage.end:,}" if stage.name else "",
+            f"{stage.rows_per_device * jax.device_count():,}",
+            stage.settings.data.max_seq_length,
+            jax.device_count(),
+            jax.devices()[0].device_kind,
+            jax.process_count(),
+        )
     if start_step:
         logging.info("resuming after step %d", start_step)
 

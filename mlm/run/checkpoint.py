@@ -12,7 +12,7 @@ import dataclasses
 import json
 import time
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -118,6 +118,7 @@ class Checkpointer:
     """Saves and restores the checkpoints of a work directory. A context manager: leaving it waits for a save.
 
     Attributes:
+      keep_steps: steps whose checkpoints are kept, too.
       last_save_seconds: time that the last save took until its checkpoint was complete, as `check` has noticed; None if
         there was none.
     """
@@ -135,9 +136,9 @@ class Checkpointer:
         """
         self._storage = storage
         self._exceptions: tuple[type[Exception], ...] = (OSError, ValueError, *storage.exceptions)
+        self.keep_steps: Collection[int] = ()
         self._options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep_checkpoints,
-            keep_period=keep_every_steps or None,
+            preservation_policy=_Preservation(self, keep_checkpoints=keep_checkpoints, every_steps=keep_every_steps),
             # Only the loop decides when to save: Orbax would silently skip steps off its own interval.
             save_interval_steps=1,
             enable_async_checkpointing=True,
@@ -371,6 +372,20 @@ class Checkpointer:
         with contextlib.suppress(SaveError):
             self.wait()
         self._manager.close()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Preservation:
+    """The checkpoints that stay: the newest ones, multiples of `every_steps`, and `checkpointer.keep_steps`."""
+
+    checkpointer: Checkpointer
+    keep_checkpoints: int
+    every_steps: int
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        steps, every = [checkpoint.step for checkpoint in checkpoints], self.every_steps
+        kept = {*steps[-self.keep_checkpoints :], *self.checkpointer.keep_steps}
+        return [step in kept or bool(every and step % every == 0) for step in steps]
 
 
 def checksums(state: Any) -> dict[str, int]:

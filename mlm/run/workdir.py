@@ -10,14 +10,15 @@ import datetime
 import json
 import os
 import shutil
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from absl import logging
 
 from mlm.errors import UserError
 from mlm.run.storage import open_storage
-from mlm.settings import MUTABLE_KEYS, Borders, RunSettings, as_tuples
+from mlm.settings import Borders, RunSettings, as_tuples
+from mlm.stages import Stage, may_change
 
 # Version of the layout of config.json. Raise it when code of an earlier version would misread the file.
 FORMAT_VERSION = 1
@@ -101,7 +102,7 @@ class WorkDir:
                 )
             return settings
         settings = self.complete(settings)
-        differing = {key: pair for key, pair in self.changes(settings).items() if key not in MUTABLE_KEYS}
+        differing = {key: pair for key, pair in self.changes(settings).items() if not may_change(key, *pair)}
         if differing:
             raise UserError(
                 f"--workdir={self.display_path}: holds a run with another config: {describe_changes(differing)}; use "
@@ -153,12 +154,13 @@ class WorkDir:
         last = self._read()["history"][-1]
         return last["processes"], last["rows_per_process"]
 
-    def last_borders(self) -> Borders | None:
-        """Returns the borders of the schedule at the last start; None if there is no run, or it is of an earlier
-        version."""
+    def last_stages(self) -> list[dict[str, Any]]:
+        """Returns the stages at the last start, each with `end` and `borders`, one for a run without stages; empty if
+        there is no run, or it is of an earlier version."""
         if not os.path.exists(self.config) or "borders" not in (last := self._read()["history"][-1]):
-            return None
-        return Borders(**last["borders"])
+            return []
+        stages = last.get("stages") or [{"end": None, "borders": last["borders"]}]
+        return [stage | {"borders": Borders(**stage["borders"])} for stage in stages]
 
     def read_parent(self) -> dict[str, Any] | None:
         """Returns the checkpoint that the run started from, as `create` wrote it; None if there is none, or no run."""
@@ -193,7 +195,7 @@ class WorkDir:
         save_tokenizer: Callable[[str], None],
         processes: int,
         rows_per_process: int,
-        borders: Borders | None = None,
+        stages: Sequence[Stage] = (),
         eval_checksum: str | None = None,
         step: int,
         parent: Mapping[str, Any] | None = None,
@@ -206,7 +208,7 @@ class WorkDir:
           save_tokenizer: writes the tokenizer to a directory.
           processes: number of processes.
           rows_per_process: sequences of a step per process.
-          borders: those of the learning-rate schedule.
+          stages: those of the run.
           eval_checksum: of the evaluation sequences, which shows whether the losses of two runs can be compared.
           step: steps in the checkpoint that the run resumes from; 0 for a new run.
           parent: JSON-serializable, the checkpoint of another run that this one starts from; None to keep the earlier.
@@ -235,7 +237,8 @@ class WorkDir:
                 "processes": processes,
                 "rows_per_process": rows_per_process,
                 "changed": changed,
-                **({"borders": dataclasses.asdict(borders)} if borders else {}),
+                **({"borders": dataclasses.asdict(stages[0].borders)} if stages else {}),
+                **({"stages": [stage.to_json() for stage in stages]} if len(stages) > 1 else {}),
                 **({"eval_checksum": eval_checksum} if eval_checksum else {}),
             }
         )

@@ -1,0 +1,318 @@
+# ruff: noqa: E501, messages are one line.
+"""Stages of a run: borders, schedules, text, and training through them."""
+
+import json
+from pathlib import Path
+from unittest import mock
+
+import jax
+import numpy as np
+import pytest
+
+from benchmarks.same_run import differences
+from mlm import stages as stages_lib
+from mlm.build import open_mask_rate
+from mlm.errors import UserError
+from mlm.reporting.curves import read_metrics
+from mlm.reporting.reporter import Reporter
+from mlm.schedules import create_schedule
+from mlm.settings import Borders, RunSettings
+from mlm.stages import Stage, batch_ramp, resolve
+from mlm.train import train_and_evaluate
+from tests.tiny import sentences, tiny_settings, write_corpus
+
+DEVICES = 4
+
+
+def settings_with(*stages: dict, **changes) -> RunSettings:
+    """100 steps of 4 x 16 tokens per device."""
+    changes = {"num_train_steps": 100, "model.overrides.max_position_embeddings": 66} | changes
+    return tiny_settings("corpus.jsonl", **changes, stages=stages)
+
+
+def ends(stages: tuple[Stage, ...]) -> list[int]:
+    return [stage.end for stage in stages]
+
+
+def rates(stages: tuple[Stage, ...]) -> list[float]:
+    """The learning rate of every step, if none is skipped."""
+    found = []
+    for stage in stages:
+        schedule = create_schedule(
+            stage.settings.optimizer,
+            num_train_steps=stage.schedule_end - stage.schedule_start,
+            borders=stage.borders,
+            start=stage.schedule_start,
+        )
+        found += [float(schedule(count)) for count in range(stage.start, stage.end)]
+    return found
+
+
+LONG = {"name": "long", "steps": 0.1, "data.max_seq_length": 32, "per_device_train_batch_size": 2}
+
+
+def test_a_run_without_stages_is_one_stage():
+    settings = settings_with()
+    assert resolve(settings, num_devices=DEVICES) == (
+        Stage("", 0, 100, settings, 0, 100, Borders(0, 100), mask_start=0, mask_end=100),
+    )
+
+
+@pytest.mark.parametrize(
+    ("steps", "expected"),
+    [
+        ((0.85, 0.1, 0.05), [85, 95, 100]),
+        ((85, 10, 5), [85, 95, 100]),
+        ((0.85, None, 0.05), [85, 95, 100]),
+        # 256 tokens per step, then 512, then 256 again.
+        (("21760 tokens", "5120 tokens", None), [85, 95, 100]),
+        ((0.333, 0.333, 0.334), [33, 67, 100]),
+    ],
+)
+def test_borders(steps, expected):
+    lengths = (16, 32, 16)
+    stages = [
+        {"name": f"s{n}", "steps": some, "data.max_seq_length": length}
+        for n, (some, length) in enumerate(zip(steps, lengths, strict=True))
+    ]
+    assert ends(resolve(settings_with(*stages), num_devices=DEVICES)) == expected
+
+
+def test_a_key_keeps_its_value_in_later_stages():
+    stages = resolve(settings_with({"name": "a"}, LONG, {"name": "c", "steps": 5}), num_devices=DEVICES)
+    assert [stage.settings.data.max_seq_length for stage in stages] == [16, 32, 32]
+    assert [stage.rows_per_device for stage in stages] == [4, 2, 2]
+    assert {stage.settings.stages for stage in stages} == {()}
+
+
+def test_an_extended_run_moves_only_borders_ahead():
+    fractions = {"name": "a", "steps": 0.5}, {"name": "b", "steps": 0.4}, {"name": "c"}
+    old = ends(resolve(settings_with(*fractions), num_devices=1))
+    longer = settings_with(*fractions, num_train_steps=200)
+    assert [ends(resolve(longer, num_devices=1, earlier=old, step=step)) for step in (20, 50, 60, 90, 95)] == [
+        [100, 180, 200],
+        [100, 180, 200],
+        [50, 180, 200],
+        [50, 180, 200],
+        [50, 90, 200],
+    ]
+    shorter = settings_with(*fractions, num_train_steps=50)
+    assert ends(resolve(shorter, num_devices=1, earlier=old, step=40)) == [40, 45, 50]
+
+
+def test_one_schedule_spans_the_stages_and_a_learning_rate_rescales_it():
+    base = {"optimizer.schedule": "linear", "optimizer.warmup_steps": 10}
+    plain = rates(resolve(settings_with(**base), num_devices=1))
+    halved = rates(
+        resolve(
+            settings_with({"name": "a"}, {"name": "b", "steps": 30, "optimizer.learning_rate": 5e-3}, **base),
+            num_devices=1,
+        )
+    )
+    assert halved == plain[:70] + [rate / 2 for rate in plain[70:]]
+
+
+def test_a_stage_with_a_schedule_starts_its_own():
+    decay = {"optimizer.schedule": "wsd", "optimizer.decay_steps": 1.0, "optimizer.end_factor": 0.5}
+    base = {"optimizer.schedule": "linear", "optimizer.warmup_steps": 10}
+    stages = resolve(
+        settings_with({"name": "a"}, {"name": "b", "steps": 20, **decay}, {"name": "c", "steps": 10}, **base),
+        num_devices=1,
+    )
+    found = rates(stages)
+    alone = rates(resolve(settings_with(**base, num_train_steps=70), num_devices=1))
+    assert found[:70] == alone
+    done = np.arange(30) / 30  # No warm-up, and the stage after it continues the decay.
+    np.testing.assert_allclose(found[70:], 1e-2 * (1 - 0.5 * np.sqrt(done)), rtol=1e-5)
+
+
+def test_tokens_of_a_schedule_count_in_every_stage():
+    # 64 tokens per step and 40 steps, then 128.
+    stages = resolve(
+        settings_with(
+            {"name": "a", "steps": 40},
+            {"name": "b", "data.max_seq_length": 32},
+            **{"optimizer.warmup_steps": f"{64 * 40 + 128 * 10} tokens"},
+        ),
+        num_devices=1,
+    )
+    assert [stage.borders.warmup_steps for stage in stages] == [50, 50]
+
+
+def test_a_mask_rate_spans_the_stages_up_to_the_next_that_sets_it():
+    pair = {"masking.mlm_probability": (0.3, 0.15)}
+    stages = resolve(
+        settings_with({"name": "a", "steps": 10, **pair}, {"name": "b", "steps": 41}, {"name": "c", **pair}),
+        num_devices=1,
+    )
+    a, b, c = (open_mask_rate(stage) for stage in stages)
+    np.testing.assert_allclose([a(0), a(25), b(25), b(50), c(51), c(99)], [0.3, 0.225, 0.225, 0.15, 0.3, 0.15])
+
+
+def test_batch_ramp():
+    assert batch_ramp((2, 4), duration="600 tokens") == (
+        {"name": "batch_2", "steps": "300 tokens", "per_device_train_batch_size": 2},
+        {"name": "batch_4", "steps": "300 tokens", "per_device_train_batch_size": 4},
+    )
+    ramp = batch_ramp((1, 2, 3), duration=10, key="gradient_accumulation_steps")
+    stages = resolve(settings_with(*ramp, {"name": "rest", "gradient_accumulation_steps": 4}), num_devices=1)
+    assert ends(stages) == [3, 6, 10, 100]
+    assert [stage.rows_per_device for stage in stages] == [4, 8, 12, 16]
+    assert sum(stage["steps"] for stage in batch_ramp((1, 2), duration=0.25)) == 0.25
+
+
+WRONG = [
+    ((3,), 'stages[0]=3: must be a dict such as {"name": "extend", "steps": 0.1, "data.max_seq_length": 512}'),
+    (({"steps": 3},), "stages[0].name=None: must be a string of letters, digits, '_', '-' and '.'"),
+    (({"name": "a"}, {"name": "a", "steps": 1}), "stages[1].name='a': is the name of two stages; rename one"),
+    (
+        ({"name": "a", "steps": 1.5},),
+        "stages[0].steps=1.5: must be a number of steps, a fraction of the run in (0, 1], or a string such as '3e9 tokens'",
+    ),
+    (({"name": "a"}, {"name": "b"}), "stages=('a', 'b'): only one stage may leave out its steps; set the others"),
+    (
+        ({"name": "a", "steps": 50}, {"name": "b", "steps": 40}),
+        "stages=('a', 'b'): their steps add up to 90, and num_train_steps=100; change one of them, or leave out the steps of one stage, which then has the rest",
+    ),
+    (
+        ({"name": "a", "steps": 100}, {"name": "b"}),
+        "stages[1].steps=None: leaves the stage 'b' less than one step of num_train_steps=100; change the steps of the stages",
+    ),
+    (
+        ({"name": "a", "data.max_seq_len": 32},),
+        "stages[0].data.max_seq_len: unknown key; did you mean data.max_seq_length?",
+    ),
+    (
+        ({"name": "a", "model.dtype": "bfloat16"},),
+        f"stages[0].model.dtype='bfloat16': cannot change in a stage; keys that can are {', '.join(stages_lib.STAGE_KEYS)}",
+    ),
+    (
+        ({"name": "a", "optimizer.decay_steps": 0.1},),
+        "stages[0].optimizer.decay_steps=0.1: belongs to a schedule, and this stage continues that of the stage before; set optimizer.schedule in this stage, too",
+    ),
+    (
+        ({"name": "a"}, {"name": "b", "steps": 5, "optimizer.schedule": "linear", "optimizer.warmup_steps": 6}),
+        "stages[1].optimizer.warmup_steps=6: must be at most num_train_steps=5",
+    ),
+    (
+        ({"name": "a", "data.max_seq_length": 128},),
+        "stages[0].data.max_seq_length=128: is longer than the model's 64 positions; lower it, or set model.overrides.max_position_embeddings=130",
+    ),
+    (
+        ({"name": "a", "per_device_train_batch_size": 0},),
+        "stages[0].per_device_train_batch_size=0: cannot be found for several stages; set a number",
+    ),
+    (({"name": "a", "data.mixture": ()},), "stages[0].data.mixture=(): must have at least one source"),
+    (
+        ({"name": "a", "data.mixture": (("text", 1, {"data_files": "other.jsonl"}),)},),
+        "stages[0].data.mixture=(('text', 1, {'data_files': 'other.jsonl'}),): the source 'text' has other options in an earlier stage; rename it",
+    ),
+    (({"name": "a", "masking.mlm_probability": 2.0},), "stages[0].masking.mlm_probability=2.0: must lie in (0, 1]"),
+]
+
+
+@pytest.mark.parametrize(("stages", "message"), WRONG)
+def test_invalid_stages_are_an_error_of_one_line(stages, message):
+    with pytest.raises(UserError) as error:
+        stages_lib.check(settings_with(*stages))
+    assert str(error.value) == message
+
+
+def test_only_the_steps_of_stages_may_change():
+    before = ({"name": "a", "steps": 0.5}, {"name": "b", "data.max_seq_length": 32})
+    assert stages_lib.may_change(
+        "stages", before, ({"name": "a", "steps": 3}, {"name": "b", "data.max_seq_length": 32})
+    )
+    assert not stages_lib.may_change("stages", before, ({"name": "a"}, {"name": "b", "data.max_seq_length": 64}))
+    assert not stages_lib.may_change("stages", before, before[:1])
+    assert stages_lib.may_change("num_train_steps", 1, 2)
+    assert not stages_lib.may_change("seed", 1, 2)
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory) -> RunSettings:
+    """12 steps in three stages."""
+    directory = tmp_path_factory.mktemp("corpus")
+    corpus = write_corpus(directory)
+    other = directory / "other.jsonl"
+    other.write_text("".join(json.dumps({"text": text[::-1]}) + "\n" for text in sentences(200)))
+    stages = (
+        {"name": "pretrain", "steps": 5},
+        {
+            "name": "extend",
+            "steps": 4,
+            "data.max_seq_length": 32,
+            "per_device_train_batch_size": 1,
+            "gradient_accumulation_steps": 2,
+            "model.overrides.global_rope_theta": 500.0,
+            "data.mixture": (("text", 3, {"data_files": corpus}), ("other", 1, {"data_files": str(other)})),
+        },
+        {
+            "name": "decay",
+            "steps": 3,
+            "optimizer.schedule": "wsd",
+            "optimizer.decay_steps": 1.0,
+            "masking.mlm_probability": (0.3, 0.15),
+        },
+    )
+    changes = {
+        "num_train_steps": 12,
+        "save_steps": 1,
+        "eval_steps": 100,
+        "logging_steps": 3,
+        "optimizer.ema_decay": 0.9,
+    }
+    changes |= {"model.model_type": "modernbert", "model.overrides.max_position_embeddings": 40}
+    changes |= {"data.mixture": (("text", 1, {"data_files": corpus}),), "data.data_files": None}
+    return tiny_settings(corpus, **changes).replace({"stages": stages})
+
+
+@pytest.fixture(scope="module")
+def straight(settings, tmp_path_factory) -> Path:
+    workdir = tmp_path_factory.mktemp("straight") / "run"
+    train_and_evaluate(settings, str(workdir))
+    return workdir
+
+
+def test_metrics_and_files_of_a_run_in_stages(settings, straight):
+    lines = {line["step"]: line for line in read_metrics(str(straight / "metrics.jsonl"))}
+    # A stage ends with a log line, an evaluation and a checkpoint.
+    assert sorted(lines) == [3, 5, 6, 9, 12]
+    assert [step for step, line in lines.items() if "eval/loss" in line] == [5, 9, 12]
+    assert [step for step, line in lines.items() if "eval/length_32/loss" in line] == [9, 12]
+    assert all("eval/other/loss" in lines[step] for step in (5, 9, 12))
+    assert {int(path.name) for path in (straight / "checkpoints").iterdir()} == {5, 9, 11, 12}
+    rows = jax.device_count() * 4, jax.device_count() * 2
+    assert lines[12]["data/tokens"] == 5 * rows[0] * 16 + 7 * rows[1] * 32
+    assert [round(lines[step]["train/learning_rate"], 6) for step in (9, 12)] == [
+        0.01,
+        round(0.01 * (1 - (2 / 3) ** 0.5), 6),
+    ]
+    config = json.loads((straight / "model" / "config.json").read_text())
+    assert config["rope_parameters"]["full_attention"]["rope_theta"] == 500.0
+    assert json.loads((straight / "model" / "tokenizer_config.json").read_text())["model_max_length"] == 32
+    history = json.loads((straight / "config.json").read_text())["history"]
+    assert [(stage["name"], stage["end"]) for stage in history[0]["stages"]] == [
+        ("pretrain", 5),
+        ("extend", 9),
+        ("decay", 12),
+    ]
+
+
+def test_a_run_that_ends_in_every_stage_and_at_every_border_resumes_exactly(settings, straight, tmp_path):
+    stops = iter((3, 5, 6, 8, 9, 10, None))
+    add_step = Reporter.add_step
+
+    def add_step_or_stop(self, step, *args, **kwargs):
+        if step == stop:
+            raise KeyboardInterrupt
+        add_step(self, step, *args, **kwargs)
+
+    workdir = tmp_path / "run"
+    with mock.patch.object(Reporter, "add_step", add_step_or_stop):
+        for stop in stops:
+            try:
+                train_and_evaluate(settings, str(workdir))
+            except KeyboardInterrupt:
+                assert stop is not None
+    assert differences(str(straight), str(workdir)) == []
