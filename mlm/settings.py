@@ -770,16 +770,17 @@ def resolve_borders(
     Raises:
       UserError: they are longer than the run.
     """
+    limit = f"{num_train_steps=}" if parts is None else f"the {num_train_steps} steps of its schedule"
     parts = parts or ((num_train_steps, tokens_per_step),)
     warmup_steps = num_steps(optimizer.warmup_steps, parts)
     decay_steps = num_steps(optimizer.decay_steps or 0, parts[::-1])
     if warmup_steps > num_train_steps:
-        raise _error("optimizer.warmup_steps", optimizer.warmup_steps, f"must be at most {num_train_steps=}")
+        raise _error("optimizer.warmup_steps", optimizer.warmup_steps, f"must be at most {limit}")
     if warmup_steps + decay_steps > num_train_steps:
         raise _error(
             "optimizer.decay_steps",
             optimizer.decay_steps,
-            f"with {warmup_steps} warm-up steps it is longer than {num_train_steps=}; lower one of them",
+            f"with {warmup_steps} warm-up steps it is longer than {limit}; lower one of them",
         )
     return Borders(warmup_steps, num_train_steps - decay_steps)
 

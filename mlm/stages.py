@@ -138,7 +138,7 @@ def resolve(
             stage.settings.optimizer,
             num_train_steps=stage.schedule_end - stage.schedule_start,
             tokens_per_step=parts[0][1],
-            parts=parts,
+            parts=parts if len(entries) > 1 else None,
         )
 
     stages = []
@@ -239,11 +239,9 @@ def _rows_per_device(settings: RunSettings) -> int:
 
 
 def _entries(settings: RunSettings) -> list[_Entry]:
-    current = settings.replace({"stages": ()}) if settings.stages else settings
     if not settings.stages:
         return [_Entry("", "", None, {}, settings)]
-    if settings.per_device_train_batch_size == 0:
-        raise UserError("per_device_train_batch_size=0: cannot be found for several stages; set a number")
+    current = settings.replace({"stages": ()})
     entries: list[_Entry] = []
     sources = _source_options(current.data)
     for number, value in enumerate(settings.stages):
@@ -253,10 +251,10 @@ def _entries(settings: RunSettings) -> list[_Entry]:
             raise UserError(f"{key}.name={name!r}: is the name of two stages; rename one")
         try:
             current = current.replace(_complete(changes))
-            if current.per_device_train_batch_size == 0:
-                raise UserError("per_device_train_batch_size=0: cannot be found for several stages; set a number")
         except UserError as error:
             raise _in_stage(key, error) from None
+        if current.per_device_train_batch_size == 0:
+            raise UserError(f"{key}.per_device_train_batch_size=0: cannot be found for several stages; set a number")
         for source, options in _source_options(current.data).items():
             if sources.setdefault(source, options) != options:
                 raise UserError(

@@ -192,7 +192,7 @@ WRONG = [
     ),
     (
         ({"name": "a"}, {"name": "b", "steps": 5, "optimizer.schedule": "linear", "optimizer.warmup_steps": 6}),
-        "stages[1].optimizer.warmup_steps=6: must be at most num_train_steps=5",
+        "stages[1].optimizer.warmup_steps=6: must be at most the 5 steps of its schedule",
     ),
     (
         ({"name": "a", "data.max_seq_length": 128},),
@@ -299,6 +299,7 @@ def test_metrics_and_files_of_a_run_in_stages(settings, straight):
     ]
 
 
+@pytest.mark.slow
 def test_a_run_that_ends_in_every_stage_and_at_every_border_resumes_exactly(settings, straight, tmp_path):
     stops = iter((3, 5, 6, 8, 9, 10, None))
     add_step = Reporter.add_step

@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerFast
 from mlm.errors import UserError
 from mlm.run.workdir import WorkDir
 from mlm.train import train_and_evaluate
-from tests import test_settings, user_errors
+from tests import test_settings, test_stages, user_errors
 from tests.tiny import settings_of, tiny_config, write_corpus
 
 REPO = Path(__file__).parent.parent
@@ -201,7 +201,7 @@ def test_modes_and_work_directories(world, call, message):
 
 
 # Messages of mlm/settings.py begin with the key and the value, see its function `_error`.
-TABLES = (user_errors.COMMAND_LINE, user_errors.VALUES, user_errors.CALLS, test_settings.WRONG)
+TABLES = (user_errors.COMMAND_LINE, user_errors.VALUES, user_errors.CALLS, test_settings.WRONG, test_stages.WRONG)
 MESSAGES = [message for table in TABLES for _, message in table]
 
 

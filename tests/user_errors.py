@@ -48,6 +48,10 @@ COMMAND_LINE = [
     ),
     ((QUICKSTART,), "--workdir: missing; name the run's directory, such as --workdir=runs/quickstart"),
     (
+        (QUICKSTART, "--workdir={world}/x", "--config.stages=({'name': 'a', 'seed': 3},)"),
+        "stages[0].seed=3: cannot change in a stage; keys that can are ...",
+    ),
+    (
         (QUICKSTART, "--workdir={world}/x", "surplus"),
         "surplus: is not a flag; write flags as --NAME=VALUE",
     ),
@@ -855,6 +859,10 @@ ELSEWHERE = {
         "{}": "tests/test_user_errors.py::test_command_line",
         "{}: must be {}": "tests/test_user_errors.py::test_command_line",
         "--config={}: {}": "tests/test_user_errors.py::test_command_line",
+    },
+    "mlm/stages.py": {
+        # A message of settings.py.
+        "{}": "tests/test_stages.py::test_invalid_stages_are_an_error_of_one_line",
     },
     "mlm/settings.py": {
         "{}={}: {}": "tests/test_settings.py::test_a_wrong_value_is_an_error_that_names_the_key",
