@@ -7,7 +7,7 @@ import pytest
 
 from mlm.data import mixture as mixture_lib
 from mlm.errors import UserError
-from tests.test_stream import DEFAULTS, memory_source, rows_of, split, words
+from tests.test_stream import DEFAULTS, documents_in, memory_source, rows_of, split, words
 
 SHARDS = split(words(90), 3)
 
@@ -74,6 +74,56 @@ def test_skipped_batches_are_left_out_and_resume_exactly(make, skip_steps, skipp
         again = make(skip_steps=skip_steps)
         again.restore([state])
         assert take(again, 2) == [straight[n - 1] for n in numbers[step : step + 2]]
+
+
+def staged(packing, *, skip_steps=(), process_index=0, process_count=1):
+    """Sources a and b; after 3 steps rows of another length, after 6 steps b only, after 8 steps both again."""
+    texts = {"a": split(words(90), 3), "b": split([f".{word}" for word in words(40)], 2)}
+    process = {"process_index": process_index, "process_count": process_count}
+    streams = {name: rows_of(memory_source(part), packing=packing, **process) for name, part in texts.items()}
+    weights = {"a": 2, "b": 1}
+    shapes = [
+        mixture_lib.BatchShape(0, 3, DEFAULTS["max_seq_length"], weights),
+        mixture_lib.BatchShape(3, 2, 7, weights),
+        mixture_lib.BatchShape(6, 2, 9, {"b": 1}),
+        mixture_lib.BatchShape(8, 3, 12, weights),
+    ]
+    return mixture_lib.BatchStream(streams, shapes=shapes, skip_steps=skip_steps, **process)
+
+
+@pytest.mark.parametrize("packing", ["concatenate", "pad", "pad_lines"])
+@pytest.mark.parametrize("skip_steps", [(), ((4, 5), (8, 8))])
+def test_stages_resume_after_every_batch(packing, skip_steps):
+    straight = take(staged(packing, skip_steps=skip_steps), 12)
+    # Skipped batches do not move the borders.
+    assert [np.shape(batch) for batch in straight] == 3 * [(3, 12)] + 3 * [(2, 7)] + 2 * [(2, 9)] + 4 * [(3, 12)]
+    for steps in range(1, 12):
+        stream = staged(packing, skip_steps=skip_steps)
+        take(stream, steps)
+        again = staged(packing, skip_steps=skip_steps)
+        again.restore([saved(stream)])
+        assert take(again, 12 - steps) == straight[steps:]
+
+
+def test_a_source_continues_where_it_stopped_in_rows_of_any_length():
+    stream, tokens, alone = staged("concatenate"), {"a": [], "b": []}, staged("concatenate").streams
+    for _ in range(12):
+        batch = next(stream)
+        for index, name in enumerate(tokens):
+            tokens[name] += batch[stream._row_sources == index].ravel().tolist()
+    for name, found in tokens.items():
+        expected = alone[name].take(-(-len(found) // 12)).ravel()
+        assert found == expected[: len(found)].tolist()
+
+
+def test_documents_that_are_padded_are_neither_lost_nor_repeated_at_a_border():
+    documents = []
+    for batch in take(staged("pad"), 12):
+        documents += documents_in([batch])
+    alone = staged("pad").streams
+    expected = documents_in([alone["a"].take(90)]) + documents_in([alone["b"].take(40)])
+    assert len(documents) == len(set(documents)) == 3 * 3 + 5 * 2 + 4 * 3
+    assert {document[:5] for document in documents} <= {document[:5] for document in expected}
 
 
 def test_skip_steps_may_change_past_the_checkpoint_only():

@@ -10,11 +10,16 @@ import numpy as np
 import pytest
 
 from benchmarks.same_run import differences
+from configs import default
 from mlm import stages as stages_lib
 from mlm.build import open_mask_rate
 from mlm.errors import UserError
+from mlm.hardware import parse_topology
+from mlm.load import load_checkpoint
+from mlm.modes import check, show_data
 from mlm.reporting.curves import read_metrics
 from mlm.reporting.reporter import Reporter
+from mlm.run.workdir import WorkDir
 from mlm.schedules import create_schedule
 from mlm.settings import Borders, RunSettings
 from mlm.stages import Stage, batch_ramp, resolve
@@ -268,10 +273,51 @@ def settings(tmp_path_factory) -> RunSettings:
 
 
 @pytest.fixture(scope="module")
-def straight(settings, tmp_path_factory) -> Path:
+def tokens() -> dict[int, np.ndarray]:
+    """The sequences of each step of `straight`."""
+    return {}
+
+
+@pytest.fixture(scope="module")
+def straight(settings, tokens, tmp_path_factory) -> Path:
     workdir = tmp_path_factory.mktemp("straight") / "run"
-    train_and_evaluate(settings, str(workdir))
+    add_step = Reporter.add_step
+
+    def add(self, step, metrics, batch, **kwargs):
+        tokens[step] = batch.tokens
+        add_step(self, step, metrics, batch, **kwargs)
+
+    with mock.patch.object(Reporter, "add_step", add):
+        train_and_evaluate(settings, str(workdir))
     return workdir
+
+
+@pytest.mark.parametrize("step", [1, 5, 6, 10])
+def test_sequences_of_any_stage_are_recomputed(settings, straight, tokens, step):
+    data = show_data.replay(settings, str(straight), step=step)
+    np.testing.assert_array_equal(data.tokens_BxL, tokens[step])
+    assert data.masked.inputs_BxL.shape[1] == (16 if step <= 5 else 32)
+
+
+def test_a_checkpoint_is_loaded_with_the_model_of_its_stage(settings, straight):
+    workdir = WorkDir(str(straight))
+    loaded = [load_checkpoint(settings, workdir, step=step).encoder for step in (5, 9)]
+    assert [encoder.global_rope_theta for encoder in loaded] == [160_000.0, 500.0]
+
+
+def test_check_prints_a_table_of_the_stages(settings, tmp_path, capsys):
+    defaults = RunSettings.from_dict(default.get_config().to_dict()).flat()
+    found = check.check(
+        settings, str(tmp_path / "run"), defaults=defaults, machine=parse_topology("h100-8"), utilization=0.4
+    )
+    assert found == []
+    table = [line.split() for line in capsys.readouterr().out.strip().splitlines()[-4:]]
+    assert [row[:5] for row in table] == [
+        ["stage", "steps", "tokens", "hours", "memory"],
+        ["pretrain", "1", "to", "5", "2,560"],
+        ["extend", "6", "to", "9", "2,048"],
+        ["decay", "10", "to", "12", "1,536"],
+    ]
 
 
 def test_metrics_and_files_of_a_run_in_stages(settings, straight):

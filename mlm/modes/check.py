@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -27,6 +27,7 @@ from mlm.modes.show_data import decode_masked
 from mlm.reporting.progress import duration
 from mlm.run.workdir import KeyChanges, WorkDir
 from mlm.settings import SYNTHETIC, RunSettings
+from mlm.stages import Stage, resolve, source_weights
 
 # Time for reading text to estimate the tokens of an epoch.
 _SAMPLE_SECONDS = 5.0
@@ -120,18 +121,25 @@ def check(
         components = build.build(local, workdir, parent_tokenizer=parent.workdir.tokenizer if parent else None)
         if local.per_device_train_batch_size == 0:
             local = local.replace({"per_device_train_batch_size": find_batch(local, components, machine)})
+        components = components.with_stages(resolve(local, num_devices=here.devices))
         _heading("Text")
         show_documents(components.text)
         with findings.collect():
-            show_sequences(local, components, here)
+            show_sequences(components, here)
         _heading("Tokenizer and model")
         show_tokenizer(components)
         _heading("The run")
-        show_size(local, components, workdir, here, findings, utilization=utilization)
+        state_bytes = show_size(local, components, workdir, here, findings, utilization=utilization)
         if has_english_sentences(settings, defaults):
             print("note          report.sentences are the English defaults; give sentences in your text's language")
+        compiled: list[int | None] = [None for _ in components.stages]
         if machine is not None and settings.per_device_train_batch_size > 0:
-            show_compiled(local, components, machine, findings)
+            stages = components.stages if memory.can_compile_for(machine) else components.stages[:1]
+            for number, stage in enumerate(stages):
+                own = components.for_stage(stage)
+                compiled[number] = show_compiled(stage.settings, own, machine, findings, stage=stage.name)
+        if len(compiled) > 1:
+            show_stages(components, here, state_bytes, compiled, utilization=utilization)
     return findings.problems
 
 
@@ -163,19 +171,21 @@ def show_documents(text: text_lib.TextPipeline, *, count: int = 3) -> None:
             print(f"\ndocument {number + 1} of {text.sources[index].train.name}\n  {_shortened(document)}")
 
 
-def show_sequences(settings: RunSettings, components: build.Components, machine: Machine) -> None:
+def show_sequences(components: build.Components, machine: Machine) -> None:
     """Prints two sequences of the first batch of the first host, and one of them masked.
 
     Raises:
-      UserError: there is not enough text for a batch.
+      UserError: there is not enough text for a batch, of any stage.
     """
-    tokens_BxL = next(
-        components.text.batches(
-            process_index=0,
-            process_count=machine.hosts,
-            batch_rows=_sequences_per_device(settings) * machine.devices // machine.hosts,
+    firsts = []
+    for stage in components.stages:
+        batch_rows = stage.rows_per_device * machine.devices // machine.hosts
+        shape = build.batch_shape(stage, batch_rows=batch_rows)._replace(start=0)
+        batches = components.text.batches(
+            process_index=0, process_count=machine.hosts, batch_rows=batch_rows, shapes=[shape]
         )
-    )
+        firsts.append(next(batches))
+    settings, tokens_BxL = components.stages[0].settings, firsts[0]
     for number, tokens_L in enumerate(tokens_BxL[:2]):
         text = _shortened(components.tokenizer.decode(tokens_L))
         print(f"\nrow {number} of step 1 (data.packing={settings.data.packing!r})\n  {text}")
@@ -221,33 +231,40 @@ def show_size(
     findings: Findings,
     *,
     utilization: float,
-) -> None:
-    """Prints batch, shards, parameters, tokens, epochs, memory, disk and time; records what does not fit."""
+) -> int:
+    """Prints batch, shards, parameters, tokens, epochs, memory, disk and time; records what does not fit.
+
+    Returns:
+      The bytes of parameters, gradients and optimizer.
+    """
+    stages, sources = components.stages, components.text.sources
     length = settings.data.max_seq_length
-    sequences = _sequences_per_device(settings) * machine.devices
-    tokens = settings.num_train_steps * sequences * length
     state = jax.eval_shape(
         lambda: steps.init_state(components.step_config, steps.init_params(components.step_config, length=length))
     )
     parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state.params))
     state_bytes = _bytes(state)
 
-    microbatches = settings.gradient_accumulation_steps
     print(f"machine       {machine.name}: {machine.devices} x {machine.kind}, on {_hosts(machine.hosts)}")
-    print(
-        f"step          {sequences:,} sequences of {length} tokens: {settings.per_device_train_batch_size} per device "
-        f"x {microbatches} microbatch{'es' if microbatches > 1 else ''} x {machine.devices} devices"
-    )
-    for source in components.text.sources:
+    for stage in stages:
+        own, of = stage.settings, f"{stage.name}: " if stage.name else ""
+        microbatches = own.gradient_accumulation_steps
+        print(
+            f"step          {of}{stage.rows_per_device * machine.devices:,} sequences of {own.data.max_seq_length} "
+            f"tokens: {own.per_device_train_batch_size} per device x {microbatches} "
+            f"microbatch{'es' if microbatches > 1 else ''} x {machine.devices} devices"
+        )
+    for source in sources:
         print(f"shards        {_describe_shards(source.train, machine.hosts)}")
     print(f"parameters    {parameters:,}")
-    print(f"tokens        {tokens:,} in {settings.num_train_steps:,} steps")
-    total = sum(source.weight for source in components.text.sources)
-    for source in components.text.sources:
-        epoch, is_bound = tokens_of_epoch(
-            source.train, components.tokenizer, seconds=_SAMPLE_SECONDS / len(components.text.sources)
-        )
-        epochs = tokens * source.weight / total / epoch
+    print(f"tokens        {sum(_tokens(stage, machine) for stage in stages):,} in {settings.num_train_steps:,} steps")
+    for source in sources:
+        epoch, is_bound = tokens_of_epoch(source.train, components.tokenizer, seconds=_SAMPLE_SECONDS / len(sources))
+        tokens = 0.0
+        for stage in stages:
+            weights = source_weights(stage.settings.data)
+            tokens += _tokens(stage, machine) * weights.get(source.name, 0.0) / sum(weights.values())
+        epochs = tokens / epoch
         about = "at most" if is_bound else "about"
         print(
             f"epochs        {about} {epochs:,.2f} of {source.train.name}, {_count(epoch)} tokens{' or more' * is_bound}"
@@ -255,8 +272,44 @@ def show_size(
         if epochs > _MANY_EPOCHS and not is_bound:
             print(f"note          more than {_MANY_EPOCHS} epochs give little gain: lower num_train_steps, or add text")
     _show_memory(state_bytes + _bytes(state.params), machine, findings)
-    _show_disk(settings, workdir, state_bytes, _bytes(state.params), findings)
-    _show_time(settings, components, tokens, machine, utilization)
+    _show_disk(settings, workdir, state_bytes, _bytes(state.params), findings, borders=len(stages) - 1)
+    _show_time(components, machine, utilization)
+    return state_bytes + _bytes(state.params)
+
+
+def _tokens(stage: Stage, machine: Machine) -> int:
+    rows = (stage.end - stage.start) * stage.rows_per_device * machine.devices
+    return rows * stage.settings.data.max_seq_length
+
+
+def show_stages(
+    components: build.Components,
+    machine: Machine,
+    state_bytes: int,
+    compiled: Sequence[int | None],
+    *,
+    utilization: float,
+) -> None:
+    """Prints a table of the stages.
+
+    Args:
+      components: those of the run.
+      machine: the machine that the run is meant for.
+      state_bytes: bytes of parameters, gradients and optimizer.
+      compiled: bytes of the compiled step in each stage; None where it was not compiled.
+      utilization: the assumed fraction of the devices' peak rate.
+    """
+    rows = [("stage", "steps", "tokens", "hours", "memory per device")]
+    for stage, needed in zip(components.stages, compiled, strict=True):
+        rate, _ = _rate(components.for_stage(stage), stage, machine, utilization)
+        hours = "unknown" if rate is None else f"{_tokens(stage, machine) / rate / 3600:,.1f}"
+        memory_text = _gigabytes(needed) if needed else f"{_gigabytes(state_bytes)} without activations"
+        steps_text = f"{stage.start + 1:,} to {stage.end:,}"
+        rows.append((stage.name, steps_text, f"{_tokens(stage, machine):,}", hours, memory_text))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    print()
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
 def _show_memory(needed: int, machine: Machine, findings: Findings) -> None:
@@ -275,10 +328,12 @@ def _show_memory(needed: int, machine: Machine, findings: Findings) -> None:
         )
 
 
-def _show_disk(settings: RunSettings, workdir: WorkDir, state_bytes: int, model_bytes: int, findings: Findings) -> None:
+def _show_disk(
+    settings: RunSettings, workdir: WorkDir, state_bytes: int, model_bytes: int, findings: Findings, *, borders: int
+) -> None:
     every = settings.checkpoint.keep_every_steps
     # One more checkpoint while the oldest is not yet removed, and the model twice while it is replaced.
-    kept = settings.checkpoint.keep_checkpoints + 1 + (settings.num_train_steps // every if every else 0)
+    kept = settings.checkpoint.keep_checkpoints + 1 + (settings.num_train_steps // every if every else 0) + borders
     needed = kept * state_bytes + 2 * model_bytes
     free = workdir.storage.free_bytes()
     print(
@@ -292,26 +347,33 @@ def _show_disk(settings: RunSettings, workdir: WorkDir, state_bytes: int, model_
         )
 
 
-def _show_time(
-    settings: RunSettings, components: build.Components, tokens: int, machine: Machine, utilization: float
-) -> None:
-    length = settings.data.max_seq_length
+def _show_time(components: build.Components, machine: Machine, utilization: float) -> None:
+    seconds = 0.0
+    for stage in components.stages:
+        rate, flops = _rate(components.for_stage(stage), stage, machine, utilization)
+        if rate is None:
+            print(
+                f"time          unknown: no peak rate of a {machine.kind} is known; name a machine, such as "
+                "--topology=v3-8"
+            )
+            return
+        seconds += _tokens(stage, machine) / rate
+    of_stage = f", {rate:,.0f} tokens/s ({flops / 1e6:,.0f} MFLOP per token)" if len(components.stages) == 1 else ""
+    print(f"time          {duration(seconds)} at {utilization:.0%} of the peak rate{of_stage}, without evaluations")
+
+
+def _rate(
+    components: build.Components, stage: Stage, machine: Machine, utilization: float
+) -> tuple[float | None, float]:
+    """Returns the tokens per second of a stage, None if the peak rate is unknown, and the operations per token."""
+    length = stage.settings.data.max_seq_length
     flops = flops_per_token(
         components.encoder,
         length=length,
         max_predictions_per_seq=components.step_config.masking.max_predictions_per_seq(length),
     )
     device = find_device(machine.kind)
-    if device is None:
-        print(
-            f"time          unknown: no peak rate of a {machine.kind} is known; name a machine, such as --topology=v3-8"
-        )
-        return
-    rate = device.peak_flops * machine.devices * utilization / flops
-    print(
-        f"time          {duration(tokens / rate)} at {utilization:.0%} of the peak rate, {rate:,.0f} tokens/s "
-        f"({flops / 1e6:,.0f} MFLOP per token), without evaluations"
-    )
+    return None if device is None else device.peak_flops * machine.devices * utilization / flops, flops
 
 
 def has_english_sentences(settings: RunSettings, defaults: Mapping[str, Any]) -> bool:
@@ -346,14 +408,28 @@ def _for_tpu(settings: RunSettings, components: build.Components) -> steps.StepC
     return dataclasses.replace(components.step_config, model=components.step_config.model.clone(execution=execution))
 
 
-def show_compiled(settings: RunSettings, components: build.Components, machine: Machine, findings: Findings) -> None:
-    """Prints the memory of the compiled step on a TPU device, and the largest batch that fits."""
+def show_compiled(
+    settings: RunSettings, components: build.Components, machine: Machine, findings: Findings, *, stage: str = ""
+) -> int | None:
+    """Prints the memory of the compiled step on a TPU device, and the largest batch that fits.
+
+    Args:
+      settings: those of the run, or of a stage.
+      components: what they determine.
+      machine: the machine that the run is meant for.
+      findings: receives the problem if the step does not fit.
+      stage: the name of the stage.
+
+    Returns:
+      The bytes; None if they are unknown.
+    """
+    of = f"{stage}: " if stage else ""
     if not memory.can_compile_for(machine):
         reason = "install libtpu: pip install libtpu" if machine.kind.startswith("TPU") else "possible for TPUs only"
         print(f"compiled      no; {reason}")
-        return
+        return None
     # Flushed, so that a reader of a pipe sees everything above before the long wait.
-    print(f"compiling     the step for {machine.kind}, minutes at real size", flush=True)
+    print(f"compiling     {of}the step for {machine.kind}, minutes at real size", flush=True)
     batch, microbatches = settings.per_device_train_batch_size, settings.gradient_accumulation_steps
     step_config = _for_tpu(settings, components)
     estimate_of = functools.partial(
@@ -369,9 +445,9 @@ def show_compiled(settings: RunSettings, components: build.Components, machine: 
     largest = estimate.largest_batch
     if estimate.needed_bytes is not None:
         needed = _gigabytes(estimate.needed_bytes)
-        print(f"compiled      the step takes {needed} of {device}; up to {largest:,} sequences per microbatch fit")
-        return
-    print(f"compiled      the step does not fit {device}")
+        print(f"compiled      {of}the step takes {needed} of {device}; up to {largest:,} sequences per microbatch fit")
+        return estimate.needed_bytes
+    print(f"compiled      {of}the step does not fit {device}")
     remat = ""
     if not largest and step_config.model.execution.remat != "full":
         print("compiling     the step with model.remat='full', which needs less memory and more time", flush=True)
@@ -385,7 +461,8 @@ def show_compiled(settings: RunSettings, components: build.Components, machine: 
         advice = f"set {remat}{largest} and gradient_accumulation_steps={accumulation}"
     else:
         advice = "lower data.max_seq_length or choose a smaller model"
-    findings.problems.append(f"per_device_train_batch_size={batch}: does not fit a {machine.kind} device; {advice}")
+    findings.problems.append(f"{of}per_device_train_batch_size={batch}: does not fit a {machine.kind} device; {advice}")
+    return None
 
 
 def tokens_of_epoch(source: Source, tokenizer: Tokenizer, *, seconds: float) -> tuple[float, bool]:
@@ -423,10 +500,6 @@ def _describe_shards(source: Source, hosts: int) -> str:
 
 def _hosts(count: int) -> str:
     return f"{count} host{'s' * (count > 1)}"
-
-
-def _sequences_per_device(settings: RunSettings) -> int:
-    return settings.per_device_train_batch_size * settings.gradient_accumulation_steps
 
 
 def _bytes(tree: Any) -> int:
