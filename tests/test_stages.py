@@ -2,6 +2,9 @@
 """Stages of a run: borders, schedules, text, and training through them."""
 
 import json
+import os
+import signal
+import sys
 from pathlib import Path
 from unittest import mock
 
@@ -24,8 +27,11 @@ from mlm.schedules import create_schedule
 from mlm.settings import Borders, RunSettings
 from mlm.stages import Stage, batch_ramp, resolve
 from mlm.train import train_and_evaluate
-from tests.tiny import sentences, tiny_settings, write_corpus
+from tests import fork_server
+from tests.test_multihost import free_port
+from tests.tiny import sentences, settings_of, staged_config, tiny_settings, write_corpus
 
+REPO = Path(__file__).parent.parent
 DEVICES = 4
 
 
@@ -235,41 +241,16 @@ def test_only_the_steps_of_stages_may_change():
 
 
 @pytest.fixture(scope="module")
-def settings(tmp_path_factory) -> RunSettings:
-    """12 steps in three stages."""
+def corpora(tmp_path_factory) -> tuple[str, str]:
     directory = tmp_path_factory.mktemp("corpus")
-    corpus = write_corpus(directory)
     other = directory / "other.jsonl"
     other.write_text("".join(json.dumps({"text": text[::-1]}) + "\n" for text in sentences(200)))
-    stages = (
-        {"name": "pretrain", "steps": 5},
-        {
-            "name": "extend",
-            "steps": 4,
-            "data.max_seq_length": 32,
-            "per_device_train_batch_size": 1,
-            "gradient_accumulation_steps": 2,
-            "model.overrides.global_rope_theta": 500.0,
-            "data.mixture": (("text", 3, {"data_files": corpus}), ("other", 1, {"data_files": str(other)})),
-        },
-        {
-            "name": "decay",
-            "steps": 3,
-            "optimizer.schedule": "wsd",
-            "optimizer.decay_steps": 1.0,
-            "masking.mlm_probability": (0.3, 0.15),
-        },
-    )
-    changes = {
-        "num_train_steps": 12,
-        "save_steps": 1,
-        "eval_steps": 100,
-        "logging_steps": 3,
-        "optimizer.ema_decay": 0.9,
-    }
-    changes |= {"model.model_type": "modernbert", "model.overrides.max_position_embeddings": 40}
-    changes |= {"data.mixture": (("text", 1, {"data_files": corpus}),), "data.data_files": None}
-    return tiny_settings(corpus, **changes).replace({"stages": stages})
+    return write_corpus(directory), str(other)
+
+
+@pytest.fixture(scope="module")
+def settings(corpora) -> RunSettings:
+    return settings_of(staged_config(*corpora))
 
 
 @pytest.fixture(scope="module")
@@ -345,21 +326,61 @@ def test_metrics_and_files_of_a_run_in_stages(settings, straight):
     ]
 
 
+# Runs main.py until a step, and kills it there: after the dispatch of the step, or while its checkpoint is written.
+KILLED = """
+import os, signal, sys
+import main
+from mlm.reporting.reporter import Reporter
+from mlm.run.checkpoint import Checkpointer
+
+owner = {"add_step": Reporter, "save": Checkpointer}[sys.argv[1]]
+last = int(sys.argv[2])
+call = getattr(owner, sys.argv[1])
+
+def call_and_kill(self, step, *args, **kwargs):
+    call(self, step, *args, **kwargs)
+    if step == last:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+setattr(owner, sys.argv[1], call_and_kill)
+sys.argv = ["main.py", *sys.argv[3:]]
+main.command_line.run(lambda: main.app.run(main.main, flags_parser=main.parse_flags))
+"""
+# In every stage and at every border.
+KILLS = [("add_step", 3), ("save", 5), ("add_step", 6), ("add_step", 8), ("save", 9), ("add_step", 11), ("save", 12)]
+
+
+def run_processes(directory: Path, config: Path, workdir: Path, function: str, step: int, *, count: int) -> list[int]:
+    """Runs KILLED in `count` processes with four devices together; returns their exit codes."""
+    flags = [f"--config={config}", f"--workdir={workdir}"]
+    if count > 1:
+        flags += ["--multihost", f"--coordinator_address=127.0.0.1:{free_port()}", f"--num_processes={count}"]
+    env = {**os.environ, "XLA_FLAGS": fork_server.xla_flags(4 // count), "PYTHONPATH": str(REPO)}
+    logs, processes = [directory / f"log-{index}.txt" for index in range(count)], []
+    for index, log in enumerate(logs):
+        own = [f"--process_id={index}"] if count > 1 else []
+        with open(log, "w") as file:
+            command = [sys.executable, "-c", KILLED, function, str(step), *flags, *own]
+            processes.append(fork_server.Process(command, cwd=REPO, env=env, stdout=file, stderr=file))
+    try:
+        codes = [process.wait(300) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert all(code in (0, -signal.SIGKILL) for code in codes), "".join(log.read_text()[-3000:] for log in logs)
+    return codes
+
+
 @pytest.mark.slow
-def test_a_run_that_ends_in_every_stage_and_at_every_border_resumes_exactly(settings, straight, tmp_path):
-    stops = iter((3, 5, 6, 8, 9, 10, None))
-    add_step = Reporter.add_step
-
-    def add_step_or_stop(self, step, *args, **kwargs):
-        if step == stop:
-            raise KeyboardInterrupt
-        add_step(self, step, *args, **kwargs)
-
-    workdir = tmp_path / "run"
-    with mock.patch.object(Reporter, "add_step", add_step_or_stop):
-        for stop in stops:
-            try:
-                train_and_evaluate(settings, str(workdir))
-            except KeyboardInterrupt:
-                assert stop is not None
-    assert differences(str(straight), str(workdir)) == []
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_run_that_is_killed_in_every_stage_and_at_every_border_resumes_exactly(corpora, tmp_path, count):
+    config = tmp_path / "config.py"
+    call = f"staged_config({corpora[0]!r}, {corpora[1]!r})"
+    config.write_text(f"from tests.tiny import staged_config\n\n\ndef get_config():\n    return {call}\n")
+    straight, killed = tmp_path / "straight" / "run", tmp_path / "killed" / "run"
+    assert run_processes(tmp_path, config, straight, "add_step", 0, count=count) == [0] * count
+    for function, step in KILLS:
+        codes = run_processes(tmp_path, config, killed, function, step, count=count)
+        assert -signal.SIGKILL in codes
+    assert run_processes(tmp_path, config, killed, "add_step", 0, count=count) == [0] * count
+    assert differences(str(straight), str(killed)) == []

@@ -61,6 +61,40 @@ def tiny_config(data_files: str) -> ConfigDict:
     return config
 
 
+def staged_config(data_files: str, other_files: str) -> ConfigDict:
+    """12 steps of a ModernBERT in three stages of 5, 4 and 3 steps; the second one has another length and source."""
+    config = tiny_config(data_files)
+    config.num_train_steps = 12
+    config.logging_steps = 3
+    config.eval_steps = 100
+    config.save_steps = 1
+    config.data.data_files = None
+    config.data.mixture = (("text", 1, {"data_files": data_files}),)
+    config.model.model_type = "modernbert"
+    config.model.overrides.max_position_embeddings = 40
+    config.optimizer.ema_decay = 0.9
+    config.stages = (
+        {"name": "pretrain", "steps": 5},
+        {
+            "name": "extend",
+            "steps": 4,
+            "data.max_seq_length": 32,
+            "per_device_train_batch_size": 1,
+            "gradient_accumulation_steps": 2,
+            "model.overrides.global_rope_theta": 500.0,
+            "data.mixture": (("text", 3, {"data_files": data_files}), ("other", 1, {"data_files": other_files})),
+        },
+        {
+            "name": "decay",
+            "steps": 3,
+            "optimizer.schedule": "wsd",
+            "optimizer.decay_steps": 1.0,
+            "masking.mlm_probability": (0.3, 0.15),
+        },
+    )
+    return config
+
+
 def settings_of(config: ConfigDict) -> RunSettings:
     """The settings of a config, as main.py creates them."""
     return RunSettings.from_dict(config.to_dict())
