@@ -6,8 +6,9 @@ Time:      HOURS
 Expected:  not trained yet
 
 ModernBERT's layers; attention within documents; masks of 30 % falling to 15 %; Muon with updates as large as AdamW's,
-so that its learning rate can be one of AdamW's; warm-up, a constant rate, then a decay over the last tenth. The
-quickstart has the same parts at a small size, and docs/recipes.md shows what each is worth there.
+so that its learning rate can be one of AdamW's; warm-up, a constant rate, then a decay over the last tenth, which has
+sequences of 512 tokens. The quickstart has the same parts at a small size, and docs/recipes.md shows what each is worth
+there.
 """
 
 from ml_collections import ConfigDict
@@ -24,6 +25,11 @@ def get_config() -> ConfigDict:
     config.logging_steps = 250
     config.eval_steps = 1_000
     config.save_steps = 1_000
+
+    config.stages = (
+        {"name": "pretrain", "steps": 0.9},
+        {"name": "extend", "data.max_seq_length": 512, "per_device_train_batch_size": 32},
+    )
 
     config.data.dataset_name = "allenai/c4"
     config.data.dataset_config_name = "en"

@@ -14,6 +14,7 @@ Read these first; they explain how the trainer works:
 Around them:
 
     settings    one frozen dataclass per config group, RunSettings across groups: every check without device or file
+    stages      the stages of a run: their borders in steps, and the settings that hold in each
     build       settings -> the components of a run
     startup     components -> a run that is ready for its next step: work directory, restored state, batches
     load        models from checkpoints, exported directories and the hub
@@ -43,6 +44,6 @@ Around them:
     export/     the Hugging Face model directory, its files for sentence-transformers, model card, hub, mask filling
 
 Imports point one way: main > modes > train > startup > downstream > load > build > {reporting, export, evaluate,
-memory} > {run, data, models.hf, parallel} > steps > {models, masking, loss, optimizer, schedules} > {settings,
-hardware, errors}. import-linter checks this (pyproject.toml).
+memory} > {run, data, models.hf, parallel} > steps > {models, masking, loss, optimizer, schedules} > stages >
+{settings, hardware, errors}. import-linter checks this (pyproject.toml).
 """
