@@ -99,6 +99,7 @@ RUN: dict[str, tuple[str, dict[str, str]]] = {
         SMALL + CORPUS,
         {"--workdir=runs/mine": "--workdir=runs/small"},
     ),
+    "python main.py --config=configs/quickstart.py --workdir=runs/two_stages": (SMALL + CORPUS, {}),
     "python main.py --mode=report --workdir=runs/a --workdir=runs/b": ("", {"--workdir=runs/a": "--workdir=runs/mine"}),
     "tensorboard --logdir runs/quickstart": ("", {}),
 }
