@@ -14,8 +14,10 @@ import pytest
 
 from benchmarks.same_run import differences
 from configs import default
+from mlm import build
 from mlm import stages as stages_lib
 from mlm.build import open_mask_rate
+from mlm.data import pipeline
 from mlm.errors import UserError
 from mlm.hardware import parse_topology
 from mlm.load import load_checkpoint
@@ -253,6 +255,47 @@ def settings(corpora) -> RunSettings:
     return settings_of(staged_config(*corpora))
 
 
+def test_evaluation_sequences_of_all_stages_are_held_out(settings, corpora):
+    data = [stage.data for stage in stages_lib.settings_of_stages(settings)]
+    sources = pipeline.open_sources(*data)
+    assert [(source.name, source.weight) for source in sources] == [("text", 1.0), ("other", 0.25)]
+    tokenizer = pipeline.open_tokenizer(settings, sources, saved_tokenizer=None, model_type="modernbert")
+    alone = pipeline.open_text(data[0], sources[:1], tokenizer, seed=0)
+    text = pipeline.open_text(data[0], sources, tokenizer, seed=0, later_stages=data[1:])
+    # The sequences of eval/loss are those of a run without stages.
+    np.testing.assert_array_equal(text.eval_rows_RxL, alone.eval_rows_RxL)
+    assert [(rows.name, rows.rows_RxL.shape, rows.first_stage) for rows in text.extra_eval_rows] == [
+        ("other", (8, 16), 0),
+        ("length_32", (15, 32), 1),
+    ]
+    held_out = "".join(text.held_out.to_pylist())
+    for rows_RxL in (text.eval_rows_RxL, *(rows.rows_RxL for rows in text.extra_eval_rows)):
+        for row_L in rows_RxL:
+            parts = tokenizer.decode(row_L).replace("[CLS]", "").split("[SEP]")
+            assert [part for part in parts if part not in held_out] == []
+    shapes = [build.batch_shape(stage, batch_rows=4) for stage in resolve(settings, num_devices=1)]
+    batches = text.batches(process_index=0, process_count=1, batch_rows=4, shapes=shapes)
+    trained = "".join(tokenizer.decode(next(batches).ravel()) for _ in range(400))
+    assert min(stream.epoch for stream in batches.streams.values()) >= 1
+    assert not [document for document in text.held_out.to_pylist() if document in trained]
+
+
+def test_the_steps_of_a_resumed_run_may_change(settings, tmp_path):
+    workdir = WorkDir(str(tmp_path / "run"))
+    stages = resolve(settings, num_devices=1)
+    workdir.create(
+        settings, save_tokenizer=lambda path: Path(path).mkdir(), processes=1, rows_per_process=4, stages=stages, step=0
+    )
+    assert [stage["end"] for stage in workdir.last_stages()] == [5, 9, 12]
+    first, extend, decay = settings.stages
+    longer = settings.replace({"stages": (first, extend, decay | {"steps": 9}), "num_train_steps": 18})
+    assert WorkDir(str(tmp_path / "run")).resume(longer) == longer
+    assert [stage.end for stage in stages_lib.recorded(longer, workdir.last_stages())] == [5, 9, 18]
+    other = settings.replace({"stages": (first, extend | {"data.max_seq_length": 24}, decay)})
+    with pytest.raises(UserError, match=r"holds a run with another config: stages \("):
+        WorkDir(str(tmp_path / "run")).resume(other)
+
+
 @pytest.fixture(scope="module")
 def tokens() -> dict[int, np.ndarray]:
     """The sequences of each step of `straight`."""
@@ -318,6 +361,8 @@ def test_metrics_and_files_of_a_run_in_stages(settings, straight):
     config = json.loads((straight / "model" / "config.json").read_text())
     assert config["rope_parameters"]["full_attention"]["rope_theta"] == 500.0
     assert json.loads((straight / "model" / "tokenizer_config.json").read_text())["model_max_length"] == 32
+    card = (straight / "model" / "README.md").read_text()
+    assert "pretrain (steps 1 to 5), extend (steps 6 to 9), decay (steps 10 to 12)" in card
     history = json.loads((straight / "config.json").read_text())["history"]
     assert [(stage["name"], stage["end"]) for stage in history[0]["stages"]] == [
         ("pretrain", 5),
