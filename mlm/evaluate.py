@@ -53,7 +53,6 @@ class Evaluator:
         per_device_batch_size: int,
         pad_id: int,
         counts: Mapping[str, int] | None = None,
-        others: "Mapping[str, Evaluator] | None" = None,
     ):
         """Splits the evaluation set into batches.
 
@@ -64,18 +63,16 @@ class Evaluator:
           pad_id: id of the padding token.
           counts: number of sequences per source, in order. With several sources each also gets its metric,
             `eval/<name>/loss`.
-          others: name -> evaluator of further sequences, which only add the metric `eval/<name>/loss`.
         """
-        self._others = others or {}
         self._eval_step = eval_step
         self._batches = list(_split(rows_RxL, counts or {"": len(rows_RxL)}, per_device_batch_size, pad_id))
 
     def __call__(self, params: Any, unigram_V: np.ndarray) -> dict[str, float]:
         """Returns the metrics of stacked parameters. Reads results from the devices once, at the end."""
-        replicated_V = parallel.replicate(unigram_V)
+        unigram_V = parallel.replicate(unigram_V)
         results = parallel.first_replica(
             [
-                self._eval_step(params, parallel.shard(batch.tokens_BxL), parallel.shard(batch.rows_B), replicated_V)
+                self._eval_step(params, parallel.shard(batch.tokens_BxL), parallel.shard(batch.rows_B), unigram_V)
                 for batch in self._batches
             ]
         )
@@ -92,8 +89,6 @@ class Evaluator:
             for source in dict.fromkeys(sources):
                 own = _add([result for result, name in zip(results, sources, strict=True) if name == source])
                 metrics[f"eval/{source}/loss"] = _mean(own.sums.loss, own)
-        for name, other in self._others.items():
-            metrics[f"eval/{name}/loss"] = other(params, unigram_V)["eval/loss"]
         return metrics
 
 

@@ -44,7 +44,8 @@ class RunStage:
       stage: its steps and settings.
       components: what the settings determine.
       train_step: the step, (state, tokens) -> (state, metrics); the first call compiles it.
-      evaluator: evaluates the model as the stage computes it.
+      evaluator: evaluates the model as the stage computes it, on the sequences of every stage.
+      extra_evaluators: name -> evaluator of further sequences, for the metric eval/<name>/loss.
       flops_per_token: operations of a training step per token.
     """
 
@@ -52,6 +53,7 @@ class RunStage:
     components: Components
     train_step: Any
     evaluator: Evaluator
+    extra_evaluators: Mapping[str, Evaluator]
     flops_per_token: float
 
 
@@ -249,7 +251,8 @@ def _run_stages(components: Components) -> tuple[RunStage, ...]:
                 stage=stage,
                 components=own,
                 train_step=parallel.data_parallel(train_step, donate_argnums=(0,)),
-                evaluator=evaluator(own, settings, text.eval_rows_RxL, counts=text.eval_counts, others=extra),
+                evaluator=evaluator(own, settings, text.eval_rows_RxL, counts=text.eval_counts),
+                extra_evaluators=extra,
                 flops_per_token=flops_per_token(own.encoder, length=length, max_predictions_per_seq=predictions),
             )
         )

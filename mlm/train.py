@@ -63,6 +63,8 @@ def train_and_evaluate(
                 unigram_V = unigram_log_probs(counts_V, special_ids=stage.components.tokenizer.special_ids)
                 unigram_V = parallel.broadcast_from_first(unigram_V)
                 metrics = stage.evaluator(state.eval_params, unigram_V)
+                for name, evaluator in stage.extra_evaluators.items():
+                    metrics[f"eval/{name}/loss"] = evaluator(state.eval_params, unigram_V)["eval/loss"]
                 if state.ema_params is not None:
                     metrics["eval/raw_loss"] = stage.evaluator(state.params, unigram_V)["eval/loss"]
                 reporter.log_evaluation(step, metrics)
@@ -133,7 +135,7 @@ def train_and_evaluate(
                 predictions,
                 command=command,
                 num_train_steps=last_step,
-                can_be_extended=not (settings.stages or settings.optimizer.decay_steps),
+                can_be_extended=not run.stages[-1].stage.settings.optimizer.decay_steps,
             )
         if run.hub is not None:
             run.hub.finish(step=last_step)
