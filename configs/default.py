@@ -79,8 +79,8 @@ def get_config() -> ConfigDict:
     # Shuffle-window size in bytes: a window of large documents ends early. 64 MiB: 10,000 documents of 6 KB.
     data.shuffle_buffer_bytes = 64 << 20
     # Shards (files) of which the documents of a shuffle window come, equal parts of each: neighboring documents often
-    # have one topic. Each open file takes about 5 MB of memory, and a resumed run finds its place in each. 16 cost no
-    # measurable speed. 1: one file after the other, as in the reference script.
+    # have one topic. Each open file takes about 5 MB of memory, and a resumed run finds its place in each.
+    # 1: one file after the other, as in the reference script.
     data.interleave_shards = 16
     # Sequences in the evaluation set, which are never trained on. 5,000 sequences of 128 tokens have 96,000 masked
     # tokens, enough to compare the losses of two runs.

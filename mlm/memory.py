@@ -235,8 +235,8 @@ def _without_compilation_cache() -> Iterator[None]:
 def keep_freed_memory() -> None:
     """Makes glibc keep large blocks that are freed, instead of returning them to the system; without glibc, nothing.
 
-    XLA allocates the temporaries of every step anew on CPUs. If they come from the system each time, it clears every
-    page again: a tenth of the quickstart's CPU time.
+    On CPUs XLA allocates and frees the temporaries in every step. The system clears each page that it returns: a tenth
+    of the quickstart's CPU time.
     """
     with contextlib.suppress(AttributeError):  # Another C library.
         mallopt = ctypes.CDLL(None).mallopt

@@ -43,7 +43,8 @@ FORMATS = {
 }
 # File extension -> Arrow codec, except for xz, which Arrow does not have.
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2", ".xz": "xz"}
-# Many files may be open at the same time: 512 KB are as fast as 4 MB, and a file then takes about 4 MB of memory.
+# Many files may be open at the same time. Blocks of 4 MB need less CPU time (2.0 instead of 2.8 s for 330 MB of JSON
+# lines in .zst) and take more memory per file than the 4 MB of these.
 _BLOCK_BYTES = 512 << 10
 # Arrow needs each row of a CSV file within one block, and reads 32 blocks ahead. At a larger row the file is read
 # again, in blocks 8 times as large.
