@@ -84,12 +84,20 @@ def open_parent(
     Raises:
       UserError: there is no such checkpoint, or its run has another config.
     """
-    name, mode = settings.checkpoint.init_from, settings.checkpoint.init_mode
-    if not name or not mode:
+    if not settings.checkpoint.init_from:
         return settings, None
     with Checkpointer(workdir.storage, keep_checkpoints=1) as checkpointer:
         if checkpointer.steps():
             return settings, None
+    # Of a start that was killed before its first checkpoint.
+    recorded = workdir.read_parent()
+    return _find_parent(settings, recorded["step"] if recorded else None, key_changes=key_changes)
+
+
+def _find_parent(
+    settings: RunSettings, recorded_step: int | None, *, key_changes: KeyChanges | None
+) -> tuple[RunSettings, Parent]:
+    name, mode = settings.checkpoint.init_from or "", settings.checkpoint.init_mode or ""
     path, step = split_step(name)
     try:
         parent = WorkDir(path, key_changes=key_changes)
@@ -104,8 +112,8 @@ def open_parent(
         available = checkpointer.steps()
     if not available:
         raise UserError(f"checkpoint.init_from={name!r}: has no checkpoints; wait for its run to save one")
-    if recorded := workdir.read_parent():
-        step = recorded["step"]  # A start that was killed before its first checkpoint.
+    if recorded_step is not None:
+        step = recorded_step
     if step is None:
         # A run in progress may save another checkpoint while the processes look.
         step = int(parallel.broadcast_from_first(np.array(available[-1])))
@@ -127,8 +135,9 @@ def split_step(name: str) -> tuple[str, int | None]:
     return (match[1], int(match[2])) if match else (name, None)
 
 
-def check_overwrite(settings: RunSettings, workdir: WorkDir) -> None:
-    """Raises UserError if --overwrite would rename the run to start from."""
+def check_overwrite(settings: RunSettings, workdir: WorkDir, *, key_changes: KeyChanges | None) -> None:
+    """Raises UserError, before anything is renamed, if --overwrite would rename the run to start from, or if the new
+    run cannot start from it; every process must call it."""
     name = settings.checkpoint.init_from
     if name:
         path, _ = split_step(name)
@@ -137,6 +146,7 @@ def check_overwrite(settings: RunSettings, workdir: WorkDir) -> None:
             raise UserError(
                 f"checkpoint.init_from={name!r}: is the run that --overwrite renames; choose another --workdir"
             )
+        _find_parent(settings, None, key_changes=key_changes)
 
 
 def _check_config(settings: RunSettings, parent: WorkDir, *, name: str, mode: str) -> None:

@@ -112,7 +112,7 @@ def open_run(
     """
     workdir = WorkDir(workdir_path, key_changes=key_changes)
     if overwrite:
-        check_overwrite(settings, workdir)
+        check_overwrite(settings, workdir, key_changes=key_changes)
         if jax.process_index() == 0 and (renamed := workdir.move_aside()):
             logging.info("renamed the existing work directory %s to %s", workdir.display_path, renamed)
         parallel.barrier("work directory renamed")

@@ -195,6 +195,11 @@ def test_other_errors(corpus, parent, tmp_path, monkeypatch):
     settings = tiny_settings(corpus, **{"checkpoint.init_from": str(empty)})
     with pytest.raises(UserError, match="has no checkpoints; wait for its run to save one"):
         train_and_evaluate(settings, str(tmp_path / "run"))
+    (run := tmp_path / "run").mkdir()
+    (run / "config.json").write_bytes((parent / "config.json").read_bytes())
+    with pytest.raises(UserError, match="has no checkpoints; wait for its run to save one"):
+        train_and_evaluate(settings, str(run), overwrite=True)
+    assert sorted(tmp_path.iterdir()) == [empty, run]  # Nothing was renamed.
     assert split_step("runs/a@b@12") == ("runs/a@b", 12)
     assert split_step("runs/a@b") == ("runs/a@b", None)
 
