@@ -1,6 +1,7 @@
 """Labelled tasks: files, GLUE and datasets of the hub, what is refused, and splits."""
 
 import csv
+import gzip
 import json
 from unittest import mock
 
@@ -78,8 +79,10 @@ def test_pairs_words_and_numbers(tmp_path):
         (ROWS[:4], "has 4 examples; give at least 10"),
         ([{"tokens": ["a", "b"], "tags": ["X"]}], "row 1 is not a list of words in tokens and a list of as many"),
         ([{"tokens": "a b", "tags": "X"}], "row 1 is not a list of words in tokens and a list of as many"),
-        ("[1]\n", "line 1 is not a JSON object; write"),
-        (b"\xff\xfe{", "is not UTF-8; convert it"),
+        ("[1]\n", "row 1 is not a JSON object; write"),
+        ('{"text": "a", "label": 1}\n7\n', "row 2 is not a JSON object; write"),
+        ('{"text": "a", "label": 1}\n{\n', "line 2 is not JSON; write"),
+        (b'{"text": "\xff"}', "is not UTF-8; convert it"),
     ],
 )
 def test_wrong_files_are_errors_of_one_line(tmp_path, rows, message):
@@ -92,6 +95,19 @@ def test_wrong_files_are_errors_of_one_line(tmp_path, rows, message):
         open_task(str(path))
     assert str(error.value).startswith(f"--task={path}: {message}")
     assert "\n" not in str(error.value)
+
+
+def test_files_may_be_compressed_or_utf_16_or_a_json_list(tmp_path):
+    """What can be trained on can be a task."""
+    expected = open_task(write(tmp_path / "t.jsonl", ROWS)).train
+    lines = (tmp_path / "t.jsonl").read_text()
+    (tmp_path / "t.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    (tmp_path / "t16.jsonl").write_bytes(lines.encode("utf-16"))
+    (tmp_path / "t.json").write_text(json.dumps(ROWS, indent=1))
+    for name in ("t.jsonl.gz", "t16.jsonl", "t.json"):
+        examples = open_task(str(tmp_path / name)).train
+        assert examples.texts == expected.texts, name
+        assert examples.labels.tolist() == expected.labels.tolist(), name
 
 
 def test_a_damaged_parquet_file(tmp_path):

@@ -3,6 +3,7 @@
 import collections
 import csv
 import dataclasses
+import io
 import json
 import math
 import os
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from mlm.data.sources import files
 from mlm.data.sources.source import is_local_path, require_hub
 from mlm.data.sources.table import load_columns
 from mlm.errors import UserError, one_line
@@ -136,22 +138,28 @@ def open_task(name: str, *, test: str | None = None) -> Task:
 
 
 def _is_file(name: str) -> bool:
-    return is_local_path(name) or os.path.exists(os.path.expanduser(name)) or name.lower().endswith(_FORMATS)
+    return is_local_path(name) or os.path.exists(os.path.expanduser(name)) or _extension(name) in _FORMATS
+
+
+def _extension(path: str) -> str:
+    """Returns the extension before that of a compression, in lower case."""
+    return os.path.splitext(files.split_compression(path)[0])[1].lower()
 
 
 def read_columns(path: str, *, flag: str) -> dict[str, list[Any]]:
-    """Reads a file of JSON lines, CSV, TSV or parquet as columns of equal length; a text file as the column "text".
+    """Reads a file of JSON (lines, or one list), CSV, TSV or parquet as columns of equal length; a text file as the
+    column "text". It may be compressed, and in UTF-16 or UTF-32.
 
     Args:
       path: the file.
       flag: the beginning of error messages, such as "--task=FILE".
     """
     path = os.path.expanduser(path)
-    suffix = os.path.splitext(path)[1].lower()
+    suffix = _extension(path)
     if not os.path.exists(path):
         raise UserError(f"{flag}: no such file; check the path")
     if suffix not in _FORMATS or os.path.isdir(path):
-        raise UserError(f"{flag}: must be a file that ends in one of {', '.join(_FORMATS)}")
+        raise UserError(f"{flag}: must be a file that ends in one of {', '.join(_FORMATS)}, optionally compressed")
     try:
         columns = _read_parquet(path) if suffix == ".parquet" else _read_lines(path, suffix, flag)
     except UnicodeDecodeError:
@@ -170,25 +178,28 @@ def _read_parquet(path: str) -> dict[str, list[Any]]:
 
 
 def _read_lines(path: str, suffix: str, flag: str) -> dict[str, list[Any]]:
-    rows: list[dict[str, Any]] = []
-    with open(path, encoding="utf-8-sig", newline="" if suffix in (".csv", ".tsv") else None) as file:
-        if suffix == ".txt":
-            return {"text": [line.strip() for line in file if line.strip()]}
-        if suffix in (".csv", ".tsv"):
-            # The csv module has a limit of 128 KiB for a field.
-            csv.field_size_limit(2**31 - 1)
-            rows = list(csv.DictReader(file, delimiter="," if suffix == ".csv" else "\t", restkey="", strict=True))
-        else:
-            for number, line in enumerate(file, start=1):
-                if not line.strip():
-                    continue
+    with files.open_file(path) as stream:
+        text = files.Utf8Stream(stream).read().decode("utf-8")
+    rows: list[Any] = []
+    if suffix == ".txt":
+        return {"text": [line.strip() for line in io.StringIO(text, newline=None) if line.strip()]}
+    if suffix in (".csv", ".tsv"):
+        # The csv module has a limit of 128 KiB for a field.
+        csv.field_size_limit(2**31 - 1)
+        delimiter = "," if suffix == ".csv" else "\t"
+        rows = list(csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, restkey="", strict=True))
+    elif text.lstrip().startswith("["):
+        rows = json.loads(text)
+    else:
+        for number, line in enumerate(io.StringIO(text, newline=None), start=1):
+            if line.strip():
                 try:
-                    row = json.loads(line)
+                    rows.append(json.loads(line))
                 except ValueError:
-                    row = None
-                if not isinstance(row, dict):
-                    raise UserError(f"{flag}: line {number} is not a JSON object; write one object per line")
-                rows.append(row)
+                    raise UserError(f"{flag}: line {number} is not JSON; write one object per line") from None
+    if not all(isinstance(row, dict) for row in rows):
+        number = next(number for number, row in enumerate(rows, start=1) if not isinstance(row, dict))
+        raise UserError(f'{flag}: row {number} is not a JSON object; write objects such as {{"text": ...}}')
     columns = {name: [row.get(name) for row in rows] for name in dict.fromkeys(key for row in rows for key in row)}
     if suffix in (".csv", ".tsv"):
         columns = {name: _numbers(values) if name == "label" else values for name, values in columns.items()}

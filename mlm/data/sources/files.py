@@ -77,7 +77,7 @@ _MAX_NUL_FRACTION = 0.01
 
 def file_format(file: str) -> str:
     """Returns "text", "json", "csv" or "parquet" by the file extension; raises UserError for any other extension."""
-    stem, compression = _split_compression(file)
+    stem, compression = split_compression(file)
     found = FORMATS.get(os.path.splitext(stem)[1].lower())
     if found is None:
         raise UserError(
@@ -113,7 +113,7 @@ def read_column(
         yield from _read_parquet(file, column, start_row, retry_policy)
         return
     read = {"text": _read_text, "json": _read_json, "csv": _read_csv}[kind]
-    with _open(file, retry_policy) as stream:
+    with open_file(file, retry_policy) as stream:
         yield from skip_rows(read(Utf8Stream(stream, count_quotes=kind == "csv"), file, column), start_row)
 
 
@@ -132,7 +132,8 @@ def missing_column_error(file: str, column: str, names: list[str]) -> UserError:
     )
 
 
-def _split_compression(file: str) -> tuple[str, str]:
+def split_compression(file: str) -> tuple[str, str]:
+    """Returns the name without the extension of a compression and that extension in lower case; "" if it has none."""
     path = file.split("?", 1)[0] if "://" in file else file
     stem, extension = os.path.splitext(path)
     extension = extension.lower()
@@ -151,9 +152,9 @@ def _http_address(file: str) -> tuple[str, dict[str, str]] | None:
 
 
 @contextlib.contextmanager
-def _open(file: str, retry_policy: retry.RetryPolicy | None = None) -> Iterator[io.IOBase | pa.NativeFile]:
+def open_file(file: str, retry_policy: retry.RetryPolicy | None = None) -> Iterator[io.IOBase | pa.NativeFile]:
     """Opens a local file or a URL, decompressed."""
-    codec = COMPRESSIONS.get(_split_compression(file)[1])
+    codec = COMPRESSIONS.get(split_compression(file)[1])
     raw: Any
     with contextlib.ExitStack() as stack:
         if address := _http_address(file):
@@ -426,7 +427,7 @@ def _read_csv(stream: Utf8Stream, file: str, column: str, *, block_bytes: int = 
     parse = pa_csv.ParseOptions(newlines_in_values=True)
 
     def in_larger_blocks(num_rows: int) -> Iterator[pa.Array]:
-        with _open(file) as again:
+        with open_file(file) as again:
             larger_bytes = min(8 * block_bytes, _CSV_MAX_BLOCK_BYTES)
             arrays = _read_csv(Utf8Stream(again, count_quotes=True), file, column, block_bytes=larger_bytes)
             yield from skip_rows(arrays, num_rows)
@@ -434,7 +435,7 @@ def _read_csv(stream: Utf8Stream, file: str, column: str, *, block_bytes: int = 
     try:
         reader = pa_csv.open_csv(stream, read_options=read, parse_options=parse, convert_options=convert)
     except KeyError:
-        with _open(file) as again:
+        with open_file(file) as again:
             names = pa_csv.open_csv(again, read_options=read, parse_options=parse).schema.names
         raise missing_column_error(file, column, names) from None
     except pa.ArrowInvalid as error:
@@ -470,7 +471,7 @@ def _check_quotes(file: str) -> None:
     """Raises ValueError if a quoted field does not end. A quote within a field that is not quoted is a character."""
     csv.field_size_limit(sys.maxsize)
     row = 0
-    with _open(file) as stream:
+    with open_file(file) as stream:
         raw: Any = Utf8Stream(stream)
         lines = io.TextIOWrapper(raw, "utf-8", "replace", newline="")
         try:
