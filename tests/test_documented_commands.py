@@ -228,6 +228,7 @@ def test_the_commands_of_the_pages_work_one_after_the_other(tmp_path):
     assert "in tokenizers/albert; use it with" in next(printed)
     assert "parameters of the roberta encoder" in next(printed)
     assert "step 6 of 6   evaluation: loss" in next(printed)
+    assert "model='runs/two_stages/model'" in next(printed)
     assert "the report of mine, b is in report.html" in next(printed)
     assert (tmp_path / "models" / "early" / "model.safetensors").exists()
     assert (tmp_path / "report.html").stat().st_size > 10**6

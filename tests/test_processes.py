@@ -124,9 +124,9 @@ def test_a_run_resumes_on_fewer_and_on_more_processes(tmp_path):
     processes = {step: 2 if step <= 5 else 1 if step <= 8 else 3 for step in range(1, 11)}
     assert set(rows) == {(step, n) for step, count in processes.items() for n in range(count)}
     assert {(step > 8, len(batch)) for (step, _), batch in rows.items()} == {(False, 8), (True, 4)}
-    # The loss does not jump at a restart.
+    # The loss does not rise at a restart.
     losses = [line["train/loss"] for line in read_metrics(f"{workdir}/metrics.jsonl") if "train/loss" in line]
-    assert np.abs(np.diff(losses)).max() < 0.6
+    assert np.diff(losses).max() < 0.2
     assert losses[-1] < losses[0]
 
     config = tiny_config(corpus)

@@ -107,9 +107,9 @@ def test_rates_of_masks_are_those_of_the_step(run):
     for step, rate in enumerate(rates):
         assert 0 < rate <= (0.4 - 0.2 * step / 7) + 0.02
     assert rates[-1] < rates[0]
-    for line in lines:
-        assert 0.4 < line["data/mask_replaced_fraction"] <= 1
-        assert 0 <= line["data/random_replaced_fraction"] < 0.5
+    # A step predicts some twenty tokens.
+    assert 0.65 < np.mean([line["data/mask_replaced_fraction"] for line in lines]) < 0.95
+    assert 0.02 < np.mean([line["data/random_replaced_fraction"] for line in lines]) < 0.25
 
 
 def test_the_borders_of_the_schedule_are_stored_and_kept(run):
