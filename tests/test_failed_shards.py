@@ -7,7 +7,7 @@ import pytest
 
 from mlm.data import stream
 from mlm.data.prefetch import Prefetcher
-from mlm.data.sources import files
+from mlm.data.sources import encoding, files
 from mlm.errors import UserError
 from mlm.train import train_and_evaluate
 from tests.bad_server import RETRY_POLICY, SHORT_DEADLINE, Server, encode, open_url
@@ -53,7 +53,7 @@ def tiny_reads(monkeypatch):
     """Reads of a few rows each."""
     monkeypatch.setattr(files, "_HTTP_BUFFER_BYTES", 16)
     monkeypatch.setattr(files, "_BLOCK_BYTES", 16)
-    monkeypatch.setattr(files, "_HEAD_BYTES", 16)
+    monkeypatch.setattr(encoding, "_READ_BYTES", 16)
 
 
 def end_of(state, shard):

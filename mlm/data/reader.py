@@ -33,8 +33,8 @@ from mlm.data.shard_assignment import START, Cursor, ShardSlice
 from mlm.data.sources.source import ShardUnavailableError, Source
 from mlm.errors import UserError
 
-# Default of `max_bytes`.
-_MAX_BYTES = 64 << 20
+# Default size of a window.
+MAX_BYTES = 64 << 20
 # Slices that wait at the same time, for a network or to find their row in a compressed file.
 _PARALLEL_SLICES = 8
 
@@ -113,7 +113,7 @@ class Reader:
         *,
         cursor: Cursor = START,
         interleave_shards: int = 1,
-        max_bytes: int = _MAX_BYTES,
+        max_bytes: int = MAX_BYTES,
         failure_budget: ShardFailureBudget | None = None,
     ):
         self.slices = tuple(slices)

@@ -102,7 +102,7 @@ class RowStream:
         packing: str,
         shuffle_buffer_size: int,
         batch_rows: int,
-        shuffle_buffer_bytes: int = 64 << 20,
+        shuffle_buffer_bytes: int = reader_lib.MAX_BYTES,
         interleave_shards: int = 1,
         held_out: pa.Array | None = None,
         process_index: int = 0,

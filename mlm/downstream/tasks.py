@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from mlm.data.sources import files
+from mlm.data.sources.encoding import Utf8Stream
 from mlm.data.sources.source import is_local_path, require_hub
 from mlm.data.sources.table import load_columns
 from mlm.errors import UserError, one_line
@@ -179,7 +180,7 @@ def _read_parquet(path: str) -> dict[str, list[Any]]:
 
 def _read_lines(path: str, suffix: str, flag: str) -> dict[str, list[Any]]:
     with files.open_file(path) as stream:
-        text = files.Utf8Stream(stream).read().decode("utf-8")
+        text = Utf8Stream(stream).read().decode("utf-8")
     rows: list[Any] = []
     if suffix == ".txt":
         return {"text": [line.strip() for line in io.StringIO(text, newline=None) if line.strip()]}
@@ -197,9 +198,9 @@ def _read_lines(path: str, suffix: str, flag: str) -> dict[str, list[Any]]:
                     rows.append(json.loads(line))
                 except ValueError:
                     raise UserError(f"{flag}: line {number} is not JSON; write one object per line") from None
-    if not all(isinstance(row, dict) for row in rows):
-        number = next(number for number, row in enumerate(rows, start=1) if not isinstance(row, dict))
-        raise UserError(f'{flag}: row {number} is not a JSON object; write objects such as {{"text": ...}}')
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, dict):
+            raise UserError(f'{flag}: row {number} is not a JSON object; write objects such as {{"text": ...}}')
     columns = {name: [row.get(name) for row in rows] for name in dict.fromkeys(key for row in rows for key in row)}
     if suffix in (".csv", ".tsv"):
         columns = {name: _numbers(values) if name == "label" else values for name, values in columns.items()}
