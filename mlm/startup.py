@@ -67,6 +67,8 @@ class Run:
       start_step: the number of steps done.
       is_evaluated: whether the state has been evaluated, if its step is one to evaluate.
       stages: one for a run without `config.stages`.
+      unsaved_stream: the data position at the start, if the run starts from another run's checkpoint and has none of
+        its own; otherwise None.
       batches: the prefetched batches; `prefetcher` is the thread behind them.
       hub: the repository to push to; None on other processes than the first, or if nothing is to be pushed.
     """
@@ -77,6 +79,7 @@ class Run:
     start_step: int
     is_evaluated: bool
     stages: tuple[RunStage, ...]
+    unsaved_stream: dict[str, Any] | None
     batches: Iterator[Batch]
     prefetcher: Prefetcher
     checkpointer: Checkpointer
@@ -147,6 +150,7 @@ def open_run(
         components = components.with_stages(stages)
         components.stream.restore(stream_states)
     checkpointer.keep_steps = [stage.end for stage in components.stages[:-1]]
+    unsaved_stream = components.stream.state_dict() if parent else None
     # Other processes would not know that one has stopped waiting for a batch.
     check_interrupt = interrupt.check if jax.process_count() == 1 else lambda: None
     prefetcher = stack.enter_context(
@@ -178,6 +182,7 @@ def open_run(
         start_step=start_step,
         is_evaluated=loop_state is None or loop_state["evaluated"],
         stages=_run_stages(components),
+        unsaved_stream=unsaved_stream,
         batches=batches,
         prefetcher=prefetcher,
         checkpointer=checkpointer,

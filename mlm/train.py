@@ -88,6 +88,9 @@ def train_and_evaluate(
                         run.hub.push(step=step)
 
         with jax.transfer_guard("disallow"), interrupt.deferred():
+            if run.unsaved_stream is not None:
+                # From here on the run does not need its parent, which may remove the checkpoint.
+                save(run.start_step, run.unsaved_stream, is_evaluated=run.is_evaluated)
             # The run was stopped between a step and its evaluation, or between its last checkpoint and the export.
             if not run.is_evaluated or run.start_step >= last_step:
                 export(run.start_step, evaluate(run.start_step))

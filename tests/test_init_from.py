@@ -75,30 +75,33 @@ def parent(corpus, tmp_path_factory) -> Path:
     return workdir
 
 
-def test_a_branch_equals_its_parent_also_if_killed_before_its_first_checkpoint(corpus, tmp_path, monkeypatch):
+def test_a_branch_equals_its_parent_also_if_killed_before_and_after_its_first_checkpoint(corpus, tmp_path, monkeypatch):
     parent, branch = tmp_path / "a" / "run", tmp_path / "b" / "run"
     train_and_evaluate(tiny_settings(corpus, num_train_steps=4), str(parent))
     before = files(parent)
     settings = tiny_settings(corpus, **{"checkpoint.init_from": str(parent)})
-    with monkeypatch.context() as patch:
-        patch.setattr(Reporter, "add_step", stop)
-        with pytest.raises(KeyboardInterrupt):
-            train_and_evaluate(settings, str(branch))
+
+    def start_and_stop_at(owner, name):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, stop)
+            with pytest.raises(KeyboardInterrupt):
+                train_and_evaluate(settings, str(branch))
+
+    start_and_stop_at(Checkpointer, "save")
     assert files(parent) == before
     assert parent_of(branch) == {"path": str(parent), "step": 4, "mode": "branch", "format_version": 1}
 
     train_and_evaluate(tiny_settings(corpus), str(parent))  # Its newest checkpoint is now 8.
     before = files(parent)
-    train_and_evaluate(settings, str(branch))
+    start_and_stop_at(Reporter, "add_step")
     assert files(parent) == before
     assert parent_of(branch)["step"] == 4
-    assert_equal_after(4, parent, branch)
-    assert [line["step"] for line in lines_after(branch, 0)] == [6, 8]
 
-    # The parent is no longer needed, but another one is refused.
-    parent.rename(tmp_path / "moved")
-    train_and_evaluate(settings.replace({"num_train_steps": 9}), str(branch))
-    assert parent_of(branch)["step"] == 4
+    # It has a checkpoint, so the parent is no longer needed, but another one is refused.
+    moved = parent.rename(tmp_path / "moved")
+    train_and_evaluate(settings, str(branch))
+    assert_equal_after(4, moved, branch)
+    assert [line["step"] for line in lines_after(branch, 0)] == [6, 8]
     with pytest.raises(UserError, match=r"holds a run with another config: checkpoint\.init_from"):
         train_and_evaluate(settings.replace({"checkpoint.init_from": "elsewhere"}), str(branch))
 
@@ -111,7 +114,7 @@ def test_a_branch_decays_the_learning_rate_from_its_parent_s(corpus, parent, tmp
     np.testing.assert_allclose(rates, [0.01, 0.01, 0.005], rtol=1e-6)
 
 
-def test_a_restart_has_parameters_and_moments_of_its_parent_and_begins_at_step_0(corpus, parent, tmp_path):
+def test_a_restart_has_parameters_and_moments_of_its_parent_and_begins_at_step_0(corpus, parent, tmp_path, monkeypatch):
     before = files(parent)
     changes = {"checkpoint.init_from": str(parent), "checkpoint.init_mode": "restart", "seed": 7, "save_steps": 1}
     changes |= {"optimizer.warmup_steps": 2, "data.packing": "pad", "num_train_steps": 2}
@@ -126,6 +129,18 @@ def test_a_restart_has_parameters_and_moments_of_its_parent_and_begins_at_step_0
     assert sorted(counts.values()) == [1, 1, 1, 9]  # Step, applied steps and schedule; Adam's bias correction.
     assert batches_of(tmp_path / "run", 1) == 1
     assert files(tmp_path / "run" / "tokenizer").keys() == files(parent / "tokenizer").keys()
+
+    resumed = tmp_path / "resumed"
+    with monkeypatch.context() as patch:
+        patch.setattr(Reporter, "add_step", stop)
+        with pytest.raises(KeyboardInterrupt):
+            train_and_evaluate(tiny_settings(corpus, **changes), str(resumed))
+    assert [path.name for path in (resumed / "checkpoints").iterdir()] == ["0"]
+    train_and_evaluate(tiny_settings(corpus, **changes), str(resumed))
+    expected, actual = read_state(str(tmp_path / "run"), 2), read_state(str(resumed), 2)
+    assert expected.keys() == actual.keys()
+    for name, value in expected.items():
+        np.testing.assert_array_equal(value, actual[name])
 
 
 @pytest.mark.parametrize("name", ["adamw", "stable_adamw", "lamb", "lion", "adafactor", "muon"])
