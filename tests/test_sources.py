@@ -191,6 +191,19 @@ def test_documents_larger_than_a_block(tmp_path):
         assert read(open_files(write(tmp_path / name, texts))) == texts
 
 
+def test_blocks_are_smaller_if_more_files_are_open(tmp_path, monkeypatch):
+    for name, size in (("_BLOCK_BYTES", 4000), ("_MIN_BLOCK_BYTES", 500), ("_OPEN_BLOCK_BYTES", 16_000)):
+        monkeypatch.setattr(files, name, size)
+    source = open_files(*(write(tmp_path / f"{n:02}.txt", [f"{row:099}" for row in range(200)]) for n in range(40)))
+    opened = [source.read(shard) for shard in range(40)]
+    num_rows = [len(next(texts)) for texts in opened]
+    assert num_rows[:4] == [40] * 4
+    assert (num_rows[15], num_rows[-1]) == (10, 5)
+    del opened[1:]
+    assert [len(texts) for texts in opened[0]] == [40] * 4
+    assert files._open_files == []
+
+
 def named_dataset(folder):
     """Writes a local dataset for `datasets`: two configurations, one of them with two splits."""
     write(folder / "en-train.parquet", TEXTS)

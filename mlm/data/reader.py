@@ -152,12 +152,11 @@ class Reader:
                     break
                 current = self._open.popleft()
                 while wanted > 0 and room > 0 and self._read(current):
-                    texts, rows = self._take_read(current, wanted, room)
+                    texts, rows, num_bytes_taken = self._take_read(current, wanted, room)
                     if len(texts) == 0:
                         continue
                     parts.append(texts)
                     locations.append(np.stack([np.full_like(rows, self.slices[current.index].shard), rows], axis=1))
-                    num_bytes_taken = int(num_bytes(texts).sum())
                     wanted, room = wanted - len(texts), room - num_bytes_taken
                     count, size = count + len(texts), size + num_bytes_taken
                 if wanted <= 0 or room <= 0:  # Otherwise it has ended.
@@ -169,21 +168,27 @@ class Reader:
 
     def _take_read(
         self, current: _OpenSlice, num_documents: int, max_bytes: int
-    ) -> tuple[pa.LargeStringArray, np.ndarray]:
-        """Takes documents that are read already: at least one, unless all of them are other processes'."""
+    ) -> tuple[pa.LargeStringArray, np.ndarray, int]:
+        """Takes documents that are read already: at least one, unless all of them are other processes'.
+
+        Returns:
+            texts: the documents.
+            rows: int64 [N], their rows in the shard.
+            num_bytes: their size.
+        """
         part = self.slices[current.index]
         before_first = (part.offset - current.row) % part.stride  # Rows of other processes.
         indices = np.arange(before_first, len(current.texts), part.stride)[:num_documents]
         if len(indices) == 0:
             current.advance(len(current.texts))
-            return current.texts, indices
+            return current.texts, indices, 0
         texts = current.texts.slice(0, len(indices)) if part.stride == 1 else current.texts.take(pa.array(indices))
         # A text is taken if those before it leave room.
         ends = np.cumsum(num_bytes(texts))
         taken = min(len(texts), int(np.searchsorted(ends, max_bytes)) + 1)
         rows = current.row + indices[:taken]
         current.advance(int(indices[taken - 1]) + 1)
-        return texts.slice(0, taken), rows
+        return texts.slice(0, taken), rows, int(ends[taken - 1])
 
     def _open_slices(self) -> bool:
         """Opens slices up to the maximum number; returns False at the end of the last slice."""
@@ -241,4 +246,7 @@ def has_text(texts: pa.LargeStringArray) -> np.ndarray:
 
 def num_bytes(texts: pa.LargeStringArray) -> np.ndarray:
     """Returns int64 [N]: the bytes of each text, 0 for null."""
-    return np.asarray(pc.fill_null(pc.binary_length(texts), 0))
+    if len(texts) == 0:
+        return np.empty(0, np.int64)
+    sizes = np.diff(np.frombuffer(texts.buffers()[1], np.int64)[texts.offset : texts.offset + len(texts) + 1])
+    return np.where(np.asarray(texts.is_valid()), sizes, 0) if texts.null_count else sizes
