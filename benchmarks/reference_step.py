@@ -124,6 +124,7 @@ def reference_batch(tokens_BxL: np.ndarray) -> dict[str, np.ndarray]:
 class _Layer(nn.Module):
     config: EncoderConfig
     dtype: Any
+    deterministic: bool = False
 
     @nn.compact
     def __call__(self, hidden_BxLxD: jax.Array, bias_Bx1x1xL: jax.Array) -> jax.Array:
@@ -134,14 +135,14 @@ class _Layer(nn.Module):
             return nn.Dense(size, dtype=self.dtype, kernel_init=nn.initializers.normal(0.02), name=name)
 
         def add_norm(output_BxLxD: jax.Array, residual_BxLxD: jax.Array, name: str) -> jax.Array:
-            output_BxLxD = nn.Dropout(cfg.hidden_dropout_prob)(output_BxLxD, deterministic=False)
+            output_BxLxD = nn.Dropout(cfg.hidden_dropout_prob)(output_BxLxD, deterministic=self.deterministic)
             return nn.LayerNorm(cfg.layer_norm_eps, dtype=self.dtype, name=name)(output_BxLxD + residual_BxLxD)
 
         query, key, value = (dense(cfg.hidden_size, name)(hidden_BxLxD).reshape(heads) for name in ("q", "k", "v"))
         scores_BxHxLxL = jnp.einsum("...qhd,...khd->...hqk", query / np.sqrt(cfg.head_size).astype(self.dtype), key)
         weights_BxHxLxL = jax.nn.softmax(scores_BxHxLxL + bias_Bx1x1xL).astype(self.dtype)
         weights_BxHxLxL = nn.Dropout(cfg.attention_probs_dropout_prob, broadcast_dims=(0, 1))(
-            weights_BxHxLxL, deterministic=False
+            weights_BxHxLxL, deterministic=self.deterministic
         )
         attended_BxLxD = jnp.einsum("...hqk,...khd->...qhd", weights_BxHxLxL, value).reshape(hidden_BxLxD.shape)
         hidden_BxLxD = add_norm(dense(cfg.hidden_size, "attention_output")(attended_BxLxD), hidden_BxLxD, "norm_1")
@@ -149,12 +150,16 @@ class _Layer(nn.Module):
         return add_norm(dense(cfg.hidden_size, "output")(inner_BxLxF), hidden_BxLxD, "norm_2")
 
 
-class _Model(nn.Module):
+class ReferenceModel(nn.Module):
+    """The reference's model; dropout is active unless `deterministic`."""
+
     config: EncoderConfig
     dtype: Any
+    deterministic: bool = False
 
     @nn.compact
     def __call__(self, input_ids: jax.Array, attention_mask: jax.Array) -> jax.Array:
+        """Returns logits_BxLxV."""
         cfg = self.config
 
         def embed(rows: int, name: str) -> nn.Embed:
@@ -167,31 +172,37 @@ class _Model(nn.Module):
         hidden = word(input_ids) + embed(cfg.max_position_embeddings, "position")(positions)
         hidden += embed(cfg.type_vocab_size, "type")(jnp.zeros_like(input_ids))
         hidden = nn.LayerNorm(cfg.layer_norm_eps, dtype=self.dtype, name="norm")(hidden)
-        hidden = nn.Dropout(cfg.hidden_dropout_prob)(hidden, deterministic=False)
+        hidden = nn.Dropout(cfg.hidden_dropout_prob)(hidden, deterministic=self.deterministic)
         bias = jnp.where(attention_mask[:, None, None] > 0, 0.0, jnp.finfo(self.dtype).min).astype(self.dtype)
         for index in range(cfg.num_hidden_layers):
-            hidden = _Layer(cfg, self.dtype, name=f"layer_{index}")(hidden, bias)
+            hidden = _Layer(cfg, self.dtype, self.deterministic, name=f"layer_{index}")(hidden, bias)
         hidden = nn.gelu(nn.Dense(cfg.hidden_size, dtype=self.dtype, name="head")(hidden), approximate=False)
         hidden = nn.LayerNorm(cfg.layer_norm_eps, dtype=self.dtype, name="head_norm")(hidden)
         logits = hidden @ word.embedding.T.astype(self.dtype)
         return logits + self.param("bias", nn.initializers.zeros, (cfg.vocab_size,)).astype(self.dtype)
 
 
-def _reference_optimizer() -> optax.GradientTransformation:
-    return optax.adamw(SCHEDULE, b1=0.9, b2=0.98, eps=1e-8, weight_decay=0.01, mask=decay_mask)
+def reference_optimizer(schedule: optax.Schedule = SCHEDULE) -> optax.GradientTransformation:
+    """AdamW with the reference's betas and weight decay."""
+    return optax.adamw(schedule, b1=0.9, b2=0.98, eps=1e-8, weight_decay=0.01, mask=decay_mask)
 
 
-def reference_state(config: EncoderConfig, dtype: Any) -> dict[str, Any]:
-    """The reference's state before step 1."""
+def reference_state(
+    config: EncoderConfig, dtype: Any, optimizer: optax.GradientTransformation | None = None, *, seed: int = 0
+) -> dict[str, Any]:
+    """The reference's state before step 1; the optimizer is `reference_optimizer()` by default."""
     ids = jnp.ones((1, 8), jnp.int32)
-    keys = {"params": jax.random.key(0), "dropout": jax.random.key(1)}
-    params = _Model(config, dtype).init(keys, ids, ids)["params"]
-    return {"params": params, "adam": _reference_optimizer().init(params), "key": jax.random.PRNGKey(0)}
+    keys = dict(zip(("params", "dropout"), jax.random.split(jax.random.key(seed)), strict=True))
+    params = ReferenceModel(config, dtype).init(keys, ids, ids)["params"]
+    optimizer = optimizer or reference_optimizer()
+    return {"params": params, "adam": optimizer.init(params), "key": jax.random.PRNGKey(seed)}
 
 
-def reference_step(config: EncoderConfig, dtype: Any) -> Callable[..., Any]:
+def reference_step(
+    config: EncoderConfig, dtype: Any, optimizer: optax.GradientTransformation | None = None
+) -> Callable[..., Any]:
     """The reference's step: (state, batch) -> (state, mean loss)."""
-    model = _Model(config, dtype)
+    model, optimizer = ReferenceModel(config, dtype), optimizer or reference_optimizer()
 
     def step(state: dict[str, Any], batch: dict[str, jax.Array]) -> tuple[dict[str, Any], jax.Array]:
         dropout_key, next_key = jax.random.split(state["key"])
@@ -205,7 +216,7 @@ def reference_step(config: EncoderConfig, dtype: Any) -> Callable[..., Any]:
 
         loss, gradients = jax.value_and_grad(loss_fn)(state["params"])
         gradients, loss = jax.lax.pmean((gradients, loss), parallel.AXIS)
-        updates, adam = _reference_optimizer().update(gradients, state["adam"], state["params"])
+        updates, adam = optimizer.update(gradients, state["adam"], state["params"])
         return {"params": optax.apply_updates(state["params"], updates), "adam": adam, "key": next_key}, loss
 
     return step
