@@ -16,6 +16,7 @@ from configs import (
     bert_base,
     default,
     encoder_base,
+    laptop,
     modernbert_base,
     quickstart,
     roberta_base,
@@ -28,7 +29,7 @@ from mlm.train import train_and_evaluate
 from tests.tiny import settings_of, write_corpus
 
 REPO = Path(__file__).parent.parent
-MODULES = [quickstart, encoder_base, roberta_base, bert_base, roberta_large, modernbert_base, xlm_roberta_base]
+MODULES = [quickstart, laptop, encoder_base, roberta_base, bert_base, roberta_large, modernbert_base, xlm_roberta_base]
 
 # Flags of run_mlm_flax_stream.py and of the TrainingArguments it reads, as the issue lists them.
 REFERENCE_FLAGS = """model_name_or_path model_type config_name tokenizer_name cache_dir use_fast_tokenizer dtype
