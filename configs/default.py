@@ -309,6 +309,16 @@ def get_config() -> ConfigDict:
     # first 100 are never skipped. 0: no spike is skipped, as in the reference script.
     optimizer.spike_factor = 0.0
 
+    config.eval = evaluation = ConfigDict()
+    # Labelled tasks that a linear classifier on the frozen encoder learns at every evaluation, for the metric
+    # probe/<name>/accuracy: pairs of a name and a file as for --mode=probe, such as (("topics", "topics.jsonl"),). At
+    # most 1,000 texts of each, or 5,000 tagged words, are used, so that it takes little time. Empty: none.
+    evaluation.probes = ()
+    # Minimal pairs of sentences that are scored at every evaluation, for the metric pairs/<name>/accuracy: pairs of a
+    # name and a file as for --mode=score, such as (("agreement", "pairs.jsonl"),). At most 200 of each file are used.
+    # Empty: none.
+    evaluation.pairs = ()
+
     config.checkpoint = checkpoint = ConfigDict()
     # Newest checkpoints to keep. 2: if the newest is damaged, the run resumes from the other.
     checkpoint.keep_checkpoints = 2

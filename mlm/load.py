@@ -44,6 +44,11 @@ class LoadedModel:
     tokenizer: Tokenizer
     tokens_seen: int
 
+    @property
+    def max_tokens(self) -> int:
+        """The length that texts are cut to: at most that of training, even where the model has more positions."""
+        return self.tokenizer.max_tokens(self.encoder.max_seq_length)
+
 
 def load_any(
     settings: RunSettings | None, workdir_path: str | None, *, model: str | None, step: int | None, needs_head: bool

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Self
 
 from mlm.errors import UserError
+from mlm.eval_settings import EvalSettings
 from mlm.models.families import FAMILIES, Family, PositionEmbedding
 
 # data.packing.
@@ -137,6 +138,8 @@ MUTABLE_KEYS: tuple[str, ...] = (
     "hub.license",
     "hub.languages",
     # Measurements and examples.
+    "eval.probes",
+    "eval.pairs",
     "profile.first_step",
     "profile.num_steps",
     "report.sentences",
@@ -639,6 +642,7 @@ class RunSettings:
     masking: MaskingSettings
     loss: LossSettings
     optimizer: OptimizerSettings
+    eval: EvalSettings
     checkpoint: CheckpointSettings
     export: ExportSettings
     hub: HubSettings

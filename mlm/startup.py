@@ -16,11 +16,13 @@ from mlm import build, memory, parallel, steps
 from mlm.build import Components
 from mlm.data.packing import CONCATENATING
 from mlm.data.prefetch import Batch, Prefetcher
+from mlm.downstream.during_training import EvalTasks, TaskEvaluator, read_tasks
 from mlm.errors import UserError
 from mlm.evaluate import Evaluator
 from mlm.export import model_directory
 from mlm.export.hub import Hub
 from mlm.init_from import Parent, check_overwrite, open_parent, restart
+from mlm.models.config import EncoderConfig
 from mlm.models.flops import flops_per_token
 from mlm.reporting.summary import log_run_summary, warn_batch_size_changed
 from mlm.run.checkpoint import Checkpointer, CorruptCheckpointError
@@ -46,6 +48,7 @@ class RunStage:
       train_step: the step, (state, tokens) -> (state, metrics); the first call compiles it.
       evaluator: evaluates the model as the stage computes it, on the sequences of every stage.
       extra_evaluators: name -> evaluator of further sequences, for the metric eval/<name>/loss.
+      task_evaluator: measures `eval.probes` and `eval.pairs`.
       flops_per_token: operations of a training step per token.
     """
 
@@ -54,6 +57,7 @@ class RunStage:
     train_step: Any
     evaluator: Evaluator
     extra_evaluators: Mapping[str, Evaluator]
+    task_evaluator: TaskEvaluator
     flops_per_token: float
 
 
@@ -124,6 +128,7 @@ def open_run(
     if _is_finished(settings, workdir):
         return None
     build.check_device(settings)
+    eval_tasks = read_tasks(settings.eval)
     if jax.default_backend() == "cpu":
         memory.keep_freed_memory()
 
@@ -175,13 +180,17 @@ def open_run(
         stages=components.stages,
         start_step=start_step,
     )
+    run_stages = _run_stages(components, eval_tasks)
+    if jax.process_index() == 0:
+        for line in run_stages[0].task_evaluator.descriptions:
+            logging.info("%s", line)
     return Run(
         settings=settings,
         workdir=workdir,
         state=state,
         start_step=start_step,
         is_evaluated=loop_state is None or loop_state["evaluated"],
-        stages=_run_stages(components),
+        stages=run_stages,
         unsaved_stream=unsaved_stream,
         batches=batches,
         prefetcher=prefetcher,
@@ -217,8 +226,21 @@ def _resume_stages(
     )
 
 
-def _run_stages(components: Components) -> tuple[RunStage, ...]:
+def _run_stages(components: Components, eval_tasks: EvalTasks) -> tuple[RunStage, ...]:
     text, eval_steps = components.text, {}
+
+    @functools.cache
+    def task_evaluator(encoder: EncoderConfig) -> TaskEvaluator:
+        # As long as the sequences of eval/loss, in all stages.
+        first = components.stages[0].settings
+        length = first.data.max_seq_length
+        return TaskEvaluator(
+            eval_tasks,
+            encoder,
+            components.tokenizer,
+            max_length=length,
+            tokens_per_device=first.per_device_eval_batch_size * length,
+        )
 
     def evaluator(own: Components, settings: RunSettings, rows_RxL: np.ndarray, **options: Any) -> Evaluator:
         length = rows_RxL.shape[1]
@@ -258,6 +280,7 @@ def _run_stages(components: Components) -> tuple[RunStage, ...]:
                 train_step=parallel.data_parallel(train_step, donate_argnums=(0,)),
                 evaluator=evaluator(own, settings, text.eval_rows_RxL, counts=text.eval_counts),
                 extra_evaluators=extra,
+                task_evaluator=task_evaluator(own.encoder),
                 flops_per_token=flops_per_token(own.encoder, length=length, max_predictions_per_seq=predictions),
             )
         )

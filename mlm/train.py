@@ -57,9 +57,12 @@ def train_and_evaluate(
         time_limit = interrupt.time_limit = TimeLimit(settings.max_hours)
 
         def evaluate(step: int) -> dict[str, float]:
+            stage, task_metrics = run.stage_at(step), {}
+            if stage.task_evaluator:
+                with reporter.timed("probes"), time_limit.evaluation():
+                    task_metrics = stage.task_evaluator(state.eval_params)
             with reporter.timed("evaluation"), time_limit.evaluation():
                 counts_V = reporter.accumulator.counts_V
-                stage = run.stage_at(step)
                 unigram_V = unigram_log_probs(counts_V, special_ids=stage.components.tokenizer.special_ids)
                 unigram_V = parallel.broadcast_from_first(unigram_V)
                 metrics = stage.evaluator(state.eval_params, unigram_V)
@@ -67,6 +70,7 @@ def train_and_evaluate(
                     metrics[f"eval/{name}/loss"] = evaluator(state.eval_params, unigram_V)["eval/loss"]
                 if state.ema_params is not None:
                     metrics["eval/raw_loss"] = stage.evaluator(state.params, unigram_V)["eval/loss"]
+                metrics |= task_metrics
                 reporter.log_evaluation(step, metrics)
             return metrics
 

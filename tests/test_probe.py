@@ -191,9 +191,9 @@ def test_a_probe_of_words_pairs_numbers_and_a_test_file(model):
 
 def test_large_tasks_are_limited_and_sentences_stay_whole(monkeypatch):
     monkeypatch.setattr(probe, "MAX_TRAIN", 50)
-    assert len(probe._limited(easy_task(200).train)) == 50
+    assert len(easy_task(200).train.limited(50)) == 50
     words = Examples((), np.arange(120), words=[["a", "b", "c"]] * 40)
-    limited = probe._limited(words)
+    limited = words.limited(50)
     assert len(limited) == 16
     assert np.all(limited.labels.reshape(-1, 3) % 3 == [0, 1, 2])
 

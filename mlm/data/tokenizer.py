@@ -226,6 +226,14 @@ class Tokenizer:
                 break
         return list(found)[:count]
 
+    def max_tokens(self, max_seq_length: int) -> int:
+        """Returns the number of tokens of the longest texts, for a model that accepts `max_seq_length`.
+
+        A tokenizer that was trained here has the length of the sequences that its model was trained on; longer texts
+        would reach positions that no training step has seen.
+        """
+        return min(self.hf.model_max_length, max_seq_length)
+
     def save(self, path: str, *, max_seq_length: int | None = None, has_token_types: bool = True) -> None:
         """Writes the files that `AutoTokenizer.from_pretrained(path)` loads, in transformers 4 and 5.
 
@@ -250,7 +258,7 @@ class Tokenizer:
         names = self.hf.model_input_names
         fields["model_input_names"] = [name for name in names if has_token_types or name != "token_type_ids"]
         if max_seq_length is not None:
-            fields["model_max_length"] = min(self.hf.model_max_length, max_seq_length)
+            fields["model_max_length"] = self.max_tokens(max_seq_length)
         with open(config_path, "w", encoding="utf-8") as file:
             json.dump(fields, file, indent=2, sort_keys=True, ensure_ascii=False)
             file.write("\n")

@@ -92,7 +92,7 @@ def _all_states(
     max_words = max(map(len, firsts)) if firsts else 0
     with tokens.progress_bar(len(sequences), label) as bar:
         for numbers, rows, length in tokens.batches(
-            lengths, max_length=loaded.encoder.max_seq_length, rows_multiple=jax.local_device_count()
+            lengths, max_length=loaded.max_tokens, rows_multiple=jax.local_device_count()
         ):
             ids_BxL = tokens.padded((sequences.ids[n] for n in numbers), shape=(rows, length), value=pad_id)
             types_BxL = tokens.padded((sequences.types[n] for n in numbers), shape=(rows, length), value=0)
@@ -113,11 +113,27 @@ def _states(
     params: Any, ids_BxL: jax.Array, types_BxL: jax.Array, words_BxW: jax.Array | None, *, model: MaskedLM
 ) -> jax.Array:
     """Returns [S, B, D], or [S, B, W, D] with `words_BxW`."""
+    states = _encode(params, ids_BxL, types_BxL, model=model, return_layers=True)
+    return jnp.stack([_pool(state, ids_BxL, words_BxW, pad_id=model.config.pad_token_id) for state in states])
+
+
+def last_features(
+    params: Any, ids_BxL: jax.Array, types_BxL: jax.Array, words_BxW: jax.Array | None, *, model: MaskedLM
+) -> jax.Array:
+    """Returns the features of the last layer of texts [B, D], or with `words_BxW` of words [B, W, D]."""
+    state_BxLxD = _encode(params, ids_BxL, types_BxL, model=model)
+    return _pool(state_BxLxD, ids_BxL, words_BxW, pad_id=model.config.pad_token_id)
+
+
+def _encode(params: Any, ids_BxL: jax.Array, types_BxL: jax.Array, *, model: MaskedLM, **options: Any) -> Any:
     # Token types of models that have none, or one, are ignored.
     types = types_BxL if model.config.type_vocab_size > 1 else None
-    states: Any = model.apply({"params": params}, ids_BxL, token_types_BxL=types, return_layers=True, method="encode")
+    return model.apply({"params": params}, ids_BxL, token_types_BxL=types, method="encode", **options)
+
+
+def _pool(state_BxLxD: jax.Array, ids_BxL: jax.Array, words_BxW: jax.Array | None, *, pad_id: int) -> jax.Array:
+    """Returns the means over tokens [B, D], or with `words_BxW` the states at these positions [B, W, D]."""
     if words_BxW is not None:
-        return jnp.stack([jnp.take_along_axis(state, words_BxW[..., None], axis=1) for state in states])
-    is_token = (ids_BxL != model.config.pad_token_id)[..., None]
-    counts = jnp.maximum(1, is_token.sum(axis=1))
-    return jnp.stack([jnp.where(is_token, state, 0).sum(axis=1) / counts for state in states])
+        return jnp.take_along_axis(state_BxLxD, words_BxW[..., None], axis=1)
+    is_token = (ids_BxL != pad_id)[..., None]
+    return jnp.where(is_token, state_BxLxD, 0).sum(axis=1) / jnp.maximum(1, is_token.sum(axis=1))

@@ -7,7 +7,6 @@
 """
 
 import dataclasses
-import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -15,6 +14,7 @@ import jax
 import numpy as np
 
 from mlm import parallel
+from mlm.data.tokenizer import Tokenizer
 from mlm.downstream import tokens
 from mlm.load import LoadedModel
 from mlm.models.encoder import MaskedLM
@@ -52,12 +52,8 @@ def score(loaded: LoadedModel, texts: Sequence[str]) -> Scores:
       loaded: a model with a masked-language-model head.
       texts: N sentences.
     """
-    sequences = tokens.encode(loaded.tokenizer, texts, max_length=loaded.encoder.max_seq_length)
-    rows = [
-        _Row(sentence, masked, in_pll, in_word_l2r)
-        for sentence, encoding in enumerate(sequences.encodings)
-        for masked, in_pll, in_word_l2r in _masks(encoding.word_ids)
-    ]
+    sequences = tokens.encode(loaded.tokenizer, texts, max_length=loaded.max_tokens)
+    rows = masked_copies(sequences)
     log_probs = _log_probs(loaded, sequences.ids, rows)
     numbers = np.array([row.sentence for row in rows], int)
 
@@ -70,13 +66,22 @@ def score(loaded: LoadedModel, texts: Sequence[str]) -> Scores:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Row:
+class MaskedCopy:
     """A sentence with the tokens `masked` masked, the first of which is scored, in one score or in both."""
 
     sentence: int
     masked: Sequence[int]
     in_pll: bool
     in_word_l2r: bool
+
+
+def masked_copies(sequences: tokens.Sequences) -> list[MaskedCopy]:
+    """Returns the copies of sentences that their scores need, in the order of the sentences."""
+    return [
+        MaskedCopy(sentence, masked, in_pll, in_word_l2r)
+        for sentence, encoding in enumerate(sequences.encodings)
+        for masked, in_pll, in_word_l2r in _masks(encoding.word_ids)
+    ]
 
 
 def _masks(word_ids: Sequence[int | None]) -> Iterator[tuple[list[int], bool, bool]]:
@@ -90,7 +95,7 @@ def _masks(word_ids: Sequence[int | None]) -> Iterator[tuple[list[int], bool, bo
             yield [position, *later], False, True
 
 
-def _log_probs(loaded: LoadedModel, ids: Sequence[Sequence[int]], rows: Sequence[_Row]) -> np.ndarray:
+def _log_probs(loaded: LoadedModel, ids: Sequence[Sequence[int]], rows: Sequence[MaskedCopy]) -> np.ndarray:
     """Returns float64 [rows]: the log-probability of the first masked token of each row."""
     model, tokenizer = MaskedLM(loaded.encoder), loaded.tokenizer
     params = parallel.copy_to_devices(loaded.params)
@@ -98,30 +103,50 @@ def _log_probs(loaded: LoadedModel, ids: Sequence[Sequence[int]], rows: Sequence
     with tokens.progress_bar(len(rows), "masked copies") as bar:
         for numbers, size, length in tokens.batches(
             [len(ids[row.sentence]) for row in rows],
-            max_length=loaded.encoder.max_seq_length,
+            max_length=loaded.max_tokens,
             rows_multiple=jax.local_device_count(),
         ):
             batch = [rows[number] for number in numbers]
-            inputs_BxL = tokens.padded(
-                (ids[row.sentence] for row in batch), shape=(size, length), value=tokenizer.pad_id
-            )
-            positions_Bx1 = tokens.padded((row.masked[:1] for row in batch), shape=(size, 1), value=0)
-            labels_Bx1 = np.take_along_axis(inputs_BxL, positions_Bx1, axis=1)
-            for line, row in enumerate(batch):
-                inputs_BxL[line, list(row.masked)] = tokenizer.mask_id
-            arrays = parallel.split_rows((inputs_BxL, positions_Bx1, labels_Bx1))
+            arrays = parallel.split_rows(copies_as_arrays(ids, batch, shape=(size, length), tokenizer=tokenizer))
             found[numbers] = np.asarray(_first_log_probs(params, *arrays, model=model))[: len(numbers)]
             bar.update(len(numbers))
     return found
 
 
-@functools.partial(jax.jit, static_argnames="model")
-def _first_log_probs(
+def copies_as_arrays(
+    ids: Sequence[Sequence[int]], copies: Sequence[MaskedCopy], *, shape: tuple[int, int], tokenizer: Tokenizer
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns inputs int32 [shape], and positions and labels of the scored tokens int32 [rows, 1]; padding at the end.
+
+    Args:
+      ids: token ids of the sentences.
+      copies: the rows.
+      shape: rows and tokens.
+      tokenizer: the tokenizer.
+    """
+    inputs_BxL = tokens.padded((ids[copy.sentence] for copy in copies), shape=shape, value=tokenizer.pad_id)
+    positions_Bx1 = tokens.padded((copy.masked[:1] for copy in copies), shape=(shape[0], 1), value=0)
+    labels_Bx1 = np.take_along_axis(inputs_BxL, positions_Bx1, axis=1)
+    for row, copy in enumerate(copies):
+        inputs_BxL[row, list(copy.masked)] = tokenizer.mask_id
+    return inputs_BxL, positions_Bx1, labels_Bx1
+
+
+def first_log_probs(
     params: Any, inputs_BxL: jax.Array, positions_Bx1: jax.Array, labels_Bx1: jax.Array, *, model: MaskedLM
 ) -> jax.Array:
+    """Returns [B], the log-probabilities of the labels."""
     logits_Bx1xV: Any = model.apply({"params": params}, inputs_BxL, positions_Bx1)
     log_probs_Bx1xV = jax.nn.log_softmax(logits_Bx1xV)
     return jax.numpy.take_along_axis(log_probs_Bx1xV, labels_Bx1[..., None], axis=-1)[:, 0, 0]
+
+
+_first_log_probs = jax.jit(first_log_probs, static_argnames="model")
+
+
+def fraction_better(good: np.ndarray, bad: np.ndarray) -> float:
+    """Returns how often the good score is the higher one; a tie is wrong."""
+    return float(np.mean(good - bad > _TIE))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,15 +166,14 @@ def compare_pairs(good: Scores, bad: Scores, phenomena: Sequence[str]) -> list[P
     A tie is wrong: a model that scores everything alike knows nothing (BLiMP, Warstadt et al. 2020, asks for a strictly
     higher score). Ties are those of PLL.
     """
-    pll, word_l2r = good.pll - bad.pll, good.pll_word_l2r - bad.pll_word_l2r
 
     def result(name: str, is_in: np.ndarray) -> PairResult:
         return PairResult(
             phenomenon=name,
             pairs=int(is_in.sum()),
-            pll_accuracy=float(np.mean(pll[is_in] > _TIE)),
-            pll_word_l2r_accuracy=float(np.mean(word_l2r[is_in] > _TIE)),
-            ties=int(np.sum(np.abs(pll[is_in]) <= _TIE)),
+            pll_accuracy=fraction_better(good.pll[is_in], bad.pll[is_in]),
+            pll_word_l2r_accuracy=fraction_better(good.pll_word_l2r[is_in], bad.pll_word_l2r[is_in]),
+            ties=int(np.sum(np.abs(good.pll - bad.pll)[is_in] <= _TIE)),
         )
 
     names = np.array(phenomena)

@@ -72,6 +72,14 @@ class Examples:
             words=None if self.words is None else [self.words[row] for row in rows],
         )
 
+    def limited(self, count: int) -> "Examples":
+        """Returns examples with at most `count` labels: the first ones of a shuffle that is always the same."""
+        if len(self.labels) <= count:
+            return self
+        rows = np.random.default_rng(0).permutation(len(self))
+        counts = np.bincount(self.groups)[rows]
+        return self.select(rows[: max(1, np.searchsorted(np.cumsum(counts), count, side="right"))])
+
     def joined(self, other: "Examples") -> "Examples":
         """Returns these examples, then the others."""
         return Examples(
@@ -111,17 +119,18 @@ class Task:
         return np.array([]) if self.is_regression else np.unique(self.train.labels)
 
 
-def open_task(name: str, *, test: str | None = None) -> Task:
+def open_task(name: str, *, test: str | None = None, flag: str | None = None) -> Task:
     """Reads a task.
 
     Args:
       name: a file, a GLUE task such as "sst2", or a dataset on the hub, "NAME" or "NAME:CONFIG".
       test: a file with the examples of the test.
+      flag: the beginning of error messages; None for "--task=NAME".
 
     Raises:
       UserError: there is no such task, or its columns or labels cannot be used.
     """
-    flag = f"--task={name}"
+    flag = flag or f"--task={name}"
     if name.removeprefix("glue/") in GLUE:
         task = _open_glue(name.removeprefix("glue/"), flag)
     elif _is_file(name):
@@ -169,6 +178,20 @@ def read_columns(path: str, *, flag: str) -> dict[str, list[Any]]:
         raise UserError(f"{flag}: cannot be read ({one_line(error)}); write it again") from None
     if not columns or not len(next(iter(columns.values()))):
         raise UserError(f"{flag}: is empty; name a file with examples")
+    return columns
+
+
+def read_pairs(path: str, *, flag: str) -> dict[str, list[Any]]:
+    """Reads a file of minimal pairs: the columns good and bad, and others.
+
+    Raises:
+      UserError: it has no such columns, or cannot be read.
+    """
+    columns = read_columns(path, flag=flag)
+    for name in ("good", "bad"):
+        if name not in columns:
+            raise UserError(f"{flag}: has no column {name!r}, only {', '.join(columns)}; name the columns good and bad")
+        check_texts(columns[name], name, flag=flag)
     return columns
 
 

@@ -69,6 +69,11 @@ def batches(
             yield numbers[start : start + rows], rows, length
 
 
+def padded_length(lengths: Iterable[int], *, max_length: int) -> int:
+    """Returns the length of a batch of all sequences, one of those of `batches`."""
+    return _rounded(max(lengths), max_length)
+
+
 def _rounded(length: int, max_length: int) -> int:
     """Returns the next of 16, 32, 48, 64, 96, 128, 192, ...: at most a third is padding, from 32 tokens on."""
     size = 16

@@ -79,7 +79,9 @@ def export_model(
     fields = config.to_hf() | config.to_hf_4() | ids | {"dtype": dtype, "torch_dtype": dtype}
     _write_json(os.path.join(partial, "config.json"), fields)
     if for_sentence_transformers:
-        sentence_transformers.write_files(partial, config)
+        sentence_transformers.write_files(
+            partial, hidden_size=config.hidden_size, max_seq_length=tokenizer.max_tokens(config.max_seq_length)
+        )
     draw_curves(metrics_path, os.path.join(partial, "curves.png"), title=f"{card.title}, {step:,} steps")
     with open(os.path.join(partial, "README.md"), "w", encoding="utf-8") as file:
         mask_token = tokenizer.hf.mask_token

@@ -4,10 +4,8 @@ import json
 import os
 from typing import Any
 
-from mlm.models.config import EncoderConfig
 
-
-def write_files(directory: str, config: EncoderConfig) -> None:
+def write_files(directory: str, *, hidden_size: int, max_seq_length: int) -> None:
     """Adds the files that `SentenceTransformer(directory)` reads to a model directory.
 
     The vectors are those of --mode=embed: the mean of the last layer's hidden states over all tokens, begin and end
@@ -15,7 +13,8 @@ def write_files(directory: str, config: EncoderConfig) -> None:
 
     Args:
       directory: a Hugging Face model directory.
-      config: the encoder's config.
+      hidden_size: size of the vectors.
+      max_seq_length: number of tokens that texts are cut to.
     """
     modules = [
         {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
@@ -23,11 +22,11 @@ def write_files(directory: str, config: EncoderConfig) -> None:
     ]
     # Every mode is named, because the defaults of the library have changed between its versions.
     modes = ("cls_token", "max_tokens", "mean_sqrt_len_tokens", "weightedmean_tokens", "lasttoken")
-    pooling: dict[str, Any] = {"word_embedding_dimension": config.hidden_size, "pooling_mode_mean_tokens": True}
+    pooling: dict[str, Any] = {"word_embedding_dimension": hidden_size, "pooling_mode_mean_tokens": True}
     pooling |= {f"pooling_mode_{mode}": False for mode in modes}
     files: dict[str, Any] = {
         "modules.json": modules,
-        "sentence_bert_config.json": {"max_seq_length": config.max_seq_length, "do_lower_case": False},
+        "sentence_bert_config.json": {"max_seq_length": max_seq_length, "do_lower_case": False},
         "1_Pooling/config.json": pooling,
     }
     os.makedirs(os.path.join(directory, "1_Pooling"))

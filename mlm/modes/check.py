@@ -19,6 +19,7 @@ from mlm import build, memory, steps
 from mlm.data import pipeline as text_lib
 from mlm.data.sources.source import Source
 from mlm.data.tokenizer import Tokenizer
+from mlm.downstream.during_training import read_tasks
 from mlm.errors import UserError
 from mlm.hardware import Machine, find_device, parse_topology
 from mlm.masking import mask_tokens
@@ -113,9 +114,11 @@ def check(
         build.check_device(settings)
     if workdir is None or findings.problems:
         return findings.problems
-    # By itself, so that other problems do not hide it.
+    # By themselves, so that other problems do not hide them.
     with findings.collect():
         build.check_hub(settings, workdir)
+    with findings.collect():
+        read_tasks(settings.eval)
     local = settings.replace({"hub.push_to_hub": False})
     with findings.collect():
         components = build.build(local, workdir, parent_tokenizer=parent.workdir.tokenizer if parent else None)

@@ -49,7 +49,7 @@ def run(
     layers = len(loaded.encoder.layers)
     if layer is not None and not 0 <= layer <= layers:
         raise UserError(f"--layer={layer}: the model has layers 1 to {layers}, and 0 for the embeddings; choose one")
-    inputs = encode_texts(loaded.tokenizer, columns["text"], max_length=loaded.encoder.max_seq_length)
+    inputs = encode_texts(loaded.tokenizer, columns["text"], max_length=loaded.max_tokens)
     vectors_NxD = extract(loaded, inputs, label="texts")[layers if layer is None else layer]
     if output.endswith(".npy"):
         np.save(output, vectors_NxD)
@@ -59,4 +59,4 @@ def run(
         pyarrow.parquet.write_table(pa.table(table), output)
     logging.info("wrote %d vectors of %d numbers to %s", *vectors_NxD.shape, output)
     if inputs.sequences.cut:
-        logging.info("%d texts were cut to %d tokens", inputs.sequences.cut, loaded.encoder.max_seq_length)
+        logging.info("%d texts were cut to %d tokens", inputs.sequences.cut, loaded.max_tokens)

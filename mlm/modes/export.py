@@ -18,6 +18,9 @@ from mlm.run.workdir import WorkDir
 from mlm.settings import EXPORT_DTYPES, RunSettings
 from mlm.stages import recorded, stage_at
 
+# Metrics of an evaluation.
+_EVALUATED = ("eval/", "probe/", "pairs/")
+
 
 def run(
     settings: RunSettings,
@@ -123,5 +126,5 @@ def _eval_metrics(workdir: WorkDir, step: int) -> dict[str, float]:
     """Returns the metrics of the evaluation after `step`; empty without an evaluation."""
     for line in read_metrics(workdir.metrics):
         if line["step"] == step:
-            return {name: value for name, value in line.items() if name.startswith("eval/") and value is not None}
+            return {name: value for name, value in line.items() if name.startswith(_EVALUATED) and value is not None}
     return {}

@@ -30,7 +30,7 @@ PANELS = (
     (
         "Pauses",
         "seconds since the last log line",
-        [(f"perf/{name}_ms", name) for name in ("save", "evaluation", "export")],
+        [(f"perf/{name}_ms", name) for name in ("save", "evaluation", "export", "probes")],
         1e-3,
     ),
     ("Padding", "% of tokens", [("data/padding_fraction", "padding")], 100),
@@ -40,6 +40,8 @@ PANELS = (
 CURVES = os.path.join(os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))), "docs", "curves")
 # The panel of eval/<source>/loss, for the sources of a mixture.
 SOURCES_TITLE = "Eval loss by source"
+# Panels of the metrics of `eval.probes` and `eval.pairs`, <prefix>/<name>/accuracy: title, unit, prefix.
+_TASKS = (("Probes", "% of held-out labels", "probe"), ("Minimal pairs", "% of pairs", "pairs"))
 
 
 def run(
@@ -74,6 +76,7 @@ def run(
     runs = [read_run(each, name) for each, name in zip(workdirs, names, strict=True)]
     if reference is not None:
         runs.append(read_reference(reference))
+    _add_task_figures(runs)
     # Imported here: an error above need not wait for it.
     from plotly.offline import get_plotlyjs
 
@@ -229,6 +232,15 @@ def _figures(
     ]
 
 
+def _add_task_figures(runs: Sequence[dict[str, Any]]) -> None:
+    """Adds the last accuracies of probes and minimal pairs to the table, the same rows for every run."""
+    prefixes = tuple(f"{prefix}/" for *_, prefix in _TASKS)
+    for metric in sorted({metric for run in runs for metric in run["curves"] if metric.startswith(prefixes)}):
+        for run in runs:
+            values = run["curves"].get(metric, {}).get("values")
+            run["figures"].append((metric, f"{100 * values[-1]:.1f} %" if values else "-"))
+
+
 def _panels(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Returns the panels for which a run has a curve; that of skipped steps only if there were any."""
     metrics = {
@@ -237,10 +249,17 @@ def _panels(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
         for metric, curve in run["curves"].items()
         if metric != "train/skipped_steps" or any(curve["values"])
     }
-    sources = sorted(m for m in metrics if m.startswith("eval/") and m.count("/") > 1 and m.endswith("/loss"))
-    by_source = (SOURCES_TITLE, PANELS[0][1], [(m, m.removeprefix("eval/").removesuffix("/loss")) for m in sources], 1)
+
+    def named(prefix: str, name: str) -> list[tuple[str, str]]:
+        """Returns (metric, label) of the metrics <prefix>/<label>/<name>."""
+        found = sorted(m for m in metrics if m.startswith(f"{prefix}/") and m.count("/") > 1 and m.endswith(f"/{name}"))
+        return [(metric, metric.removeprefix(f"{prefix}/").removesuffix(f"/{name}")) for metric in found]
+
+    loss, accuracy, *others = PANELS
+    by_source = (SOURCES_TITLE, loss[1], named("eval", "loss"), 1)
+    tasks = [(title, unit, named(prefix, "accuracy"), 100) for title, unit, prefix in _TASKS]
     panels = []
-    for title, unit, curves, scale in (PANELS[0], by_source, *PANELS[1:]):
+    for title, unit, curves, scale in (loss, by_source, accuracy, *tasks, *others):
         curves = [(metric, label) for metric, label in curves if metric in metrics]
         if curves:
             panels.append({"title": title, "unit": unit, "curves": curves, "scale": scale})

@@ -59,7 +59,7 @@ def run(
         print(f"{count:,} texts, {scores.tokens.sum():,} tokens")
         print(f"pseudo-perplexity {pll:.3f} (PLL), {word_l2r:.3f} (PLL-word-l2r)")
     if scores.cut:
-        print(f"{scores.cut:,} texts were cut to {loaded.encoder.max_seq_length} tokens")
+        print(f"{scores.cut:,} texts were cut to {loaded.max_tokens} tokens")
     if output is not None:
         with open(output, "w", encoding="utf-8") as file:
             for row in range(count):

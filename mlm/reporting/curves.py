@@ -28,20 +28,22 @@ def read_metrics(path: str) -> list[dict[str, Any]]:
 
 
 def draw_curves(metrics_path: str, picture_path: str, *, title: str) -> None:
-    """Draws loss, accuracy, learning rate and throughput over steps as a PNG."""
+    """Draws loss, accuracy, learning rate and throughput over steps as a PNG; probes and minimal pairs if there are."""
     # Imported here: it takes half a second, and only an export draws.
     import matplotlib.figure
 
     lines = read_metrics(metrics_path)
-    figure = matplotlib.figure.Figure(figsize=(10, 7), layout="constrained")
-    axes = figure.subplots(2, 2, sharex=True)
+    tasks = sorted({name for line in lines for name in line if name.startswith(("probe/", "pairs/"))})
+    columns = 3 if tasks else 2
+    figure = matplotlib.figure.Figure(figsize=(5 * columns, 7), layout="constrained")
+    axes = figure.subplots(2, columns, sharex=True)
 
     def plot(axis: Any, name: str, label: str, *, scale: float = 1.0, **style: Any) -> None:
         points = [(line["step"], line[name] * scale) for line in lines if line.get(name) is not None]
         if points:
             axis.plot(*zip(*points, strict=True), label=label, **style)
 
-    loss, accuracy, rate, throughput = axes.flat
+    loss, accuracy, rate, throughput = axes[:, :2].flat
     plot(loss, "train/loss", "train", color="tab:blue", linewidth=1)
     plot(loss, "eval/loss", "evaluation", color="tab:orange", marker="o", markersize=3)
     plot(loss, "eval/unigram_loss", "unigram model", color="gray", linestyle="--", linewidth=1)
@@ -55,9 +57,15 @@ def draw_curves(metrics_path: str, picture_path: str, *, title: str) -> None:
     plot(throughput, "perf/tokens_per_second", "throughput", color="tab:purple", linewidth=1)
     throughput.set(title="Throughput", ylabel="tokens per second", xlabel="steps", ylim=(0, None))
     throughput.yaxis.set_major_formatter("{x:,.0f}")
+    for name in tasks:
+        kind, task, _ = name.split("/")
+        plot(axes[int(kind == "pairs"), 2], name, task, scale=100, marker="o", markersize=3)
+    if tasks:
+        axes[0, 2].set(title="Probes", ylabel="% of held-out labels")
+        axes[1, 2].set(title="Minimal pairs", ylabel="% of pairs", xlabel="steps")
     for axis in axes.flat:
         axis.grid(alpha=0.3)
-        if len(axis.get_lines()) > 1:
+        if len(axis.get_lines()) > 1 or axis.get_title() in ("Probes", "Minimal pairs"):
             axis.legend()
     figure.suptitle(title, parse_math=False)
     figure.savefig(picture_path, dpi=110)

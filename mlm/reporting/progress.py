@@ -34,8 +34,14 @@ def evaluation_line(step: int, num_train_steps: int, metrics: Mapping[str, float
     return (
         f"step {step:{len(str(num_train_steps))}} of {num_train_steps}   evaluation: loss {metrics['eval/loss']:.3f} "
         f"(unigram model {metrics['eval/unigram_loss']:.3f})   accuracy {100 * metrics['eval/accuracy']:4.1f} %   "
-        f"perplexity {metrics['eval/perplexity']:.1f}"
+        f"perplexity {metrics['eval/perplexity']:.1f}{_tasks(metrics)}"
     )
+
+
+def _tasks(metrics: Mapping[str, float]) -> str:
+    """Returns the accuracies of probes and minimal pairs."""
+    parts = [(name.split("/"), value) for name, value in metrics.items() if name.startswith(("probe/", "pairs/"))]
+    return "".join(f"   {kind} {name} {100 * value:.1f} %" for (kind, name, _), value in parts)
 
 
 def live_text(metrics: Mapping[str, float], *, eval_loss: float | None, seconds_left: float) -> str:

@@ -28,15 +28,16 @@ from mlm.run.workdir import WorkDir
 _CHARTS = {
     "Loss": ["train/loss", "eval/loss", "eval/unigram_loss", "eval/.+/loss"],  # The last: eval/<source>/loss.
     "Accuracy": ["train/accuracy", "eval/accuracy"],
+    "Probes and minimal pairs": ["probe/.+/accuracy", "pairs/.+/accuracy"],
     "Milliseconds per step": [f"perf/{part}_ms" for part in ("step", "device", "input_wait", "transfer", "host")],
-    "Pauses in milliseconds": [f"perf/{part}_ms" for part in ("evaluation", "save", "export")],
+    "Pauses in milliseconds": [f"perf/{part}_ms" for part in ("evaluation", "probes", "save", "export")],
 }
 # Config keys without a column on TensorBoard's page "hparams": they do not affect what the model learns.
 _NO_HPARAMS = (
     "checkpoint.", "data.cache_dir", "data.max_failed_shards", "data.network_", "data.num_eval_samples",
-    "data.prefetch_batches", "data.split", "data.text_column_name", "eval_steps", "export.", "hub.", "logging_steps",
-    "max_hours", "per_device_eval_batch_size", "profile.", "report.", "save_steps", "tokenizer.backend",
-    "tokenizer.use_fast_tokenizer",
+    "data.prefetch_batches", "data.split", "data.text_column_name", "eval.", "eval_steps", "export.", "hub.",
+    "logging_steps", "max_hours", "per_device_eval_batch_size", "profile.", "report.", "save_steps",
+    "tokenizer.backend", "tokenizer.use_fast_tokenizer",
 )  # fmt: skip
 # Metrics with a column there.
 _HPARAMS_METRICS = ("eval/loss", "eval/accuracy", "eval/perplexity", "train/loss", "perf/tokens_per_second")
