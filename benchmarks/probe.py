@@ -43,7 +43,7 @@ SUBJECTS = [
     (noun, noun + "s") for noun in "function method value argument object file option module name key test".split()
 ]
 SUBJECTS += [("class", "classes"), ("index", "indexes"), ("entry", "entries"), ("array", "arrays"), ("axis", "axes")]
-# Of a subject, with its noun as the closest one before the verb: it has the other number.
+# What stands between the subject and the verb. A noun there has the other number.
 ATTRIBUTES = {"": "simple", "of the {}": "after another noun"}
 VERBS = [
     ("is", "are"),

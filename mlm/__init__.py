@@ -19,6 +19,7 @@ Around them:
     startup     components -> a run that is ready for its next step: work directory, restored state, batches
     load        models from checkpoints, exported directories and the hub
     init_from   a new run that starts from a checkpoint of another one
+    eval_settings  the group `eval` of the settings
     downstream/  labelled tasks, features of every layer, linear probes, scores of sentences
     memory      compiled memory of a step: the largest batch that fits;  hardware  the table of devices
     command_line  clear errors, log lines and exit codes around main.py's flags;  errors  UserError

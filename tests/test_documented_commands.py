@@ -35,6 +35,9 @@ TESTED = {
     "python main.py --mode=export --workdir=runs/mine --sentence_transformers": (
         "tests/test_load.py::test_files_for_sentence_transformers"
     ),
+    "python main.py --config=configs/quickstart.py --workdir=runs/mine --config.eval.probes": (
+        "tests/test_during_training.py::test_probes_do_not_change_a_run_and_a_resumed_run_has_the_same"
+    ),
     "launch/slurm.sh": "tests/test_slurm.py::test_a_job_is_submitted",
     "python main.py --config=... --workdir=/shared/run --multihost": (
         "tests/test_multihost.py::test_two_processes_make_the_steps_of_one_and_save_together_or_not_at_all"
@@ -69,6 +72,9 @@ SMALL = (
     "--config.model.overrides.hidden_size=16 --config.optimizer.warmup_steps=2 "
     "--config.per_device_train_batch_size=4 --config.checkpoint.keep_checkpoints=3"
 )
+TASKS = (
+    "--config.eval.probes=\"(('topics', 'reviews.jsonl'),)\" --config.eval.pairs=\"(('agreement', 'pairs.jsonl'),)\""
+)
 TOKENIZER = "--config.tokenizer.vocab_size=300 --config.tokenizer.train_documents=200"
 CORPUS = " --config.data.data_files='corpus/*.jsonl'"
 # Start of a command -> flags to add and strings to replace. The last test runs these in one folder, in this order.
@@ -78,7 +84,7 @@ RUN: dict[str, tuple[str, dict[str, str]]] = {
     "python main.py --mode=explain optimizer masking loss": ("", {}),
     "python main.py --mode=check --config=configs/quickstart.py --workdir=runs/mine": (SMALL, {}),
     "python main.py --config=configs/quickstart.py --workdir=runs/mine --config.data.data_files='corpus/*.jsonl'": (
-        SMALL,
+        f"{SMALL} {TASKS}",
         {},
     ),
     "python main.py --mode=show_data --workdir=runs/mine --step=1205": ("", {"--step=1205": "--step=3"}),
@@ -215,7 +221,9 @@ def test_the_commands_of_the_pages_work_one_after_the_other(tmp_path):
     assert "optimizer.warmup_steps = 0\n" in next(printed)
     assert next(printed).startswith("masking.strategy = 'token'\n")
     assert next(printed).rstrip().endswith("ready")
-    assert "step 6 of 6   evaluation: loss" in next(printed)
+    log = next(printed)
+    assert "step 6 of 6   evaluation: loss" in log
+    assert re.search(r"perplexity \S+   probe topics \d+\.\d %   pairs agreement \d+\.\d %", log)
     assert "step 3: batch 3 of the data" in next(printed)
     assert "exported step 4 to" in next(printed)
     assert "exported steps 2 + 4 + 6 to" in next(printed)
@@ -233,9 +241,9 @@ def test_the_commands_of_the_pages_work_one_after_the_other(tmp_path):
     assert (tmp_path / "models" / "early" / "model.safetensors").exists()
     assert (tmp_path / "report.html").stat().st_size > 10**6
 
-    described = set(re.findall(r"`([a-z]+/\w+)`", (REPO / "docs/metrics.md").read_text()))
+    described = set(re.findall(r"`([a-z]+/[\w/<>]+)`", (REPO / "docs/metrics.md").read_text()))
     written = {name for line in read_metrics(str(tmp_path / "runs/mine/metrics.jsonl")) for name in line} - {"step"}
-    assert written - described == set()
+    assert {re.sub("/(topics|agreement)/", "/<name>/", name) for name in written} - described == set()
 
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

@@ -190,7 +190,7 @@ def test_cards_exports_and_reports_have_the_metrics(runs, tmp_path):
     assert last == [("pairs/words/accuracy", "-"), ("probe/verbs/accuracy", "-")]
 
 
-def test_files_that_cannot_be_used_are_errors_of_one_line(tmp_path):
+def test_wrong_files_are_errors_of_one_line(tmp_path):
     write(tmp_path / "one.jsonl", [{"text": text, "label": 1} for text in SENTENCES])
     write(tmp_path / "numbers.jsonl", [{"text": text, "label": len(text) + 0.5} for text in SENTENCES[:40]])
     write(tmp_path / "good.jsonl", [{"good": "a", "text": "b"}])

@@ -426,6 +426,18 @@ WRONG = [
     ({"hub.push_to_hub": 1}, "hub.push_to_hub=1: must be True or False"),
     ({"data.split": None}, "data.split=None: must be a string"),
     ({"data.cache_dir": 3}, "data.cache_dir=3: must be a string or None"),
+    (
+        {"eval.probes": ["topics", "topics.jsonl"]},
+        "eval.probes=['topics', 'topics.jsonl']: must be pairs of a name and a file, such as (('topics', 'topics.jsonl'),)",
+    ),
+    (
+        {"eval.pairs": (("a/b", "b.jsonl"),)},
+        "eval.pairs=(('a/b', 'b.jsonl'),): the name 'a/b' may have letters, digits and _.- only; rename it",
+    ),
+    (
+        {"eval.pairs": (("a", "b.jsonl"), ("a", "c.jsonl"))},
+        "eval.pairs=(('a', 'b.jsonl'), ('a', 'c.jsonl')): the name 'a' is used twice; rename one",
+    ),
     # Keys.
     ({"optimizer.learning_rat": 0.1}, "optimizer.learning_rat=0.1: unknown key; did you mean optimizer.learning_rate?"),
     ({"optimiser.schedule": "linear"}, "optimiser.schedule='linear': unknown key; did you mean optimizer.schedule?"),

@@ -738,7 +738,11 @@ ELSEWHERE = {
         "{}: has no column text, only {}; name the column text": "tests/test_score.py::test_wrong_files_and_outputs",
         "--layer={}: the model has layers 1 to {}, and 0 for the embeddings; choose one": "tests/test_score.py::test_vectors_of_texts",
     },
+    "mlm/downstream/during_training.py": {
+        "{}: has labels with a decimal point; use classes: text or whole numbers": "tests/test_during_training.py::test_wrong_files_are_errors_of_one_line",
+    },
     "mlm/downstream/tasks.py": {
+        "{}: has no column {}, only {}; name the columns good and bad": "tests/test_during_training.py::test_wrong_files_are_errors_of_one_line",
         "{}: its development set contradicts its training set; choose one of {}": "tests/test_tasks.py::test_wrong_tasks_are_errors_of_one_line",
         "{}: must be a file that ends in one of {}, optionally compressed": "tests/test_tasks.py::test_wrong_tasks_are_errors_of_one_line",
         "{}: is not UTF-8; convert it": "tests/test_tasks.py::test_wrong_files_are_errors_of_one_line",
