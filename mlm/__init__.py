@@ -34,7 +34,8 @@ Around them:
       mixture       batches of one source or several;  held_out  evaluation sequences
       spread        the documents read before training, from shards in all parts of a source
       tokenizer     a column of strings -> ids and offsets;  train_tokenizer  BPE, WordPiece, Unigram
-      packing       ids -> rows;  prefetch  a thread that makes batches;  synthetic  rows without text
+      packing       ids -> rows;  best_fit  rows of complete documents;  prefetch  a thread that makes batches
+      synthetic     rows without text
       provenance    the documents of a batch
     models/
       config, families  EncoderConfig and the table of model families;  flops  operations per token

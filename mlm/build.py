@@ -31,7 +31,7 @@ from mlm.models.hf.pretrained import AdaptedWeights, PretrainedWeights
 from mlm.optimizer import create_optimizer
 from mlm.run.workdir import WorkDir
 from mlm.schedules import create_schedule
-from mlm.settings import RunSettings
+from mlm.settings import ISOLATING, RunSettings
 from mlm.stages import Stage, resolve, source_weights
 from mlm.steps import StepConfig, init_params
 
@@ -143,7 +143,7 @@ def _step_config(stage: Stage, encoder: EncoderConfig, tokenizer: Tokenizer) -> 
         model=MaskedLM(
             encoder,
             jnp.dtype(settings.model.dtype),
-            begin_id=tokenizer.bos_id if settings.data.packing == "isolate" else None,
+            begin_id=tokenizer.bos_id if settings.data.packing in ISOLATING else None,
             execution=open_execution(settings, backend=jax.default_backend()),
         ),
         masking=open_masking(settings, tokenizer),

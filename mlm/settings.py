@@ -20,7 +20,9 @@ from mlm.eval_settings import EvalSettings
 from mlm.models.families import FAMILIES, Family, PositionEmbedding
 
 # data.packing.
-PACKINGS = ("concatenate", "pad", "pad_lines", "isolate")
+PACKINGS = ("concatenate", "pad", "pad_lines", "isolate", "best_fit")
+# Those whose sequences may have several documents, between which there is no attention.
+ISOLATING = ("isolate", "best_fit")
 # data.eval_rows.
 EVAL_ROWS = ("spread", "first")
 # Keys that an entry of data.mixture may set for its source only.

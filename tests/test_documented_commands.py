@@ -38,6 +38,7 @@ TESTED = {
     "python main.py --config=configs/quickstart.py --workdir=runs/mine --config.eval.probes": (
         "tests/test_during_training.py::test_probes_do_not_change_a_run_and_a_resumed_run_has_the_same"
     ),
+    "python benchmarks/packing.py": "tests/test_best_fit.py::test_the_table_of_packings",
     "launch/slurm.sh": "tests/test_slurm.py::test_a_job_is_submitted",
     "python main.py --config=... --workdir=/shared/run --multihost": (
         "tests/test_multihost.py::test_two_processes_make_the_steps_of_one_and_save_together_or_not_at_all"

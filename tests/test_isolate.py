@@ -154,7 +154,7 @@ def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("isolate")
     corpus, workdir = write_corpus(folder), WorkDir(str(folder / "run"))
     components = {}
-    for packing in ("concatenate", "isolate"):
+    for packing in ("concatenate", "isolate", "best_fit"):
         config = tiny_run_config(corpus)
         config.data.packing = packing
         components[packing] = build.build(settings_of(config), workdir)
@@ -165,6 +165,7 @@ def test_isolate_sets_begin_id_and_has_the_rows_of_concatenate(runs):
     isolate, concatenate = runs["isolate"], runs["concatenate"]
     assert concatenate.step_config.model.begin_id is None
     assert isolate.step_config.model.begin_id == isolate.tokenizer.bos_id == 0
+    assert runs["best_fit"].step_config.model.begin_id == 0
     np.testing.assert_array_equal(isolate.text.eval_rows_RxL, concatenate.text.eval_rows_RxL)
     for _ in range(9):
         np.testing.assert_array_equal(next(isolate.stream), next(concatenate.stream))

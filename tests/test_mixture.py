@@ -91,7 +91,7 @@ def staged(packing, *, skip_steps=(), process_index=0, process_count=1):
     return mixture_lib.BatchStream(streams, shapes=shapes, skip_steps=skip_steps, **process)
 
 
-@pytest.mark.parametrize("packing", ["concatenate", "pad", "pad_lines"])
+@pytest.mark.parametrize("packing", ["concatenate", "pad", "pad_lines", "best_fit"])
 @pytest.mark.parametrize("skip_steps", [(), ((4, 5), (8, 8))])
 def test_stages_resume_after_every_batch(packing, skip_steps):
     straight = take(staged(packing, skip_steps=skip_steps), 12)
@@ -215,7 +215,7 @@ def test_a_mixture_of_other_sources_is_refused():
         mixture(weights={"a": 1, "b": 1, "c": 1}).restore([state])
 
 
-@pytest.mark.parametrize("found", [None, 0, 3])
+@pytest.mark.parametrize("found", [None, 0, 4])
 def test_a_state_of_another_format_version_is_refused(found):
     state = saved(one())
     if found is None:
@@ -240,7 +240,7 @@ def test_the_format_of_the_state():
     resumed.restore([saved(stream) for stream in streams])
     take(resumed, 1)
     assert saved(resumed) == {
-        "format_version": 2,
+        "format_version": 3,
         "batches": 5,
         "skipped_batches": [[4, 4]],
         "topology_history": [
@@ -268,6 +268,7 @@ def test_the_format_of_the_state():
                 "window_hash": "219e1d2f",
                 "document": 6,
                 "unit": 9,
+                "repacked": [],
                 "units_used": 12,
                 "work_items": [[0, [[0, 7, 0, 1, None], [2, 0, 0, 1, None], [1, 7, 0, 1, None]], None]],
                 "next_epoch": 1,
@@ -276,6 +277,7 @@ def test_the_format_of_the_state():
                 "held_out_documents": 0,
                 "failed_shards": 0,
                 "tokenizer_differences": 0,
+                "cut_documents": 0,
             }
         },
     }
@@ -293,6 +295,7 @@ def test_a_state_of_format_version_1_continues_in_the_same_order():
             del position[name]
         position["slice_index"], position["row"], _ = position.pop("window_start")
         position["window_end"] = position["window_end"] and position["window_end"][:2]
+        del position["repacked"], position["cut_documents"]
         resumed = one(source)
         resumed.restore([state])
         assert take(resumed, 8) == take(stream, 8)

@@ -62,4 +62,4 @@ def test_no_documents_are_no_units(how):
 
 
 def test_units_per_row():
-    assert [packing.units_per_row(how, max_seq_length=7) for how in PACKINGS] == [7, 1, 1, 7]
+    assert [packing.units_per_row(how, max_seq_length=7) for how in PACKINGS] == [7, 1, 1, 7, 1]

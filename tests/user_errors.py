@@ -722,7 +722,7 @@ CALLS = [
     ),
     (
         a_stored_config_with_an_unknown_value,
-        "{world}/old_value/config.json: data.packing='tight': must be one of concatenate, pad, pad_lines, isolate",
+        "{world}/old_value/config.json: data.packing='tight': must be one of concatenate, pad, pad_lines, isolate, best_fit",
     ),
 ]
 

@@ -21,7 +21,7 @@ from mlm.data.synthetic import SyntheticRows
 from mlm.errors import UserError
 
 # Raised by every change of what `BatchStream.state_dict` returns.
-STREAM_FORMAT_VERSION = 2
+STREAM_FORMAT_VERSION = 3
 
 
 class Document(NamedTuple):
@@ -234,14 +234,14 @@ class BatchStream:
 def upgrade_state(state: Mapping[str, Any]) -> Mapping[str, Any]:
     """Returns a saved state in the format of this version of the code.
 
-    Version 2 reads several shards at the same time.
+    Version 2 reads several shards at the same time; version 3 may pack documents by best fit.
 
     Raises:
         UserError: the format is not known.
     """
     version = state.get("format_version", 0)
-    if version == 1:
-        streams = {name: _upgrade_position(position) for name, position in state["streams"].items()}
+    if version in (1, 2):
+        streams = {name: _upgrade_position(position, version) for name, position in state["streams"].items()}
         return {**state, "format_version": STREAM_FORMAT_VERSION, "streams": streams}
     if version != STREAM_FORMAT_VERSION:
         raise UserError(
@@ -251,9 +251,9 @@ def upgrade_state(state: Mapping[str, Any]) -> Mapping[str, Any]:
     return state
 
 
-def _upgrade_position(position: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Returns a source's position of format version 1, which read one shard at a time, in the format of version 2."""
-    if "slice_index" not in position:  # Of synthetic rows.
+def _upgrade_position(position: Mapping[str, Any], version: int) -> Mapping[str, Any]:
+    """Returns a source's position of an earlier format version. Version 1 read one shard at a time."""
+    if version == 2 or "slice_index" not in position:  # Of synthetic rows.
         return position
     rest = {name: value for name, value in position.items() if name not in ("slice_index", "row", "window_end")}
     end = position["window_end"]

@@ -4,15 +4,18 @@ A unit is the smallest amount that moves from documents to rows: a token where d
 row where documents (or lines) are padded. L units make a row of L tokens in the first case, one unit in the second.
 
 Everything is vectorized over the documents of a chunk, and nothing is carried from one chunk to the next: the stream
-fills a row across chunks, and knows its position as (document, unit).
+fills a row across chunks, and knows its position as (document, unit). best_fit.py packs a chunk by best fit: its rows
+count as units of the chunk's first document.
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from mlm.data import best_fit
 from mlm.data.tokenizer import Tokenizer
 
 # The packings that cut rows from a sequence of concatenated documents: their rows hold no padding.
@@ -24,12 +27,29 @@ class PackedChunk:
     """The units of some documents, in order.
 
     Attributes:
-        data: int32, U units: [U] tokens (`CONCATENATING`) or [U, L] rows ("pad", "pad_lines").
+        data: int32, U units: [U] tokens (`CONCATENATING`) or [U, L] rows.
         offsets: int64 [N + 1], document n is units offsets[n] to offsets[n + 1].
+        pieces: where the documents are if rows have parts of several ("best_fit"); else None.
     """
 
     data: np.ndarray
     offsets: np.ndarray
+    pieces: best_fit.Pieces | None = None
+
+    def spans(self, begin: int, end: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Finds the documents in the units from `begin` to `end`, in order.
+
+        Returns:
+            documents, begins, ends: int64 [S], document documents[s] has units begins[s] to ends[s].
+        """
+        if self.pieces is not None:
+            first, last = np.searchsorted(self.pieces.rows, [begin, end])
+            rows = self.pieces.rows[first:last]
+            return self.pieces.documents[first:last], rows, rows + 1
+        first = int(np.searchsorted(self.offsets, begin, side="right")) - 1
+        last = int(np.searchsorted(self.offsets, end, side="left"))
+        borders = np.clip(self.offsets[first : last + 1], begin, end)
+        return np.arange(first, last), borders[:-1], borders[1:]
 
 
 def units_per_row(packing: str, *, max_seq_length: int) -> int:
@@ -37,15 +57,45 @@ def units_per_row(packing: str, *, max_seq_length: int) -> int:
     return max_seq_length if packing in CONCATENATING else 1
 
 
-def pack(texts: pa.Array, tokenizer: Tokenizer, *, packing: str, max_seq_length: int) -> PackedChunk:
+def pack(
+    texts: pa.Array,
+    tokenizer: Tokenizer,
+    *,
+    packing: str,
+    max_seq_length: int,
+    seed: Sequence[int] = (0,),
+    repacked: Sequence[tuple[int, int]] = (),
+) -> PackedChunk:
     """Tokenizes N documents (strings without nulls) and adds begin and end tokens.
 
     "concatenate" and "isolate" give `<s> document </s><s> document </s>...`; with "isolate" the model separates the
     documents again by their begin tokens. "pad" gives one row per document and "pad_lines" one per line that is not
-    blank, truncated to `max_seq_length` with `</s>` as the last token, or filled up with the padding id.
+    blank, truncated to `max_seq_length` with `</s>` as the last token, or filled up with the padding id. "best_fit" is
+    explained in best_fit.py.
+
+    Args:
+        texts: the documents.
+        tokenizer: text to ids.
+        packing: one of settings.PACKINGS.
+        max_seq_length: L.
+        seed: of the order of rows with "best_fit".
+        repacked: with "best_fit", (max_seq_length, rows used) of the rows that were made of these documents before.
     """
-    if packing in CONCATENATING:
-        return concatenate(*tokenizer.encode(texts), bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id)
+    if packing in CONCATENATING or packing == "best_fit":
+        chunk = concatenate(*tokenizer.encode(texts), bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id)
+        if packing in CONCATENATING:
+            return chunk
+        rows, pieces = best_fit.pack(
+            chunk.data,
+            chunk.offsets,
+            max_seq_length=max_seq_length,
+            pad_id=tokenizer.pad_id,
+            seed=seed,
+            repacked=repacked,
+        )
+        offsets = np.full(len(texts) + 1, len(rows))
+        offsets[0] = 0
+        return PackedChunk(rows, offsets, pieces)
     if packing == "pad_lines":
         texts, offsets = _split_lines(texts)
     else:

@@ -5,6 +5,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from mlm.data.packing import PackedChunk
+
 
 class DocumentSpan(NamedTuple):
     """The part of a batch that comes from one document.
@@ -28,13 +30,13 @@ class ChunkSlice(NamedTuple):
     Attributes:
         epoch: the epoch in which the chunk was read.
         locations: int64 [N, 2], (shard, row) of each document of the chunk.
-        offsets: int64 [N + 1], document n of the chunk is units offsets[n] to offsets[n + 1].
+        chunk: the units.
         begin, end: units of the chunk: begin <= unit < end.
     """
 
     epoch: int
     locations: np.ndarray
-    offsets: np.ndarray
+    chunk: PackedChunk
     begin: int
     end: int
 
@@ -43,11 +45,11 @@ def document_spans(chunk_slices: Sequence[ChunkSlice]) -> list[DocumentSpan]:
     """Returns the documents of a batch that consists of these slices, in order."""
     spans, units_before = [], 0
     for part in chunk_slices:
-        first = int(np.searchsorted(part.offsets, part.begin, side="right")) - 1
-        last = int(np.searchsorted(part.offsets, part.end, side="left"))
-        borders = units_before + np.clip(part.offsets[first : last + 1], part.begin, part.end) - part.begin
-        for n, (begin, end) in enumerate(zip(borders[:-1].tolist(), borders[1:].tolist(), strict=True), first):
-            shard, row = part.locations[n].tolist()
+        documents, begins, ends = part.chunk.spans(part.begin, part.end)
+        shift = units_before - part.begin
+        for (shard, row), begin, end in zip(
+            part.locations[documents].tolist(), (begins + shift).tolist(), (ends + shift).tolist(), strict=True
+        ):
             spans.append(DocumentSpan(part.epoch, shard, row, begin, end))
         units_before += part.end - part.begin
     return spans

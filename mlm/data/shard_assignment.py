@@ -18,7 +18,7 @@ run resumes on one process. Its work items are
 After them it starts the next epoch, with that epoch's initial assignment for one process. A shuffle window of which
 some documents are used is a work item by itself, an *open window*: it keeps its permutation, and continues at its next
 document and token. If there are more processes than open windows, several processes divide the documents of one. A run
-may be reassigned any number of times.
+may be reassigned any number of times. With data.packing="best_fit" an open window is never divided.
 
 Guaranteed: over all processes, every document of the newest epoch that any process had started is used exactly once,
 and so is every document of the older epochs that other processes were still in. If a document was partly used,
@@ -40,6 +40,7 @@ _COUNTERS = (
     "held_out_documents",
     "failed_shards",
     "tokenizer_differences",
+    "cut_documents",
 )
 
 
@@ -78,7 +79,8 @@ class OpenWindow(NamedTuple):
     """A shuffle window some of whose documents are used.
 
     Its documents are the permuted ones at `offset`, `offset + stride`, ...; the first `document` of these are used,
-    and the first `unit` units of the next one (see packing.py). `hash` is that of all its documents.
+    and the first `unit` units of the next one (see packing.py). `hash` is that of all its documents. `repacked` is that
+    of `Position`.
     """
 
     window_index: int
@@ -87,6 +89,7 @@ class OpenWindow(NamedTuple):
     offset: int
     stride: int
     hash: str | None = None
+    repacked: tuple[tuple[int, int], ...] = ()
 
 
 class WorkItem(NamedTuple):
@@ -111,12 +114,15 @@ class Position:
         window_hash: hash of the window's documents, once it was read; None in states without it.
         document: index of the window's next document, in permuted order and without the skipped ones.
         unit: index of that document's next unit.
+        repacked: with data.packing="best_fit", (max_seq_length, rows used) of the rows that were made of the documents
+            from `document` on before the length changed, see best_fit.py; else empty.
         units_used: number of units used since the work item started.
         work_items: what to read after the current work item, before the next epoch.
         next_epoch: the first epoch that starts with its initial assignment.
         documents_before_window: number of documents used in the run before this window.
         skipped_documents, held_out_documents, failed_shards, tokenizer_differences: counts over the run, those of
             this window included.
+        cut_documents: number of documents that were longer than a row, with data.packing="best_fit"; else 0.
     """
 
     epoch: int = 0
@@ -128,6 +134,7 @@ class Position:
     window_hash: str | None = None
     document: int = 0
     unit: int = 0
+    repacked: tuple[tuple[int, int], ...] = ()
     units_used: int = 0
     work_items: tuple[WorkItem, ...] = ()
     next_epoch: int = 1
@@ -136,6 +143,7 @@ class Position:
     held_out_documents: int = 0
     failed_shards: int = 0
     tokenizer_differences: int = 0
+    cut_documents: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """Returns the fields by name; JSON turns the tuples into lists."""
@@ -151,14 +159,27 @@ class Position:
         if fields["slices"] is not None:
             fields["slices"] = _slices_from_json(fields["slices"])
         fields["work_items"] = tuple(
-            WorkItem(epoch, _slices_from_json(slices), open_window and OpenWindow(*open_window))
+            WorkItem(epoch, _slices_from_json(slices), open_window and _open_window_from_json(open_window))
             for epoch, slices, open_window in fields["work_items"]
         )
+        fields["repacked"] = _pairs_from_json(fields.get("repacked", ()))
         return cls(**fields)
+
+    def repack(self, max_seq_length: int) -> "Position":
+        """Returns the position for rows of another length than `max_seq_length`, with data.packing="best_fit"."""
+
+        def repacked(part: "Position | OpenWindow") -> dict[str, Any]:
+            return {"unit": 0, "repacked": (*part.repacked, (max_seq_length, part.unit))} if part.unit else {}
+
+        items = tuple(
+            item._replace(open_window=item.open_window and item.open_window._replace(**repacked(item.open_window)))
+            for item in self.work_items
+        )
+        return dataclasses.replace(self, work_items=items, **repacked(self))
 
     def num_documents(self) -> int:
         """Returns the number of documents used in the run, a partly used one included."""
-        return self.documents_before_window + self.document + (self.unit > 0)
+        return self.documents_before_window + self.document + (self.unit > 0 or self.repacked != ())
 
     def next_item(self) -> "Position":
         """Returns the position at the start of the next work item, or of the next epoch if there is none."""
@@ -177,16 +198,28 @@ class Position:
             window_index=window.window_index,
             document=window.document,
             unit=window.unit,
+            repacked=window.repacked,
             # Marks the rows of the window as counted. The value does not matter: nothing is read after an open window.
             window_end=Cursor(len(slices)),
             window_hash=window.hash,
-            documents_before_window=self.documents_before_window - window.document - (window.unit > 0),
+            documents_before_window=self.documents_before_window
+            - window.document
+            - (window.unit > 0 or window.repacked != ()),
         )
 
 
 def _cursor_from_json(numbers: Sequence[Any]) -> Cursor:
     slice_index, row, open_slices = numbers
     return Cursor(slice_index, row, tuple((index, open_row) for index, open_row in open_slices))
+
+
+def _open_window_from_json(values: Sequence[Any]) -> OpenWindow:
+    window = OpenWindow(*values)
+    return window._replace(repacked=_pairs_from_json(window.repacked))
+
+
+def _pairs_from_json(pairs: Sequence[Sequence[int]]) -> tuple[tuple[int, int], ...]:
+    return tuple((length, num_used) for length, num_used in pairs)
 
 
 def _slices_from_json(slices: Sequence[Sequence[int]]) -> tuple[ShardSlice, ...]:
@@ -218,6 +251,7 @@ def reassign(
     process_index: int,
     process_count: int,
     initial_assignment: Callable[[int, int, int], tuple[ShardSlice, ...]],
+    divides_windows: bool = True,
 ) -> Position:
     """Returns the position of a new process, given the positions of all processes of the run so far.
 
@@ -227,6 +261,7 @@ def reassign(
         positions: by old process.
         process_index, process_count: of the new processes.
         initial_assignment: (epoch, process_index, process_count) -> a process's slices at the start of an epoch.
+        divides_windows: False if an open window must not be divided, because its documents are packed together.
     """
     newest_epoch = max(position.next_epoch for position in positions) - 1
     open_windows: list[WorkItem] = []
@@ -243,7 +278,9 @@ def reassign(
                 slices.setdefault(item.epoch, []).extend(item.slices)
             else:
                 open_windows.append(item)
-    items = _assign_open_windows(open_windows, process_index=process_index, process_count=process_count)
+    items = _assign_open_windows(
+        open_windows, process_index=process_index, process_count=process_count, divides=divides_windows
+    )
     for epoch, rest in slices.items():
         if own := assign(rest, process_index=process_index, process_count=process_count):
             items.append(WorkItem(epoch, own))
@@ -258,9 +295,11 @@ def reassign(
     ).next_item()
 
 
-def _assign_open_windows(items: Sequence[WorkItem], *, process_index: int, process_count: int) -> list[WorkItem]:
+def _assign_open_windows(
+    items: Sequence[WorkItem], *, process_index: int, process_count: int, divides: bool
+) -> list[WorkItem]:
     """Returns the open windows of one process: the rule of `assign`, with a window's documents instead of rows."""
-    if len(items) >= process_count or not items:
+    if len(items) >= process_count or not items or not divides:
         return list(items[process_index::process_count])
     index, rank, size = _group(len(items), process_index=process_index, process_count=process_count)
     window = items[index].open_window
@@ -290,7 +329,14 @@ def _remaining_items(position: Position, slices: tuple[ShardSlice, ...]) -> list
     rest_start = position.window_start
     if position.window_end is not None:
         subset = position.window_subset or (0, 1)
-        window = OpenWindow(position.window_index, position.document, position.unit, *subset, hash=position.window_hash)
+        window = OpenWindow(
+            position.window_index,
+            position.document,
+            position.unit,
+            *subset,
+            hash=position.window_hash,
+            repacked=position.repacked,
+        )
         # Those that were open or opened: read from the start of these, the window is the same.
         start, end = position.window_start, position.window_end
         num_opened = len(start.open_slices) + end.slice_index - start.slice_index + (end.row > 0)

@@ -68,11 +68,11 @@ def read_units(
                 documents = texts.take(pa.array(used))
                 chunk = pack(documents)
                 units = chunk.data[: targets[shard] - count]
-                num_documents = int(np.searchsorted(chunk.offsets[:-1], targets[shard] - count))
-                last = used[num_documents - 1] if num_documents < len(used) else -1
-                next_rows[shard] = int(reader.locations[last, 1]) + 1
+                numbers = np.unique(chunk.spans(0, len(units))[0])
+                is_last = len(numbers) and numbers[-1] + 1 < len(used)
+                next_rows[shard] = int(reader.locations[used[numbers[-1]] if is_last else -1, 1]) + 1
                 count += len(units)
-                yield documents.slice(0, num_documents), units
+                yield documents.take(pa.array(numbers)), units
                 texts = reader.take(_DOCUMENTS_PER_READ) if count < targets[shard] else None
 
 

@@ -23,8 +23,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from absl import logging
 
+from mlm.data import best_fit, provenance
 from mlm.data import packing as packing_lib
-from mlm.data import provenance
 from mlm.data import reader as reader_lib
 from mlm.data.shard_assignment import Cursor, Position, ShardSlice, assign_shards, reassign
 from mlm.data.sources.source import Source
@@ -152,7 +152,7 @@ class RowStream:
             part = self._chunk.data[begin : begin + needed - count]
             self._batch_slices.append(
                 provenance.ChunkSlice(
-                    self._start.epoch, self._chunk_locations, self._chunk.offsets, begin=begin, end=begin + len(part)
+                    self._start.epoch, self._chunk_locations, self._chunk, begin=begin, end=begin + len(part)
                 )
             )
             parts.append(part)
@@ -169,10 +169,11 @@ class RowStream:
             batch_rows: rows that `next` returns.
         """
         is_repacked = max_seq_length != self._max_seq_length and self._packing not in packing_lib.CONCATENATING
-        self._max_seq_length, self._batch_rows = max_seq_length, batch_rows
+        old_length, self._max_seq_length, self._batch_rows = self._max_seq_length, max_seq_length, batch_rows
         self.units_per_row = packing_lib.units_per_row(self._packing, max_seq_length=max_seq_length)
         if is_repacked:
-            self._seek(self._position())
+            position = self._position()
+            self._seek(position.repack(old_length) if self._packing == "best_fit" else position)
 
     def documents(self) -> list[provenance.DocumentSpan]:
         """Returns the documents of the last batch, in order."""
@@ -197,16 +198,18 @@ class RowStream:
     def counters(self) -> dict[str, int]:
         """Counts over the run so far: documents used, rows without text, held-out documents, and so on.
 
-        All but the documents used count as soon as their window is read.
+        All but the documents used count as soon as their window is read. With packing="best_fit", those of a chunk (see
+        best_fit.py) count as soon as it is packed if they are cut, and after its last row as documents used.
         """
         position = self._position()
-        return {
+        counters = {
             "documents": position.num_documents(),
             "skipped_documents": position.skipped_documents,
             "held_out_documents": position.held_out_documents,
             "failed_shards": position.failed_shards,
             "tokenizer_differences": position.tokenizer_differences,
         }
+        return counters | ({"cut_documents": position.cut_documents} if self._packing == "best_fit" else {})
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the state after the last batch, for JSON: a few numbers and names."""
@@ -234,6 +237,7 @@ class RowStream:
             process_index=self._process_index,
             process_count=self._process_count,
             initial_assignment=self._initial_assignment,
+            divides_windows=self._packing != "best_fit",
         )
         self._seek(position)
 
@@ -276,6 +280,7 @@ class RowStream:
         self._chunk = _EMPTY_CHUNK
         self._chunk_locations = np.empty((0, 2), np.int64)
         self._chunk_start = position.document  # Index in the window of the chunk's first document.
+        self._repacked = position.repacked  # Of the chunk.
         self._chunk_unit = 0  # Units of the chunk that are used.
 
     def _position(self) -> Position:
@@ -287,6 +292,7 @@ class RowStream:
             self._start,
             document=self._chunk_start + done,
             unit=self._chunk_unit - int(self._chunk.offsets[done]),
+            repacked=self._repacked if done == 0 else (),
             units_used=self._units_used,
         )
 
@@ -298,6 +304,7 @@ class RowStream:
             self._window = self._read_window()
         else:
             self._chunk_start += len(self._chunk.offsets) - 1
+            self._repacked = ()
         window = self._window
         if window is not None and self._chunk_start < len(window.order):
             self._pack_chunk(window, first_unit)
@@ -314,6 +321,7 @@ class RowStream:
                 window_hash=None,
                 document=0,
                 unit=0,
+                repacked=(),
                 documents_before_window=self._start.documents_before_window + len(window.order),
             )
             # A work item with a window_subset has a single window.
@@ -379,11 +387,20 @@ class RowStream:
         """Tokenizes and packs documents of the window from `_chunk_start` on, and skips the first units."""
         first = self._chunk_start
         bytes_before = window.byte_ends[first - 1] if first else 0
-        last = max(first + 1, int(np.searchsorted(window.byte_ends, bytes_before + _CHUNK_BYTES, side="right")))
+        chunk_bytes = best_fit.CHUNK_BYTES if self._packing == "best_fit" else _CHUNK_BYTES
+        last = max(first + 1, int(np.searchsorted(window.byte_ends, bytes_before + chunk_bytes, side="right")))
         texts = window.texts.take(pa.array(window.order[first:last]))
+        start = self._start
         self._chunk = packing_lib.pack(
-            texts, self._tokenizer, packing=self._packing, max_seq_length=self._max_seq_length
+            texts,
+            self._tokenizer,
+            packing=self._packing,
+            max_seq_length=self._max_seq_length,
+            seed=(self._seed, 2, start.epoch, start.window_index, first),
+            repacked=self._repacked,
         )
+        if self._chunk.pieces is not None and first_unit == 0 and not self._repacked:
+            self._start = dataclasses.replace(start, cut_documents=start.cut_documents + self._chunk.pieces.num_cut)
         self._chunk_locations = window.locations[first:last]
         self._chunk_unit = first_unit
         if first_unit > len(self._chunk.data):
