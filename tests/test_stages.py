@@ -392,7 +392,7 @@ sys.argv = ["main.py", *sys.argv[3:]]
 main.command_line.run(lambda: main.app.run(main.main, flags_parser=main.parse_flags))
 """
 # In every stage and at every border.
-KILLS = [("add_step", 3), ("save", 5), ("add_step", 6), ("add_step", 8), ("save", 9), ("add_step", 11), ("save", 12)]
+KILLS = [("add_step", 3), ("save", 5), ("add_step", 8), ("save", 9), ("add_step", 11)]
 
 
 def run_processes(directory: Path, config: Path, workdir: Path, function: str, step: int, *, count: int) -> list[int]:
