@@ -20,6 +20,7 @@ ADDED_KEYS: dict[str, Any] = {
     "data.accept_changed_files": False,
     "data.eval_rows": "first",
     "data.shuffle_buffer_bytes": 64 << 20,
+    "data.shuffle_piece_bytes": 0,
     "data.interleave_shards": 1,
     "masking.strategy": "token",
     "masking.eval_strategy": "token",

@@ -79,6 +79,10 @@ def get_config() -> ConfigDict:
     data.shuffle_buffer_size = 10_000
     # Shuffle-window size in bytes: a window of large documents ends early. 64 MiB: 10,000 documents of 6 KB.
     data.shuffle_buffer_bytes = 64 << 20
+    # Longer documents of a window are cut before whitespace into pieces of this many bytes, which are shuffled like
+    # documents, so that one book does not fill a batch. Each piece gets a begin and an end token. Not with "pad".
+    # 16 KiB: 4,000 tokens of English, more than most sequences have. 0: complete documents, as in the reference script.
+    data.shuffle_piece_bytes = 16 << 10
     # Shards (files) of which the documents of a shuffle window come, equal parts of each: neighboring documents often
     # have one topic. Each open file takes about 5 MB of memory, and a resumed run finds its place in each.
     # 1: one file after the other, as in the reference script.

@@ -30,6 +30,7 @@ Around them:
       pipeline      settings -> sources, tokenizer, evaluation sequences, batches
       stream        one source: shuffle windows, held-out documents, exact resume
       shard_assignment  which process reads which shards, also when the number of processes changes
+      pieces        long documents cut at whitespace
       reader        a process's shards as chunks of text, without those that failed
       mixture       batches of one source or several;  held_out  evaluation sequences
       spread        the documents read before training, from shards in all parts of a source

@@ -23,6 +23,8 @@ from mlm.models.families import FAMILIES, Family, PositionEmbedding
 PACKINGS = ("concatenate", "pad", "pad_lines", "isolate", "best_fit")
 # Those whose sequences may have several documents, between which there is no attention.
 ISOLATING = ("isolate", "best_fit")
+# Pieces of so many bytes have at least one character: data.shuffle_piece_bytes.
+MIN_PIECE_BYTES = 8
 # data.eval_rows.
 EVAL_ROWS = ("spread", "first")
 # Keys that an entry of data.mixture may set for its source only.
@@ -187,6 +189,7 @@ class DataSettings:
     packing: str
     shuffle_buffer_size: int
     shuffle_buffer_bytes: int
+    shuffle_piece_bytes: int
     interleave_shards: int
     num_eval_samples: int
     eval_rows: str
@@ -220,6 +223,10 @@ class DataSettings:
         _check_choice("data.eval_rows", self.eval_rows, EVAL_ROWS)
         minimums = {"shuffle_buffer_size": 0, "shuffle_buffer_bytes": 1, "interleave_shards": 1, "num_eval_samples": 1}
         _check_minimums(self, "data.", **minimums, max_failed_shards=0, prefetch_batches=1)
+        if self.shuffle_piece_bytes != 0 and self.shuffle_piece_bytes < MIN_PIECE_BYTES:
+            raise _error(
+                "data.shuffle_piece_bytes", self.shuffle_piece_bytes, f"must be 0, or at least {MIN_PIECE_BYTES}"
+            )
         if not 0 <= self.max_unknown_fraction <= 1:
             raise _error("data.max_unknown_fraction", self.max_unknown_fraction, "must be between 0 and 1")
         _check_skip_steps(self.skip_steps)

@@ -56,6 +56,7 @@ def test_reference_run_has_the_values_of_the_reference_command():
         "data.max_seq_length": 128,
         "data.shuffle_buffer_size": 10_000,
         "data.interleave_shards": 1,
+        "data.shuffle_piece_bytes": 0,
         "data.num_eval_samples": 5_000,
         "data.packing": "concatenate",
         "masking.mlm_probability": 0.15,

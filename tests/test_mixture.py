@@ -255,6 +255,7 @@ def test_the_format_of_the_state():
                 "packing": "concatenate",
                 "shuffle_buffer_size": 7,
                 "shuffle_buffer_bytes": 1 << 26,
+                "shuffle_piece_bytes": 0,
                 "interleave_shards": 1,
                 "num_shards": 3,
                 "process_index": 0,
@@ -295,7 +296,7 @@ def test_a_state_of_format_version_1_continues_in_the_same_order():
             del position[name]
         position["slice_index"], position["row"], _ = position.pop("window_start")
         position["window_end"] = position["window_end"] and position["window_end"][:2]
-        del position["repacked"], position["cut_documents"]
+        del position["repacked"], position["cut_documents"], position["shuffle_piece_bytes"]
         resumed = one(source)
         resumed.restore([state])
         assert take(resumed, 8) == take(stream, 8)

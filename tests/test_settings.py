@@ -160,6 +160,7 @@ WRONG = [
     ({"data.shuffle_buffer_size": -1}, "data.shuffle_buffer_size=-1: must not be negative"),
     ({"data.shuffle_buffer_bytes": 0}, "data.shuffle_buffer_bytes=0: must be at least 1"),
     ({"data.interleave_shards": 0}, "data.interleave_shards=0: must be at least 1"),
+    ({"data.shuffle_piece_bytes": 7}, "data.shuffle_piece_bytes=7: must be 0, or at least 8"),
     ({"data.num_eval_samples": 0}, "data.num_eval_samples=0: must be at least 1"),
     ({"data.prefetch_batches": 0}, "data.prefetch_batches=0: must be at least 1"),
     ({"data.max_failed_shards": -1}, "data.max_failed_shards=-1: must not be negative"),

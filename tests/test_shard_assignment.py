@@ -173,14 +173,14 @@ def test_states_after_a_reassignment_are_small_and_resume_exactly():
     streams = resume(source, streams, 3, batch_rows=1)
     for _ in range(60):  # Past the last work item.
         state = json.loads(json.dumps(streams[1].state_dict()))
-        assert len(json.dumps(state)) < 1300
+        assert len(json.dumps(state)) < 1400
         again = rows_of(source, batch_rows=1, process_index=1, process_count=3)
         again.restore([{}, state, {}])
         batches = [next(streams[1]).tolist() for _ in range(2)]
         assert [next(again).tolist() for _ in range(2)] == batches
         assert again.state_dict() == streams[1].state_dict()
     assert streams[1].state_dict()["slices"] is None
-    assert len(json.dumps(streams[1].state_dict())) < 600
+    assert len(json.dumps(streams[1].state_dict())) < 700
 
 
 def test_reassigning_states_of_another_order_is_refused():

@@ -165,7 +165,7 @@ def test_every_process_resumes(process_count, interleave_shards):
 
 def test_the_state_is_small_and_holds_no_text():
     shards = split([f"document{n}" * 20 for n in range(500)], 16)
-    for interleave, max_characters in ((1, 750), (16, 1050)):
+    for interleave, max_characters in ((1, 780), (16, 1080)):
         rows = rows_of(memory_source(shards), shuffle_buffer_size=400, interleave_shards=interleave)
         take(rows, 50)
         state = json.dumps(rows.state_dict())
@@ -181,6 +181,7 @@ def test_the_state_is_small_and_holds_no_text():
         ({"packing": "pad"}, "packing='pad', but the checkpoint was saved with 'concatenate'"),
         ({"shuffle_buffer_size": 8}, "shuffle_buffer_size=8, but the checkpoint was saved with 7"),
         ({"shuffle_buffer_bytes": 8}, "shuffle_buffer_bytes=8, but the checkpoint was saved with 67108864"),
+        ({"shuffle_piece_bytes": 8}, "shuffle_piece_bytes=8, but the checkpoint was saved with 0"),
         ({"interleave_shards": 2}, "interleave_shards=2, but the checkpoint was saved with 1"),
         ({"process_count": 2}, "process_count=2, but the checkpoint was saved with 1"),
     ],
@@ -483,6 +484,7 @@ TEXTS = st.one_of(st.none(), st.text(st.sampled_from("ab \n"), max_size=12))
     how=st.sampled_from(PACKINGS),
     shuffle_buffer_size=st.integers(0, 9),
     shuffle_buffer_bytes=st.sampled_from([9, 1 << 20]),
+    shuffle_piece_bytes=st.sampled_from([0, 8]),
     interleave_shards=st.integers(1, 4),
     batch_rows=st.integers(1, 3),
     process_count=st.integers(1, 4),
@@ -495,6 +497,7 @@ def test_restarts_after_any_batches_change_nothing(
     how,
     shuffle_buffer_size,
     shuffle_buffer_bytes,
+    shuffle_piece_bytes,
     interleave_shards,
     batch_rows,
     process_count,
@@ -509,6 +512,7 @@ def test_restarts_after_any_batches_change_nothing(
         "max_seq_length": 4,
         "shuffle_buffer_size": shuffle_buffer_size,
         "shuffle_buffer_bytes": shuffle_buffer_bytes,
+        "shuffle_piece_bytes": shuffle_piece_bytes,
         "interleave_shards": interleave_shards,
         "batch_rows": batch_rows,
         "held_out": pa.array(["a", "ab"]),

@@ -234,7 +234,7 @@ class BatchStream:
 def upgrade_state(state: Mapping[str, Any]) -> Mapping[str, Any]:
     """Returns a saved state in the format of this version of the code.
 
-    Version 2 reads several shards at the same time; version 3 may pack documents by best fit.
+    Version 2 reads several shards at the same time; version 3 may cut long documents, and pack by best fit.
 
     Raises:
         UserError: the format is not known.
@@ -253,7 +253,10 @@ def upgrade_state(state: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _upgrade_position(position: Mapping[str, Any], version: int) -> Mapping[str, Any]:
     """Returns a source's position of an earlier format version. Version 1 read one shard at a time."""
-    if version == 2 or "slice_index" not in position:  # Of synthetic rows.
+    if "packing" not in position:  # Of synthetic rows.
+        return position
+    position = {**position, "shuffle_piece_bytes": 0}
+    if version == 2:
         return position
     rest = {name: value for name, value in position.items() if name not in ("slice_index", "row", "window_end")}
     end = position["window_end"]

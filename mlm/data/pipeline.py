@@ -332,6 +332,7 @@ def open_text(
             "packing": data.packing,
             "shuffle_buffer_size": data.shuffle_buffer_size,
             "shuffle_buffer_bytes": data.shuffle_buffer_bytes,
+            "shuffle_piece_bytes": data.shuffle_piece_bytes,
             "interleave_shards": data.interleave_shards,
             "max_failed_shards": data.max_failed_shards,
             "accept_changed_files": data.accept_changed_files,

@@ -1,7 +1,8 @@
 """The endless stream of rows of one source: shuffle windows, held-out documents, exact resume.
 
 A window is the next `shuffle_buffer_size` documents of `interleave_shards` shards, in the epoch's order of shards (see
-reader.py), permuted by a seed made of (seed, epoch, window). So a position in the stream is a few numbers: where the
+reader.py), permuted by a seed made of (seed, epoch, window). Long documents are cut into pieces before (see pieces.py),
+which from then on are documents. So a position in the stream is a few numbers: where the
 window starts in each of its shards, how many of its documents are used, and how many tokens of the next document. To
 resume, the window is read and permuted again, that document is tokenized again, and its first tokens are skipped. No
 text and no token is ever saved.
@@ -23,7 +24,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from absl import logging
 
-from mlm.data import best_fit, provenance
+from mlm.data import best_fit, pieces, provenance
 from mlm.data import packing as packing_lib
 from mlm.data import reader as reader_lib
 from mlm.data.shard_assignment import Cursor, Position, ShardSlice, assign_shards, reassign
@@ -53,7 +54,7 @@ class _Window:
     """Documents read at once.
 
     Attributes:
-        texts: as read.
+        texts: as read, long ones cut into pieces.
         order: int64 [N], indices into `texts` of the documents to use, permuted.
         byte_ends: int64 [N], bytes of the documents in `order` up to and including each.
         locations: int64 [N, 2], (shard, row) of the documents in `order`.
@@ -79,8 +80,10 @@ class RowStream:
         seed: of the shard order and of the window permutations.
         max_seq_length: tokens per row.
         packing: one of settings.PACKINGS.
-        shuffle_buffer_size: documents per window; 0 or 1 for the source's own order, without the next two.
+        shuffle_buffer_size: documents per window; 0 or 1 for the source's own order, without the next three.
         shuffle_buffer_bytes: a window ends early with the document that reaches so many bytes.
+        shuffle_piece_bytes: longer documents of a window are cut into pieces before they are permuted; 0 for complete
+            documents.
         interleave_shards: shards of which the documents of a window come at the same time.
         batch_rows: rows that `next` returns.
         held_out: texts dropped wherever they occur.
@@ -103,6 +106,7 @@ class RowStream:
         shuffle_buffer_size: int,
         batch_rows: int,
         shuffle_buffer_bytes: int = reader_lib.MAX_BYTES,
+        shuffle_piece_bytes: int = 0,
         interleave_shards: int = 1,
         held_out: pa.Array | None = None,
         process_index: int = 0,
@@ -121,6 +125,8 @@ class RowStream:
         self._shuffle_buffer_size = shuffle_buffer_size
         self._is_shuffled = shuffle_buffer_size > 1
         self._shuffle_buffer_bytes = shuffle_buffer_bytes
+        # With "pad" a document is one row, however long.
+        self._shuffle_piece_bytes = shuffle_piece_bytes if self._is_shuffled and packing != "pad" else 0
         self._interleave_shards = interleave_shards if self._is_shuffled else 1
         self._batch_rows = batch_rows
         self._held_out = held_out.cast(pa.large_string()) if held_out is not None else None
@@ -249,6 +255,7 @@ class RowStream:
             "packing": self._packing,
             "shuffle_buffer_size": self._shuffle_buffer_size,
             "shuffle_buffer_bytes": self._shuffle_buffer_bytes,
+            "shuffle_piece_bytes": self._shuffle_piece_bytes,
             "interleave_shards": self._interleave_shards,
             "num_shards": self._source.num_shards,
             "process_index": self._process_index,
@@ -348,19 +355,26 @@ class RowStream:
         window_hash = _hash(texts)
         if self._start.window_hash not in (None, window_hash):
             self._report_changed_documents()
-        order = np.arange(len(texts))
-        if self._is_shuffled:
-            key = (self._seed, 1, self._start.epoch, self._start.window_index)
-            order = np.random.default_rng(key).permutation(len(texts))
         is_used = reader_lib.has_text(texts)
         num_blank = len(texts) - int(is_used.sum())
         if self._held_out is not None and len(self._held_out):
             is_used &= ~np.asarray(pc.is_in(texts, value_set=self._held_out))
+        num_held_out = len(texts) - num_blank - int(is_used.sum())
+        skipped_documents = texts.null_count if self._source.blank_rows_are_separators else num_blank
+        locations = reader.locations
+        if self._shuffle_piece_bytes:
+            separators = (b"\n",) if self._packing == "pad_lines" else pieces.WHITESPACE
+            texts, documents, is_used = pieces.cut(
+                texts, is_used, max_bytes=self._shuffle_piece_bytes, separators=separators
+            )
+            locations = locations[documents]
+        order = np.arange(len(texts))
+        if self._is_shuffled:
+            key = (self._seed, 1, self._start.epoch, self._start.window_index)
+            order = np.random.default_rng(key).permutation(len(texts))
         order = order[is_used[order]]
         end = reader.cursor
         if not was_read_before:
-            skipped_documents = texts.null_count if self._source.blank_rows_are_separators else num_blank
-            num_held_out = len(texts) - num_blank - len(order)
             self._start = dataclasses.replace(
                 self._start,
                 skipped_documents=self._start.skipped_documents + skipped_documents,
@@ -373,7 +387,7 @@ class RowStream:
             offset, stride = self._start.window_subset
             order = order[offset::stride]
         byte_ends = np.cumsum(reader_lib.num_bytes(texts)[order])
-        return _Window(texts=texts, order=order, byte_ends=byte_ends, locations=reader.locations[order], end=end)
+        return _Window(texts=texts, order=order, byte_ends=byte_ends, locations=locations[order], end=end)
 
     def _count_differences(self, texts: pa.LargeStringArray, order: np.ndarray) -> int:
         """Compares the tokenizer's backends on some documents of the window, in the first window on at least one."""
