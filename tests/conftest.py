@@ -57,9 +57,14 @@ _CAN_BROWSE = bool(shutil.which("chromium") and shutil.which("chromedriver"))
 
 
 # They come first, so that no process is left with one of them when the others have ended.
-_LONGEST_FILES = ("test_multihost", "test_gcs_runs", "test_kill", "test_end_to_end", "test_families", "test_configs")
-_LONGEST_FILES += ("test_documented_commands", "test_processes", "test_slurm", "test_execution", "test_worked_examples")
-_LONGEST_FILES += ("test_load", "test_formats")
+_LONGEST_FILES = ("test_multihost", "test_stages", "test_gcs_runs", "test_end_to_end", "test_kill", "test_families")
+_LONGEST_FILES += ("test_documented_commands", "test_slurm", "test_init_from", "test_configs", "test_processes")
+_LONGEST_FILES += ("test_execution", "test_worked_examples", "test_recipes", "test_load", "test_formats")
+
+
+def pytest_xdist_auto_num_workers(config):
+    """Returns one more than there are cores: tests wait for files, and for processes that they have killed."""
+    return (os.cpu_count() or 1) + 1
 
 
 def pytest_collection_modifyitems(config, items):
