@@ -36,7 +36,7 @@ COMMAND_LINE = [
     ((), "--workdir: missing; name the run's directory, such as --workdir=runs/quickstart"),
     (
         ("--workdir={world}/x",),
-        "--config: missing; there are configs/bert_base.py, configs/encoder_base.py, configs/modernbert_base.py, configs/quickstart.py, configs/roberta_base.py, configs/roberta_large.py, configs/xlm_roberta_base.py",
+        "--config: missing; there are configs/bert_base.py, configs/encoder_base.py, configs/laptop.py, configs/modernbert_base.py, configs/quickstart.py, configs/roberta_base.py, configs/roberta_large.py, configs/xlm_roberta_base.py",
     ),
     (
         ("--config=configs/quikstart.py",),

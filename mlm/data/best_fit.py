@@ -43,7 +43,7 @@ def pack(
     *,
     max_seq_length: int,
     pad_id: int,
-    seed: Sequence[int],
+    seed: Sequence[int] | None,
     repacked: Sequence[tuple[int, int]] = (),
 ) -> tuple[np.ndarray, Pieces]:
     """Packs N documents.
@@ -53,7 +53,7 @@ def pack(
         offsets: int64 [N + 1], document n is tokens offsets[n] to offsets[n + 1].
         max_seq_length: L, tokens per row.
         pad_id: fills the rows.
-        seed: of the order of the rows.
+        seed: of the order of the rows; None to order them by the first document that each has.
         repacked: (max_seq_length, rows used) of the rows that were made of these documents before.
 
     Returns:
@@ -70,7 +70,7 @@ def pack(
 
 
 def _assign_rows(
-    documents: np.ndarray, begins: np.ndarray, ends: np.ndarray, *, max_seq_length: int, seed: Sequence[int]
+    documents: np.ndarray, begins: np.ndarray, ends: np.ndarray, *, max_seq_length: int, seed: Sequence[int] | None
 ) -> Pieces:
     """Cuts parts of documents that are too long for a row, and chooses a row for each piece."""
     room = max_seq_length - 1  # Beside the begin token.
@@ -83,7 +83,13 @@ def _assign_rows(
     sizes = ends - begins + 1
     longest_first = np.argsort(-sizes, kind="stable")
     rows, num_rows = _best_fit(sizes[longest_first], max_seq_length)
-    rows = np.random.default_rng(seed).permutation(num_rows)[rows]
+    if seed is not None:
+        new_row = np.random.default_rng(seed).permutation(num_rows)
+    else:
+        first_document = np.full(num_rows, np.iinfo(np.int64).max)
+        np.minimum.at(first_document, rows, documents[longest_first])
+        new_row = np.argsort(np.argsort(first_document, kind="stable"))
+    rows = new_row[rows]
     by_row = np.argsort(rows, kind="stable")
     order = longest_first[by_row]
     return Pieces(rows[by_row], documents[order], begins[order], ends[order], num_cut=int((counts > 1).sum()))

@@ -63,7 +63,7 @@ def pack(
     *,
     packing: str,
     max_seq_length: int,
-    seed: Sequence[int] = (0,),
+    seed: Sequence[int] | None = None,
     repacked: Sequence[tuple[int, int]] = (),
 ) -> PackedChunk:
     """Tokenizes N documents (strings without nulls) and adds begin and end tokens.
@@ -78,7 +78,7 @@ def pack(
         tokenizer: text to ids.
         packing: one of settings.PACKINGS.
         max_seq_length: L.
-        seed: of the order of rows with "best_fit".
+        seed: of the order of rows with "best_fit"; None to order them by the first document that each has.
         repacked: with "best_fit", (max_seq_length, rows used) of the rows that were made of these documents before.
     """
     if packing in CONCATENATING or packing == "best_fit":
