@@ -44,7 +44,7 @@ SUBJECTS = [
 ]
 SUBJECTS += [("class", "classes"), ("index", "indexes"), ("entry", "entries"), ("array", "arrays"), ("axis", "axes")]
 # What stands between the subject and the verb. A noun there has the other number.
-ATTRIBUTES = {"": "simple", "of the {}": "after another noun"}
+BETWEEN = {"": "simple", "of the {}": "after another noun"}
 VERBS = [
     ("is", "are"),
     ("has", "have"),
@@ -83,23 +83,23 @@ def docstring_rows() -> list[dict[str, str]]:
 
 
 def agreement_pairs() -> list[dict[str, str]]:
-    """Returns minimal pairs of subject and verb, in the language of docstrings."""
+    """Returns minimal pairs of subject and verb, in the language of docstrings.
+
+    Every sentence comes in the singular and in the plural, so that the frequency of the verbs decides half of them.
+    """
     draw, pairs = random.Random(0), {}
     while len(pairs) < PAIRS:
-        number, subject, other, verb = (
-            draw.randrange(2),
-            draw.choice(SUBJECTS),
-            draw.choice(SUBJECTS),
-            draw.choice(VERBS),
-        )
-        attribute, phenomenon = draw.choice(sorted(ATTRIBUTES.items()))
-        words = ["The", subject[number], *attribute.format(other[1 - number]).split(), "{}", draw.choice(ENDS[verb[0]])]
-        sentence = " ".join(words)
-        pairs[sentence] = {
-            "good": sentence.format(verb[number]),
-            "bad": sentence.format(verb[1 - number]),
-            "phenomenon": phenomenon,
-        }
+        subject, other, verb = draw.choice(SUBJECTS), draw.choice(SUBJECTS), draw.choice(VERBS)
+        between, phenomenon = draw.choice(sorted(BETWEEN.items()))
+        end = draw.choice(ENDS[verb[0]])
+        for number in (0, 1):
+            words = ["The", subject[number], *between.format(other[1 - number]).split(), "{}", end]
+            sentence = " ".join(words)
+            pairs[sentence] = {
+                "good": sentence.format(verb[number]),
+                "bad": sentence.format(verb[1 - number]),
+                "phenomenon": phenomenon,
+            }
     return list(pairs.values())
 
 

@@ -29,6 +29,20 @@ RNG = np.random.default_rng(0)
 SENTENCES = [" ".join(RNG.choice(WORDS[:8], RNG.integers(2, 9))) for _ in range(80)]
 
 
+def metrics_of_a_tiny_model():
+    """In tests/test_multihost.py, too: two processes measure what one does."""
+    model = make_model()
+    tasks = EvalTasks({"easy": easy_task()}, {"pairs": SENTENCES})
+    evaluator = TaskEvaluator(tasks, model.encoder, model.tokenizer, max_length=20, tokens_per_device=64)
+    return evaluator(parallel.replicate(model.params))
+
+
+def test_rows_are_in_order():
+    metrics = metrics_of_a_tiny_model()
+    assert metrics["probe/easy/accuracy"] == 1.0
+    assert 0 < metrics["pairs/pairs/accuracy"] < 1
+
+
 @pytest.fixture(scope="module")
 def model():
     return make_model(type_vocab_size=2)

@@ -161,6 +161,8 @@ def test_files_for_sentence_transformers(run, tmp_path):
     loaded = load.load_model(str(directory))
     assert pooling["word_embedding_dimension"] == loaded.encoder.hidden_size
     tokenizer = AutoTokenizer.from_pretrained(directory)
+    # All cut to the length of the sequences in training, although the model has more positions.
+    assert limit == tokenizer.model_max_length == loaded.max_tokens == 16 < loaded.encoder.max_seq_length
     for text, vector in zip(texts, np.load(tmp_path / "vectors.npy"), strict=True):
         ids = tokenizer(text, truncation=True, max_length=limit)["input_ids"]
         states = MaskedLM(loaded.encoder).apply({"params": loaded.params}, np.array([ids]), method="encode")

@@ -31,6 +31,7 @@ from mlm.schedules import create_schedule
 from tests import fork_server
 from tests.bad_server import Server, encode
 from tests.gcs_server import GcsServer
+from tests.test_during_training import metrics_of_a_tiny_model
 from tests.tiny import optimizer_settings, sentences, write_corpus
 
 REPO = Path(__file__).parent.parent
@@ -177,7 +178,7 @@ def step_config() -> steps.StepConfig:
 
 def train_save_and_restore(directory: str) -> dict[str, list]:
     """Three steps on this process's part of eight fixed rows; a save while one process has no disk space; a save; two
-    more steps from the restored state."""
+    more steps from the restored state; probes of another model."""
     config, storage = step_config(), LocalStorage(directory)
     storage.create()
     rows = np.random.default_rng(0).integers(5, 50, (8, 16)).astype(np.int32)
@@ -215,6 +216,7 @@ def train_save_and_restore(directory: str) -> dict[str, list]:
         checkpointer.wait()
         restored = checkpointer.restore(3, like=parallel.global_like(jax.eval_shape(lambda: init)))
     found["streams"] = restored.streams
+    found["tasks"] = metrics_of_a_tiny_model()
     state = parallel.from_global(restored.state)
     for _ in range(2):
         state = take_step(state)
@@ -239,6 +241,7 @@ def test_two_processes_make_the_steps_of_one_and_save_together_or_not_at_all(tmp
         np.testing.assert_allclose(own["losses"], wanted["losses"], rtol=0, atol=1e-6)
         np.testing.assert_allclose(own["norms"], wanted["norms"], rtol=1e-5)
         assert own["streams"] == [{"process": 0}, {"process": 1}]
+        assert own["tasks"] == wanted["tasks"]
     assert found[0]["losses"] == found[1]["losses"]
     assert len(set(wanted["losses"])) == 5
     assert found[0]["refused"] == ["a checkpoint could not be written by another process"]

@@ -70,8 +70,8 @@ def batches(
 
 
 def padded_length(lengths: Iterable[int], *, max_length: int) -> int:
-    """Returns the length of a batch of all sequences, one of those of `batches`."""
-    return _rounded(max(lengths), max_length)
+    """Returns the length of a batch of all sequences, a multiple of 8 up to the limit."""
+    return min(-(-max(lengths) // 8) * 8, max_length)
 
 
 def _rounded(length: int, max_length: int) -> int:

@@ -61,8 +61,9 @@ def draw_curves(metrics_path: str, picture_path: str, *, title: str) -> None:
         kind, task, _ = name.split("/")
         plot(axes[int(kind == "pairs"), 2], name, task, scale=100, marker="o", markersize=3)
     if tasks:
-        axes[0, 2].set(title="Probes", ylabel="% of held-out labels")
-        axes[1, 2].set(title="Minimal pairs", ylabel="% of pairs", xlabel="steps")
+        # All of the scale: few examples make differences of a few percent noise.
+        axes[0, 2].set(title="Probes", ylabel="% of held-out labels", ylim=(0, 100))
+        axes[1, 2].set(title="Minimal pairs", ylabel="% of pairs", ylim=(0, 100), xlabel="steps")
     for axis in axes.flat:
         axis.grid(alpha=0.3)
         if len(axis.get_lines()) > 1 or axis.get_title() in ("Probes", "Minimal pairs"):
