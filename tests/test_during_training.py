@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import jax
+import matplotlib.figure
 import numpy as np
 import pytest
 
@@ -19,7 +20,7 @@ from mlm.downstream.tasks import Examples, Task, split_rows
 from mlm.errors import UserError
 from mlm.eval_settings import EvalSettings
 from mlm.modes import export, report
-from mlm.reporting.curves import read_metrics
+from mlm.reporting.curves import draw_curves, read_metrics
 from mlm.run.workdir import WorkDir
 from mlm.train import train_and_evaluate
 from tests.test_probe import WORDS, easy_task, make_model
@@ -202,6 +203,21 @@ def test_cards_exports_and_reports_have_the_metrics(runs, tmp_path):
     value = f"{100 * metrics['probe/verbs/accuracy']:.1f} %"
     assert [dict(run["figures"])["probe/verbs/accuracy"] for run in described] == [value, value]
     assert last == [("pairs/words/accuracy", "-"), ("probe/verbs/accuracy", "-")]
+
+
+def test_curves_of_probes_and_pairs_have_pictures_of_their_own(tmp_path, monkeypatch):
+    names = ("pairs/order/accuracy", "probe/a/accuracy", "probe/b/accuracy")
+    write(tmp_path / "metrics.jsonl", [{"step": step} | dict.fromkeys(names, step / 10) for step in (2, 4)])
+    figures = []
+    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", lambda figure, *args, **options: figures.append(figure))
+    draw_curves(str(tmp_path / "metrics.jsonl"), str(tmp_path / "curves.png"), title="a run")
+    drawn = {
+        axis.get_title(): [(line.get_label(), line.get_ydata().tolist()) for line in axis.get_lines()]
+        for axis in figures[0].axes
+    }
+    assert drawn["Probes"] == [("a", [20, 40]), ("b", [20, 40])]
+    assert drawn["Minimal pairs"] == [("order", [20, 40])]
+    assert len(drawn) == 6
 
 
 def test_wrong_files_are_errors_of_one_line(tmp_path):
