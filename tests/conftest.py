@@ -62,11 +62,6 @@ _LONGEST_FILES += ("test_documented_commands", "test_slurm", "test_init_from", "
 _LONGEST_FILES += ("test_execution", "test_worked_examples", "test_recipes", "test_load", "test_formats")
 
 
-def pytest_xdist_auto_num_workers(config):
-    """Returns one more than there are cores: tests wait for files, and for processes that they have killed."""
-    return (os.cpu_count() or 1) + 1
-
-
 def pytest_collection_modifyitems(config, items):
     """Puts the files that take longest first; deselects the tests marked `browser` if no browser is installed."""
     rank = {name: number for number, name in enumerate(_LONGEST_FILES)}
