@@ -72,7 +72,7 @@ def get_config(family: str = "modernbert") -> ConfigDict:
 
     config.optimizer.name = "muon"
     config.optimizer.learning_rate = 0.02
-    config.optimizer.adam_learning_rate = 2e-3
+    config.optimizer.adam_learning_rate = 4e-3
     config.optimizer.warmup_steps = 100
     config.optimizer.adam_beta2 = 0.98
     config.optimizer.weight_decay = 0.01
