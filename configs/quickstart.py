@@ -18,13 +18,13 @@ from mlm.models.families import FAMILIES
 def get_config(family: str = "modernbert") -> ConfigDict:
     """Returns the configuration; `family` is what follows the colon in --config=configs/quickstart.py:roberta."""
     config = default.get_config()
-    config.num_train_steps = 2_000
+    config.num_train_steps = 1_800
     # Small batches: a model of this size learns more from many steps than from smooth gradients.
     config.per_device_train_batch_size = 32
     config.per_device_eval_batch_size = 64
     config.logging_steps = 50
-    config.eval_steps = 500
-    config.save_steps = 500
+    config.eval_steps = 450
+    config.save_steps = 450
 
     config.data.dataset_name = "docstrings"
     config.data.max_seq_length = 64
