@@ -62,6 +62,7 @@ NEEDS = {
     "python main.py --config=configs/default.py --workdir=runs/my_bert": "hub",
     "python benchmarks/cpu_step.py": "CPU cores",
     "python benchmarks/recipe_sweep.py": "CPU cores",
+    "python benchmarks/time_to_loss.py": "CPU cores",
     "python benchmarks/tpu_compile.py": "TPU",
     "python benchmarks/gpu_step.py": "NVIDIA",
 }
