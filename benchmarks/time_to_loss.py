@@ -104,7 +104,7 @@ def settings_of(job: Job, output: str) -> Any:
         "save_steps": job.steps,
         "data.data_files": os.path.join(output, "text", "*.jsonl"),
         "tokenizer.tokenizer_name": os.path.join(output, "tokenizer"),
-        # The quickstart's 100 of 2,000, whatever the length.
+        # A twentieth of the run: the quickstart's 100 steps do not fit short runs.
         "optimizer.warmup_steps": 0.05,
     }
     with config.unlocked():
