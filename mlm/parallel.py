@@ -102,24 +102,24 @@ def first_replica(tree: Any) -> Any:
 
 
 def to_global(tree: Any) -> Any:
-    """Stacked arrays -> global arrays for a checkpoint, unstacked and replicated over all processes."""
+    """Stacked arrays -> global arrays for a checkpoint: unstacked, with one copy on the first device of each process."""
 
     def to_global_leaf(leaf: jax.Array) -> jax.Array:
-        shards = [shard.data.reshape(leaf.shape[1:]) for shard in leaf.addressable_shards]
-        return jax.make_array_from_single_device_arrays(leaf.shape[1:], _replicated_sharding(), shards)
+        copy = leaf.addressable_data(0).reshape(leaf.shape[1:])
+        return jax.make_array_from_single_device_arrays(copy.shape, _first_devices_sharding(), [copy])
 
     return jax.tree.map(to_global_leaf, tree)
 
 
 def from_global(tree: Any) -> Any:
     """Inverse of `to_global`."""
-    return jax.tree.map(lambda leaf: _stack([shard.data[None] for shard in leaf.addressable_shards]), tree)
+    return replicate(jax.tree.map(lambda leaf: leaf.addressable_data(0), tree))
 
 
 def global_like(tree: Any) -> Any:
     """Unstacked shapes -> the shapes and shardings to restore a checkpoint with, for `from_global`."""
     return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=_replicated_sharding()), tree
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=_first_devices_sharding()), tree
     )
 
 
@@ -195,9 +195,11 @@ def _local_sharding() -> jax.NamedSharding:
     return jax.NamedSharding(jax.sharding.Mesh(np.array(jax.local_devices()), (AXIS,)), jax.P(AXIS))
 
 
-def _replicated_sharding() -> jax.NamedSharding:
-    """Every device of every process holds the complete array."""
-    return jax.NamedSharding(jax.sharding.Mesh(np.array(jax.devices()), (AXIS,)), jax.P())
+@functools.cache
+def _first_devices_sharding() -> jax.NamedSharding:
+    """The first device of each process holds the complete array."""
+    first = {device.process_index: device for device in reversed(jax.devices())}
+    return jax.NamedSharding(jax.sharding.Mesh(np.array([first[i] for i in sorted(first)]), (AXIS,)), jax.P())
 
 
 def _stack(shards: list[jax.Array]) -> jax.Array:

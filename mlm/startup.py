@@ -337,7 +337,8 @@ def _restore(
     newest = checkpointer.latest_step()
 
     def initial_state() -> TrainState:
-        return init_state(components.step_config, components.initial_params())
+        # One program instead of one for each shape.
+        return jax.jit(init_state, static_argnums=0)(components.step_config, components.initial_params())
 
     if newest is None and parent is None:
         return parallel.replicate(initial_state()), None, []

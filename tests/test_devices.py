@@ -123,12 +123,12 @@ def test_replicate_and_first_replica_are_inverses(tree):
     jax.tree.map(np.testing.assert_array_equal, parallel.first_replica(parallel.replicate(on_device)), tree)
 
 
-def test_global_arrays_are_complete_on_every_device_and_convert_back(tree):
+def test_global_arrays_are_complete_on_the_first_device_and_convert_back(tree):
     stacked = parallel.replicate(tree)
     global_tree = parallel.to_global(stacked)
     for leaf, original in zip(jax.tree.leaves(global_tree), jax.tree.leaves(tree), strict=True):
         assert leaf.is_fully_replicated
-        assert len(leaf.addressable_shards) == 4
+        assert [shard.device for shard in leaf.addressable_shards] == jax.local_devices()[:1]
         np.testing.assert_array_equal(leaf, original)
     back = parallel.from_global(global_tree)
     assert jax.tree.map(lambda leaf: leaf.sharding, back) == jax.tree.map(lambda leaf: leaf.sharding, stacked)

@@ -192,10 +192,6 @@ class Checkpointer:
             self.wait()
         except SaveError as error:
             logging.warning("%s", error)
-        if jax.process_count() == 1:
-            # Orbax would make every device write a slice of the replicated arrays, with a program for each shape and
-            # device, which takes longer than it saves where one process writes them all.
-            state = jax.tree.map(lambda leaf: leaf.addressable_data(0), state)
         content = {"format_version": FORMAT_VERSION, "loop": dict(loop), "checksums": checksums(state)}
         self._save_start = time.monotonic()
         with self._as_save_error():
