@@ -102,7 +102,7 @@ def first_replica(tree: Any) -> Any:
 
 
 def to_global(tree: Any) -> Any:
-    """Stacked arrays -> global arrays for a checkpoint: unstacked, with one copy on the first device of each process."""
+    """Stacked arrays -> global arrays for a checkpoint: unstacked, on the first device of each process."""
 
     def to_global_leaf(leaf: jax.Array) -> jax.Array:
         copy = leaf.addressable_data(0).reshape(leaf.shape[1:])
