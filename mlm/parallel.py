@@ -104,11 +104,9 @@ def first_replica(tree: Any) -> Any:
 def to_global(tree: Any) -> Any:
     """Stacked arrays -> global arrays for a checkpoint: unstacked, on the first device of each process."""
 
-    def to_global_leaf(leaf: jax.Array) -> jax.Array:
-        copy = leaf.addressable_data(0).reshape(leaf.shape[1:])
-        return jax.make_array_from_single_device_arrays(copy.shape, _first_devices_sharding(), [copy])
-
-    return jax.tree.map(to_global_leaf, tree)
+    copies = _unstack(jax.tree.map(lambda leaf: leaf.addressable_data(0), tree))
+    sharding = _first_devices_sharding()
+    return jax.tree.map(lambda copy: jax.make_array_from_single_device_arrays(copy.shape, sharding, [copy]), copies)
 
 
 def from_global(tree: Any) -> Any:
@@ -200,6 +198,12 @@ def _first_devices_sharding() -> jax.NamedSharding:
     """The first device of each process holds the complete array."""
     first = {device.process_index: device for device in reversed(jax.devices())}
     return jax.NamedSharding(jax.sharding.Mesh(np.array([first[i] for i in sorted(first)]), (AXIS,)), jax.P())
+
+
+@jax.jit
+def _unstack(tree: Any) -> Any:
+    """Drops the leading axis, of one device."""
+    return jax.tree.map(lambda leaf: leaf[0], tree)
 
 
 def _stack(shards: list[jax.Array]) -> jax.Array:
