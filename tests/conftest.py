@@ -38,7 +38,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mlm import parallel, steps
+from mlm import build, parallel, steps
 from mlm.export import model_directory
 from mlm.masking import MaskingSpec
 from mlm.models.config import EncoderConfig
@@ -104,6 +104,28 @@ def undrawn_curves():
     """Drawing takes as long as a tiny run. tests/test_reporter.py and the runs in other processes draw curves."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(model_directory, "draw_curves", lambda metrics_path, path, *, title: Path(path).write_bytes(b""))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def shared_programs():
+    """Complete runs with equal settings in one process trace and load each program once, which is most of a tiny run."""
+    data_parallel = parallel.data_parallel
+
+    @functools.cache
+    def shared(function, keywords, donate_argnums):
+        return data_parallel(functools.partial(function, **dict(keywords)), donate_argnums=donate_argnums)
+
+    def data_parallel_or_shared(step, *, donate_argnums=()):
+        if getattr(step, "func", None) in (steps.train_step, steps.eval_step):
+            return shared(step.func, tuple(step.keywords.items()), donate_argnums)
+        return data_parallel(step, donate_argnums=donate_argnums)
+
+    with pytest.MonkeyPatch.context() as patch:
+        # Equal settings then give equal step configs.
+        patch.setattr(build, "create_schedule", functools.cache(build.create_schedule))
+        patch.setattr(build, "create_optimizer", functools.cache(build.create_optimizer))
+        patch.setattr(parallel, "data_parallel", data_parallel_or_shared)
         yield
 
 

@@ -9,6 +9,7 @@ import types
 import typing
 from pathlib import Path
 
+import numpy as np
 import pytest
 from flax import traverse_util
 
@@ -24,6 +25,7 @@ from configs import (
     xlm_roberta_base,
 )
 from mlm.models.families import FAMILIES
+from mlm.reporting.curves import read_metrics
 from mlm.settings import RunSettings
 from mlm.train import train_and_evaluate
 from tests.tiny import settings_of, write_corpus
@@ -130,7 +132,8 @@ def test_the_families_of_the_quickstart_differ_in_the_model_only():
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_quickstart_trains_every_family(family, tmp_path):
     config = quickstart.get_config(family)
-    config.num_train_steps = 3
+    config.num_train_steps = config.eval_steps = config.save_steps = 20
+    config.logging_steps = 2
     config.optimizer.warmup_steps = 1
     config.per_device_train_batch_size = 2
     config.data.data_files = write_corpus(tmp_path)
@@ -140,6 +143,9 @@ def test_the_quickstart_trains_every_family(family, tmp_path):
     config.model.overrides.num_hidden_layers = 1
     train_and_evaluate(settings_of(config), str(tmp_path / "run"))
     assert json.loads((tmp_path / "run" / "model" / "config.json").read_text())["model_type"] == family
+    lines = read_metrics(str(tmp_path / "run" / "metrics.jsonl"))
+    losses = [line["train/loss"] for line in lines if "train/loss" in line]
+    assert np.mean(losses[-3:]) < losses[0] - 1.5
 
 
 PARSE = "import json, main, sys; main.parse_flags(sys.argv); json.dump(main.FLAGS.config.to_dict(), sys.stdout)"

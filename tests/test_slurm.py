@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests import fork_server
+from tests.test_multihost import write_config
 from tests.tiny import write_corpus
 
 ROOT = Path(__file__).parent.parent
@@ -29,7 +30,7 @@ class Cluster:
         (folder / "state").write_text("RUNNING\n")
         self.environment = os.environ | {
             "CLUSTER": str(folder),
-            "XLA_FLAGS": fork_server.xla_flags(1),
+            "XLA_FLAGS": fork_server.xla_flags(2),
             "PATH": f"{ROOT}/tests/fakes/slurm:{Path(sys.executable).parent}:{os.environ['PATH']}",
         }
 
@@ -172,21 +173,10 @@ def test_a_job_refuses_another_commit(cluster):
 
 @pytest.mark.slow
 def test_two_processes_find_each_other_are_preempted_and_resume(cluster):
+    write_config(cluster.folder, write_corpus(cluster.folder), last=100_000)
     config = cluster.folder / "config.py"
-    data_files = write_corpus(cluster.folder)
-    config.write_text(f"""
-from tests import tiny
-
-
-def get_config():
-    config = tiny.tiny_config({data_files!r})
-    config.num_train_steps = 100_000
-    config.logging_steps = 1
-    config.eval_steps = config.save_steps = 10_000
-    return config
-""")
     workdir = cluster.folder / "run"
-    arguments = [f"--config={config}", f"--workdir={workdir}"]
+    arguments = [f"--config={config}", f"--workdir={workdir}", "--config.eval_steps=10000", "--config.save_steps=10000"]
     job = cluster.start(*arguments, tasks=2)
     tasks = cluster.tasks()
     lines = []
