@@ -109,7 +109,7 @@ def undrawn_curves():
 
 @pytest.fixture(scope="session", autouse=True)
 def shared_programs():
-    """Complete runs with equal settings in one process trace and load each program once, which is most of a tiny run."""
+    """Complete runs with equal settings in one process trace and load each program once: most of a tiny run's time."""
     data_parallel = parallel.data_parallel
 
     @functools.cache
