@@ -64,6 +64,7 @@ def expected_accuracy(model, examples, inputs, parts):
     return ridge_accuracy(extract(model, inputs)[-1], labels, train=train, test=test)
 
 
+@pytest.mark.slow
 def test_accuracies_are_those_of_the_modes(model):
     labels = RNG.integers(3, size=80).astype(str)
     texts = Examples(SENTENCES, labels)

@@ -213,6 +213,7 @@ def test_a_run_that_crashes_again_and_again_is_identical(corpus, finished, tmp_p
     assert_same_run(tmp_path, finished)
 
 
+@pytest.mark.slow
 def test_too_many_skipped_steps_end_the_run_and_keep_the_checkpoint(corpus, tmp_path, monkeypatch):
     real = parallel.first_replica
 

@@ -74,6 +74,7 @@ def test_metrics_do_not_depend_on_the_batch_size(
     assert evaluator(params, log_probs) == metrics
 
 
+@pytest.mark.slow
 def test_each_source_has_its_own_loss(eval_step, bag_step_config, bag_state, rows, log_probs, expected_metrics):
     """Masks do not depend on the split into sources, so a source's loss is that of its rows among all."""
     counts = {"wiki": 6, "a/b": 14, "one": 1}

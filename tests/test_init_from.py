@@ -75,6 +75,7 @@ def parent(corpus, tmp_path_factory) -> Path:
     return workdir
 
 
+@pytest.mark.slow
 def test_a_branch_equals_its_parent_also_if_killed_before_and_after_its_first_checkpoint(corpus, tmp_path, monkeypatch):
     parent, branch = tmp_path / "a" / "run", tmp_path / "b" / "run"
     train_and_evaluate(tiny_settings(corpus, num_train_steps=4), str(parent))
@@ -106,6 +107,7 @@ def test_a_branch_equals_its_parent_also_if_killed_before_and_after_its_first_ch
         train_and_evaluate(settings.replace({"checkpoint.init_from": "elsewhere"}), str(branch))
 
 
+@pytest.mark.slow
 def test_a_branch_decays_the_learning_rate_from_its_parent_s(corpus, parent, tmp_path):
     changes = {"checkpoint.init_from": f"{parent}@4", "logging_steps": 1}
     changes |= {"optimizer.schedule": "wsd", "optimizer.decay_steps": 2, "optimizer.decay_shape": "linear"}
@@ -114,6 +116,7 @@ def test_a_branch_decays_the_learning_rate_from_its_parent_s(corpus, parent, tmp
     np.testing.assert_allclose(rates, [0.01, 0.01, 0.005], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_restart_has_parameters_and_moments_of_its_parent_and_begins_at_step_0(corpus, parent, tmp_path, monkeypatch):
     before = files(parent)
     changes = {"checkpoint.init_from": str(parent), "checkpoint.init_mode": "restart", "seed": 7, "save_steps": 1}
@@ -219,6 +222,7 @@ def test_other_errors(corpus, parent, tmp_path, monkeypatch):
     assert split_step("runs/a@b") == ("runs/a@b", None)
 
 
+@pytest.mark.slow
 def test_a_parent_in_a_bucket(corpus, tmp_path, monkeypatch):
     server = GcsServer()
     for name, value in server.environment.items():

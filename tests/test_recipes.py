@@ -58,6 +58,7 @@ def tensors(workdir):
     return safetensors.numpy.load_file(f"{workdir}/model/model.safetensors")
 
 
+@pytest.mark.slow
 def test_a_run_that_is_stopped_and_resumed_is_bitwise_equal(run, files, tmp_path):
     settings, workdir = run
     stopped = str(tmp_path / "run")
@@ -77,6 +78,7 @@ def test_a_run_that_is_stopped_and_resumed_is_bitwise_equal(run, files, tmp_path
         np.testing.assert_array_equal(tensor, expected[name])
 
 
+@pytest.mark.slow
 def test_a_run_with_lamb_resumes_from_its_checkpoint_bitwise(files, tmp_path):
     keys = {"optimizer.name": "lamb", "num_train_steps": 6, "save_steps": 3, "eval_steps": 6}
     settings = tiny_settings(files, **{"model.overrides.num_hidden_layers": 1, **keys})
@@ -88,6 +90,7 @@ def test_a_run_with_lamb_resumes_from_its_checkpoint_bitwise(files, tmp_path):
         np.testing.assert_array_equal(tensor, expected[name])
 
 
+@pytest.mark.slow
 def test_the_average_is_evaluated_exported_and_loaded(run):
     settings, workdir = run
     *_, last = read_metrics(f"{workdir}/metrics.jsonl")
@@ -98,6 +101,7 @@ def test_the_average_is_evaluated_exported_and_loaded(run):
     np.testing.assert_array_equal(loaded.params["embeddings"]["word"]["embedding"], embedding)
 
 
+@pytest.mark.slow
 def test_rates_of_masks_are_those_of_the_step(run):
     _, workdir = run
     lines = [line for line in read_metrics(f"{workdir}/metrics.jsonl") if "data/masked_fraction" in line]

@@ -316,6 +316,7 @@ def straight(settings, tokens, tmp_path_factory) -> Path:
     return workdir
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [1, 5, 6, 10])
 def test_sequences_of_any_stage_are_recomputed(settings, straight, tokens, step):
     data = show_data.replay(settings, str(straight), step=step)

@@ -64,6 +64,7 @@ def test_the_start_of_a_process_is_known_whenever_it_is_asked_for():
     assert process_start() == pytest.approx(process_start(), abs=0.02)
 
 
+@pytest.mark.slow
 def test_a_run_stops_before_the_limit_and_ends_as_an_uninterrupted_one(tmp_path, monkeypatch):
     settings = tiny_settings(write_corpus(tmp_path), num_train_steps=4, max_hours=1.0)
     straight, stopped = str(tmp_path / "a" / "run"), str(tmp_path / "b" / "run")
