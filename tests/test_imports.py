@@ -17,6 +17,7 @@ MODEL = {"etils", "flax", "jax", "numpy", "optax", "safetensors"}
 TEXT = {"aiohttp", "fsspec", "huggingface_hub", "pyarrow", "tokenizers"}
 # google.protobuf is imported by Orbax. CLU's parameter overview does not import TensorFlow.
 RUN = {"clu", "google", "orbax", "tensorstore"}
+TEXT_MODES = ("fill_mask", "export", "probe", "score", "embed", "show_data", "check", "train_tokenizer")
 
 
 @pytest.mark.parametrize(
@@ -28,15 +29,9 @@ RUN = {"clu", "google", "orbax", "tensorstore"}
         *(
             pytest.param(modules, packages, marks=pytest.mark.slow)
             for modules, packages in (
-                ("mlm.modes.fill_mask", MODEL | TEXT),
-                ("mlm.modes.export", MODEL | TEXT),
-                ("mlm.modes.probe", MODEL | TEXT),
-                ("mlm.modes.score", MODEL | TEXT),
-                ("mlm.modes.embed", MODEL | TEXT),
+                # Those that import the same packages, in one process.
+                (", ".join(f"mlm.modes.{mode}" for mode in TEXT_MODES), MODEL | TEXT),
                 ("mlm.downstream.probe", MODEL | TEXT | {"pandas", "scipy", "sklearn"}),
-                ("mlm.modes.show_data", MODEL | TEXT),
-                ("mlm.modes.check", MODEL | TEXT),
-                ("mlm.modes.train_tokenizer", MODEL | TEXT),
                 ("mlm.modes.benchmark", MODEL | TEXT | RUN),
                 # mlm/modes/train.py imports mlm/train.py after it has set up jax.distributed.
                 ("mlm.modes.train, mlm.train", MODEL | TEXT | RUN),
