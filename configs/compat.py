@@ -19,6 +19,7 @@ ADDED_KEYS: dict[str, Any] = {
     "data.max_unknown_fraction": 1.0,
     "data.accept_changed_files": False,
     "data.eval_rows": "first",
+    "data.first_shuffle_buffer_size": 0,
     "data.shuffle_buffer_bytes": 64 << 20,
     "data.shuffle_piece_bytes": 0,
     "data.interleave_shards": 1,

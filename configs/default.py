@@ -77,6 +77,9 @@ def get_config() -> ConfigDict:
     # Shuffle-window size in documents: documents are shuffled within a window only. 0: keep the order of the source.
     # 10,000 as in the reference script.
     data.shuffle_buffer_size = 10_000
+    # Documents of the first shuffle window, so that training starts before all of them are read. Every later window of
+    # the first epoch has twice as many, up to shuffle_buffer_size. 0: shuffle_buffer_size, as in the reference script.
+    data.first_shuffle_buffer_size = 0
     # Shuffle-window size in bytes: a window of large documents ends early. 64 MiB: 10,000 documents of 6 KB.
     data.shuffle_buffer_bytes = 64 << 20
     # Longer documents of a window are cut before whitespace into pieces of this many bytes, which are shuffled like

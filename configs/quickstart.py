@@ -28,8 +28,9 @@ def get_config(family: str = "modernbert") -> ConfigDict:
 
     config.data.dataset_name = "docstrings"
     config.data.max_seq_length = 64
-    # Hundreds of packages: the documents of one must not fill a batch. More would take longer to read before step 1.
+    # Hundreds of packages: the documents of one must not fill a batch. Training starts with the first 2,500 documents.
     config.data.shuffle_buffer_size = 20_000
+    config.data.first_shuffle_buffer_size = 2_500
     # Attention across documents would see text that says nothing about a token.
     config.data.packing = "isolate"
     config.data.num_eval_samples = 1_024

@@ -188,6 +188,7 @@ class DataSettings:
     max_seq_length: int
     packing: str
     shuffle_buffer_size: int
+    first_shuffle_buffer_size: int
     shuffle_buffer_bytes: int
     shuffle_piece_bytes: int
     interleave_shards: int
@@ -221,8 +222,9 @@ class DataSettings:
             )
         _check_choice("data.packing", self.packing, PACKINGS)
         _check_choice("data.eval_rows", self.eval_rows, EVAL_ROWS)
-        minimums = {"shuffle_buffer_size": 0, "shuffle_buffer_bytes": 1, "interleave_shards": 1, "num_eval_samples": 1}
-        _check_minimums(self, "data.", **minimums, max_failed_shards=0, prefetch_batches=1)
+        _check_minimums(self, "data.", shuffle_buffer_size=0, first_shuffle_buffer_size=0, max_failed_shards=0)
+        ones = ("shuffle_buffer_bytes", "interleave_shards", "num_eval_samples", "prefetch_batches")
+        _check_minimums(self, "data.", **dict.fromkeys(ones, 1))
         if self.shuffle_piece_bytes != 0 and self.shuffle_piece_bytes < MIN_PIECE_BYTES:
             raise _error(
                 "data.shuffle_piece_bytes", self.shuffle_piece_bytes, f"must be 0, or at least {MIN_PIECE_BYTES}"

@@ -256,6 +256,7 @@ def test_the_format_of_the_state():
                 "shuffle_buffer_size": 7,
                 "shuffle_buffer_bytes": 1 << 26,
                 "shuffle_piece_bytes": 0,
+                "first_shuffle_buffer_size": 0,
                 "interleave_shards": 1,
                 "num_shards": 3,
                 "process_index": 0,

@@ -1,5 +1,6 @@
 import collections
 import dataclasses
+import itertools
 import json
 
 import hypothesis
@@ -173,6 +174,32 @@ def test_the_state_is_small_and_holds_no_text():
         assert "document0" not in state
 
 
+def test_windows_of_the_first_epoch_grow():
+    texts = words(60)
+    rows = rows_of(
+        memory_source([texts]), packing="pad", batch_rows=1, shuffle_buffer_size=20, first_shuffle_buffer_size=3
+    )
+    first = documents_in(take(rows, 60))
+    # 3, 6, 12, 20 documents, and the rest.
+    borders = [0, 3, 9, 21, 41, 60]
+    for start, end in itertools.pairwise(borders):
+        assert sorted(first[start:end]) == sorted(texts[start:end])
+        assert first[start:end] != texts[start:end]
+    assert rows.epoch == 0
+    second = documents_in(take(rows, 60))
+    assert sorted(second[:20]) == sorted(texts[:20])
+    assert rows.epoch == 1
+
+
+def test_a_state_from_before_windows_grew_is_restored():
+    source = memory_source([words(50)])
+    rows = rows_of(source)
+    take(rows, 2)
+    state = saved(rows)
+    del state["first_shuffle_buffer_size"]
+    assert take(resumed(source, state), 3) == take(rows, 3)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -180,6 +207,7 @@ def test_the_state_is_small_and_holds_no_text():
         ({"max_seq_length": 13}, "max_seq_length=13, but the checkpoint was saved with 12"),
         ({"packing": "pad"}, "packing='pad', but the checkpoint was saved with 'concatenate'"),
         ({"shuffle_buffer_size": 8}, "shuffle_buffer_size=8, but the checkpoint was saved with 7"),
+        ({"first_shuffle_buffer_size": 2}, "first_shuffle_buffer_size=2, but the checkpoint was saved with 0"),
         ({"shuffle_buffer_bytes": 8}, "shuffle_buffer_bytes=8, but the checkpoint was saved with 67108864"),
         ({"shuffle_piece_bytes": 8}, "shuffle_piece_bytes=8, but the checkpoint was saved with 0"),
         ({"interleave_shards": 2}, "interleave_shards=2, but the checkpoint was saved with 1"),
@@ -483,6 +511,7 @@ TEXTS = st.one_of(st.none(), st.text(st.sampled_from("ab \n"), max_size=12))
     array_rows=st.integers(1, 5),
     how=st.sampled_from(PACKINGS),
     shuffle_buffer_size=st.integers(0, 9),
+    first_shuffle_buffer_size=st.sampled_from([0, 2]),
     shuffle_buffer_bytes=st.sampled_from([9, 1 << 20]),
     shuffle_piece_bytes=st.sampled_from([0, 8]),
     interleave_shards=st.integers(1, 4),
@@ -496,6 +525,7 @@ def test_restarts_after_any_batches_change_nothing(
     array_rows,
     how,
     shuffle_buffer_size,
+    first_shuffle_buffer_size,
     shuffle_buffer_bytes,
     shuffle_piece_bytes,
     interleave_shards,
@@ -511,6 +541,7 @@ def test_restarts_after_any_batches_change_nothing(
         "packing": how,
         "max_seq_length": 4,
         "shuffle_buffer_size": shuffle_buffer_size,
+        "first_shuffle_buffer_size": first_shuffle_buffer_size,
         "shuffle_buffer_bytes": shuffle_buffer_bytes,
         "shuffle_piece_bytes": shuffle_piece_bytes,
         "interleave_shards": interleave_shards,

@@ -331,6 +331,7 @@ def open_text(
             "max_seq_length": data.max_seq_length,
             "packing": data.packing,
             "shuffle_buffer_size": data.shuffle_buffer_size,
+            "first_shuffle_buffer_size": data.first_shuffle_buffer_size,
             "shuffle_buffer_bytes": data.shuffle_buffer_bytes,
             "shuffle_piece_bytes": data.shuffle_piece_bytes,
             "interleave_shards": data.interleave_shards,

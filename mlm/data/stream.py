@@ -80,7 +80,9 @@ class RowStream:
         seed: of the shard order and of the window permutations.
         max_seq_length: tokens per row.
         packing: one of settings.PACKINGS.
-        shuffle_buffer_size: documents per window; 0 or 1 for the source's own order, without the next three.
+        shuffle_buffer_size: documents per window; 0 or 1 for the source's own order, without the next four.
+        first_shuffle_buffer_size: documents of the first window of the first epoch; every later one has twice as many,
+            up to `shuffle_buffer_size`. 0 for `shuffle_buffer_size`.
         shuffle_buffer_bytes: a window ends early with the document that reaches so many bytes.
         shuffle_piece_bytes: longer documents of a window are cut into pieces before they are permuted; 0 for complete
             documents.
@@ -105,6 +107,7 @@ class RowStream:
         packing: str,
         shuffle_buffer_size: int,
         batch_rows: int,
+        first_shuffle_buffer_size: int = 0,
         shuffle_buffer_bytes: int = reader_lib.MAX_BYTES,
         shuffle_piece_bytes: int = 0,
         interleave_shards: int = 1,
@@ -124,6 +127,7 @@ class RowStream:
         self._packing = packing
         self._shuffle_buffer_size = shuffle_buffer_size
         self._is_shuffled = shuffle_buffer_size > 1
+        self._first_shuffle_buffer_size = first_shuffle_buffer_size if self._is_shuffled else 0
         self._shuffle_buffer_bytes = shuffle_buffer_bytes
         # With "pad" a document is one row, however long.
         self._shuffle_piece_bytes = shuffle_piece_bytes if self._is_shuffled and packing != "pad" else 0
@@ -254,6 +258,7 @@ class RowStream:
             "max_seq_length": self._max_seq_length,
             "packing": self._packing,
             "shuffle_buffer_size": self._shuffle_buffer_size,
+            "first_shuffle_buffer_size": self._first_shuffle_buffer_size,
             "shuffle_buffer_bytes": self._shuffle_buffer_bytes,
             "shuffle_piece_bytes": self._shuffle_piece_bytes,
             "interleave_shards": self._interleave_shards,
@@ -264,10 +269,12 @@ class RowStream:
 
     def _check_identity(self, state: dict[str, Any], identity: dict[str, Any]) -> None:
         for key, value in identity.items():
-            if state[key] != value:
+            # Older states of this format have no first_shuffle_buffer_size.
+            saved = state.get(key, 0)
+            if saved != value:
                 raise UserError(
                     f"cannot resume the data stream: {key}={value!r}, but the checkpoint was saved with "
-                    f"{state[key]!r}; restore the old value, or choose another --workdir"
+                    f"{saved!r}; restore the old value, or choose another --workdir"
                 )
 
     def _seek(self, position: Position) -> None:
@@ -343,7 +350,7 @@ class RowStream:
         # A resumed run reads a window again: its rows are counted already, and it must have the same documents.
         was_read_before = self._start.window_end is not None
         reader.may_skip = not was_read_before
-        texts = reader.take(self._shuffle_buffer_size if self._is_shuffled else _UNSHUFFLED_WINDOW)
+        texts = reader.take(self._window_size())
         if reader.failed_shards:
             failed_shards = self._start.failed_shards + reader.failed_shards
             reader.failed_shards = 0
@@ -388,6 +395,16 @@ class RowStream:
             order = order[offset::stride]
         byte_ends = np.cumsum(reader_lib.num_bytes(texts)[order])
         return _Window(texts=texts, order=order, byte_ends=byte_ends, locations=locations[order], end=end)
+
+    def _window_size(self) -> int:
+        """Returns the documents of the window that starts here."""
+        if not self._is_shuffled:
+            return _UNSHUFFLED_WINDOW
+        size, first = self._shuffle_buffer_size, self._first_shuffle_buffer_size
+        if not first or self._start.epoch:
+            return size
+        # No window has 2^30 documents.
+        return min(size, first << min(self._start.window_index, 30))
 
     def _count_differences(self, texts: pa.LargeStringArray, order: np.ndarray) -> int:
         """Compares the tokenizer's backends on some documents of the window, in the first window on at least one."""
