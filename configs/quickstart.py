@@ -36,7 +36,7 @@ def get_config(family: str = "modernbert") -> ConfigDict:
     config.data.num_eval_samples = 1_024
 
     config.tokenizer.vocab_size = 2_048
-    config.tokenizer.train_documents = 5_000
+    config.tokenizer.train_documents = 2_500
 
     config.model.model_type = family
     overrides = {

@@ -51,6 +51,21 @@ def get_config():
     return config
 """
 
+STAGED_CONFIG = """
+from tests.tiny import staged_config
+
+
+def get_config():
+    config = staged_config(*{corpora!r})
+    # Long enough to be stopped in its last stage.
+    config.num_train_steps = 30
+    config.stages = (*config.stages[:2], {{**config.stages[2], "steps": 21}})
+    config.logging_steps = 1
+    config.save_steps = 4
+    config.data.num_eval_samples = 8
+    return config
+"""
+
 # One of two processes; the test itself is the reference, alone on four devices.
 TRAIN_ONE_OF_TWO = """
 import json, sys
@@ -124,12 +139,12 @@ class Pair:
 
 
 @contextlib.contextmanager
-def pair(directory: Path, *flags: str, workdir: str):
-    """Two processes of main.py."""
+def pair(directory: Path, *flags: str, workdir: str, programs: tuple[list[str], ...] = (["main.py"], ["main.py"])):
+    """Two processes of main.py; `programs` are the words before their flags."""
     port = free_port()
     commands = [
         [
-            "main.py",
+            *program,
             f"--config={directory / 'config.py'}",
             f"--workdir={workdir}",
             "--multihost",
@@ -138,7 +153,7 @@ def pair(directory: Path, *flags: str, workdir: str):
             f"--process_id={i}",
             *flags,
         ]
-        for i in range(2)
+        for i, program in enumerate(programs)
     ]
     started = Pair(commands, directory)
     try:
@@ -250,17 +265,24 @@ def test_two_processes_make_the_steps_of_one_and_save_together_or_not_at_all(tmp
 
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory) -> tuple[Path, str]:
-    """The folder with a config, and the work directory of an uninterrupted run of 30 steps of two processes."""
+    """The folder with a config of three stages, and the work directory of an uninterrupted run of two processes."""
     directory = tmp_path_factory.mktemp("straight")
-    write_config(directory, write_corpus(directory, documents=2000), last=30)
+    (directory / "other").mkdir()
+    corpora = write_corpus(directory, documents=2000), write_corpus(directory / "other")
+    (directory / "config.py").write_text(STAGED_CONFIG.format(corpora=corpora))
     workdir = str(directory / "straight" / "run")
     with pair(directory, workdir=workdir) as both:
         assert both.wait() == [0, 0], both.log(0) + both.log(1)
     return directory, workdir
 
 
+def killed_at(function: str, step: int) -> list[str]:
+    return ["tests/killed.py", function, str(step)]
+
+
 @pytest.mark.slow
 def test_two_processes_killed_stopped_and_resumed_end_as_an_uninterrupted_run(straight):
+    """Killed in the first two stages and at both borders, stopped in the last stage."""
     directory, straight = straight
     broken = str(directory / "broken" / "run")
     # Files of the run are written once.
@@ -276,16 +298,19 @@ def test_two_processes_killed_stopped_and_resumed_end_as_an_uninterrupted_run(st
         "process_0-of-2.json",
         "process_1-of-2.json",
     ]
-    for killed in (1, 0):
-        with pair(directory, workdir=broken) as both:
-            both.await_line(0, f"step {6 if killed else 12:2d} of 30")
-            both.processes[killed].kill()
-            start = time.monotonic()
-            codes = both.wait(60.0)
-            assert time.monotonic() - start < 60.0
+    for killed, step, border in ((1, 3, 5), (0, 8, 9)):
+        programs = [["main.py"], ["main.py"]]
+        programs[killed] = killed_at("add_step", step)
+        with pair(directory, workdir=broken, programs=tuple(programs)) as both:
+            first_end, last_end = sorted(both.end_times(240.0))
+            assert last_end - first_end < 60.0
+            codes = both.wait()
+            assert codes[killed] == -signal.SIGKILL, both.log(killed)
             assert codes[1 - killed] not in (0, EXIT_INTERRUPTED)
             last = "\n".join(both.log(1 - killed).splitlines()[-30:])
             assert re.search("heartbeat|unhealthy|JAX distributed service|failed first|Gloo", last), last
+        with pair(directory, workdir=broken, programs=(killed_at("save", border),) * 2) as both:
+            assert -signal.SIGKILL in both.wait(120.0), both.log(0) + both.log(1)
     with pair(directory, workdir=broken) as both:
         both.await_line(0, "resuming after step ")
         both.await_line(0, "step 17 of 30")

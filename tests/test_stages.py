@@ -30,7 +30,6 @@ from mlm.settings import Borders, RunSettings
 from mlm.stages import Stage, batch_ramp, resolve
 from mlm.train import train_and_evaluate
 from tests import fork_server
-from tests.test_multihost import free_port
 from tests.tiny import sentences, settings_of, staged_config, tiny_settings, write_corpus
 
 REPO = Path(__file__).parent.parent
@@ -372,64 +371,26 @@ def test_metrics_and_files_of_a_run_in_stages(settings, straight):
     ]
 
 
-# Runs main.py until a step, and kills it there: after the dispatch of the step, or while its checkpoint is written.
-KILLED = """
-import os, signal, sys
-import main
-from mlm.reporting.reporter import Reporter
-from mlm.run.checkpoint import Checkpointer
-
-owner = {"add_step": Reporter, "save": Checkpointer}[sys.argv[1]]
-last = int(sys.argv[2])
-call = getattr(owner, sys.argv[1])
-
-def call_and_kill(self, step, *args, **kwargs):
-    call(self, step, *args, **kwargs)
-    if step == last:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-setattr(owner, sys.argv[1], call_and_kill)
-sys.argv = ["main.py", *sys.argv[3:]]
-main.command_line.run(lambda: main.app.run(main.main, flags_parser=main.parse_flags))
-"""
-# In every stage and at every border. tests/test_multihost.py kills two processes in runs without stages.
-KILLS = {
-    1: [("add_step", 3), ("save", 5), ("add_step", 8), ("save", 9), ("add_step", 11)],
-    2: [("save", 5), ("add_step", 8), ("save", 9)],
-}
-
-
-def run_processes(directory: Path, config: Path, workdir: Path, function: str, step: int, *, count: int) -> list[int]:
-    """Runs KILLED in `count` processes with four devices together; returns their exit codes."""
-    flags = [f"--config={config}", f"--workdir={workdir}"]
-    if count > 1:
-        flags += ["--multihost", f"--coordinator_address=127.0.0.1:{free_port()}", f"--num_processes={count}"]
-    env = {**os.environ, "XLA_FLAGS": fork_server.xla_flags(4 // count), "PYTHONPATH": str(REPO)}
-    logs, processes = [directory / f"log-{index}.txt" for index in range(count)], []
-    for index, log in enumerate(logs):
-        own = [f"--process_id={index}"] if count > 1 else []
-        with open(log, "w") as file:
-            command = [sys.executable, "-c", KILLED, function, str(step), *flags, *own]
-            processes.append(fork_server.Process(command, cwd=REPO, env=env, stdout=file, stderr=file))
-    try:
-        codes = [process.wait(300) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert all(code in (0, -signal.SIGKILL) for code in codes), "".join(log.read_text()[-3000:] for log in logs)
-    return codes
+# In every stage and at every border. tests/test_multihost.py does the same with two processes.
+KILLS = [("add_step", 3), ("save", 5), ("add_step", 8), ("save", 9), ("add_step", 11)]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("count", [1, 2])
-def test_a_run_that_is_killed_in_stages_and_at_borders_resumes_exactly(corpora, tmp_path, count):
-    config = tmp_path / "config.py"
+def test_a_run_that_is_killed_in_every_stage_and_at_every_border_resumes_exactly(corpora, tmp_path):
+    config, log = tmp_path / "config.py", tmp_path / "log.txt"
     call = f"staged_config({corpora[0]!r}, {corpora[1]!r})"
     config.write_text(f"from tests.tiny import staged_config\n\n\ndef get_config():\n    return {call}\n")
+
+    def run(workdir: Path, *program: str) -> int:
+        command = [sys.executable, *program, f"--config={config}", f"--workdir={workdir}"]
+        with open(log, "w") as file:
+            env = {**os.environ, "PYTHONPATH": str(REPO)}
+            with fork_server.Process(command, cwd=REPO, env=env, stdout=file, stderr=file) as process:
+                return process.wait(300)
+
     straight, killed = tmp_path / "straight" / "run", tmp_path / "killed" / "run"
-    assert run_processes(tmp_path, config, straight, "add_step", 0, count=count) == [0] * count
-    for function, step in KILLS[count]:
-        codes = run_processes(tmp_path, config, killed, function, step, count=count)
-        assert -signal.SIGKILL in codes
-    assert run_processes(tmp_path, config, killed, "add_step", 0, count=count) == [0] * count
+    assert run(straight, "main.py") == 0, log.read_text()
+    for function, step in KILLS:
+        assert run(killed, "tests/killed.py", function, str(step)) == -signal.SIGKILL, log.read_text()
+    assert run(killed, "main.py") == 0, log.read_text()
     assert differences(str(straight), str(killed)) == []
