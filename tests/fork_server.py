@@ -2,8 +2,8 @@
 
 `run` and `Process` take the arguments of `subprocess.run` and `subprocess.Popen`. The command is [sys.executable, FILE,
 ARGUMENT...] or [sys.executable, "-c", CODE, ARGUMENT...]. The process is a child of this one, with its own environment,
-working directory, standard streams, signal handlers and exit code. It imports the code of this repository itself, from
-its working directory as Python does. It differs from a new interpreter in five ways: the libraries are imported, so
+working directory, standard streams, signal handlers and exit code. With another working directory than this repository it
+imports the code of that directory, as Python does. It differs from a new interpreter in five ways: the libraries are imported, so
 what an import needs or prints is not seen; all processes of one server have the same hash seed; the peak memory that
 the system reports starts at that of the server; curves are saved as an empty file, for drawing takes as long as a tiny
 run; and at its end modules are not deleted one by one. Tests of these start an interpreter.
@@ -63,6 +63,8 @@ LIBRARIES = (
     "tqdm",
     "transformers.models.roberta.tokenization_roberta",
 )
+# What a run imports of this repository.
+OWN = ("mlm.train", "mlm.modes.train", "mlm.export.fill_mask", "configs.default")
 # Libraries read these variables when they are imported: a process with other values needs another server.
 _READ_BY_IMPORTS = ("EPATH_", "GCSFS_", "HF_", "HUGGINGFACE_", "PYTHON", "TF_", "TOKENIZERS_", "TRANSFORMERS_")
 _PR_SET_CHILD_SUBREAPER = 36
@@ -206,7 +208,7 @@ def _parse(text: str, *, like: Any) -> Any:
 def _import_libraries() -> None:
     """Imports them with the variables that main.py sets before its own imports."""
     exec((REPO / "main.py").read_text(encoding="utf-8").split("\nfrom absl", 1)[0], {"__name__": "main"})
-    for name in LIBRARIES:
+    for name in (*LIBRARIES, *OWN):
         importlib.import_module(name)
     sys.modules["matplotlib.figure"].Figure.savefig = lambda figure, path, **_: Path(path).write_bytes(b"")
 
@@ -264,10 +266,16 @@ def _prepare(request: dict[str, Any], path: list[str]) -> None:
     own = [folder for folder in request["env"].get("PYTHONPATH", "").split(os.pathsep) if folder]
     sys.path[:] = ["" if is_code else os.path.dirname(os.path.abspath(first)), *own, *path]
     sys.meta_path.insert(0, _ReadEnvironment(sys.modules.pop("jax")))
+    if Path.cwd() == REPO:
+        importlib.import_module("jax")
+    else:
+        for name in [name for name in sys.modules if name.partition(".")[0] in ("configs", "mlm")]:
+            del sys.modules[name]
 
 
 def _main() -> None:
     connection = socket.socket(fileno=int(sys.argv[1]))
+    sys.path[0] = str(REPO)
     path = [folder for folder in sys.path[1:] if folder not in os.environ.get("PYTHONPATH", "").split(os.pathsep)]
     _import_libraries()
     if threading.active_count() > 1:
