@@ -1,12 +1,13 @@
 """Python programs in processes that need not import the libraries: forks of a server, which has imported them.
 
-`run` and `Process` take the arguments of `subprocess.run` and `subprocess.Popen`. The command is [sys.executable, FILE,
-ARGUMENT...] or [sys.executable, "-c", CODE, ARGUMENT...]. The process is a child of this one, with its own environment,
-working directory, standard streams, signal handlers and exit code. With another working directory than this repository it
-imports the code of that directory, as Python does. It differs from a new interpreter in five ways: the libraries are imported, so
-what an import needs or prints is not seen; all processes of one server have the same hash seed; the peak memory that
-the system reports starts at that of the server; curves are saved as an empty file, for drawing takes as long as a tiny
-run; and at its end modules are not deleted one by one. Tests of these start an interpreter.
+`run` and `Process` take the arguments of `subprocess.run` and `subprocess.Popen`. The command is [sys.executable,
+FILE, ARGUMENT...] or [sys.executable, "-c", CODE, ARGUMENT...]. The process is a child of this one, with its own
+environment, working directory, standard streams, signal handlers and exit code. With another working directory than
+this repository it imports the code of that directory, as Python does. It differs from a new interpreter in five ways:
+the libraries are imported, so what an import needs or prints is not seen; all processes of one server have the same
+hash seed; the peak memory that the system reports starts at that of the server; curves are saved as an empty file,
+for drawing takes as long as a tiny run; and at its end modules are not deleted one by one. Tests of these start an
+interpreter.
 """
 
 import atexit
