@@ -7,10 +7,12 @@ Then the other interpreter, which needs torch and transformers, loads each with 
 
     ids         the ids of the texts are those of training
     logits      largest difference of the logits, relative to the largest logit
+    bfloat16    the same for the model exported in bfloat16, the larger of eager attention and SDPA
     fill-mask   pipeline("fill-mask", model=DIR) works
     truncation  number of tokens of a long text with truncation=True
 
-It exits with 1 if ids or the number of tokens differ, or logits by more than 1e-4.
+The texts are one padded batch. It exits with 1 if ids or the number of tokens differ, logits differ by more than 1e-4
+(BFLOAT16_TOLERANCE in bfloat16), or if any logit in bfloat16 is not finite, those of padding included.
 """
 
 import argparse
@@ -26,6 +28,7 @@ import numpy as np
 TEXTS = ["the cat sees a dog", "Déjà vu: the river, the tree and the house!", "12.5 \ufb01sh  don't \U0001f642", ""]
 MAX_TOKENS = 40
 TOLERANCE = 1e-4
+BFLOAT16_TOLERANCE = 0.1
 # Fields with other values than the family's defaults, where a family has the field.
 FIELDS = {
     "hidden_size": 16, "num_hidden_layers": 5, "num_attention_heads": 2, "intermediate_size": 24, "embedding_size": 8,
@@ -105,10 +108,11 @@ def export(folder: pathlib.Path, family: str, tokenizer) -> None:
         RunSettings.from_dict(default.get_config().to_dict()), title=family, model_type=family, step=0,
         sequences_per_step=1, tokens_seen=0, hardware="",
     )  # fmt: skip
-    export_model(
-        str(folder / "model"), step=0, params=params, config=config, tokenizer=tokenizer, card=card, metrics={},
-        predictions=[], metrics_path=str(folder / "metrics.jsonl"),
-    )  # fmt: skip
+    for name, dtype in (("model", "float32"), ("model_bfloat16", "bfloat16")):
+        export_model(
+            str(folder / name), step=0, params=params, config=config, tokenizer=tokenizer, card=card, metrics={},
+            predictions=[], metrics_path=str(folder / "metrics.jsonl"), dtype=dtype,
+        )  # fmt: skip
 
 
 def check_all(folder: pathlib.Path) -> bool:
@@ -119,7 +123,7 @@ def check_all(folder: pathlib.Path) -> bool:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     print(f"transformers {transformers.__version__}, torch {torch.__version__}, Python {sys.version.split()[0]}\n")
-    print("| model | tokenizer | ids | logits | fill-mask | truncation |\n|---|---|---|---|---|---|")
+    print("| model | tokenizer | ids | logits | bfloat16 | fill-mask | truncation |\n|---|---|---|---|---|---|---|")
     all_good = True
     for path in sorted(folder.glob("*/expected.npz")):
         model_path = path.parent / "model"
@@ -134,6 +138,7 @@ def check_all(folder: pathlib.Path) -> bool:
                 logits = model(**batch).logits.numpy() if same_ids else np.full_like(expected, np.nan)
             is_token = batch["attention_mask"].numpy() > 0
             difference = np.abs(logits - expected)[is_token].max() / np.abs(expected).max() if same_ids else np.nan
+            half = bfloat16_difference(f"{model_path}_bfloat16", batch, expected, is_token) if same_ids else np.nan
             fill_mask = transformers.pipeline("fill-mask", model=str(model_path))
             filled = len(fill_mask(f"the {fill_mask.tokenizer.mask_token} sees")) == 5
             length = len(tokenizer("the " * 1000, truncation=True)["input_ids"])
@@ -141,11 +146,33 @@ def check_all(folder: pathlib.Path) -> bool:
             print(f"| {path.parent.name} | {type(error).__name__}: {' '.join(str(error).split())[:100]} |")
             all_good = False
             continue
-        good = same_ids and difference <= TOLERANCE and filled and length == MAX_TOKENS
+        good = same_ids and difference <= TOLERANCE and half <= BFLOAT16_TOLERANCE and filled and length == MAX_TOKENS
         all_good = all_good and good
-        words = ["equal" if same_ids else "DIFFER", f"{difference:.1e}", "works" if filled else "FAILS", str(length)]
+        differences = f"{difference:.1e}", f"{half:.1e}"
+        words = ["equal" if same_ids else "DIFFER", *differences, "works" if filled else "FAILS", str(length)]
         print(f"| {path.parent.name} | {type(tokenizer).__name__} | {' | '.join(words)} |")
     return all_good
+
+
+def bfloat16_difference(model_path: str, batch, expected: np.ndarray, is_token: np.ndarray) -> float:
+    """Returns the largest relative difference of the logits in bfloat16; NaN if any logit is not finite."""
+    import torch
+    import transformers
+
+    differences = []
+    for attention in ("eager", "sdpa"):
+        try:
+            model = transformers.AutoModelForMaskedLM.from_pretrained(
+                model_path, torch_dtype="auto", attn_implementation=attention
+            ).eval()
+        except ValueError:  # Some families have no SDPA in some versions.
+            continue
+        assert model.dtype == torch.bfloat16
+        with torch.no_grad():
+            logits = model(**batch).logits.float().numpy()
+        difference = np.abs(logits - expected)[is_token].max() / np.abs(expected).max()
+        differences.append(difference if np.isfinite(logits).all() else np.nan)
+    return float(np.max(differences))
 
 
 def main() -> None:

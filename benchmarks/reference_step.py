@@ -8,6 +8,7 @@ devices, AdamW. Its labels come from the host, -100 where nothing is predicted; 
 Legend: B rows, L tokens, D hidden_size, H heads, E width of a head, V vocabulary.
 """
 
+import dataclasses
 import functools
 import os
 import sys
@@ -22,7 +23,6 @@ import optax
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from configs import default
 from mlm import parallel, steps
 from mlm.masking import MaskingSpec
 from mlm.models.block import Execution
@@ -32,16 +32,17 @@ from mlm.optimizer import create_optimizer, decay_mask
 from mlm.schedules import create_schedule
 from mlm.settings import OptimizerSettings
 
-OPTIMIZER = OptimizerSettings(
-    **{
-        **default.get_config().optimizer.to_dict(),
-        "learning_rate": 3e-4,
-        "warmup_steps": 1_000,
-        "adam_beta2": 0.98,
-        "weight_decay": 0.01,
-    }
-)
-MUON = OptimizerSettings(**{**default.get_config().optimizer.to_dict(), "name": "muon", "learning_rate": 0.02})
+
+def _optimizer(**fields: Any) -> OptimizerSettings:
+    """The defaults of configs/default.py but for `fields`; without that file, which needs ml_collections."""
+    unset = dict.fromkeys(field.name for field in dataclasses.fields(OptimizerSettings))
+    off = {"weight_decay": 0.0, "layer_decay": 1.0, "ema_decay": 0.0, "max_grad_norm": 0.0, "spike_factor": 0.0}
+    defaults = {"name": "adamw", "schedule": "linear", "warmup_steps": 0, "max_skipped_steps": 10, **off}
+    return OptimizerSettings(**unset | defaults | fields)
+
+
+OPTIMIZER = _optimizer(learning_rate=3e-4, warmup_steps=1_000, adam_beta2=0.98, weight_decay=0.01)
+MUON = _optimizer(name="muon", learning_rate=0.02)
 SCHEDULE = create_schedule(OPTIMIZER, num_train_steps=10_000)
 SPECIAL = 5  # ids below are special; the last one is the mask token
 BEGIN = 0
