@@ -31,6 +31,8 @@ def get_config(family: str = "modernbert") -> ConfigDict:
     # Hundreds of packages: the documents of one must not fill a batch. Training starts with the first 2,500 documents.
     config.data.shuffle_buffer_size = 20_000
     config.data.first_shuffle_buffer_size = 2_500
+    # Ten seconds of training, in which the next documents are read.
+    config.data.prefetch_batches = 100
     # Attention across documents would see text that says nothing about a token.
     config.data.packing = "isolate"
     config.data.num_eval_samples = 1_024
