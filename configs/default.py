@@ -116,8 +116,9 @@ def get_config() -> ConfigDict:
     # True: resume with a warning although the text at the checkpoint's data position has changed, as after a file was
     # edited. False: that is an error.
     data.accept_changed_files = False
-    # Batches prepared in advance by a background thread. 4 cover short pauses of the input, as when a shard is opened.
-    data.prefetch_batches = 4
+    # Batches prepared in advance by a background thread. 16 cover the pause in which a shuffle window is read; each
+    # takes a few hundred KB.
+    data.prefetch_batches = 16
     # Directory for downloads of `datasets` and `transformers`. None: their own default, ~/.cache/huggingface.
     data.cache_dir = placeholder(str)
 
