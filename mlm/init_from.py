@@ -21,7 +21,7 @@ from mlm.run.checkpoint import FORMAT_VERSION as CHECKPOINT_FORMAT_VERSION
 from mlm.run.checkpoint import Checkpointer, CorruptCheckpointError, Restored
 from mlm.run.workdir import KeyChanges, WorkDir, describe_changes
 from mlm.settings import RunSettings
-from mlm.stages import may_change
+from mlm.stages import begun, check_branch, may_change
 from mlm.steps import TrainState, UpdateStats
 
 # How the model is computed, not what it is.
@@ -126,6 +126,12 @@ def _find_parent(
             f"num_train_steps={settings.num_train_steps}: the checkpoint of checkpoint.init_from={name!r} has {step} "
             "steps already; raise it, or choose an earlier checkpoint with @STEP"
         )
+    if mode == "branch":
+        try:
+            num_begun = len(begun(parent.last_stages(), step=step)) or 1
+            check_branch(settings, parent.read_settings(), num_begun=num_begun)
+        except UserError as error:
+            raise UserError(f"checkpoint.init_from={name!r}: {error}") from None
     return settings, Parent(parent, step, mode)
 
 
@@ -155,7 +161,7 @@ def _check_config(settings: RunSettings, parent: WorkDir, *, name: str, mode: st
     for_restart = {key: pair for key, pair in changes.items() if _is_fixed(key, *pair)}
     differing = for_restart
     if mode == "branch":
-        own = ("checkpoint.init_from", "checkpoint.init_mode")
+        own = ("checkpoint.init_from", "checkpoint.init_mode", "stages")
         differing = {key: pair for key, pair in changes.items() if key not in own and not may_change(key, *pair)}
     if not differing:
         return

@@ -177,11 +177,16 @@ def step_bytes(
     tokens = jax.ShapeDtypeStruct((len(devices), microbatches, batch, length), jnp.int32)
     try:
         with _without_compilation_cache():
-            memory: Any = step.lower(stacked, tokens).compile().memory_analysis()
+            return compiled_bytes(step.lower(stacked, tokens).compile())
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" in str(error):
             return None
         raise UserError(f"the step does not compile for {devices[0].device_kind}: {one_line(error)}") from None
+
+
+def compiled_bytes(compiled: jax.stages.Compiled) -> int:
+    """Returns what a compiled step holds in one device's memory."""
+    memory: Any = compiled.memory_analysis()
     # Donated buffers are counted twice, as arguments and as outputs.
     used = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     return used + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes

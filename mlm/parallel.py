@@ -8,6 +8,7 @@ accepts donated buffers over several processes. Checkpoints hold unstacked array
 import contextlib
 import functools
 import itertools
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -21,27 +22,54 @@ AXIS = "devices"
 _barrier_numbers = itertools.count()
 
 
-def data_parallel(step: Callable[..., Any], *, donate_argnums: tuple[int, ...] = ()) -> Callable[..., Any]:
-    """Runs `step` on every device; arguments and results have a leading axis of local devices.
+class DataParallel:
+    """Runs `step` on every device; arguments and results have a leading axis of local devices. The first call compiles.
 
     Several processes wait for each other after compiling. Compilation may take one of them much longer than another,
     which found the program in its cache, and processes on CPUs wait at most 30 s for each other within a step.
     """
-    run = jax.pmap(step, axis_name=AXIS, donate_argnums=donate_argnums)
-    if jax.process_count() == 1:
-        return run
-    is_compiled = False
 
-    def compile_together_then_run(*args: Any) -> Any:
-        nonlocal is_compiled
-        if not is_compiled:
+    def __init__(self, step: Callable[..., Any], *, donate_argnums: tuple[int, ...] = ()):
+        self._run: Any = jax.pmap(step, axis_name=AXIS, donate_argnums=donate_argnums)
+        self._is_compiled = jax.process_count() == 1  # `pmap` does it.
+        self._compilation: threading.Thread | None = None
+
+    def __call__(self, *args: Any) -> Any:
+        """Returns the results of the step."""
+        if self._compilation is not None:
+            self._compilation.join()
+            self._compilation = None
+        if not self._is_compiled:
             with _every_process_writes_the_cache():
-                run.lower(*args).compile()
+                self._run.lower(*args).compile()
             barrier("compiled")
-            is_compiled = True
-        return run(*args)
+            self._is_compiled = True
+        return self._run(*args)
 
-    return compile_together_then_run
+    def compiled(self, *args: Any) -> jax.stages.Compiled:
+        """Returns the compiled step, for its memory. After the first call with such arguments this compiles nothing."""
+        return self._run.lower(*args).compile()
+
+    def compile_in_background(self, *args: Any) -> None:
+        """Starts a thread that compiles the step, which the first call with such arguments then uses.
+
+        The step is traced here: Python code in a thread would delay the steps that run meanwhile. An error of the
+        compiler is raised by the first call, which compiles again.
+        """
+        lowered = self._run.lower(*args)
+
+        def compile_lowered() -> None:
+            with contextlib.suppress(Exception):
+                lowered.compile()
+
+        # Not a daemon: if the program ends while such a thread is in XLA, Python 3.11 aborts.
+        self._compilation = threading.Thread(target=compile_lowered, name="mlm-compile")
+        self._compilation.start()
+
+
+def data_parallel(step: Callable[..., Any], *, donate_argnums: tuple[int, ...] = ()) -> DataParallel:
+    """Returns `DataParallel` of a step."""
+    return DataParallel(step, donate_argnums=donate_argnums)
 
 
 def over_mesh(

@@ -125,8 +125,9 @@ def resolve(
     entries = _entries(settings)
     tokens = [_rows_per_device(e.settings) * num_devices * e.settings.data.max_seq_length for e in entries]
     ends = _ends(entries, tokens, num_train_steps=settings.num_train_steps)
-    for index, old in enumerate(earlier[:-1]):
-        ends[index] = old if old < step else min(max(ends[index], step), ends[-1])
+    for index in range(len(ends) - 1 if earlier else 0):
+        is_passed = index < len(earlier) - 1 and earlier[index] < step
+        ends[index] = earlier[index] if is_passed else min(max(ends[index], step), ends[-1])
 
     def borders(stage: Stage) -> Borders:
         parts = [
@@ -198,6 +199,54 @@ def may_change(key: str, before: Any, now: Any) -> bool:
     if key != "stages":
         return key in MUTABLE_KEYS
     return isinstance(before, tuple) and without_steps(before) == without_steps(now)
+
+
+def begun(last_stages: Sequence[Mapping[str, Any]], *, step: int) -> Sequence[Mapping[str, Any]]:
+    """Returns those of `WorkDir.last_stages` that have steps up to `step`, and always the first."""
+    return [stage for index, stage in enumerate(last_stages) if index == 0 or last_stages[index - 1]["end"] < step]
+
+
+def check_branch(settings: RunSettings, parent: RunSettings, *, num_begun: int) -> None:
+    """Checks whether a run with these settings can continue a checkpoint of a run with other stages.
+
+    Args:
+      settings: those of the new run.
+      parent: those of the other one.
+      num_begun: number of its stages that have begun at the checkpoint.
+
+    Raises:
+      UserError: a stage that has begun differs in a key that must not change during a run, or a later one needs text
+        that the other run did not hold out.
+    """
+    now, before = settings_of_stages(settings), settings_of_stages(parent)
+    if num_begun > len(now):
+        raise UserError(f"stages has {len(now)} of the {num_begun} stages that have begun; add the others")
+    for index in range(num_begun):
+        values, old_values = now[index].flat(), before[index].flat()
+        for key in STAGE_KEYS:
+            if key not in MUTABLE_KEYS and values[key] != old_values[key]:
+                raise UserError(
+                    f"stages[{index}] has begun there, with {key}={old_values[key]!r}, and has {values[key]!r} here; "
+                    "change only stages that begin later"
+                )
+    if _text_read_at_start(now) != _text_read_at_start(before):
+        raise UserError(
+            "a later stage introduces a length, a source or its weight, for which other evaluation sequences would be "
+            "held out; change other keys"
+        )
+
+
+def _text_read_at_start(stages: Sequence[RunSettings]) -> list[Any]:
+    """Returns what the evaluation sequences depend on, which `data.pipeline.open_text` holds out at a run's start."""
+    found: list[Any] = []
+    lengths, sources = set(), {}
+    for stage in stages:
+        length, weights, options = stage.data.max_seq_length, source_weights(stage.data), _source_options(stage.data)
+        if length not in lengths or not options.keys() <= sources.keys():
+            found.append((length, list(weights.items()), options))
+        lengths.add(length)
+        sources |= options
+    return found
 
 
 def source_weights(data: DataSettings) -> dict[str, float]:

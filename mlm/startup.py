@@ -29,13 +29,17 @@ from mlm.run.checkpoint import Checkpointer, CorruptCheckpointError
 from mlm.run.signals import Interrupt
 from mlm.run.workdir import KeyChanges, WorkDir
 from mlm.schedules import keep_passed_borders
-from mlm.settings import RunSettings
-from mlm.stages import Stage, resolve
+from mlm.settings import Borders, RunSettings
+from mlm.stages import Stage, begun, resolve
 from mlm.steps import TrainState, init_state
 
 # Imported in _create_reporter.
 if TYPE_CHECKING:
     from mlm.reporting.reporter import Reporter
+
+
+# Backends whose compiler takes nothing from the steps. For a GPU it times kernels there, for a CPU it uses its cores.
+_HOST_COMPILED_BACKENDS = ("tpu",)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +49,8 @@ class RunStage:
     Attributes:
       stage: its steps and settings.
       components: what the settings determine.
-      train_step: the step, (state, tokens) -> (state, metrics); the first call compiles it.
+      train_step: the step, (state, tokens) -> (state, metrics); the first call compiles it, unless that has been done
+        in the background.
       evaluator: evaluates the model as the stage computes it, on the sequences of every stage.
       extra_evaluators: name -> evaluator of further sequences, for the metric eval/<name>/loss.
       task_evaluator: measures `eval.probes` and `eval.pairs`.
@@ -54,7 +59,7 @@ class RunStage:
 
     stage: Stage
     components: Components
-    train_step: Any
+    train_step: parallel.DataParallel
     evaluator: Evaluator
     extra_evaluators: Mapping[str, Evaluator]
     task_evaluator: TaskEvaluator
@@ -93,6 +98,26 @@ class Run:
     def stage_at(self, step: int) -> RunStage:
         """Returns the stage that a step belongs to; for step 0 the first one."""
         return next(other for other in self.stages if step <= other.stage.end)
+
+    def start_stage(self, step: int, state: TrainState, tokens: jax.Array) -> None:
+        """Records the memory of a stage's step, and starts to compile the next one if this costs the loop nothing.
+
+        Args:
+          step: the step that was dispatched, the first one of its stage here.
+          state: after the step; only its shapes are used.
+          tokens: the sequences of the step.
+        """
+        run_stage = self.stage_at(step)
+        self.reporter.step_memory_bytes = memory.compiled_bytes(run_stage.train_step.compiled(state, tokens))
+        following = self.stage_at(min(run_stage.stage.end + 1, self.settings.num_train_steps))
+        if following is run_stage or jax.default_backend() not in _HOST_COMPILED_BACKENDS:
+            return
+        settings = following.stage.settings
+        rows = following.stage.rows_per_device * jax.local_device_count()
+        shape = (settings.gradient_accumulation_steps,)
+        tokens = parallel.shard(np.zeros((rows, settings.data.max_seq_length), np.int32), shape=shape)
+        with self.reporter.timed("compilation"):
+            following.train_step.compile_in_background(state, tokens)
 
 
 def open_run(
@@ -150,7 +175,7 @@ def open_run(
     start_step = loop_state["step"] if loop_state else 0
     if loop_state:
         applied = int(parallel.first_replica(state.update_stats.num_applied))
-        last_stages = (parent.workdir if parent else workdir).last_stages()
+        last_stages = begun(parent.workdir.last_stages(), step=start_step) if parent else workdir.last_stages()
         stages = _resume_stages(settings, last_stages, step=start_step, applied=applied)
         components = components.with_stages(stages)
         components.stream.restore(stream_states)
@@ -207,7 +232,8 @@ def _resume_stages(
 
     Args:
       settings: those of the run now.
-      last_stages: the stages at the last start; empty for a run of an earlier version.
+      last_stages: the stages at the last start, for a branch those of its parent that have begun; empty for a run of an
+        earlier version.
       step: steps done.
       applied: those that were not skipped.
     """
@@ -215,15 +241,14 @@ def _resume_stages(
     stages = resolve(settings, num_devices=jax.device_count(), earlier=ends, step=step)
     if not last_stages:
         return stages
-    return tuple(
-        dataclasses.replace(
-            stage,
-            borders=keep_passed_borders(
-                stage.borders, last["borders"], stage.settings.optimizer, step=applied - stage.schedule_start
-            ),
-        )
-        for stage, last in zip(stages, last_stages, strict=True)
-    )
+
+    def borders(index: int, stage: Stage) -> Borders:
+        if stage.schedule_start >= step > 0:  # It begins later.
+            return stage.borders
+        last = last_stages[min(index, len(last_stages) - 1)]["borders"]
+        return keep_passed_borders(stage.borders, last, stage.settings.optimizer, step=applied - stage.schedule_start)
+
+    return tuple(dataclasses.replace(stage, borders=borders(index, stage)) for index, stage in enumerate(stages))
 
 
 def _run_stages(components: Components, eval_tasks: EvalTasks) -> tuple[RunStage, ...]:

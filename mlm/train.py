@@ -115,6 +115,8 @@ def train_and_evaluate(
                 with reporter.dispatch(stage=stage.name, flops_per_token=run_stage.flops_per_token):
                     state, metrics = run_stage.train_step(state, tokens)
                 reporter.add_step(step, metrics, batch, wait_seconds=run.prefetcher.wait_seconds)
+                if step == max(run.start_step, stage.start) + 1:
+                    run.start_stage(step, state, tokens)
                 with _log_and_retry_later(on_all_processes=True):
                     run.checkpointer.check()
 

@@ -164,6 +164,27 @@ def test_data_parallel_uses_every_device_and_donates():
     assert not rows.is_deleted()
 
 
+def test_a_step_compiled_in_the_background_is_not_compiled_again(caplog):
+    step = parallel.data_parallel(lambda state, rows: state + jax.lax.psum(rows.sum(), parallel.AXIS))
+    state, rows = parallel.replicate(np.ones(3, np.float32)), parallel.shard(np.arange(8, dtype=np.float32))
+    with jax.log_compiles():
+        step.compile_in_background(state, rows)
+        new = step(state, rows)
+        step.compiled(state, rows)
+    np.testing.assert_array_equal(new, np.full((4, 3), 29.0))
+    assert caplog.text.count("Finished XLA compilation") == 1
+
+
+def test_an_error_of_the_compiler_in_the_background_is_raised_by_the_step():
+    step = parallel.data_parallel(
+        lambda rows: jax.ffi.ffi_call("missing", jax.ShapeDtypeStruct((2,), np.float32))(rows)
+    )
+    rows = parallel.shard(np.arange(8, dtype=np.float32))
+    step.compile_in_background(rows)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="missing"):
+        step(rows)
+
+
 @pytest.mark.slow
 def test_over_mesh_and_pmap_compile_the_same_step(bag_step_config, bag_state, bag_step, uneven_rows):
     step = functools.partial(steps.train_step, step_config=bag_step_config, axis_name=parallel.AXIS)

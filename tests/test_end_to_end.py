@@ -140,7 +140,7 @@ def test_metrics_have_the_documented_names_at_the_configured_steps(finished):
     train |= {"data/tokenizer_differences"}
     train |= {f"data/{name}_fraction" for name in ("masked", "mask_replaced", "random_replaced")}
     train |= {"data/tokens", "perf/tokens_per_second", "perf/step_ms", "perf/input_wait_fraction", "perf/hours"}
-    train |= {f"perf/{part}_ms" for part in ("input_wait", "transfer", "device", "host")}
+    train |= {f"perf/{part}_ms" for part in ("input_wait", "transfer", "device", "host")} | {"perf/step_memory_bytes"}
     evaluation = {"eval/loss", "eval/accuracy", "eval/perplexity", "eval/unigram_loss"}
     pauses = {"perf/evaluation_ms", "perf/save_ms", "perf/export_ms"}
     assert {step: names - {"step", "perf/device_memory_bytes"} for step, names in lines.items()} == {

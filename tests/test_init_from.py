@@ -117,6 +117,24 @@ def test_a_branch_decays_the_learning_rate_from_its_parent_s(corpus, parent, tmp
 
 
 @pytest.mark.slow
+def test_a_branch_may_have_other_later_stages(corpus, parent, tmp_path):
+    decay = {"optimizer.schedule": "wsd", "optimizer.decay_steps": 1.0, "masking.mlm_probability": 0.3}
+    settings = tiny_settings(corpus, stages=({"name": "pretrain", "steps": 4}, {"name": "decay", **decay}))
+    train_and_evaluate(settings, str(tmp_path / "straight" / "run"))
+    branch = settings.replace({"checkpoint.init_from": f"{parent}@4"})
+    train_and_evaluate(branch, str(tmp_path / "branch" / "run"))
+    assert_equal_after(4, tmp_path / "straight" / "run", tmp_path / "branch" / "run")
+    long = (*branch.stages, {"name": "long", "steps": 1, "data.max_seq_length": 18})
+    for stages, message in (
+        (long, "a later stage introduces a length, a source or its weight"),
+        (branch.stages[1:], r"stages\[0\] has begun there, with masking.mlm_probability=0.15, and has 0.3 here"),
+    ):
+        with pytest.raises(UserError, match=rf"^checkpoint\.init_from='{parent}@4': {message}.*; change "):
+            train_and_evaluate(branch.replace({"stages": stages}), str(tmp_path / "refused"))
+    assert not (tmp_path / "refused").exists()
+
+
+@pytest.mark.slow
 def test_a_restart_has_parameters_and_moments_of_its_parent_and_begins_at_step_0(corpus, parent, tmp_path, monkeypatch):
     before = files(parent)
     changes = {"checkpoint.init_from": str(parent), "checkpoint.init_mode": "restart", "seed": 7, "save_steps": 1}

@@ -241,6 +241,33 @@ def test_only_the_steps_of_stages_may_change():
     assert not stages_lib.may_change("seed", 1, 2)
 
 
+def test_a_branch_may_change_only_stages_that_begin_later():
+    first, decay = {"name": "a", "steps": 50}, {"name": "c", "masking.mlm_probability": 0.1}
+    settings = settings_with(first, LONG, decay)
+    old = [stage.to_json() for stage in resolve(settings, num_devices=1)]
+    assert [len(stages_lib.begun(old, step=step)) for step in (0, 1, 50, 51, 60, 61)] == [1, 1, 1, 2, 2, 3]
+
+    def check(*stages: dict, num_begun: int, parent: RunSettings = settings) -> None:
+        stages_lib.check_branch(settings_with(*stages), parent, num_begun=num_begun)
+
+    check(first, LONG, decay | {"masking.mlm_probability": 0.2}, {"name": "d", "steps": 2}, num_begun=2)
+    check(first, {**LONG, "name": "b", "steps": 20}, num_begun=2)
+    check(first, decay, num_begun=1, parent=settings_with())
+    with pytest.raises(
+        UserError, match=r"^stages\[2\] has begun there, with masking.mlm_probability=0.1, and has 0.2 here; "
+    ):
+        check(first, LONG, decay | {"masking.mlm_probability": 0.2}, num_begun=3)
+    with pytest.raises(UserError, match=r"^stages has 1 of the 2 stages that have begun; add the others$"):
+        check(first, num_begun=2)
+    for stages in ((first, LONG), (first, decay | {"data.mixture": (("other", 1, {"dataset_name": "docstrings"}),)})):
+        with pytest.raises(UserError, match=r"^a later stage introduces a length, a source or its weight"):
+            check(*stages, num_begun=1, parent=settings_with())
+    # The parent has no stages, or others; a border that has been passed stays.
+    longer = settings_with(first, {"name": "b", "steps": 100}, {"name": "c"}, num_train_steps=200)
+    assert ends(resolve(longer, num_devices=1, earlier=[100], step=80)) == [80, 150, 200]
+    assert ends(resolve(longer, num_devices=1, earlier=[30, 90], step=80)) == [30, 150, 200]
+
+
 @pytest.fixture(scope="module")
 def corpora(tmp_path_factory) -> tuple[str, str]:
     directory = tmp_path_factory.mktemp("corpus")
@@ -353,6 +380,10 @@ def test_metrics_and_files_of_a_run_in_stages(settings, straight):
     assert all("eval/other/loss" in lines[step] for step in (5, 9, 12))
     assert {int(path.name) for path in (straight / "checkpoints").iterdir()} == {5, 9, 11, 12}
     rows = jax.device_count() * 4, jax.device_count() * 2
+    # Each stage has its own: the second one has fewer tokens per microbatch.
+    memory = [lines[step]["perf/step_memory_bytes"] for step in (5, 9, 12)]
+    assert memory[0] != memory[1]
+    assert min(memory) > 0
     assert lines[12]["data/tokens"] == 5 * rows[0] * 16 + 7 * rows[1] * 32
     assert [round(lines[step]["train/learning_rate"], 6) for step in (9, 12)] == [
         0.01,

@@ -868,6 +868,9 @@ ELSEWHERE = {
     "mlm/stages.py": {
         # A message of settings.py.
         "{}": "tests/test_stages.py::test_invalid_stages_are_an_error_of_one_line",
+        "stages has {} of the {} stages that have begun; add the others": "tests/test_stages.py::test_a_branch_may_change_only_stages_that_begin_later",
+        "stages[{}] has begun there, with {}={}, and has {} here; change only stages that begin later": "tests/test_stages.py::test_a_branch_may_change_only_stages_that_begin_later",
+        "a later stage introduces a length, a source or its weight, for which other evaluation sequences would be held out; change other keys": "tests/test_stages.py::test_a_branch_may_change_only_stages_that_begin_later",
     },
     "mlm/settings.py": {
         "{}={}: {}": "tests/test_settings.py::test_a_wrong_value_is_an_error_that_names_the_key",

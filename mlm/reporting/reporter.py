@@ -30,6 +30,7 @@ class Reporter:
     Attributes:
       accumulator: sums over steps.
       writer: metrics.jsonl and TensorBoard.
+      step_memory_bytes: memory of the stage's compiled step on one device; None until it is known.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class Reporter:
             state=restored,
         )
         self.writer = writers.create_writer(workdir, last_step=step)
+        self.step_memory_bytes: int | None = None
         self._logdir = workdir.path
         self._live = LiveLine(num_train_steps, step=step, enabled=jax.process_index() == 0)
         self._num_train_steps = num_train_steps
@@ -173,6 +175,8 @@ class Reporter:
     def log_steps(self, step: int) -> None:
         """Logs the means since the last log line. Call after `wait_for_pending_step`."""
         self._logged = scalars = self.accumulator.scalars()
+        if self.step_memory_bytes is not None:
+            scalars["perf/step_memory_bytes"] = self.step_memory_bytes
         memory = jax.local_devices()[0].memory_stats() or {}
         if "peak_bytes_in_use" in memory:
             scalars["perf/device_memory_bytes"] = memory["peak_bytes_in_use"]
