@@ -239,7 +239,8 @@ def check_branch(settings: RunSettings, parent: RunSettings, *, num_begun: int) 
 def _text_read_at_start(stages: Sequence[RunSettings]) -> list[Any]:
     """Returns what the evaluation sequences depend on, which `data.pipeline.open_text` holds out at a run's start."""
     found: list[Any] = []
-    lengths, sources = set(), {}
+    lengths: set[int] = set()
+    sources: dict[str, Any] = {}
     for stage in stages:
         length, weights, options = stage.data.max_seq_length, source_weights(stage.data), _source_options(stage.data)
         if length not in lengths or not options.keys() <= sources.keys():

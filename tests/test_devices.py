@@ -165,14 +165,17 @@ def test_data_parallel_uses_every_device_and_donates():
 
 
 def test_a_step_compiled_in_the_background_is_not_compiled_again(caplog):
-    step = parallel.data_parallel(lambda state, rows: state + jax.lax.psum(rows.sum(), parallel.AXIS))
     state, rows = parallel.replicate(np.ones(3, np.float32)), parallel.shard(np.arange(8, dtype=np.float32))
-    with jax.log_compiles():
-        step.compile_in_background(state, rows)
-        new = step(state, rows)
-        step.compiled(state, rows)
-    np.testing.assert_array_equal(new, np.full((4, 3), 29.0))
-    assert caplog.text.count("Finished XLA compilation") == 1
+    ahead = parallel.data_parallel(lambda state, rows: state + jax.lax.psum(rows.sum(), parallel.AXIS))
+    plain = parallel.data_parallel(lambda state, rows: state - jax.lax.psum(rows.sum(), parallel.AXIS))
+    with jax.log_compiles():  # In this thread.
+        ahead.compile_in_background(state, rows)
+        np.testing.assert_array_equal(ahead(state, rows), np.full((4, 3), 29.0))
+        assert "XLA compilation" not in caplog.text
+        plain(state, rows)
+        assert caplog.text.count("XLA compilation") == 1
+        plain.compiled(state, rows)
+    assert caplog.text.count("XLA compilation") == 1
 
 
 def test_an_error_of_the_compiler_in_the_background_is_raised_by_the_step():
