@@ -136,6 +136,7 @@ def measure_network(folder: str, kind: str, open_shards: int, *, rate: float, la
     handler = type("Handler", (_Throttled,), {"folder": folder, "rate": rate, "latency": latency})
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     server.daemon_threads = True
+    vars(server)["handle_error"] = lambda *_: None  # No traceback when the client closes a connection.
     threading.Thread(target=server.serve_forever, daemon=True).start()
     files = [f"http://127.0.0.1:{server.server_port}/{number:02}.{kind}" for number in range(FILES)]
     source = open_source(data_files=files)
