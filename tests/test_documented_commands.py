@@ -64,6 +64,7 @@ NEEDS = {
     "python benchmarks/recipe_sweep.py": "CPU cores",
     "python benchmarks/time_to_loss.py": "CPU cores",
     "python benchmarks/open_shards.py": "MB/s",
+    "python benchmarks/data_order.py": "two CPU cores",
     "python benchmarks/tpu_compile.py": "TPU",
     "python benchmarks/gpu_step.py": "NVIDIA",
 }
