@@ -14,7 +14,8 @@ key. Rerun the same command to resume after an interruption. Other modes:
                                                                       a checkpoint as a Hugging Face model directory
     fill_mask       --workdir=DIR [--step=N] "A <mask>." ...          the five best tokens; or lines from standard input
     report          --workdir=DIR... [--output=FILE] [--reference=NAME]  the curves of runs as an HTML page
-    probe           --workdir=DIR [--step=N] --task=FILE [--test=FILE]  linear classifiers on frozen features
+    probe           --workdir=DIR [--step=N] --task=FILE [--test=FILE] [--train_examples=N]
+                                                                      linear classifiers on frozen features
     score           --workdir=DIR [--step=N] [--output=FILE] FILE     pseudo-log-likelihoods, minimal pairs
     embed           --workdir=DIR [--step=N] [--layer=N] --output=FILE FILE   vectors of texts
 
@@ -117,7 +118,7 @@ MODES = {
         options=("defaults", "output", "reference", "key_changes"), config="none", workdirs="many", on_cpu=True
     ),
     "probe": Mode(
-        options=("model", "step", "task", "test", "seeds", "output"),
+        options=("model", "step", "task", "test", "seeds", "train_examples", "output"),
         config="workdir",
         workdirs="model",
         required=(("task", "reviews.jsonl"),),
@@ -158,6 +159,7 @@ flags.DEFINE_string("model", None, "probe, score, embed: a model directory or a 
 flags.DEFINE_string("task", None, "probe: a file with text and label, a GLUE task, or a dataset on the hub")
 flags.DEFINE_string("test", None, "probe: a file with the examples to test on; default: a fifth of --task")
 flags.DEFINE_integer("layer", None, "embed: the layer, 0 for the embeddings; default: the last")
+flags.DEFINE_integer("train_examples", None, "probe: number of examples to learn from; default: all", lower_bound=1)
 flags.DEFINE_integer("seeds", 5, "probe: number of splits and of models with random weights", lower_bound=1)
 
 

@@ -189,6 +189,41 @@ def test_a_probe_of_words_pairs_numbers_and_a_test_file(model):
     assert rows["mean"] == 0.0
 
 
+def test_learning_from_few_examples(model):
+    """Others for each seed, of texts in the proportions of the classes. The test stays the same."""
+    task = easy_task(120)
+    splits = [
+        [probe._split(task, task.train, seed=seed, train_examples=count) for count in (None, 12)] for seed in (0, 1)
+    ]
+    chosen = []
+    for (fit, valid, test), (few_fit, few_valid, same_test) in splits:
+        np.testing.assert_array_equal(same_test, test)
+        few = np.concatenate([few_fit, few_valid])
+        assert len(few) == 12
+        assert set(few) < {*fit, *valid}
+        assert np.unique(task.train.labels[few], return_counts=True)[1].min() >= 3
+        chosen.append(set(few))
+    assert chosen[0] != chosen[1]
+    result = probe.probe(model, task, name="mine", seeds=1, train_examples=12)
+    assert (result.train, result.test) == (12, 24)
+    for count, message in (
+        (97, "the task has 96 examples to learn from; give at most as many"),
+        (5, "is too few for this task; give at least 6"),
+    ):
+        with pytest.raises(UserError, match=f"^--train_examples={count}: {message}$"):
+            probe.probe(model, task, name="mine", seeds=1, train_examples=count)
+
+
+def test_the_accuracy_of_words_that_are_not_in_the_training_words():
+    words = np.array(["the", "cat", "dog", "the", "bird", "sees"])
+    labels = np.array(["D", "N", "N", "D", "N", "V"])
+    scorer = probe._Scorer(labels, ("accuracy",), is_regression=False, words=words)
+    row = scorer.constant("majority class", [(np.array([0, 1]), np.array([2]), np.array([3, 4, 5]))])
+    assert row.scores == {"accuracy": [1 / 3], "unseen_accuracy": [1 / 2]}
+    row = scorer.constant("majority class", [(np.array([0, 1]), np.array([2]), np.array([3]))])
+    assert row.scores == {"accuracy": [0.0]}
+
+
 def test_large_tasks_are_limited_and_sentences_stay_whole(monkeypatch):
     monkeypatch.setattr(probe, "MAX_TRAIN", 50)
     assert len(easy_task(200).train.limited(50)) == 50

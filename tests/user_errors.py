@@ -766,6 +766,10 @@ ELSEWHERE = {
         "{}: unknown task ({}); name a file, one of the GLUE tasks {}, or a dataset on the hub": "tests/test_tasks.py::test_wrong_tasks_are_errors_of_one_line",
         "{}: cannot be loaded from the hub ({}); check the name": "tests/test_tasks.py::test_wrong_tasks_are_errors_of_one_line",
     },
+    "mlm/downstream/probe.py": {
+        "{}: the task has {} examples to learn from; give at most as many": "tests/test_probe.py::test_learning_from_few_examples",
+        "{}: is too few for this task; give at least {}": "tests/test_probe.py::test_learning_from_few_examples",
+    },
     "mlm/modes/probe.py": {
         "--output={}: is not a file of results; name another with --output": "tests/test_probe.py::test_outputs_that_are_refused",
     },

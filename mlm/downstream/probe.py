@@ -24,6 +24,7 @@ from threadpoolctl import threadpool_limits
 from mlm.downstream import tasks
 from mlm.downstream.features import encode_texts, encode_words, extract
 from mlm.downstream.tasks import Examples, Task
+from mlm.errors import UserError
 from mlm.load import LoadedModel, random_params
 
 # Labels to learn from: more change little and take minutes (BabyLM cuts MNLI and QQP to 10,000, too).
@@ -110,7 +111,7 @@ class ProbeResult:
     max_length: int
 
 
-def probe(loaded: LoadedModel, task: Task, *, name: str, seeds: int) -> ProbeResult:
+def probe(loaded: LoadedModel, task: Task, *, name: str, seeds: int, train_examples: int | None = None) -> ProbeResult:
     """Scores a model's features and the baselines on a task.
 
     Args:
@@ -118,6 +119,10 @@ def probe(loaded: LoadedModel, task: Task, *, name: str, seeds: int) -> ProbeRes
       task: the task.
       name: the model's name in the table.
       seeds: number of splits; the model with random weights is another one for each.
+      train_examples: number of texts or sentences to learn from, others for each seed; None for all.
+
+    Raises:
+      UserError: there are fewer than `train_examples`, or that is too few.
     """
     limited = dataclasses.replace(task, train=task.train.limited(MAX_TRAIN))
     examples = limited.train if task.test is None else limited.train.joined(task.test)
@@ -128,16 +133,17 @@ def probe(loaded: LoadedModel, task: Task, *, name: str, seeds: int) -> ProbeRes
         inputs = encode_texts(loaded.tokenizer, examples.texts, examples.pairs, max_length=max_length)
     kept = inputs.kept
     labels, groups = examples.labels[kept], examples.groups[kept]
-    splits = [_split(limited, examples, seed=seed) for seed in range(seeds)]
+    splits = [_split(limited, examples, seed=seed, train_examples=train_examples) for seed in range(seeds)]
     parts = [tuple(np.flatnonzero(np.isin(groups, rows)) for rows in split) for split in splits]
-    scorer = _Scorer(labels, task.metrics, is_regression=task.is_regression)
+    is_words = examples.words is not None
+    words = np.array([word.lower() for of_text in examples.words or () for word in of_text])[kept] if is_words else None
+    scorer = _Scorer(labels, task.metrics, is_regression=task.is_regression, words=words)
     rows = [scorer.layers(name, [extract(loaded, inputs, label="model")] * seeds, parts)]
     untrained = (
         extract(_random_weights(loaded, seed), inputs, label=f"random weights, {seed + 1} of {seeds}")
         for seed in range(seeds)
     )
     rows.append(scorer.layers("random weights", untrained, parts))
-    is_words = examples.words is not None
     rows.append(
         scorer.sparse("words and neighbours" if is_words else "TF-IDF", _sparse_features(examples, kept), parts)
     )
@@ -171,14 +177,34 @@ def ridge_accuracy(features_NxD: np.ndarray, labels: np.ndarray, *, train: np.nd
     return float(model.score(scaler.transform(features_NxD[test]), labels[test]))
 
 
-def _split(task: Task, examples: Examples, *, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns the examples to fit, to choose the layer and to test."""
+def _split(
+    task: Task, examples: Examples, *, seed: int, train_examples: int | None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns the examples to fit, to choose the layer and to test; the first two together are `train_examples`."""
     if task.test is None:
         train, test = tasks.split_rows(task.train, fraction=tasks.TEST_FRACTION, seed=seed)
     else:
         train, test = np.arange(len(task.train)), np.arange(len(task.train), len(examples))
+    if train_examples is not None:
+        _check_train_examples(train_examples, task, available=len(train))
+        if train_examples < len(train):
+            others = 1 - train_examples / len(train)
+            chosen, _ = tasks.split_rows(task.train.select(train), fraction=others, seed=seed)
+            train = train[chosen]
     fit, valid = tasks.split_rows(task.train.select(train), fraction=_VALIDATION_FRACTION, seed=seed)
     return train[fit], train[valid], test
+
+
+def _check_train_examples(count: int, task: Task, *, available: int) -> None:
+    """Raises UserError unless `count` of the available examples can be fitted and choose a layer."""
+    flag = f"--train_examples={count}"
+    if count > available:
+        raise UserError(f"{flag}: the task has {available:,} examples to learn from; give at most as many")
+    # Of every class one to fit and one to choose the layer; of sentences and numbers a handful.
+    is_text_class = task.train.words is None and not task.is_regression
+    least = 2 * len(task.classes) if is_text_class else 5
+    if count < least:
+        raise UserError(f"{flag}: is too few for this task; give at least {least}")
 
 
 def _random_weights(loaded: LoadedModel, seed: int) -> LoadedModel:
@@ -214,11 +240,15 @@ def _sparse_features(examples: Examples, kept: np.ndarray) -> Callable[[np.ndarr
 
 @dataclasses.dataclass(frozen=True)
 class _Scorer:
-    """Scores features of N labels on splits (fit, valid, test) of them."""
+    """Scores features of N labels on splits (fit, valid, test) of them.
+
+    With N words, their scores have "unseen_accuracy", too: that of test words that do not occur in the training words.
+    """
 
     labels: np.ndarray
     metrics: Sequence[str]
     is_regression: bool
+    words: np.ndarray | None = None
 
     def layers(self, name: str, features_of_seeds: Any, parts: Sequence[tuple[np.ndarray, ...]]) -> Row:
         """Returns the row of float32 [S, N, D] per seed; the layer is the best one on the validation split."""
@@ -234,7 +264,7 @@ class _Scorer:
             train, state = np.concatenate([fit, valid]), features[layers[-1]]
             scaler = StandardScaler().fit(state[train])
             model = self._fit(scaler.transform(state[train]), self.labels[train], strengths=_STRENGTHS)
-            scores.append(self._scores(test, model.predict(scaler.transform(state[test]))))
+            scores.append(self._scores(train, test, model.predict(scaler.transform(state[test]))))
         return self._row(name, scores, layers)
 
     def sparse(self, name: str, features: Callable[[np.ndarray], Any], parts: Sequence[tuple[np.ndarray, ...]]) -> Row:
@@ -244,17 +274,18 @@ class _Scorer:
             train = np.concatenate([fit, valid])
             matrix = features(train)
             model = self._fit(matrix[train], self.labels[train], strengths=_SPARSE_STRENGTHS)
-            scores.append(self._scores(test, model.predict(matrix[test])))
+            scores.append(self._scores(train, test, model.predict(matrix[test])))
         return self._row(name, scores)
 
     def constant(self, name: str, parts: Sequence[tuple[np.ndarray, ...]]) -> Row:
         """Returns the row of the most frequent label, or of the mean."""
         scores = []
         for fit, valid, test in parts:
-            known = self.labels[np.concatenate([fit, valid])]
+            train = np.concatenate([fit, valid])
+            known = self.labels[train]
             classes, counts = np.unique(known, return_counts=True)
             value = known.mean() if self.is_regression else classes[np.argmax(counts)]
-            scores.append(self._scores(test, np.full(len(test), value)))
+            scores.append(self._scores(train, test, np.full(len(test), value)))
         return self._row(name, scores)
 
     def _fit(self, features: Any, labels: np.ndarray, *, strengths: Sequence[float]) -> Any:
@@ -279,11 +310,17 @@ class _Scorer:
                 folds = KFold(_FOLDS, shuffle=True, random_state=0)
             return GridSearchCV(model, {"C": list(strengths)}, cv=folds, scoring="accuracy").fit(features, labels)
 
-    def _scores(self, rows: np.ndarray, predicted: np.ndarray) -> dict[str, float]:
-        return {name: METRICS[name](self.labels[rows], predicted) for name in self.metrics}
+    def _scores(self, train: np.ndarray, test: np.ndarray, predicted: np.ndarray) -> dict[str, float]:
+        scores = {name: METRICS[name](self.labels[test], predicted) for name in self.metrics}
+        if self.words is not None:
+            unseen = ~np.isin(self.words[test], self.words[train])
+            if unseen.any():
+                scores["unseen_accuracy"] = METRICS["accuracy"](self.labels[test][unseen], predicted[unseen])
+        return scores
 
     def _row(self, name: str, scores: Sequence[Mapping[str, float]], layers: Sequence[int] = ()) -> Row:
-        return Row(name, {metric: [of_seed[metric] for of_seed in scores] for metric in self.metrics}, layers)
+        names = [metric for metric in scores[0] if all(metric in of_seed for of_seed in scores)]
+        return Row(name, {metric: [of_seed[metric] for of_seed in scores] for metric in names}, layers)
 
 
 def format_result(result: ProbeResult) -> str:

@@ -37,6 +37,7 @@ def run(
     step: int | None = None,
     test: str | None = None,
     seeds: int = 5,
+    train_examples: int | None = None,
     output: str | None = None,
 ) -> None:
     """Prints a table of scores and adds it to `results.json`, and to the model card of the run's `model/`.
@@ -49,6 +50,7 @@ def run(
       step: the run's checkpoint; None for the model in `model/`.
       test: a file with the examples to test on; None to hold out a part of the task.
       seeds: number of splits.
+      train_examples: number of examples to learn from; None for all.
       output: the file of results; None for `results.json` in the work directory, or here with `model` or a bucket.
 
     Raises:
@@ -67,14 +69,16 @@ def run(
     shown = (
         os.path.basename(os.path.abspath(os.path.expanduser(name))) if model is None or os.path.isdir(name) else name
     )
-    result = probe(loaded, opened, name=shown, seeds=seeds)
+    result = probe(loaded, opened, name=shown, seeds=seeds, train_examples=train_examples)
     print(format_result(result))
     entry = {"mode": "probe", "model": name, "step": max(loaded.steps, default=None), **as_json(result)}
-    key = ("mode", "model", "step", "task")
+    key = ("mode", "model", "step", "task", "train")
     results = [old for old in results if any(old.get(field) != entry[field] for field in key)] + [entry]
     _write_json(path, {"results": results})
     logging.info("%.0f s; the scores of all seeds are in %s", time.monotonic() - start, path)
-    if is_local_run and workdir_path:
+    if train_examples is not None:
+        logging.info("the model card is not changed: it has the scores with all examples")
+    elif is_local_run and workdir_path:
         scores = {metric: result.rows[0].mean(metric) for metric in opened.metrics}
         _add_to_card(WorkDir(workdir_path), entry["step"], opened, scores)
 
