@@ -163,8 +163,9 @@ def test_the_baseline_of_words_learns_many_classes_of_rare_words():
     ]
     examples = Examples(texts, labels)
     scorer = probe._Scorer(labels, ("accuracy",), is_regression=False)
-    parts = [tuple(np.array_split(draw.permutation(600), 3))]
-    row = scorer.sparse("TF-IDF", probe._sparse_features(examples, np.ones(600, bool)), parts)
+    rows = draw.permutation(600)
+    split = probe.Split(rows[:400], rows[400:], ())
+    row = scorer.sparse("TF-IDF", probe._sparse_features(examples, np.ones(600, bool)), [split])
     assert row.mean("accuracy") > 0.5
 
 
@@ -192,17 +193,18 @@ def test_a_probe_of_words_pairs_numbers_and_a_test_file(model):
 def test_learning_from_few_examples(model):
     """Others for each seed, of texts in the proportions of the classes. The test stays the same."""
     task = easy_task(120)
-    splits = [
-        [probe._split(task, task.train, seed=seed, train_examples=count) for count in (None, 12)] for seed in (0, 1)
-    ]
     chosen = []
-    for (fit, valid, test), (few_fit, few_valid, same_test) in splits:
-        np.testing.assert_array_equal(same_test, test)
-        few = np.concatenate([few_fit, few_valid])
-        assert len(few) == 12
-        assert set(few) < {*fit, *valid}
-        assert np.unique(task.train.labels[few], return_counts=True)[1].min() >= 3
-        chosen.append(set(few))
+    for seed in (0, 1):
+        every, few = (
+            probe._split(task, task.train, task.train.groups, seed=seed, train_examples=count) for count in (None, 12)
+        )
+        np.testing.assert_array_equal(few.test, every.test)
+        assert len(few.train) == 12
+        assert set(few.train) < set(every.train)
+        assert np.unique(task.train.labels[few.train], return_counts=True)[1].min() >= 3
+        assert all({*fit, *valid} == set(few.train) for fit, valid in few.choices)
+        assert len({tuple(sorted(valid)) for _, valid in few.choices}) > 1
+        chosen.append(set(few.train))
     assert chosen[0] != chosen[1]
     result = probe.probe(model, task, name="mine", seeds=1, train_examples=12)
     assert (result.train, result.test) == (12, 24)
@@ -218,10 +220,25 @@ def test_the_accuracy_of_words_that_are_not_in_the_training_words():
     words = np.array(["the", "cat", "dog", "the", "bird", "sees"])
     labels = np.array(["D", "N", "N", "D", "N", "V"])
     scorer = probe._Scorer(labels, ("accuracy",), is_regression=False, words=words)
-    row = scorer.constant("majority class", [(np.array([0, 1]), np.array([2]), np.array([3, 4, 5]))])
+    row = scorer.constant("majority class", [probe.Split(np.arange(3), np.arange(3, 6), ())])
     assert row.scores == {"accuracy": [1 / 3], "unseen_accuracy": [1 / 2]}
-    row = scorer.constant("majority class", [(np.array([0, 1]), np.array([2]), np.array([3]))])
+    row = scorer.constant("majority class", [probe.Split(np.arange(3), np.array([3]), ())])
     assert row.scores == {"accuracy": [0.0]}
+
+
+def test_several_splits_choose_the_layer():
+    """Of two layers one of which is noise, and of equal ones the last."""
+    draw = np.random.default_rng(0)
+    labels = np.repeat([0, 1], 100)
+    noise, good = draw.normal(size=(2, 200, 4)).astype(np.float32)
+    good[:, 0] += 2 * labels
+    scorer = probe._Scorer(labels, ("accuracy",), is_regression=False)
+    task = Task("t", Examples(["t"] * 200, labels), None, ("accuracy",))
+    splits = [probe._split(task, task.train, np.arange(200), seed=seed, train_examples=20) for seed in range(5)]
+    assert all(len(split.choices) == 10 for split in splits)
+    assert scorer.layers("", [np.stack([good, noise])] * 5, splits).layers == [0] * 5
+    assert scorer.layers("", [np.stack([noise, good])] * 5, splits).layers == [1] * 5
+    assert scorer.layers("", [np.stack([good, good])] * 5, splits).layers == [1] * 5
 
 
 def test_large_tasks_are_limited_and_sentences_stay_whole(monkeypatch):

@@ -29,8 +29,11 @@ from mlm.load import LoadedModel, random_params
 
 # Labels to learn from: more change little and take minutes (BabyLM cuts MNLI and QQP to 10,000, too).
 MAX_TRAIN = 10_000
-# Fraction of the training examples that choose the layer.
+# Fraction of the training examples that choose the layer. Below so many labels, several splits choose it together: of
+# 25 labels, five would be left, which put the layers in an order by chance.
 _VALIDATION_FRACTION = 0.2
+_FEW_LABELS = 1_000
+_REPEATS = 10
 _FOLDS = 3
 # Of standardized features; for the choice of the layer the middle one.
 _STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0)
@@ -63,6 +66,21 @@ METRICS: Mapping[str, Callable[[np.ndarray, np.ndarray], float]] = {
     "pearson": _correlation(scipy.stats.pearsonr),
     "spearman": _correlation(scipy.stats.spearmanr),
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """Numbers of labels.
+
+    Attributes:
+      train: those to learn from.
+      test: those to predict.
+      choices: pairs (fit, valid) of parts of `train`, which choose the layer.
+    """
+
+    train: np.ndarray
+    test: np.ndarray
+    choices: Sequence[tuple[np.ndarray, np.ndarray]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,27 +151,25 @@ def probe(loaded: LoadedModel, task: Task, *, name: str, seeds: int, train_examp
         inputs = encode_texts(loaded.tokenizer, examples.texts, examples.pairs, max_length=max_length)
     kept = inputs.kept
     labels, groups = examples.labels[kept], examples.groups[kept]
-    splits = [_split(limited, examples, seed=seed, train_examples=train_examples) for seed in range(seeds)]
-    parts = [tuple(np.flatnonzero(np.isin(groups, rows)) for rows in split) for split in splits]
+    splits = [_split(limited, examples, groups, seed=seed, train_examples=train_examples) for seed in range(seeds)]
     is_words = examples.words is not None
     words = np.array([word.lower() for of_text in examples.words or () for word in of_text])[kept] if is_words else None
     scorer = _Scorer(labels, task.metrics, is_regression=task.is_regression, words=words)
-    rows = [scorer.layers(name, [extract(loaded, inputs, label="model")] * seeds, parts)]
+    rows = [scorer.layers(name, [extract(loaded, inputs, label="model")] * seeds, splits)]
     untrained = (
         extract(_random_weights(loaded, seed), inputs, label=f"random weights, {seed + 1} of {seeds}")
         for seed in range(seeds)
     )
-    rows.append(scorer.layers("random weights", untrained, parts))
+    rows.append(scorer.layers("random weights", untrained, splits))
     rows.append(
-        scorer.sparse("words and neighbours" if is_words else "TF-IDF", _sparse_features(examples, kept), parts)
+        scorer.sparse("words and neighbours" if is_words else "TF-IDF", _sparse_features(examples, kept), splits)
     )
-    rows.append(scorer.constant("mean" if task.is_regression else "majority class", parts))
-    fit, valid, test = parts[0]
+    rows.append(scorer.constant("mean" if task.is_regression else "majority class", splits))
     return ProbeResult(
         task=task.name,
         rows=rows,
-        train=len(fit) + len(valid),
-        test=len(test),
+        train=len(splits[0].train),
+        test=len(splits[0].test),
         classes=len(task.classes),
         cut=inputs.sequences.cut,
         max_length=max_length,
@@ -177,10 +193,16 @@ def ridge_accuracy(features_NxD: np.ndarray, labels: np.ndarray, *, train: np.nd
     return float(model.score(scaler.transform(features_NxD[test]), labels[test]))
 
 
-def _split(
-    task: Task, examples: Examples, *, seed: int, train_examples: int | None
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns the examples to fit, to choose the layer and to test; the first two together are `train_examples`."""
+def _split(task: Task, examples: Examples, groups: np.ndarray, *, seed: int, train_examples: int | None) -> Split:
+    """Returns the split of a seed.
+
+    Args:
+      task: the task.
+      examples: those of the task, then those of its test file.
+      groups: int [labels], the number of each label's example.
+      seed: of the split.
+      train_examples: number of examples to learn from; None for all.
+    """
     if task.test is None:
         train, test = tasks.split_rows(task.train, fraction=tasks.TEST_FRACTION, seed=seed)
     else:
@@ -191,8 +213,16 @@ def _split(
             others = 1 - train_examples / len(train)
             chosen, _ = tasks.split_rows(task.train.select(train), fraction=others, seed=seed)
             train = train[chosen]
-    fit, valid = tasks.split_rows(task.train.select(train), fraction=_VALIDATION_FRACTION, seed=seed)
-    return train[fit], train[valid], test
+
+    def labels(rows: np.ndarray) -> np.ndarray:
+        return np.flatnonzero(np.isin(groups, rows))
+
+    known = task.train.select(train)
+    repeats = 1 if len(known.labels) >= _FEW_LABELS else _REPEATS
+    choices = [
+        tasks.split_rows(known, fraction=_VALIDATION_FRACTION, seed=seed + 1_000 * number) for number in range(repeats)
+    ]
+    return Split(labels(train), labels(test), [(labels(train[fit]), labels(train[valid])) for fit, valid in choices])
 
 
 def _check_train_examples(count: int, task: Task, *, available: int) -> None:
@@ -240,7 +270,7 @@ def _sparse_features(examples: Examples, kept: np.ndarray) -> Callable[[np.ndarr
 
 @dataclasses.dataclass(frozen=True)
 class _Scorer:
-    """Scores features of N labels on splits (fit, valid, test) of them.
+    """Scores features of N labels on splits of them.
 
     With N words, their scores have "unseen_accuracy", too: that of test words that do not occur in the training words.
     """
@@ -250,43 +280,44 @@ class _Scorer:
     is_regression: bool
     words: np.ndarray | None = None
 
-    def layers(self, name: str, features_of_seeds: Any, parts: Sequence[tuple[np.ndarray, ...]]) -> Row:
-        """Returns the row of float32 [S, N, D] per seed; the layer is the best one on the validation split."""
+    def layers(self, name: str, features_of_seeds: Any, splits: Sequence[Split]) -> Row:
+        """Returns the row of float32 [S, N, D] per seed; of layers that are equally good, the last is taken."""
         layers, scores = [], []
-        for (fit, valid, test), features in zip(parts, features_of_seeds, strict=True):
-            of_layers = []
-            for state in features:
-                scaler = StandardScaler().fit(state[fit])
-                model = self._fit(scaler.transform(state[fit]), self.labels[fit], strengths=_STRENGTHS[2:3])
-                predicted = model.predict(scaler.transform(state[valid]))
-                of_layers.append(METRICS[self.metrics[0]](self.labels[valid], predicted))
-            layers.append(int(np.argmax(of_layers)))
-            train, state = np.concatenate([fit, valid]), features[layers[-1]]
+        for split, features in zip(splits, features_of_seeds, strict=True):
+            of_layers = [
+                np.mean([self._validation_score(state, fit, valid) for fit, valid in split.choices])
+                for state in features
+            ]
+            layers.append(int(np.flatnonzero(of_layers == np.max(of_layers))[-1]))
+            train, test, state = split.train, split.test, features[layers[-1]]
             scaler = StandardScaler().fit(state[train])
             model = self._fit(scaler.transform(state[train]), self.labels[train], strengths=_STRENGTHS)
             scores.append(self._scores(train, test, model.predict(scaler.transform(state[test]))))
         return self._row(name, scores, layers)
 
-    def sparse(self, name: str, features: Callable[[np.ndarray], Any], parts: Sequence[tuple[np.ndarray, ...]]) -> Row:
+    def sparse(self, name: str, features: Callable[[np.ndarray], Any], splits: Sequence[Split]) -> Row:
         """Returns the row of sparse features, given as a function of the labels to learn from."""
         scores = []
-        for fit, valid, test in parts:
-            train = np.concatenate([fit, valid])
-            matrix = features(train)
-            model = self._fit(matrix[train], self.labels[train], strengths=_SPARSE_STRENGTHS)
-            scores.append(self._scores(train, test, model.predict(matrix[test])))
+        for split in splits:
+            matrix = features(split.train)
+            model = self._fit(matrix[split.train], self.labels[split.train], strengths=_SPARSE_STRENGTHS)
+            scores.append(self._scores(split.train, split.test, model.predict(matrix[split.test])))
         return self._row(name, scores)
 
-    def constant(self, name: str, parts: Sequence[tuple[np.ndarray, ...]]) -> Row:
+    def constant(self, name: str, splits: Sequence[Split]) -> Row:
         """Returns the row of the most frequent label, or of the mean."""
         scores = []
-        for fit, valid, test in parts:
-            train = np.concatenate([fit, valid])
-            known = self.labels[train]
+        for split in splits:
+            known = self.labels[split.train]
             classes, counts = np.unique(known, return_counts=True)
             value = known.mean() if self.is_regression else classes[np.argmax(counts)]
-            scores.append(self._scores(train, test, np.full(len(test), value)))
+            scores.append(self._scores(split.train, split.test, np.full(len(split.test), value)))
         return self._row(name, scores)
+
+    def _validation_score(self, state: np.ndarray, fit: np.ndarray, valid: np.ndarray) -> float:
+        scaler = StandardScaler().fit(state[fit])
+        model = self._fit(scaler.transform(state[fit]), self.labels[fit], strengths=_STRENGTHS[2:3])
+        return METRICS[self.metrics[0]](self.labels[valid], model.predict(scaler.transform(state[valid])))
 
     def _fit(self, features: Any, labels: np.ndarray, *, strengths: Sequence[float]) -> Any:
         """Returns a fitted classifier or regression; several strengths are compared by cross-validation."""

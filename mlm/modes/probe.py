@@ -76,9 +76,8 @@ def run(
     results = [old for old in results if any(old.get(field) != entry[field] for field in key)] + [entry]
     _write_json(path, {"results": results})
     logging.info("%.0f s; the scores of all seeds are in %s", time.monotonic() - start, path)
-    if train_examples is not None:
-        logging.info("the model card is not changed: it has the scores with all examples")
-    elif is_local_run and workdir_path:
+    # The card has the scores with all examples.
+    if is_local_run and workdir_path and train_examples is None:
         scores = {metric: result.rows[0].mean(metric) for metric in opened.metrics}
         _add_to_card(WorkDir(workdir_path), entry["step"], opened, scores)
 
