@@ -32,7 +32,7 @@ MAX_TRAIN = 10_000
 # Fraction of the training examples that choose the layer. Below so many labels, several splits choose it together: of
 # 25 labels, five would be left, which put the layers in an order by chance.
 _VALIDATION_FRACTION = 0.2
-_FEW_LABELS = 1_000
+_FEW_LABELS = 500
 _REPEATS = 10
 _FOLDS = 3
 # Of standardized features; for the choice of the layer the middle one.
