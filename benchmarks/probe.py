@@ -91,7 +91,7 @@ WORD_CLASSES = {
 
 def docstrings_by_package() -> dict[str, list[str]]:
     """Returns the docstrings of every package, the packages with the most first."""
-    by_package = collections.defaultdict(set)
+    by_package: dict[str, set[str]] = collections.defaultdict(set)
     for shard in docstrings.find_shards():
         package = re.sub(r"\W.*", "", shard.name)
         if "*" in shard.name or not package:
@@ -141,7 +141,8 @@ def agreement_pairs() -> list[dict[str, str]]:
 
     Every sentence comes in the singular and in the plural, so that the frequency of the verbs decides half of them.
     """
-    draw, pairs = random.Random(0), {}
+    draw = random.Random(0)
+    pairs: dict[str, dict[str, str]] = {}
     while len(pairs) < PAIRS:
         subject, other, verb = draw.choice(SUBJECTS), draw.choice(SUBJECTS), draw.choice(VERBS)
         between, phenomenon = draw.choice(sorted(BETWEEN.items()))
