@@ -28,9 +28,9 @@ def get_config(family: str = "modernbert") -> ConfigDict:
 
     config.data.dataset_name = "docstrings"
     config.data.max_seq_length = 64
-    # Hundreds of packages: the documents of one must not fill a batch. Training starts with the first 2,500 documents.
+    # Hundreds of packages: the documents of one must not fill a batch. Training starts with the first 5,000 documents.
     config.data.shuffle_buffer_size = 20_000
-    config.data.first_shuffle_buffer_size = 2_500
+    config.data.first_shuffle_buffer_size = 5_000
     # Ten seconds of training, in which the next documents are read.
     config.data.prefetch_batches = 100
     # Attention across documents would see text that says nothing about a token.
