@@ -4,7 +4,7 @@ Command:   python main.py --config=configs/quickstart.py --workdir=runs/quicksta
            (another model family: --config=configs/quickstart.py:roberta)
 Hardware:  two CPU cores, 3 GiB of memory
 Time:      under 5 minutes
-Expected:  eval/loss 3.6 nats below eval/unigram_loss (2.94 and 6.53; this depends on the installed packages)
+Expected:  eval/loss 3.6 nats below eval/unigram_loss (2.90 and 6.50; this depends on the installed packages)
 
 docs/recipes.md shows what each part of this recipe is worth.
 """
