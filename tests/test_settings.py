@@ -582,9 +582,10 @@ def test_importing_needs_no_jax_and_under_a_tenth_of_a_second():
         "print(time.process_time() - start)\n"
         "assert not {'jax', 'numpy', 'ml_collections'} & {*sys.modules}, 'imported'\n"
     )
-    # The first run may compile bytecode.
-    seconds = [
-        float(subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True).stdout)
-        for _ in range(3)
-    ]
-    assert min(seconds) < 0.1
+
+    def seconds() -> float:
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True)
+        return float(done.stdout)
+
+    # The first run may compile bytecode, and other programs may slow down a few.
+    assert any(seconds() < 0.1 for _ in range(10))
