@@ -33,7 +33,7 @@ from mlm.run.workdir import WorkDir
 from mlm.schedules import create_schedule
 from mlm.settings import ISOLATING, RunSettings
 from mlm.stages import Stage, resolve, source_weights
-from mlm.steps import StepConfig, init_params
+from mlm.steps import StepConfig, TrainState, init_params, init_state
 
 # Tokens per sequence from which "auto" uses the flash kernel on TPUs.
 SPLASH_LENGTH = 1_024
@@ -82,6 +82,11 @@ class Components:
         init = jax.jit(init_params, static_argnums=0, static_argnames="length")
         random_params = functools.partial(init, self.step_config, length=self.text.eval_rows_RxL.shape[1])
         return random_params() if self.pretrained is None else self.pretrained.params(random_params)
+
+    def initial_state(self) -> TrainState:
+        """Returns the state before the first step, on the host or one device."""
+        # One program instead of one for each shape.
+        return jax.jit(init_state, static_argnums=0)(self.step_config, self.initial_params())
 
 
 def build(settings: RunSettings, workdir: WorkDir, *, parent_tokenizer: str | None = None) -> Components:

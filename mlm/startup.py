@@ -31,7 +31,7 @@ from mlm.run.workdir import KeyChanges, WorkDir
 from mlm.schedules import keep_passed_borders
 from mlm.settings import Borders, RunSettings
 from mlm.stages import Stage, begun, resolve
-from mlm.steps import TrainState, init_state
+from mlm.steps import TrainState
 
 # Imported in _create_reporter.
 if TYPE_CHECKING:
@@ -360,14 +360,9 @@ def _restore(
     before it is restored.
     """
     newest = checkpointer.latest_step()
-
-    def initial_state() -> TrainState:
-        # One program instead of one for each shape.
-        return jax.jit(init_state, static_argnums=0)(components.step_config, components.initial_params())
-
     if newest is None and parent is None:
-        return parallel.replicate(initial_state()), None, []
-    like = parallel.global_like(jax.eval_shape(initial_state))
+        return parallel.replicate(components.initial_state()), None, []
+    like = parallel.global_like(jax.eval_shape(components.initial_state))
     if parent is not None:
         of_parent = parent.restore(like)
         if parent.mode == "restart":

@@ -76,7 +76,7 @@ def _step_ms(settings: RunSettings, *, num_steps: int) -> float:
     step = parallel.data_parallel(
         functools.partial(steps.train_step, step_config=run.step_config, axis_name=parallel.AXIS), donate_argnums=(0,)
     )
-    state = parallel.replicate(steps.init_state(run.step_config, run.initial_params()))
+    state = parallel.replicate(run.initial_state())
     tokens = parallel.shard(np.asarray(next(run.stream)), shape=(settings.gradient_accumulation_steps,))
     times = []
     for _ in range(2):  # The first half is the warm-up.
