@@ -298,9 +298,21 @@ def test_a_state_of_format_version_1_continues_in_the_same_order():
         position["slice_index"], position["row"], _ = position.pop("window_start")
         position["window_end"] = position["window_end"] and position["window_end"][:2]
         del position["repacked"], position["cut_documents"], position["shuffle_piece_bytes"]
+        del position["first_shuffle_buffer_size"]
         resumed = one(source)
         resumed.restore([state])
         assert take(resumed, 8) == take(stream, 8)
+
+
+def test_a_state_from_before_windows_grew_is_restored():
+    source = memory_source([words(50)])
+    stream = one(source)
+    take(stream, 2)
+    state = saved(stream)
+    del state["streams"]["text"]["first_shuffle_buffer_size"]
+    resumed = one(source)
+    resumed.restore([state])
+    assert take(resumed, 3) == take(stream, 3)
 
 
 def test_documents_of_a_batch_are_those_of_its_rows():

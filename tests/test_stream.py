@@ -191,15 +191,6 @@ def test_windows_of_the_first_epoch_grow():
     assert rows.epoch == 1
 
 
-def test_a_state_from_before_windows_grew_is_restored():
-    source = memory_source([words(50)])
-    rows = rows_of(source)
-    take(rows, 2)
-    state = saved(rows)
-    del state["first_shuffle_buffer_size"]
-    assert take(resumed(source, state), 3) == take(rows, 3)
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -240,22 +240,24 @@ def upgrade_state(state: Mapping[str, Any]) -> Mapping[str, Any]:
         UserError: the format is not known.
     """
     version = state.get("format_version", 0)
-    if version in (1, 2):
-        streams = {name: _upgrade_position(position, version) for name, position in state["streams"].items()}
-        return {**state, "format_version": STREAM_FORMAT_VERSION, "streams": streams}
-    if version != STREAM_FORMAT_VERSION:
+    if version not in (1, 2, STREAM_FORMAT_VERSION):
         raise UserError(
             f"data stream state: format_version={version} is not supported, this version of the code reads "
             f"{STREAM_FORMAT_VERSION}; use the version that wrote the checkpoint, or choose another --workdir"
         )
-    return state
+    streams = {name: _upgrade_position(position, version) for name, position in state["streams"].items()}
+    return {**state, "format_version": STREAM_FORMAT_VERSION, "streams": streams}
 
 
 def _upgrade_position(position: Mapping[str, Any], version: int) -> Mapping[str, Any]:
     """Returns a source's position of an earlier format version. Version 1 read one shard at a time."""
     if "packing" not in position:  # Of synthetic rows.
         return position
-    position = {**position, "shuffle_piece_bytes": 0}
+    # The first states of version 3 do not have it.
+    position = {"first_shuffle_buffer_size": 0, **position}
+    if version == STREAM_FORMAT_VERSION:
+        return position
+    position["shuffle_piece_bytes"] = 0
     if version == 2:
         return position
     rest = {name: value for name, value in position.items() if name not in ("slice_index", "row", "window_end")}

@@ -269,12 +269,10 @@ class RowStream:
 
     def _check_identity(self, state: dict[str, Any], identity: dict[str, Any]) -> None:
         for key, value in identity.items():
-            # Older states of this format have no first_shuffle_buffer_size.
-            saved = state.get(key, 0)
-            if saved != value:
+            if state[key] != value:
                 raise UserError(
                     f"cannot resume the data stream: {key}={value!r}, but the checkpoint was saved with "
-                    f"{saved!r}; restore the old value, or choose another --workdir"
+                    f"{state[key]!r}; restore the old value, or choose another --workdir"
                 )
 
     def _seek(self, position: Position) -> None:
