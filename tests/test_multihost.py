@@ -41,7 +41,7 @@ from tests.tiny import tiny_config
 
 def get_config():
     config = tiny_config({corpus!r})
-    config.num_train_steps = {last}
+    config.num_train_steps = 100_000
     config.logging_steps = 1
     config.eval_steps = 10
     config.data.num_eval_samples = 8
@@ -162,8 +162,8 @@ def pair(directory: Path, *flags: str, workdir: str, programs: tuple[list[str], 
         started.kill()
 
 
-def write_config(directory: Path, corpus: str, *, last: int) -> None:
-    (directory / "config.py").write_text(CONFIG.format(corpus=corpus, last=last))
+def write_config(directory: Path, corpus: str) -> None:
+    (directory / "config.py").write_text(CONFIG.format(corpus=corpus))
 
 
 def step_config() -> steps.StepConfig:
@@ -352,7 +352,7 @@ def test_two_processes_use_one_bucket(straight, tmp_path, monkeypatch):
 def test_a_failing_text_source_of_one_process_ends_both_with_the_cause(tmp_path):
     server = Server(files={f"/part-{i}.jsonl": encode("x.jsonl", sentences(400, seed=i)) for i in range(2)})
     try:
-        write_config(tmp_path, [f"{server.url}/part-{i}.jsonl" for i in range(2)], last=100_000)
+        write_config(tmp_path, [f"{server.url}/part-{i}.jsonl" for i in range(2)])
         flags = ("--config.data.network_deadline_seconds=0.0", "--config.data.max_failed_shards=0")
         flags += ("--config.save_steps=100000", "--config.eval_steps=100000")
         with pair(tmp_path, *flags, workdir=str(tmp_path / "run")) as both:
@@ -375,7 +375,7 @@ def test_a_failing_text_source_of_one_process_ends_both_with_the_cause(tmp_path)
 
 @pytest.mark.slow
 def test_a_hanging_process_ends_the_run(tmp_path):
-    write_config(tmp_path, write_corpus(tmp_path), last=100_000)
+    write_config(tmp_path, write_corpus(tmp_path))
     with pair(tmp_path, workdir=str(tmp_path / "run")) as both:
         both.await_line(0, " of 100000   loss")
         both.processes[1].send_signal(signal.SIGSTOP)

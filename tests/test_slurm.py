@@ -173,7 +173,7 @@ def test_a_job_refuses_another_commit(cluster):
 
 @pytest.mark.slow
 def test_two_processes_find_each_other_are_preempted_and_resume(cluster):
-    write_config(cluster.folder, write_corpus(cluster.folder), last=100_000)
+    write_config(cluster.folder, write_corpus(cluster.folder))
     config = cluster.folder / "config.py"
     workdir = cluster.folder / "run"
     arguments = [f"--config={config}", f"--workdir={workdir}", "--config.eval_steps=10000", "--config.save_steps=10000"]
