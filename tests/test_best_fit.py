@@ -97,7 +97,7 @@ def test_a_document_that_is_cut_for_short_rows_is_joined_again_for_longer_ones()
 @pytest.mark.parametrize("eval_rows", EVAL_ROWS)
 def test_documents_of_eval_sequences_are_exactly_those_held_out(eval_rows, monkeypatch):
     monkeypatch.setattr(spread, "_MAX_SHARDS", 2)
-    monkeypatch.setattr(spread, "_DOCUMENTS_PER_READ", 5)
+    monkeypatch.setattr(spread, "_BEST_FIT_DOCUMENTS_PER_READ", 5)
     corpus = ["b" * 25, *words(60)]
     source = memory_source(split(corpus, 3))
     for count in (1, 3, 20, 40):

@@ -61,6 +61,7 @@ def read_eval_set(
         eval_rows=eval_rows,
         is_used=reader_lib.has_text,
         pack=functools.partial(packing_lib.pack, tokenizer=tokenizer, packing=packing, max_seq_length=max_seq_length),
+        packs_together=packing == "best_fit",
     ):
         documents.append(texts)
         parts.append(part)

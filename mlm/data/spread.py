@@ -20,7 +20,9 @@ from mlm.data.sources.source import Source
 _MAX_SHARDS = 64
 # Shards opened at the same time if they are read over a network.
 _PARALLEL_SHARDS = 8
-_DOCUMENTS_PER_READ = 256
+# Few, so that little is read that is not used. Best fit packs the documents of a read together.
+_DOCUMENTS_PER_READ = 32
+_BEST_FIT_DOCUMENTS_PER_READ = 256
 
 
 def read_units(
@@ -31,20 +33,23 @@ def read_units(
     eval_rows: str,
     is_used: Callable[[pa.LargeStringArray], np.ndarray],
     pack: Callable[[pa.LargeStringArray], PackedChunk],
+    packs_together: bool = False,
 ) -> Iterator[tuple[pa.LargeStringArray, np.ndarray]]:
     """Yields documents with their units (see packing.py) until there are `num_units`, or the source ends.
 
     Args:
         source: the documents.
         num_units: the number of units to read.
-        units_per_row: a shard that is large enough gives a multiple of it.
+        units_per_row: a shard that is large enough gives a multiple of this number.
         eval_rows: one of settings.EVAL_ROWS.
         is_used: documents -> bool [N], whether to use them.
         pack: the used documents -> their units.
+        packs_together: whether the units of a document depend on the documents that are packed with it.
     """
+    documents_per_read = _BEST_FIT_DOCUMENTS_PER_READ if packs_together else _DOCUMENTS_PER_READ
     shards = range(source.num_shards)
     stride = -(-len(shards) // _MAX_SHARDS)
-    # What shards lack that are too short comes from the next round, whose shards lie beside them, in the end from any.
+    # Units that short shards lack come from the next round, which reads neighboring shards, in the end from any shard.
     rounds = [shards[first::stride] for first in range(stride)] if eval_rows == "spread" else []
     next_rows = dict.fromkeys(shards, 0)
     count = 0
@@ -60,7 +65,9 @@ def read_units(
                 if end > start
             }
             parallel = _PARALLEL_SHARDS if source.retry_policy is not None else 1
-        for shard, reader, texts in _open(source, list(targets), next_rows, parallel=parallel):
+        for shard, reader, texts in _open(
+            source, list(targets), next_rows, parallel=parallel, documents_per_read=documents_per_read
+        ):
             if count == num_units:
                 return
             while texts is not None and count < targets[shard]:
@@ -73,17 +80,17 @@ def read_units(
                 next_rows[shard] = int(reader.locations[used[numbers[-1]] if is_last else -1, 1]) + 1
                 count += len(units)
                 yield documents.take(pa.array(numbers)), units
-                texts = reader.take(_DOCUMENTS_PER_READ) if count < targets[shard] else None
+                texts = reader.take(documents_per_read) if count < targets[shard] else None
 
 
 def _open(
-    source: Source, shards: Sequence[int], next_rows: Mapping[int, int], *, parallel: int
+    source: Source, shards: Sequence[int], next_rows: Mapping[int, int], *, parallel: int, documents_per_read: int
 ) -> Iterator[tuple[int, Reader, pa.LargeStringArray | None]]:
     """Yields the shards in order with a reader and its first documents; opens `parallel` of them at the same time."""
 
     def open_shard(shard: int) -> tuple[int, Reader, pa.LargeStringArray | None]:
         reader = Reader(source, [ShardSlice(shard, start=next_rows[shard])])
-        return shard, reader, reader.take(_DOCUMENTS_PER_READ)
+        return shard, reader, reader.take(documents_per_read)
 
     if parallel == 1:
         yield from map(open_shard, shards)

@@ -6,6 +6,7 @@ begin with "a".
 """
 
 import ast
+import contextlib
 import dataclasses
 import functools
 import gc
@@ -31,6 +32,12 @@ _CACHED_FILES = 2048
 # The file name in the parser's warnings.
 _PARSER_FILENAME = "<docstrings>"
 _NODES_WITH_DOCSTRINGS = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+# Statements such as `if` and `try` may contain definitions: node type -> fields with statements, the last one first.
+_BLOCKS = {
+    kind: tuple(field for field in ("finalbody", "orelse", "handlers", "cases", "body") if field in kind._fields)
+    for kind in (*ast.stmt.__subclasses__(), ast.Module, ast.ExceptHandler, ast.match_case)
+    if {"body", "cases"}.intersection(kind._fields)
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,9 +102,27 @@ def read_docstrings(path: str) -> list[str]:
             code = file.read(_MAX_FILE_BYTES + 1)
         if len(code) > _MAX_FILE_BYTES:
             return []
-        module = _parse(code)
+        with _garbage_collection_disabled():
+            return _docstrings_of(ast.parse(code, filename=_PARSER_FILENAME))
     except (OSError, SyntaxError, ValueError, RecursionError, MemoryError):
         return []
+
+
+@contextlib.contextmanager
+def _garbage_collection_disabled() -> Iterator[None]:
+    """A syntax tree has many objects and no cycles: collections while it exists would take half of the time."""
+    # Other people's code has invalid escapes in strings. The filter stays, because `catch_warnings` is not thread-safe.
+    warnings.filterwarnings("ignore", module=_PARSER_FILENAME)
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def _docstrings_of(module: ast.Module) -> list[str]:
     docstrings = []
     nodes: list[ast.AST] = [module]
     while nodes:
@@ -106,25 +131,9 @@ def read_docstrings(path: str) -> list[str]:
             text = _docstring(node)
             if len(text) >= _MIN_CHARACTERS:
                 docstrings.append(text)
-        # Statements such as `if` and `try` may contain definitions, expressions never do.
-        for field in ("finalbody", "orelse", "handlers", "cases", "body"):
-            children = getattr(node, field, None)
-            if isinstance(children, list):
-                nodes.extend(reversed(children))
+        for field in _BLOCKS[type(node)]:
+            nodes.extend(child for child in reversed(getattr(node, field)) if type(child) in _BLOCKS)
     return docstrings
-
-
-def _parse(code: bytes) -> ast.Module:
-    """Calls `ast.parse` without warnings, and without garbage collection, which would take half of the time."""
-    # Other people's code has invalid escapes in strings. The filter stays, because `catch_warnings` is not thread-safe.
-    warnings.filterwarnings("ignore", module=_PARSER_FILENAME)
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        return ast.parse(code, filename=_PARSER_FILENAME)
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 def _docstring(node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) -> str:
