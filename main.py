@@ -21,7 +21,7 @@ key. Rerun the same command to resume after an interruption. Other modes:
 
 show_data, export, fill_mask and report run on the CPU; set JAX_PLATFORMS=cuda or tpu to run fill_mask elsewhere.
 probe, score and embed take --model=DIR_OR_HUB_NAME instead of --workdir, too. Exit codes: 0 done; 2 an error that one
-line explains; 75 stopped by a signal, checkpoint saved; 130 stopped at once; 141 stdout was closed (SIGPIPE); anything
+line explains; 75 stopped on request, checkpoint saved; 130 stopped at once; 141 stdout was closed (SIGPIPE); anything
 else is a failure. Examples:
 
     python main.py --mode=check --config=configs/roberta_base.py --workdir=runs/base --topology=v3-8
@@ -47,14 +47,15 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 # gs:// paths without TensorFlow: mlm/run/gcs.py explains why.
 os.environ.setdefault("EPATH_USE_TF", "0")
-# The second start of a run compiles nothing. jax's own limit, one second, would leave out some eighty small programs.
+# Compiled programs are cached, so a second start compiles nothing. jax caches only those that take a second to compile,
+# which would leave out about eighty small programs.
 os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR",
     os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "mlm", "jax"),
 )
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 # Otherwise a resumed run differs in the last digits on a GPU, where cuDNN's gradient of attention has no fixed order of
-# summation. The user's own flags come last and win.
+# summation. The user's own flags come last and take precedence.
 os.environ["XLA_FLAGS"] = "--xla_gpu_exclude_nondeterministic_ops=true " + os.environ.get("XLA_FLAGS", "")
 
 from absl import app, flags
@@ -168,6 +169,10 @@ def main(argv: list[str]) -> None:
     mode = MODES[FLAGS.mode]
     if len(argv) > 1 and "arguments" not in mode.options:
         raise UserError(f"{argv[1]}: is not a flag; write flags as --NAME=VALUE")
+    for option in sorted({option for other in MODES.values() for option in other.options} - set(mode.options)):
+        if option in FLAGS and FLAGS[option].present:
+            users = ", ".join(name for name, other in MODES.items() if option in other.options)
+            raise UserError(f"--{option}: is for --mode={users}; --mode={FLAGS.mode} does not use it")
     workdirs = FLAGS.workdir or []
     has_model = mode.workdirs == "model" and FLAGS.model is not None
     if has_model and (workdirs or FLAGS.step is not None):

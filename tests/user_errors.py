@@ -115,6 +115,14 @@ COMMAND_LINE = [
         "--workdir: was given 2 times; only --mode=report takes several runs",
     ),
     (
+        (QUICKSTART, "--workdir={world}/x", "--topology=v3-8"),
+        "--topology: is for --mode=check; --mode=train does not use it",
+    ),
+    (
+        ("--mode=fill_mask", "--model=roberta-base", "A <mask>."),
+        "--model: is for --mode=probe, score, embed; --mode=fill_mask does not use it",
+    ),
+    (
         (QUICKSTART, "--mode=train_tokenizer"),
         "--output: missing; --mode=train_tokenizer needs it, such as --output=tokenizers/mine",
     ),
@@ -774,6 +782,7 @@ ELSEWHERE = {
         "--output={}: is not a file of results; name another with --output": "tests/test_probe.py::test_outputs_that_are_refused",
     },
     "main.py": {
+        "--{}: is for --mode={}; --mode={} does not use it": "tests/test_user_errors.py::test_command_line",
         "--workdir: was given {} times; only --mode=report takes several runs": "tests/test_user_errors.py::test_command_line",
     },
     "mlm/data/sources/files.py": {

@@ -43,7 +43,7 @@ class Interval:
 
 
 class MetricsAccumulator:
-    """Adds up metrics and timings. Its state is saved with every checkpoint, so a resumed run logs the same lines.
+    """Accumulates metrics and timings. Its state is in every checkpoint, so a resumed run logs the same lines.
 
     Attributes:
       interval: sums since the last log line.
@@ -140,8 +140,13 @@ class MetricsAccumulator:
         pauses = self.interval.pause_seconds
         pauses[name] = pauses.get(name, 0.0) + seconds
 
+    @property
+    def has_scalars(self) -> bool:
+        """Whether there are metrics: none before the first step of an interval, or after a resume."""
+        return self._newest is not None and self.interval.steps > 0
+
     def scalars(self) -> dict[str, float]:
-        """Returns the metrics of the interval, which has at least one step."""
+        """Returns the metrics of the interval. Call only if `has_scalars`."""
         assert self._newest is not None
         metrics, batch = self._newest
         interval, seconds = self.interval, max(self.interval.seconds, 1e-9)

@@ -75,7 +75,7 @@ class Reporter:
         self._step = step
         self._stage: str | None = None
         self._pending: tuple[int, TrainMetrics, Batch] | None = None
-        # Both start with the first step: before it is dispatched the loop compiles.
+        # The clock and the wait time start with the first step, because the loop compiles before it.
         self._clock: float | None = None
         self._wait_seconds = 0.0
         self._logged: dict[str, float] = {}  # The scalars of the last log line.
@@ -234,9 +234,11 @@ class Reporter:
         if not self._live.enabled:
             return
         text = ""
-        if self._clock is not None:
-            is_long = self.accumulator.interval.seconds > _MIN_RATE_WINDOW_SECONDS
-            scalars = self.accumulator.scalars() if is_long or not self._logged else self._logged
+        scalars = self._logged
+        is_long = self.accumulator.interval.seconds > _MIN_RATE_WINDOW_SECONDS
+        if self.accumulator.has_scalars and (is_long or not scalars):
+            scalars = self.accumulator.scalars()
+        if scalars:
             text = live_text(scalars, **self._outlook(scalars))
         self._live.show(self._step, text, activity=activity)
 
