@@ -2,9 +2,9 @@
 
 - A new key: add it to `ADDED_KEYS` with the value that reproduces the behavior of the code without the key. That value
   and the default in `default.py`, which new runs get, may differ. Entries stay forever.
-- A renamed key: add it to `RENAMED_KEYS`. Where the old name is in these tables already, write the new one there.
+- A renamed key: add it to `RENAMED_KEYS`. If one of these tables has the old name, replace it with the new one.
 - A removed key: add it to `REMOVED_KEYS` with the value whose behavior the code still has. Runs with that value resume;
-  others are refused with the name of the key. Delete it from the other tables.
+  others end with an error that names the key. Delete it from the other tables.
 
 `tests/test_formats.py` resumes a stored run of format version 1, and fails if a key is missing here.
 """

@@ -40,8 +40,9 @@ def get_config() -> ConfigDict:
     config.max_hours = 0.0
     # Parts of the run in which some keys have other values: a list such as ({"name": "pretrain", "steps": 0.9},
     # {"name": "extend", "steps": 0.1, "data.max_seq_length": 512, "per_device_train_batch_size": 32}). "steps" is a
-    # number of steps, a fraction of the run, or a string such as "3e9 tokens"; one stage may leave it out and has the
-    # rest. A key keeps its value in later stages. docs/config.md lists the keys. Empty: the same values in all steps.
+    # number of steps, a fraction of the run, or a string such as "3e9 tokens"; one stage may omit it and gets the
+    # remaining steps. A key keeps its value in later stages. docs/config.md lists the keys that a stage may set.
+    # Empty: the same values in all steps.
     config.stages = ()
 
     config.data = data = ConfigDict()
@@ -62,14 +63,14 @@ def get_config() -> ConfigDict:
     # number of sequences. The dict may set dataset_name, dataset_config_name, data_files, eval_data_files, split and
     # text_column_name for this source. Empty: one source, given by the keys above.
     data.mixture = ()
-    # Split of a named dataset to train on. "train" is what nearly every dataset on the hub calls it.
+    # Split of a named dataset to train on. "train" is its name in nearly every dataset on the hub.
     data.split = "train"
     # Column that holds the text. Plain text files have one column, named "text".
     data.text_column_name = "text"
     # Sequence length in tokens, including the begin and end tokens. 128 as in the reference run.
     data.max_seq_length = 128
     # How documents become sequences. "concatenate": joined with an end token between them and cut every max_seq_length
-    # tokens, so that no token is lost or padding (what the reference script does, hence the default). "isolate": cut
+    # tokens; no token is dropped or padding (what the reference script does, hence the default). "isolate": cut
     # the same way, but attention and position ids do not cross document boundaries. "pad": one document per sequence,
     # truncated or padded (the script's pad_to_max_length). "pad_lines": one line per sequence (its line_by_line).
     # "best_fit": like "isolate", but a document is cut only if it is longer than a sequence; 0.1 % is padding.
@@ -82,18 +83,18 @@ def get_config() -> ConfigDict:
     data.first_shuffle_buffer_size = 0
     # Shuffle-window size in bytes: a window of large documents ends early. 64 MiB: 10,000 documents of 6 KB.
     data.shuffle_buffer_bytes = 64 << 20
-    # Longer documents of a window are cut before whitespace into pieces of this many bytes, which are shuffled like
+    # Documents longer than this many bytes are cut before whitespace into pieces, which are shuffled like
     # documents, so that one book does not fill a batch. Each piece gets a begin and an end token. Not with "pad".
     # 16 KiB: 4,000 tokens of English, more than most sequences have. 0: complete documents, as in the reference script.
     data.shuffle_piece_bytes = 16 << 10
-    # Shards (files) of which the documents of a shuffle window come, equal parts of each: neighboring documents often
-    # have one topic. Each open file takes about 5 MB of memory, and a resumed run finds its place in each.
+    # Number of shards (files) that a shuffle window reads in equal parts, because neighboring documents often share a
+    # topic. Each open file takes about 5 MB of memory, and a resumed run seeks to its position in each.
     # 1: one file after the other, as in the reference script.
     data.interleave_shards = 16
     # Sequences in the evaluation set, which are never trained on. 5,000 sequences of 128 tokens have 96,000 masked
     # tokens, enough to compare the losses of two runs.
     data.num_eval_samples = 5_000
-    # Documents of the evaluation set, and those that train a tokenizer. "spread": the first ones of up to 64 evenly
+    # Documents for the evaluation set and for training a tokenizer. "spread": the first ones of up to 64 evenly
     # spaced shards (files), because one file may have one topic only. "first": the first ones of the source, as in the
     # reference script.
     data.eval_rows = "spread"
@@ -106,15 +107,15 @@ def get_config() -> ConfigDict:
     # Seconds without any byte received after which a connection counts as broken. 30 is longer than the pauses of a
     # slow but working server.
     data.network_timeout_seconds = 30.0
-    # Shards that one process may skip in one epoch of a source before the run stops. Those that fail one after the
-    # other are counted across epochs. 0: the first failure stops the run. 8, with the deadline above: if the server is
-    # down, the run stops after about 45 minutes instead of waiting forever.
+    # Shards that one process may skip in one epoch of a source before the run stops. Consecutive failures are counted
+    # across epochs. 0: the first failure stops the run. 8, with the deadline above: if the server is down, the run
+    # stops after about 45 minutes instead of waiting forever.
     data.max_failed_shards = 8
     # Fraction of unknown tokens in the evaluation sequences above which the run stops before training, because the
     # tokenizer does not know the language. A warning is logged above 0.05.
     data.max_unknown_fraction = 0.5
-    # True: resume with a warning although the text at the checkpoint's data position has changed, as after a file was
-    # edited. False: that is an error.
+    # True: resume with a warning although the text at the checkpoint's data position has changed, for example because a
+    # file was edited. False: that is an error.
     data.accept_changed_files = False
     # Batches prepared in advance by a background thread. 16 cover the pause in which a shuffle window is read; each
     # takes a few hundred KB.
@@ -150,7 +151,7 @@ def get_config() -> ConfigDict:
     # Hub name or local directory whose config.json is copied; the weights are random. None: the family's default shape.
     model.config_name = placeholder(str)
     # Hub name or local directory, such as a run's model/, whose config.json and weights training starts from. Another
-    # vocabulary, longer sequences and missing heads are adapted as docs/models.md says. None: random weights.
+    # vocabulary, longer sequences and a missing head are handled as in docs/models.md. None: random weights.
     model.model_name_or_path = placeholder(str)
     # Dtype of the computation: "float32", or "bfloat16", which is faster on TPUs and GPUs. Parameters, reductions and
     # the optimizer are float32 either way. "float32" as in the reference run.
@@ -158,15 +159,15 @@ def get_config() -> ConfigDict:
     # Attention implementation: "plain"; "xla" or "cudnn" of jax.nn.dot_product_attention, the latter a flash kernel for
     # NVIDIA GPUs and bfloat16; "splash", jax's flash kernel for TPUs; or "auto": "cudnn" on GPUs in bfloat16, "splash"
     # on TPUs for sequences of 1,024 tokens or more, else "plain". Only "plain" has attention dropout: training uses it
-    # unless attention_probs_dropout_prob is 0. Layers with a window (ModernBERT's) are computed in blocks either way.
+    # unless attention_probs_dropout_prob is 0. Local attention (ModernBERT) is computed in blocks either way.
     model.attention = "auto"
     # What the backward pass recomputes instead of reading it from memory: "none"; "dots", the feed-forward activations,
     # which saves memory and bandwidth; "full", all of a layer, which saves the most memory and costs another forward
     # pass; or "auto": "none" on CPUs, where computing costs more than memory, else "dots".
     model.remat = "auto"
-    # Fields of the model's Hugging Face config to change, by their names there. None, the default of all: the value of
-    # the copied config or of the family. Without a copied config, vocab_size and the ids of special tokens are the
-    # tokenizer's. A field that the family does not have is an error.
+    # Fields of the model's Hugging Face config to override, with the same names. None, the default of each: the value
+    # in the copied config, or the family's default. Without a copied config, vocab_size and the ids of special tokens
+    # come from the tokenizer. A field that the family does not have is an error.
     model.overrides = overrides = ConfigDict()
     # Vocabulary size in tokens.
     overrides.vocab_size = placeholder(int)
@@ -224,9 +225,9 @@ def get_config() -> ConfigDict:
     overrides.tie_word_embeddings = placeholder(bool)
 
     config.masking = masking = ConfigDict()
-    # What is chosen to be predicted: "token", single tokens; "whole_word", all tokens of a word; or "span", up to 10
-    # words in a row, as in SpanBERT. The last two need word boundaries from the tokenizer, which then is the slower
-    # backend "tokenizers". "token" as in BERT.
+    # Unit of masking: "token", single tokens; "whole_word", all tokens of a word; or "span", up to 10 words in a row,
+    # as in SpanBERT. The last two need word boundaries, for which the tokenizer uses the slower backend "tokenizers".
+    # "token" as in BERT.
     masking.strategy = "token"
     # Probability that a token is predicted in training; special tokens and padding never are. A pair such as
     # (0.3, 0.15) changes it linearly from the first to the last step. 0.15 as in BERT; 0.3 learns faster.
@@ -235,19 +236,19 @@ def get_config() -> ConfigDict:
     masking.mask_replace_prob = 0.8
     # Probability that a predicted token is replaced by a random token; the rest stay unchanged. 0.1 as in BERT.
     masking.random_replace_prob = 0.1
-    # The same for the evaluation sequences, whose masks never change. They do not follow the values of training, so
-    # that losses of different recipes can be compared. None: the value of training.
+    # The same for the evaluation sequences, whose masks never change. They are independent of the training values, so
+    # that losses of different recipes can be compared. None: the training value.
     masking.eval_strategy = "token"
     masking.eval_mlm_probability = 0.15
     masking.eval_mask_replace_prob = 0.8
     masking.eval_random_replace_prob = 0.1
 
     config.loss = loss = ConfigDict()
-    # Weight of the squared logarithm of the softmax's normalizer in the training loss, which keeps logits from growing.
-    # Reported losses leave it out. 0: none; 1e-4 is usual.
+    # Weight of the squared log-normalizer of the softmax in the training loss, which keeps logits from growing.
+    # Reported losses exclude it. 0: none; 1e-4 is usual.
     loss.z_loss = 0.0
-    # Part of the label's probability that is spread over the vocabulary in the training loss. Reported losses leave it
-    # out. 0: none.
+    # Fraction of the label's probability that is spread over the vocabulary in the training loss. Reported losses
+    # exclude it. 0: none.
     loss.label_smoothing = 0.0
 
     config.optimizer = optimizer = ConfigDict()
@@ -255,14 +256,14 @@ def get_config() -> ConfigDict:
     # AdamW; "stable_adamw", AdamW whose updates are clipped by their RMS; "lamb", for very large batches; "lion"; or
     # "adafactor", which saves memory. docs/recipes.md compares them. "adamw" as in the reference script.
     optimizer.name = "adamw"
-    # Peak learning rate. 5e-5 as in the reference script: right for continued pre-training; use 1e-4 to 1e-3 from
-    # scratch with adamw, 0.01 to 0.05 with muon, a third to a tenth of adamw's with lion.
+    # Peak learning rate. 5e-5 as in the reference script: right for continued pre-training. From scratch, use 1e-4 to
+    # 1e-3 with adamw, 0.01 to 0.05 with muon, a third to a tenth of adamw's with lion.
     optimizer.learning_rate = 5e-5
     # muon: peak learning rate of the parameters that AdamW updates: embeddings, head, norms and biases. None: 3e-4.
     optimizer.adam_learning_rate = placeholder(float)
     # Warm-up, over which the learning rate rises linearly from 0 to its peak: a number of steps, a fraction of the run
     # such as 0.06, or a string such as "3e9 tokens". 0 as in the reference script: no warm-up; use 1 % to 10 % of the
-    # steps from scratch.
+    # steps when training from scratch.
     optimizer.warmup_steps = FieldReference(0, field_type=object)
     # Learning rate after the warm-up: "linear" or "cosine" decay until num_train_steps, "constant", "inverse_sqrt", or
     # "wsd": constant, then a decay over the last decay_steps. "linear" as in the reference script.
@@ -284,9 +285,9 @@ def get_config() -> ConfigDict:
     # adamw, stable_adamw, lamb, muon: added to the square root of the second moment. None: 1e-8, as in the reference
     # script; 1e-6 for stable_adamw and lamb.
     optimizer.adam_epsilon = placeholder(float)
-    # muon: decay rate of the sum of gradients. None: 0.95.
+    # muon: momentum, the decay rate of the sum of gradients. None: 0.95.
     optimizer.muon_momentum = placeholder(float)
-    # muon: iterations of Newton-Schulz, which orthogonalizes. None: 5.
+    # muon: Newton-Schulz iterations, which orthogonalize the updates. None: 5.
     optimizer.muon_iterations = placeholder(int)
     # muon: factor of an orthogonalized update, "spectral": sqrt(max(1, outputs / inputs)), or "rms":
     # 0.2 sqrt(max(outputs, inputs)), which makes its RMS that of AdamW's updates, so that AdamW's learning rate and
@@ -301,12 +302,12 @@ def get_config() -> ConfigDict:
     # Decoupled weight decay, multiplied by the learning rate. Biases and norm scales are not decayed. 0 as in the
     # reference script; 0.01 is usual.
     optimizer.weight_decay = 0.0
-    # Factor of the learning rate from each layer to the one below it: the head has the full rate, the last layer
-    # layer_decay of it, and the embeddings the least. 1: the same rate everywhere; use 0.8 to 0.95 to continue from a
-    # published model.
+    # Layer-wise learning-rate decay, the factor from each layer to the one below it: the head has the full rate, the
+    # last layer layer_decay of it, and the embeddings the least. 1: the same rate everywhere; use 0.8 to 0.95 to
+    # continue from a published model.
     optimizer.layer_decay = 1.0
-    # Decay rate of an exponential moving average of the parameters, which is then what is evaluated and exported; the
-    # average costs memory for one more copy. 0: no average; 0.999 is usual.
+    # Decay rate of an exponential moving average of the parameters, which is evaluated and exported in their place. It
+    # costs memory for one more copy. 0: no average; 0.999 is usual.
     optimizer.ema_decay = 0.0
     # Largest global gradient norm; larger gradients are scaled down to it. 0: no clipping, since the reference script
     # ignores its flag; 1.0 is usual.
@@ -336,20 +337,20 @@ def get_config() -> ConfigDict:
     # WORKDIR or WORKDIR@STEP: start a new run from a checkpoint of that run, by default the newest one. The run there
     # is only read, and may be in progress. None: start with new weights, or those of model.model_name_or_path.
     checkpoint.init_from = placeholder(str)
-    # "branch": continue its steps, optimizer, schedule and data position, such as for a decay of the learning rate.
-    # "restart": take parameters and optimizer state, and begin at step 0. None: "branch" where init_from is set.
+    # "branch": continue its steps, optimizer, schedule and data position, for example to decay the learning rate.
+    # "restart": take parameters and optimizer state, and begin at step 0. None: "branch" if init_from is set.
     checkpoint.init_mode = placeholder(str)
 
     config.export = export = ConfigDict()
     # Dtype of the weights in `model/`: "float32" (as trained), "bfloat16" or "float16" (half the size).
     export.dtype = "float32"
-    # True: add the files with which sentence-transformers loads `model/`; its vector of a text is the mean over its
-    # tokens. Off: only that library reads them.
+    # True: add the files with which sentence-transformers loads `model/`; the vector of a text is the mean over its
+    # tokens. False, because only that library reads them.
     export.sentence_transformers = False
 
     config.hub = hub = ConfigDict()
-    # Upload `model/` and the TensorBoard files to the Hugging Face hub after every evaluation, in the background. Off:
-    # it needs a token.
+    # Upload `model/` and the TensorBoard files to the Hugging Face hub after every evaluation, in the background.
+    # False, because it needs a token.
     hub.push_to_hub = False
     # Repository on the hub, "name" or "owner/name". None: the name of the work directory.
     hub.hub_model_id = placeholder(str)
@@ -368,7 +369,7 @@ def get_config() -> ConfigDict:
 
     config.report = report = ConfigDict()
     # Example sentences that the model fills in after every evaluation. Each contains "<mask>", which stands for the
-    # mask token of whatever tokenizer is used. Set your own for other languages: --config.report.sentences="('Die
+    # tokenizer's own mask token. Set your own for other languages: --config.report.sentences="('Die
     # <mask> ist da.',)".
     report.sentences = (
         "The capital of France is <mask>.",

@@ -3,12 +3,12 @@
 Command:   python main.py --config=configs/encoder_base.py --workdir=runs/encoder_base
 Hardware:  TPU v3-8 (8 cores x 128 sequences x 128 tokens = 131,072 tokens per step), or 8 GPUs
 Time:      about 1.5 hours, if it reaches 40 % of the peak rate (9.8e17 FLOP for the model, 5 % more for Muon)
-Expected:  not known: it was neither trained nor compiled for a TPU yet
+Expected:  not known: neither trained nor compiled for a TPU yet
 
-ModernBERT's layers; attention within documents; masks of 30 % falling to 15 %; Muon with updates as large as AdamW's,
-so that its learning rate can be one of AdamW's; warm-up, a constant rate, then a decay over the last tenth, which has
-sequences of 512 tokens. The quickstart has the same parts at a small size, and docs/recipes.md shows what each is worth
-there.
+ModernBERT's layers; attention within documents; 30 % of the tokens masked, falling to 15 %; Muon with updates scaled to
+AdamW's, so that it can use AdamW's learning rates; warm-up, a constant rate, then a decay over the last tenth, which
+has sequences of 512 tokens. The quickstart has the same parts at a small size, and docs/recipes.md shows how much each
+contributes there.
 """
 
 from ml_collections import ConfigDict

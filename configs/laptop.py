@@ -6,8 +6,8 @@ Hardware:  two or more CPU cores, 4 GiB of memory
 Time:      about an hour on two cores
 Expected:  not run to its end yet
 
-The quickstart's recipe with twelve times its compute, of which model and text get about equal parts: twice the layers,
-one and a half times the width, sequences of 128 tokens, twice the vocabulary.
+The quickstart's recipe with twelve times its compute, divided about equally between a larger model and more text: twice
+the layers, one and a half times the width, sequences of 128 tokens, twice the vocabulary.
 """
 
 from ml_collections import ConfigDict
@@ -36,7 +36,7 @@ def get_config() -> ConfigDict:
         global_attn_every_n_layers=4,
     )
 
-    # The quickstart's 0.05 at a width of 128, for the same variance of the activations.
+    # The quickstart uses 0.05 at a width of 128; this keeps the variance of the activations.
     config.model.overrides.initializer_range = 0.04
     config.optimizer.warmup_steps = 200
     return config

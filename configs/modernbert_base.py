@@ -14,8 +14,8 @@ The recipe is from Warner et al., arXiv:2412.13663, table 3. All stages: 30 % ma
 - extend: 250 billion tokens, 576 sequences of 8,192 tokens; learning rate 3e-4; RoPE base 160,000 in global layers.
 - decay: 50 billion tokens, 1-sqrt decay of the learning rate to a thousandth.
 
-Differences: the ramp has five steps, while the paper's batch grows continuously; the same text in all stages, since the
-paper's is not published. The number of steps supposes 8 GPUs; the first stage gets what the others leave.
+Differences: the ramp has five steps, while the paper's batch grows continuously; the text is the same in all stages,
+since the paper's is not published. The number of steps assumes 8 GPUs; "pretrain" gets the steps that the others leave.
 """
 
 from ml_collections import ConfigDict

@@ -41,7 +41,7 @@ def get_config() -> ConfigDict:
 
     # The tokenizer and the model config of an existing model, as in the reference command; weights are random. Both
     # also take a local directory. Without a network, set both to None: a tokenizer is trained, and the family's
-    # defaults hold.
+    # defaults are used.
     config.tokenizer.tokenizer_name = "FacebookAI/roberta-base"
     config.model.model_type = "roberta"
     config.model.config_name = "FacebookAI/roberta-base"

@@ -13,11 +13,11 @@ Read these first; they explain how the trainer works:
 
 Around them:
 
-    settings    one frozen dataclass per config group, RunSettings across groups: every check without device or file
-    stages      the stages of a run: their borders in steps, and the settings that hold in each
+    settings    one frozen dataclass per config group, RunSettings for all: every check that needs no device or file
+    stages      the stages of a run: their borders in steps, and the settings of each
     build       settings -> the components of a run
     startup     components -> a run that is ready for its next step: work directory, restored state, batches
-    load        models from checkpoints, exported directories and the hub
+    load        loads models from checkpoints, exported directories and the hub
     init_from   a new run that starts from a checkpoint of another one
     eval_settings  the group `eval` of the settings
     downstream/  labelled tasks, features of every layer, linear probes, scores of sentences
@@ -31,7 +31,7 @@ Around them:
       stream        one source: shuffle windows, held-out documents, exact resume
       shard_assignment  which process reads which shards, also when the number of processes changes
       pieces        long documents cut at whitespace
-      reader        a process's shards as chunks of text, without those that failed
+      reader        a process's shards as chunks of text; skips shards that fail
       mixture       batches of one source or several;  held_out  evaluation sequences
       spread        the documents read before training, from shards in all parts of a source
       tokenizer     a column of strings -> ids and offsets;  train_tokenizer  BPE, WordPiece, Unigram

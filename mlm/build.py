@@ -1,6 +1,6 @@
 """From settings to the components of a run: model, masking, optimizer, tokenizer and text.
 
-Everything that a user can get wrong in them is found here, before anything is compiled; nothing is written here.
+User errors in any of them are reported here, before anything is compiled. Nothing is written here.
 """
 
 import contextlib
@@ -54,7 +54,7 @@ class Components:
       pretrained: the weights to start from; None for random ones.
       stages: the stages of the run.
 
-    Step config and encoder are those of the first stage, or of the one given to `for_stage`.
+    Step config and encoder are for the first stage, or for the stage given to `for_stage`.
     """
 
     step_config: StepConfig
@@ -66,7 +66,7 @@ class Components:
     stages: tuple[Stage, ...]
 
     def with_stages(self, stages: tuple[Stage, ...]) -> "Components":
-        """Returns the same components for stages with other borders, batch sizes or schedules; those of the first."""
+        """Returns the components for the same stages with other borders, batch sizes or schedules, at the first one."""
         stream = _open_batches(stages, self.text)
         return dataclasses.replace(self, stream=stream, stages=stages).for_stage(stages[0])
 
@@ -93,9 +93,9 @@ def build(settings: RunSettings, workdir: WorkDir, *, parent_tokenizer: str | No
     """Builds the components, cheap checks first.
 
     Args:
-      settings: those of the run.
+      settings: the run's settings.
       workdir: its work directory.
-      parent_tokenizer: directory of the tokenizer of the run that a new run starts from.
+      parent_tokenizer: directory of the parent's tokenizer, if the run starts from another run's checkpoint.
 
     Raises:
       UserError: config, data, tokenizer and model do not fit together, or one of them is missing.
@@ -165,7 +165,7 @@ def _step_config(stage: Stage, encoder: EncoderConfig, tokenizer: Tokenizer) -> 
 
 
 def _open_batches(stages: Sequence[Stage], text: TextPipeline) -> BatchStream:
-    """Opens the training batches of this process; for per_device_train_batch_size=0, of one row per device."""
+    """Opens the training batches of this process; for per_device_train_batch_size=0, with one row per device."""
     local_devices = jax.local_device_count()
     return text.batches(
         process_index=jax.process_index(),
@@ -176,7 +176,7 @@ def _open_batches(stages: Sequence[Stage], text: TextPipeline) -> BatchStream:
 
 
 def batch_shape(stage: Stage, *, batch_rows: int) -> BatchShape:
-    """Returns the batches of a stage in one process."""
+    """Returns the shape of a stage's batches in one process."""
     data = stage.settings.data
     return BatchShape(stage.start, batch_rows, data.max_seq_length, source_weights(data))
 
@@ -209,7 +209,7 @@ def open_masking(settings: RunSettings, tokenizer: Tokenizer) -> MaskingSpec:
         mask_replace_prob=masking.mask_replace_prob,
         random_replace_prob=masking.random_replace_prob,
         mask_id=tokenizer.mask_id,
-        # Ids that no token has cannot replace one.
+        # Unused ids must not be drawn as random tokens.
         special_ids=tuple(sorted({*tokenizer.special_ids, *tokenizer.unused_ids})),
         num_ids=tokenizer.num_ids,
         strategy=masking.strategy,
@@ -230,14 +230,14 @@ def open_eval_masking(settings: RunSettings, tokenizer: Tokenizer) -> MaskingSpe
 
 
 def open_mask_rate(stage: Stage) -> optax.Schedule | None:
-    """Returns the fraction of predicted tokens by the number of steps done; None if it is constant."""
+    """Returns the fraction of predicted tokens as a function of the steps done; None if it is constant."""
     first, last = stage.settings.masking.mlm_probabilities
     steps = max(1, stage.mask_end - stage.mask_start - 1)
     return None if first == last else optax.linear_schedule(first, last, steps, transition_begin=stage.mask_start)
 
 
 def open_hub(settings: RunSettings, workdir: WorkDir) -> Hub | None:
-    """Returns the repository to push to, created if needed; None on other processes than the first, or without one."""
+    """Returns the repository to push to, created if needed; None without one, and on all processes but the first."""
     if not settings.hub.push_to_hub or jax.process_index() > 0:
         return None
     return Hub(
@@ -250,7 +250,7 @@ def open_hub(settings: RunSettings, workdir: WorkDir) -> Hub | None:
 
 
 def push_finished_model(settings: RunSettings, workdir: WorkDir, *, step: int) -> None:
-    """Pushes the model of a finished run and waits for it, if it is to be pushed and has not been."""
+    """Pushes the model of a finished run and waits, if the run pushes to the hub and this has not been done."""
     if settings.hub.push_to_hub and not is_pushed(workdir.path, name=_hub_name(settings, workdir), step=step):
         hub = open_hub(settings, workdir)
         if hub is not None:
@@ -261,7 +261,7 @@ def push_finished_model(settings: RunSettings, workdir: WorkDir, *, step: int) -
 
 
 def check_hub(settings: RunSettings, workdir: WorkDir) -> None:
-    """Raises UserError unless the run may push to the hub, if it is to."""
+    """Raises UserError if the run pushes to the hub, but the token does not allow it or cannot be checked."""
     if settings.hub.push_to_hub:
         check_token(_hub_name(settings, workdir), retry_policy=pipeline.retry_policy(settings.data))
 
@@ -319,7 +319,7 @@ def _check_positions(settings: RunSettings, encoder: EncoderConfig) -> None:
 
 
 def load_model(settings: RunSettings) -> tuple[EncoderConfig | None, PretrainedWeights | None]:
-    """The config to copy and the weights to start from, where they are asked for."""
+    """Loads the config to copy and the weights to start from; None for those that the settings do not name."""
     model = settings.model
     if model.model_name_or_path:
         checkpoint = pretrained.load_weights(model.model_name_or_path, cache_dir=settings.data.cache_dir)

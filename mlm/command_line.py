@@ -133,7 +133,7 @@ def _declared_type(key: str) -> type | None:
 
 
 def read_config(config: Any, path: str | None) -> RunSettings:
-    """Returns the settings of what the config file's get_config() returned."""
+    """Converts the return value of the config file's get_config() to settings."""
     if not isinstance(config, ConfigDict):
         kind = type(config).__name__
         raise UserError(

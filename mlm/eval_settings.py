@@ -29,7 +29,7 @@ def _named_files(key: str, value: Any) -> tuple[tuple[str, str], ...]:
         raise UserError(f"{key}={value!r}: must be pairs of a name and a file, such as (('topics', 'topics.jsonl'),)")
     names = [name for name, _ in value]
     for name in names:
-        # The names of metrics have slashes, and model cards are tables.
+        # Names become parts of metric names, which have slashes, and cells of tables in model cards.
         if not re.fullmatch(r"[\w.-]+", name):
             raise UserError(f"{key}={value!r}: the name {name!r} may have letters, digits and _.- only; rename it")
         if names.count(name) > 1:

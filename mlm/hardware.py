@@ -17,9 +17,9 @@ class Device:
       memory_bytes: memory of the device.
       peak_flops: peak bfloat16 FLOP/s, without sparsity.
       bandwidth: peak memory bandwidth, bytes/s.
-      devices_per_host: devices of a machine that is one host.
-      devices_per_pod_host: devices per host of a machine of several hosts, where that differs.
-      units_per_device: what a machine's name counts per device: names of v4 and v5p machines count cores.
+      devices_per_host: devices of a single-host machine.
+      devices_per_pod_host: devices per host of a multi-host machine, where that differs.
+      units_per_device: units per device in a machine's name: names of v4 and v5p machines count cores.
       topology: libtpu's name for (part of) one host, to compile for it without a TPU; None for GPUs.
     """
 

@@ -24,7 +24,7 @@ from mlm.settings import RunSettings
 from mlm.stages import begun, check_branch, may_change
 from mlm.steps import TrainState, UpdateStats
 
-# How the model is computed, not what it is.
+# Keys for how the model is computed, which do not change the model.
 _EXECUTION_KEYS = ("model.dtype", "model.attention", "model.remat", "tokenizer.backend")
 
 
@@ -73,13 +73,13 @@ def open_parent(
     """Finds the checkpoint that a run starts from; every process must call it.
 
     Args:
-      settings: those of the run, as `WorkDir.resume` returns them.
+      settings: the run's settings, as `WorkDir.resume` returns them.
       workdir: the run's work directory.
       key_changes: how config keys have changed since earlier versions.
 
     Returns:
-      The settings, for a branch completed with what its parent has decided; and the parent, None for a run without one
-      or with a checkpoint of its own.
+      The settings, for a branch completed with what its parent has decided; and the parent, None for a run that has no
+      parent or that has a checkpoint of its own.
 
     Raises:
       UserError: there is no such checkpoint, or its run has another config.
@@ -89,7 +89,7 @@ def open_parent(
     with Checkpointer(workdir.storage, keep_checkpoints=1) as checkpointer:
         if checkpointer.steps():
             return settings, None
-    # Of a start that was killed before its first checkpoint.
+    # Left by a start that was killed before its first checkpoint.
     recorded = workdir.read_parent()
     return _find_parent(settings, recorded["step"] if recorded else None, key_changes=key_changes)
 
@@ -142,8 +142,11 @@ def split_step(name: str) -> tuple[str, int | None]:
 
 
 def check_overwrite(settings: RunSettings, workdir: WorkDir, *, key_changes: KeyChanges | None) -> None:
-    """Raises UserError, before anything is renamed, if --overwrite would rename the run to start from, or if the new
-    run cannot start from it; every process must call it."""
+    """Checks that a run can start from its parent before --overwrite renames anything; every process must call it.
+
+    Raises:
+      UserError: --overwrite would rename the parent, or the new run cannot start from it.
+    """
     name = settings.checkpoint.init_from
     if name:
         path, _ = split_step(name)
@@ -156,7 +159,7 @@ def check_overwrite(settings: RunSettings, workdir: WorkDir, *, key_changes: Key
 
 
 def _check_config(settings: RunSettings, parent: WorkDir, *, name: str, mode: str) -> None:
-    """Raises UserError if a key differs from the parent's that must not."""
+    """Raises UserError if a key that must not change differs from the parent's."""
     changes = parent.changes(settings)
     for_restart = {key: pair for key, pair in changes.items() if _is_fixed(key, *pair)}
     differing = for_restart
@@ -182,7 +185,7 @@ def _is_fixed(key: str, there: Any, here: Any) -> bool:
 
 
 def restart(state: TrainState) -> TrainState:
-    """Returns a state at step 0 with the parameters and the optimizer's moments of another.
+    """Returns a state at step 0 with the parameters and the optimizer's moments of another state.
 
     The schedule and the statistics of steps begin again. The step counts that belong to the moments stay, such as
     those of Adam's bias correction, which is for moments that begin at 0.

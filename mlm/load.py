@@ -46,7 +46,7 @@ class LoadedModel:
 
     @property
     def max_tokens(self) -> int:
-        """The length that texts are cut to: at most that of training, even where the model has more positions."""
+        """The length that texts are cut to: at most the training length, even if the model has more positions."""
         return self.tokenizer.max_tokens(self.encoder.max_seq_length)
 
 
@@ -56,7 +56,7 @@ def load_any(
     """Loads the model of a run, or a published one.
 
     Args:
-      settings: those of the run.
+      settings: the run's settings.
       workdir_path: its work directory; None with `model`.
       model: a model directory or a name on the hub.
       step: the run's checkpoint; None for the model in `model/`.
@@ -112,7 +112,7 @@ def load_checkpoint(settings: RunSettings, workdir: WorkDir, *, step: int | None
     """Loads a checkpoint, or the mean of the parameters of several.
 
     Args:
-      settings: those of the run.
+      settings: the run's settings.
       workdir: its work directory.
       step: the last checkpoint to use; None for the newest.
       average: number of checkpoints to average.
@@ -156,7 +156,7 @@ def load_checkpoint(settings: RunSettings, workdir: WorkDir, *, step: int | None
     tokenizer = load_tokenizer(workdir.tokenizer)
     path = os.path.join(workdir.model, "config.json")
     stage = stage_at(recorded(settings, workdir.last_stages()), steps[-1]).settings
-    # The exported model may be of another stage.
+    # The exported model may be from another stage.
     is_exported = os.path.exists(path) and len({other.model for other in settings_of_stages(settings)}) == 1
     encoder = _read_encoder(path) if is_exported else build.open_encoder(stage, tokenizer)
     params = jax.tree.map(lambda leaf: leaf.astype(np.float32), mean)

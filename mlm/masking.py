@@ -92,7 +92,8 @@ class Choice(NamedTuple):
     Attributes:
       positions_K: int32, all different.
       is_predicted_K: bool, False for padding.
-      unit_K: int32 in [0, L), the word or span of each token, which is replaced as one; all different for tokens.
+      unit_K: int32 in [0, L), the word or span of each token, which is replaced as a unit; all different if the units
+        are tokens.
     """
 
     positions_K: jax.Array
@@ -111,15 +112,15 @@ def mask_tokens(
     """Masks each row independently.
 
     Of n tokens that are not special, at most floor(mlm_probability * n + u) are predicted, with u uniform in [0, 1):
-    exactly as many with the strategy "token", whose expected number is mlm_probability * n. They are never more than
-    K = ceil(mlm_probability * L): fixed shapes.
+    exactly as many with the strategy "token", whose expected number is mlm_probability * n. There are never more than
+    K = ceil(mlm_probability * L), so shapes are fixed.
 
     Args:
       tokens_BxL: int32 token ids, with the bits of `WORD_START` if the spec has them.
       rows_B: int32, number of each row, which is folded into the key.
       key: a threefry key; other kinds give different bits under `vmap`.
       spec: probabilities and ids.
-      mlm_probability: probability of this step, up to that of the spec; None for that of the spec.
+      mlm_probability: probability in this step, at most `spec.mlm_probability`; None for `spec.mlm_probability`.
 
     Returns:
       The masked batch. A row without tokens to predict has label weight 0 everywhere.
@@ -183,7 +184,7 @@ def choose_words(
 ) -> Choice:
     """Chooses words in random order until the next one would exceed the budget.
 
-    A word is a start and the tokens after it up to the next start or special token; see `choose_tokens`.
+    A word is its first token and the tokens up to the next word start or special token; see `choose_tokens`.
     """
     return _choose_units(rank_bits_L, _word_ids(starts_L, maskable_L), maskable_L, budget, max_predictions)
 
@@ -218,7 +219,7 @@ def _word_ids(starts_L: jax.Array, maskable_L: jax.Array) -> jax.Array:
 def _choose_units(
     rank_bits_L: jax.Array, unit_L: jax.Array, maskable_L: jax.Array, budget: jax.Array, max_predictions: int
 ) -> Choice:
-    """Chooses complete units, which `unit_L` numbers from 0, in the order of the random bits with a unit's number."""
+    """Chooses complete units, which `unit_L` numbers from 0, in random order: `rank_bits_L[u]` ranks unit u."""
     length = len(unit_L)
     size_U = jnp.zeros(length, jnp.int32).at[unit_L].add(maskable_L.astype(jnp.int32))
     # Empty units are at the end.

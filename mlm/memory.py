@@ -1,4 +1,4 @@
-"""Memory of a training step, as its compiler reports it, and the largest batch that fits a device.
+"""Memory of a training step, as the compiler reports it, and the largest batch that fits a device.
 
 Nothing runs, so the devices can be those of another machine: libtpu, which is on every TPU VM and comes with
 `pip install libtpu` elsewhere, compiles for TPUs without a TPU.
@@ -240,8 +240,8 @@ def _without_compilation_cache() -> Iterator[None]:
 def keep_freed_memory() -> None:
     """Makes glibc keep large blocks that are freed, instead of returning them to the system; without glibc, nothing.
 
-    On CPUs XLA allocates and frees the temporaries in every step. The system clears each page that it returns: a tenth
-    of the quickstart's CPU time.
+    On CPUs XLA allocates and frees the temporaries in every step. The system clears each page before its next use,
+    which takes a tenth of the quickstart's CPU time.
     """
     with contextlib.suppress(AttributeError):  # Another C library.
         mallopt = ctypes.CDLL(None).mallopt

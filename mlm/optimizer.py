@@ -139,15 +139,15 @@ class MuonState(NamedTuple):
 def scale_by_muon(
     *, momentum: float, iterations: int, scale: str, axis_name: str | None
 ) -> optax.GradientTransformation:
-    """Nesterov momentum, then the nearest orthogonal matrix to each update, up to a factor per singular value near 1.
+    """Nesterov momentum, then approximate orthogonalization: the singular values of each update become nearly 1.
 
-    With gradient g: m <- g + momentum * m, and the update is orthogonalized(g + momentum * m). Queries, keys and
-    values are three matrices, and so are the halves of a gated feed-forward network two. The devices along `axis_name`
-    orthogonalize equal numbers of matrices of each shape and share the results.
+    With gradient g: m <- g + momentum * m, and the update is orthogonalized(g + momentum * m). The weights of queries,
+    keys and values count as three matrices, the halves of a gated feed-forward network as two. The devices along
+    `axis_name` orthogonalize equal numbers of matrices of each shape and share the results.
 
     Args:
       momentum: decay rate.
-      iterations: of Newton-Schulz.
+      iterations: number of Newton-Schulz iterations.
       scale: "spectral" multiplies by sqrt(max(1, outputs / inputs)); "rms" by 0.2 sqrt(max(outputs, inputs)), which
         makes the RMS that of AdamW's updates (Liu et al., 2025, arXiv:2502.16982).
       axis_name: mapped axis of the devices; None if each orthogonalizes all matrices.
@@ -287,8 +287,10 @@ def scale_by_stable_adam(*, b1: float, b2: float, eps: float, weight_decay: floa
 
 
 def scale_by_layer(decay: float) -> optax.GradientTransformation:
-    """Multiplies updates by decay^(distance from the head): 1 for the head, `decay` for the last of n layers,
-    decay^n for the first one and decay^(n + 1) for the embeddings (Clark et al., 2020, arXiv:2003.10555)."""
+    """Multiplies updates by decay^(distance from the head) (Clark et al., 2020, arXiv:2003.10555).
+
+    1 for the head, `decay` for the last of n layers, decay^n for the first and decay^(n + 1) for the embeddings.
+    """
 
     def factor(path: tuple[Any, ...], num_layers: int) -> float:
         name = path[0].key

@@ -25,13 +25,13 @@ _barrier_numbers = itertools.count()
 class DataParallel:
     """Runs `step` on every device; arguments and results have a leading axis of local devices. The first call compiles.
 
-    Several processes wait for each other after compiling. Compilation may take one of them much longer than another,
-    which found the program in its cache, and processes on CPUs wait at most 30 s for each other within a step.
+    Several processes wait for each other after compiling: one may compile much longer than another, which found the
+    program in its cache, and processes on CPUs wait at most 30 s for each other within a step.
     """
 
     def __init__(self, step: Callable[..., Any], *, donate_argnums: tuple[int, ...] = ()):
         self._run: Any = jax.pmap(step, axis_name=AXIS, donate_argnums=donate_argnums)
-        self._is_compiled = jax.process_count() == 1  # `pmap` does it.
+        self._is_compiled = jax.process_count() == 1  # Then `pmap` compiles.
         self._compilation: threading.Thread | None = None
 
     def __call__(self, *args: Any) -> Any:

@@ -75,13 +75,13 @@ def keep_passed_borders(new: Borders, old: Borders, settings: OptimizerSettings,
     """Returns the borders of a run that is resumed: only those ahead of `step` move.
 
     Args:
-      new: those of the settings now.
-      old: those at the last start.
-      settings: the settings now.
+      new: borders by the current settings.
+      old: borders at the last start.
+      settings: the current settings.
       step: applied steps so far.
 
     Raises:
-      UserError: a border would move that is not ahead.
+      UserError: a border that is not ahead of `step` would move.
     """
     if 0 < old.warmup_steps <= step and new.warmup_steps != old.warmup_steps:
         if isinstance(settings.warmup_steps, int):

@@ -21,9 +21,9 @@ from mlm.models.families import FAMILIES, Family, PositionEmbedding
 
 # data.packing.
 PACKINGS = ("concatenate", "pad", "pad_lines", "isolate", "best_fit")
-# Those whose sequences may have several documents, between which there is no attention.
+# Packings whose sequences may have several documents without attention between them.
 ISOLATING = ("isolate", "best_fit")
-# Pieces of so many bytes have at least one character: data.shuffle_piece_bytes.
+# Minimum of data.shuffle_piece_bytes, so that every piece has at least one character.
 MIN_PIECE_BYTES = 8
 # data.eval_rows.
 EVAL_ROWS = ("spread", "first")
@@ -165,8 +165,8 @@ class MixtureEntry:
 
     Attributes:
       name: for metrics and messages; also its dataset_name unless `options` has one.
-      weight: its part of the sequences, relative to the sum of all weights.
-      options: the `MIXTURE_KEYS` that differ from those of the data group.
+      weight: relative number of its sequences.
+      options: the `MIXTURE_KEYS` whose values differ from the data group's.
     """
 
     name: str
@@ -273,7 +273,7 @@ class TokenizerSettings:
         _check_choice("tokenizer.algorithm", self.algorithm, ALGORITHMS)
         _check_choice("tokenizer.backend", self.backend, BACKENDS)
         _check_minimums(self, "tokenizer.", train_documents=1)
-        # Beside the special tokens there must be one that can be predicted.
+        # Besides the special tokens there must be one that can be predicted.
         _check_minimums(self, "tokenizer.", vocab_size=NUM_SPECIAL_TOKENS + 1)
 
 
@@ -519,7 +519,7 @@ class OptimizerSettings:
 
     def __post_init__(self):
         check_duration("optimizer.warmup_steps", self.warmup_steps)
-        # 1.0: all of it, such as a stage of its own.
+        # 1.0: the complete schedule, such as one that begins with a stage.
         if self.decay_steps is not None and (type(self.decay_steps), self.decay_steps) != (float, 1.0):
             check_duration("optimizer.decay_steps", self.decay_steps)
         _convert_types(self, "optimizer.", skip=("warmup_steps", "decay_steps"))

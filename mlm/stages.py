@@ -1,6 +1,6 @@
 """The stages of a run (`config.stages`): which settings hold in which steps. Imports no jax.
 
-A stage is a dict with a name, a number of steps and the keys that have other values from its first step on. A run
+A stage is a dict with a name, a number of steps and new values for some keys, which hold from its first step on. A run
 without stages is one stage. A *border* is the number of steps done when a stage ends; it counts calls of `train_step`,
 skipped ones included.
 """
@@ -51,15 +51,15 @@ _EXAMPLE = '{"name": "extend", "steps": 0.1, "data.max_seq_length": 512}'
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """Steps `start` + 1 to `end` of a run, and what holds in them.
+    """Steps `start` + 1 to `end` of a run, with their settings.
 
     Attributes:
       name: "" for a run without stages.
       start, end: the borders.
-      settings: those of the run with the values of this stage, without stages.
-      schedule_start, schedule_end: the steps between which its learning-rate schedule runs, which other stages share.
-      borders: those of that schedule, counted from `schedule_start`.
-      mask_start, mask_end: the steps between which a pair masking.mlm_probability changes.
+      settings: the run's settings with the values of this stage; `stages` is empty.
+      schedule_start, schedule_end: the steps between which its learning-rate schedule runs; stages may share one.
+      borders: the borders of that schedule, counted from `schedule_start`.
+      mask_start, mask_end: the steps between which masking.mlm_probability changes if it is a pair.
     """
 
     name: str
@@ -74,7 +74,7 @@ class Stage:
 
     @property
     def rows_per_device(self) -> int:
-        """Sequences of a step on one device; for per_device_train_batch_size=0 those of a batch of one."""
+        """Sequences of a step on one device; for per_device_train_batch_size=0 as if it were 1."""
         return _rows_per_device(self.settings)
 
     def to_json(self) -> dict[str, Any]:
@@ -84,7 +84,7 @@ class Stage:
 
 @dataclasses.dataclass(frozen=True)
 class _Entry:
-    """An entry of `config.stages`: `changes` maps keys with dots to values, `settings` are those that then hold."""
+    """An entry of `config.stages`: `changes` maps keys with dots to values, `settings` are the resulting settings."""
 
     key: str
     name: str
@@ -104,19 +104,19 @@ def check(settings: RunSettings) -> None:
 
 
 def settings_of_stages(settings: RunSettings) -> tuple[RunSettings, ...]:
-    """Returns the settings that hold in each stage, without stages; of a run without stages its own."""
+    """Returns the settings of each stage, with `stages` empty; for a run without stages its own settings."""
     return tuple(entry.settings for entry in _entries(settings))
 
 
 def resolve(
     settings: RunSettings, *, num_devices: int, earlier: Sequence[int] = (), step: int = 0
 ) -> tuple[Stage, ...]:
-    """Returns the stages of a run with their borders in steps; of a run without stages one.
+    """Returns the stages of a run with their borders in steps; one stage for a run without stages.
 
     Args:
-      settings: those of the run.
+      settings: the run's settings.
       num_devices: number of devices, for durations in tokens.
-      earlier: the ends of the stages at the last start: those that were passed stay.
+      earlier: the ends of the stages at the last start; those already passed stay.
       step: steps done.
 
     Raises:
@@ -152,7 +152,7 @@ def resolve(
 
 
 def recorded(settings: RunSettings, last_stages: Sequence[Mapping[str, Any]]) -> tuple[Stage, ...]:
-    """Returns the stages of a run as at its last start (`WorkDir.last_stages`), whatever the devices here."""
+    """Returns the stages of a run as at its last start (`WorkDir.last_stages`), independent of the devices here."""
     ends = [stage["end"] for stage in last_stages[:-1]]
     stages = _with_ends(_entries(settings), [*ends, settings.num_train_steps])
     borders = [stage["borders"] for stage in last_stages] or [stages[0].borders]
@@ -188,7 +188,7 @@ def stage_at(stages: Sequence[Stage], step: int) -> Stage:
 
 
 def may_change(key: str, before: Any, now: Any) -> bool:
-    """Returns whether a key may change when a run is resumed; of `stages` only the steps of the same stages."""
+    """Returns whether a key may change when a run is resumed; in `stages`, only the numbers of steps may."""
 
     def without_steps(stages: Any) -> Any:
         return [
@@ -210,13 +210,13 @@ def check_branch(settings: RunSettings, parent: RunSettings, *, num_begun: int) 
     """Checks whether a run with these settings can continue a checkpoint of a run with other stages.
 
     Args:
-      settings: those of the new run.
-      parent: those of the other one.
-      num_begun: number of its stages that have begun at the checkpoint.
+      settings: settings of the new run.
+      parent: settings of the parent run.
+      num_begun: number of the parent's stages that have begun at the checkpoint.
 
     Raises:
-      UserError: a stage that has begun differs in a key that must not change during a run, or a later one needs text
-        that the other run did not hold out.
+      UserError: a stage that has begun differs in a key that must not change during a run, or a later stage needs
+        evaluation text that the parent did not hold out.
     """
     now, before = settings_of_stages(settings), settings_of_stages(parent)
     if num_begun > len(now):
@@ -267,8 +267,8 @@ def batch_ramp(
 
     Args:
       sizes: the values of `key`, one for each stage.
-      duration: of all these stages, which have equal parts of it: steps, a fraction of the run, or a string with a
-        number of tokens.
+      duration: total duration of these stages, divided equally: steps, a fraction of the run, or a string with a number
+        of tokens.
       key: per_device_train_batch_size or gradient_accumulation_steps.
     """
     stages = []
@@ -354,11 +354,11 @@ def _is_duration(value: Any) -> bool:
 
 
 def _complete(changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the changes with those that follow from them."""
+    """Returns the changes together with those that they imply."""
     completed: dict[str, Any] = {}
     if "optimizer.schedule" in changes:
         completed |= SCHEDULE_KEYS
-    if "data.mixture" in changes:  # Its sources have files of their own.
+    if "data.mixture" in changes:  # Its sources have their own files.
         completed |= {"data.data_files": None, "data.eval_data_files": None}
     return completed | dict(changes)
 

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from mlm.reporting.reporter import Reporter
 
 
-# Backends whose compiler takes nothing from the steps. For a GPU it times kernels there, for a CPU it uses its cores.
+# Backends on which compiling does not slow down steps. A GPU's compiler times kernels on it, a CPU's uses its cores.
 _HOST_COMPILED_BACKENDS = ("tpu",)
 
 
@@ -71,7 +71,7 @@ class Run:
     """A run that is ready for step `start_step` + 1.
 
     Attributes:
-      settings: those of the run, with the batch size that was found if it was 0.
+      settings: the run's settings, with the batch size that was found if it was 0.
       state: parameters and optimizer state, stacked over local devices.
       start_step: the number of steps done.
       is_evaluated: whether the state has been evaluated, if its step is one to evaluate.
@@ -132,7 +132,7 @@ def open_run(
     """Builds a run and restores its newest intact checkpoint; None if the run is finished.
 
     Args:
-      settings: those of the run.
+      settings: the run's settings.
       workdir_path: the run's directory.
       stack: closes what is opened here.
       interrupt: is checked while a batch is awaited.
@@ -228,14 +228,14 @@ def open_run(
 def _resume_stages(
     settings: RunSettings, last_stages: Sequence[Mapping[str, Any]], *, step: int, applied: int
 ) -> tuple[Stage, ...]:
-    """Returns the stages of a run that is resumed: only borders ahead move, of stages and of their schedules.
+    """Returns the stages of a resumed run: only borders ahead move, those of stages and of their schedules.
 
     Args:
-      settings: those of the run now.
+      settings: the run's current settings.
       last_stages: the stages at the last start, for a branch those of its parent that have begun; empty for a run of an
         earlier version.
       step: steps done.
-      applied: those that were not skipped.
+      applied: number of steps that were not skipped.
     """
     ends = [stage["end"] for stage in last_stages]
     stages = resolve(settings, num_devices=jax.device_count(), earlier=ends, step=step)
@@ -356,8 +356,7 @@ def _restore(
 ) -> tuple[TrainState, dict[str, Any] | None, list[dict[str, Any]]]:
     """Returns the stacked state to start with, and the loop state and stream states that were saved with it.
 
-    For a run at step 0 the loop state is None. A corrupt checkpoint is quarantined, and the one
-    before it is restored.
+    For a run at step 0 the loop state is None. A corrupt checkpoint is quarantined, and the one before it is restored.
     """
     newest = checkpointer.latest_step()
     if newest is None and parent is None:

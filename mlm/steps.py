@@ -39,7 +39,7 @@ class UpdateStats:
     mean_grad_norm: jax.Array
 
     def add(self, grad_norm: jax.Array) -> "UpdateStats":
-        """The plain mean of the first NORM_WINDOW norms, then an exponential mean with weight 1 / NORM_WINDOW."""
+        """Adds a step: plain mean of the first NORM_WINDOW norms, then exponential mean with weight 1 / NORM_WINDOW."""
         weight = 1.0 / jnp.minimum(self.num_applied + 1, NORM_WINDOW)
         return UpdateStats(
             num_applied=self.num_applied + 1,
@@ -103,8 +103,8 @@ class StepConfig:
       optimizer: gradients to updates.
       schedule: learning rate by the number of applied steps, for the metrics; `optimizer` has it, too.
       seed: the run's seed.
-      mask_rate: fraction of predicted tokens in training by the number of steps done, at most that of `masking`; None
-        for that of `masking` at every step.
+      mask_rate: fraction of predicted tokens in training as a function of the steps done, at most that of `masking`;
+        None for that of `masking` at every step.
       spike_factor: see `should_apply`.
       ema_decay: see `moving_average`; 0 for no average.
       z_loss, label_smoothing: see `training_loss`.

@@ -35,9 +35,9 @@ def train_and_evaluate(
     """Trains up to step `num_train_steps`, from the newest intact checkpoint in `workdir` if there is one.
 
     Args:
-      settings: those of the run.
+      settings: the run's settings.
       workdir: the run's directory.
-      command: the command that started the run, for the hint how to train for longer.
+      command: the command that started the run, for the printed hint on training for longer.
       interrupt: receives signals; None for a run that signals do not stop.
       overwrite: start a new run after renaming the existing work directory.
       key_changes: how config keys have changed since earlier versions; None for no changes.

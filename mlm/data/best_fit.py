@@ -4,9 +4,9 @@ A document that fits into a row is never cut. Longer ones are first cut into pie
 the pieces, the longest first, go into the fullest row in which they fit, else into a new one: best-fit decreasing. A
 piece begins with the begin token, so the model isolates it like a document; what is left of a row is padding.
 
-Each chunk of documents is packed by itself, and its rows are permuted, because rows of long documents come first. So a
-position in the data is the first document of a chunk and the number of its rows that are used. If the length of rows
-changes in between, the pieces in the other rows are joined where they are neighbors, and packed again.
+Each chunk of documents is packed by itself. Its rows are permuted, because best fit returns rows of long documents
+first. So a position in the data is the first document of a chunk and the number of its rows that are used. If the row
+length changes in between, neighboring pieces in the unused rows are joined and packed again.
 """
 
 import dataclasses
@@ -14,19 +14,19 @@ from collections.abc import Sequence
 
 import numpy as np
 
-# Bytes of text that are packed together: part of the order of the rows. More leave less padding, as the last rows of a
-# chunk are not full.
+# Bytes of text that are packed together; the order of the rows depends on it. Larger chunks have less padding, because
+# the last rows of a chunk are not full.
 CHUNK_BYTES = 2 << 20
 
 
 @dataclasses.dataclass(frozen=True)
 class Pieces:
-    """Parts of documents, in the order of the rows that they are in.
+    """Parts of documents, sorted by row.
 
     Attributes:
         rows: int64 [P], sorted.
         documents: int64 [P], the number of the document.
-        begins, ends: int64 [P], tokens of the chunk; without the begin token, which every piece gets.
+        begins, ends: int64 [P], token range in the chunk; without the begin token, which every piece gets.
         num_cut: number of documents that were cut.
     """
 
@@ -53,8 +53,8 @@ def pack(
         offsets: int64 [N + 1], document n is tokens offsets[n] to offsets[n + 1].
         max_seq_length: L, tokens per row.
         pad_id: fills the rows.
-        seed: of the order of the rows; None to order them by the first document that each has.
-        repacked: (max_seq_length, rows used) of the rows that were made of these documents before.
+        seed: seed for the order of the rows; None to sort them by their first documents.
+        repacked: (max_seq_length, rows used) for each time that these documents were packed before.
 
     Returns:
         rows_RxL: int32.
@@ -73,7 +73,7 @@ def _assign_rows(
     documents: np.ndarray, begins: np.ndarray, ends: np.ndarray, *, max_seq_length: int, seed: Sequence[int] | None
 ) -> Pieces:
     """Cuts parts of documents that are too long for a row, and chooses a row for each piece."""
-    room = max_seq_length - 1  # Beside the begin token.
+    room = max_seq_length - 1  # Without the begin token.
     counts = -(-(ends - begins) // room)
     ends = np.repeat(ends, counts)
     number = np.arange(len(ends)) - np.repeat(np.cumsum(counts) - counts, counts)
@@ -117,7 +117,7 @@ def _best_fit(sizes: np.ndarray, capacity: int) -> tuple[np.ndarray, int]:
 
 
 def _join(pieces: Pieces, *, first_row: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Joins the pieces in the rows from `first_row` on where they are neighbors: documents, begins and ends."""
+    """Joins neighboring pieces in the rows from `first_row` on; returns their documents, begins and ends."""
     left = np.flatnonzero(pieces.rows >= first_row)
     left = left[np.argsort(pieces.begins[left])]
     documents, begins, ends = pieces.documents[left], pieces.begins[left], pieces.ends[left]

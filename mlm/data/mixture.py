@@ -1,8 +1,8 @@
 """This process's batches: rows of one source or of a weighted mixture, without the skipped batches.
 
 Batches are numbered from 1 in the order of the data. `skip_steps` names batches to skip, so step N is trained on the
-N-th batch that is not skipped: a run with `skip_steps` uses the batches of one without, in the same order, without the
-skipped ones. Restarts change nothing about that.
+N-th batch that is not skipped. A run with `skip_steps` has the same batches in the same order as a run without it,
+except the skipped ones. Restarts do not change this.
 
 Each row of a mixture comes from one source. The k-th row of source i (from 0) is due at (k + 1/2) / weight i, and rows
 are taken in the order of these times (the Sainte-Lague method), so after any number of rows each source has the
@@ -20,7 +20,7 @@ from mlm.data.stream import RowStream
 from mlm.data.synthetic import SyntheticRows
 from mlm.errors import UserError
 
-# Raised by every change of what `BatchStream.state_dict` returns.
+# Increase it with every change of what `BatchStream.state_dict` returns.
 STREAM_FORMAT_VERSION = 3
 
 
@@ -48,7 +48,7 @@ class BatchShape(NamedTuple):
         start: number of steps done before its first batch; skipped batches are not steps.
         batch_rows: rows per batch of this process.
         max_seq_length: tokens per row.
-        weights: name -> fraction of the rows, of the sources that the stage uses; they need not add up to 1.
+        weights: name -> relative number of rows, for the sources that the stage uses; they need not add up to 1.
     """
 
     start: int
@@ -64,7 +64,7 @@ class BatchStream:
 
     Args:
         streams: name -> rows of a source, in the order in which the sources are evaluated.
-        shapes: of the stages, in order; the first one starts at step 0, and `streams` have its length.
+        shapes: batch shapes of the stages, in order; the first one starts at step 0, and `streams` have its length.
         skip_steps: (first, last) numbers of batches to skip, both included.
         process_index, process_count: which of the run's processes this is.
     """
@@ -193,11 +193,11 @@ class BatchStream:
         """Continues after the batch with which these states were saved.
 
         Args:
-            states: of all processes of the run that saved them, by process. From another number of processes than
-                this run's the work is reassigned, see shard_assignment.py.
+            states: the states of all processes that saved them, by process. If this run has another number of
+                processes, the work is reassigned, see shard_assignment.py.
 
         Raises:
-            UserError: the states are of another version of the code, or of another order of the data.
+            UserError: the states are from another version of the code, or from another order of the data.
         """
         states = [upgrade_state(state) for state in states]
         state = states[self._process_index] if len(states) == self._process_count else states[0]
@@ -224,7 +224,7 @@ class BatchStream:
             stream.restore([state["streams"][name] for state in states])
 
     def _append_topology(self) -> None:
-        """Adds an entry to the history if the processes or their rows are not those of the last one."""
+        """Adds an entry to the history if the number of processes or of their rows differs from the last entry."""
         topology = {"process_count": self._process_count, "batch_rows": self.batch_rows}
         last = self._topology_history[-1] if self._topology_history else {}
         if {key: last.get(key) for key in topology} != topology:
@@ -250,10 +250,10 @@ def upgrade_state(state: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _upgrade_position(position: Mapping[str, Any], version: int) -> Mapping[str, Any]:
-    """Returns a source's position of an earlier format version. Version 1 read one shard at a time."""
-    if "packing" not in position:  # Of synthetic rows.
+    """Upgrades a source's position from an earlier format version. Version 1 read one shard at a time."""
+    if "packing" not in position:  # A position in synthetic rows.
         return position
-    # The first states of version 3 do not have it.
+    # The first states of version 3 lack this key.
     position = {"first_shuffle_buffer_size": 0, **position}
     if version == STREAM_FORMAT_VERSION:
         return position

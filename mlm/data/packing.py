@@ -78,8 +78,8 @@ def pack(
         tokenizer: text to ids.
         packing: one of settings.PACKINGS.
         max_seq_length: L.
-        seed: of the order of rows with "best_fit"; None to order them by the first document that each has.
-        repacked: with "best_fit", (max_seq_length, rows used) of the rows that were made of these documents before.
+        seed: seed for the order of rows with "best_fit"; None to sort them by their first documents.
+        repacked: with "best_fit", (max_seq_length, rows used) for each time that these documents were packed before.
     """
     if packing in CONCATENATING or packing == "best_fit":
         chunk = concatenate(*tokenizer.encode(texts), bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id)

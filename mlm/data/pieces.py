@@ -13,14 +13,14 @@ WHITESPACE = (b" ", b"\n", b"\t", b"\r")
 def cut(
     texts: pa.LargeStringArray, is_used_N: np.ndarray, *, max_bytes: int, separators: tuple[bytes, ...] = WHITESPACE
 ) -> tuple[pa.LargeStringArray, np.ndarray, np.ndarray]:
-    """Cuts documents of more than `max_bytes` into about equal pieces, which are the document if joined.
+    """Cuts documents of more than `max_bytes` into about equal pieces, which add up to the document.
 
-    A piece ends before the last separator that keeps it within `max_bytes`, or with a character if there is none.
+    A piece ends before the last separator that keeps it within `max_bytes`, or between characters if there is none.
 
     Args:
         texts: N documents.
         is_used_N: bool, False for documents that need not be cut.
-        max_bytes: of a piece, at least MIN_PIECE_BYTES.
+        max_bytes: maximum size of a piece, at least MIN_PIECE_BYTES.
         separators: bytes before which a document may be cut.
 
     Returns:

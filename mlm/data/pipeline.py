@@ -35,9 +35,9 @@ class TextSource:
 
     Attributes:
       name: for metrics and messages.
-      weight: its part of the sequences, relative to the sum of all weights, in the first stage that uses it.
+      weight: relative number of its sequences in the first stage that uses it.
       train: the documents to train on.
-      eval: the documents of which some are the evaluation set; the same object as `train` if there are no separate
+      eval: the documents from which the evaluation set is taken; the same object as `train` if there are no separate
         files.
     """
 
@@ -49,7 +49,7 @@ class TextSource:
 
 @dataclasses.dataclass(frozen=True)
 class ExtraEvalRows:
-    """Evaluation sequences of another length, or of a source, that a later stage introduces.
+    """Evaluation sequences for a length or a source that a later stage introduces.
 
     Attributes:
       name: the metric is eval/<name>/loss.
@@ -71,7 +71,7 @@ class TextPipeline:
       tokenizer: text to ids.
       eval_rows_RxL: int32, the evaluation sequences, source by source, the same on every process and in every stage.
       eval_counts: name of a source -> number of its evaluation sequences.
-      extra_eval_rows: those of later stages.
+      extra_eval_rows: further evaluation sequences, for later stages.
       weights: name -> weight of the sources of the first stage.
       held_out: the documents that have tokens in the evaluation set; they are not trained on.
       stream_options: arguments of every RowStream.
@@ -276,13 +276,13 @@ def open_text(
     seed: int,
     later_stages: Sequence[DataSettings] = (),
 ) -> TextPipeline:
-    """Reads the evaluation set, to which each source contributes by its weight, and those of later stages.
+    """Reads the evaluation set, from each source in proportion to its weight, and those of later stages.
 
     Args:
       data: settings of the first stage.
-      text_sources: those of all stages.
+      text_sources: the sources of all stages.
       tokenizer: text to ids.
-      seed: of the order of the text.
+      seed: seed for the order of the text.
       later_stages: the settings of the other stages.
 
     Raises:
@@ -392,7 +392,7 @@ def _check_unknown_tokens(
 
 
 def _proportional_counts(total: int, weights: Mapping[str, float]) -> dict[str, int]:
-    """Divides `total` among the sources by their weights, at least 1 for each."""
+    """Divides `total` among the sources in proportion to their weights, at least 1 for each."""
     values = np.array(list(weights.values()))
     ends = np.rint(total * np.cumsum(values) / values.sum()).astype(int)
     counts = np.maximum(np.diff(ends, prepend=0), 1)

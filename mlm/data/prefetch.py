@@ -11,7 +11,7 @@ import numpy as np
 
 from mlm.data.mixture import BatchStream
 
-# Between calls of `on_wait`.
+# Time between calls of `on_wait`.
 _POLL_SECONDS = 0.2
 
 

@@ -1,9 +1,9 @@
 """Reads the documents of a process's shard slices, several slices at once, from any position on.
 
 Up to `interleave_shards` slices are open at the same time. `take` reads from them in turn, in rounds: each open slice
-gives an equal part of the documents and bytes that are missing, the one that gave last is the last of the next round,
-and a slice that ends is replaced by the next one. So what `take` returns depends on the position and the documents
-only, not on the sizes of the arrays that the source yields. With one open slice the documents come in order.
+gives an equal part of the documents and bytes still needed, the slice read last comes last in the next round, and a
+slice that ends is replaced by the next one. So what `take` returns depends on the position and the documents only, not
+on the sizes of the arrays that the source yields. With one open slice the documents come in order.
 
 If the network fails for longer than its deadline (sources/retry.py), the remaining rows of that shard are skipped for
 the rest of the epoch, and reading continues with the other ones. Each skip is logged and counted. A process skips at
@@ -12,11 +12,11 @@ UserError, once the batches made before it are used.
 
 The row at which a shard failed becomes the `end` of its slice, and slices are part of the saved position. So a resumed
 run makes the same batches, even if the shard can be read again; the next epoch reads the complete shard. The window in
-which a checkpoint lies must be read completely on resuming: if a shard were skipped there, batches that are half used
-would change. If it cannot be read, the run does not start, and the checkpoint stays.
+which a checkpoint lies must be read completely on resuming: if a shard were skipped there, partly used batches would
+change. If it cannot be read, the run does not start, and the checkpoint stays.
 
-Not reproducible: where the network fails after a checkpoint. After a reassignment to another number of processes, the
-skipped rows stay skipped for that epoch.
+Not reproducible: the row at which the network fails after a checkpoint. After a reassignment to another number of
+processes, the skipped rows stay skipped for that epoch.
 """
 
 import dataclasses
@@ -35,13 +35,13 @@ from mlm.errors import UserError
 
 # Default size of a window.
 MAX_BYTES = 64 << 20
-# Slices that wait at the same time, for a network or to find their row in a compressed file.
+# Slices opened at the same time: opening waits for the network, or seeks a row in a compressed file.
 _PARALLEL_SLICES = 8
 
 
 @dataclasses.dataclass
 class ShardFailureBudget:
-    """The number of shards a process may skip, and of consecutive skips so far; kept as long as the stream."""
+    """The number of shards that a process may skip, and of its consecutive skips; lives as long as the stream."""
 
     max_failed_shards: int = 0
     consecutive_failures: int = 0
@@ -51,10 +51,10 @@ class _OpenSlice:
     """A shard slice that is being read.
 
     Attributes:
-        index: of the slice.
+        index: index of the slice.
         row: row of its shard right after the last document taken.
-        texts: rows from `row` on that were read, and not taken yet.
-        error: why it could not be read, until somebody handles it.
+        texts: rows from `row` on that were read but not taken yet.
+        error: why it could not be read; None after the error is handled.
     """
 
     def __init__(self, source: Source, part: ShardSlice, *, index: int, row: int):
@@ -93,7 +93,7 @@ class Reader:
     Args:
         source: the documents.
         slices: what to read.
-        cursor: from where on.
+        cursor: position to start from.
         interleave_shards: maximum number of open slices.
         max_bytes: `take` returns fewer documents than asked for once they have this many bytes, so memory stays bounded
             when documents are large.
@@ -132,7 +132,7 @@ class Reader:
     def cursor(self) -> Cursor:
         """The position right after the last document taken."""
         open_slices = tuple((part.index, part.row) for part in self._open)
-        # One open slice: as states of format version 1 have it.
+        # With one open slice, the cursor has the form of format version 1.
         if self._interleave_shards == 1 and open_slices:
             return Cursor(*open_slices[0])
         return Cursor(self._next_slice, self._next_row, open_slices)
@@ -159,7 +159,7 @@ class Reader:
                     locations.append(np.stack([np.full_like(rows, self.slices[current.index].shard), rows], axis=1))
                     wanted, room = wanted - len(texts), room - num_bytes_taken
                     count, size = count + len(texts), size + num_bytes_taken
-                if wanted <= 0 or room <= 0:  # Otherwise it has ended.
+                if wanted <= 0 or room <= 0:  # Otherwise the slice has ended.
                     self._open.append(current)
         if not parts:
             return None
@@ -169,7 +169,7 @@ class Reader:
     def _take_read(
         self, current: _OpenSlice, num_documents: int, max_bytes: int
     ) -> tuple[pa.LargeStringArray, np.ndarray, int]:
-        """Takes documents that are read already: at least one, unless all of them are other processes'.
+        """Takes documents that are read already: at least one, unless all of them belong to other processes.
 
         Returns:
             texts: the documents.
@@ -183,7 +183,7 @@ class Reader:
             current.advance(len(current.texts))
             return current.texts, indices, 0
         texts = current.texts.slice(0, len(indices)) if part.stride == 1 else current.texts.take(pa.array(indices))
-        # A text is taken if those before it leave room.
+        # A text is taken if the texts before it leave room.
         ends = np.cumsum(num_bytes(texts))
         taken = min(len(texts), int(np.searchsorted(ends, max_bytes)) + 1)
         rows = current.row + indices[:taken]

@@ -1,6 +1,6 @@
 """Assigns the shards of a dataset to processes, and reassigns them when a run resumes on another number of processes.
 
-Every process trains on its own documents. In each epoch the shards (files, say) are divided among the processes:
+Every process trains on its own documents. In each epoch the shards (such as files) are divided among the processes:
 
     4 shards, 2 processes    process 0: shards 0 and 2          process 1: shards 1 and 3
     1 shard,  2 processes    process 0: rows 0, 2, 4, ...       process 1: rows 1, 3, 5, ...
@@ -15,16 +15,16 @@ run resumes on one process. Its work items are
 
     shard 0 from row 7 on, shard 2, shard 1 from row 5 on, shard 3
 
-After them it starts the next epoch, with that epoch's initial assignment for one process. A shuffle window of which
-some documents are used is a work item by itself, an *open window*: it keeps its permutation, and continues at its next
-document and token. If there are more processes than open windows, several processes divide the documents of one. A run
-may be reassigned any number of times. With data.packing="best_fit" an open window is never divided.
+After them it starts the next epoch, with that epoch's initial assignment for one process. A partly used shuffle window
+is a work item by itself, an *open window*: it keeps its permutation, and continues at its next document and token. If
+there are more processes than open windows, several processes divide the documents of one. A run may be reassigned any
+number of times. With data.packing="best_fit" an open window is never divided.
 
 Guaranteed: over all processes, every document of the newest epoch that any process had started is used exactly once,
 and so is every document of the older epochs that other processes were still in. If a document was partly used,
 only the rest is used.
-Not guaranteed: the order of documents. A process over one epoch behind the newest skips what it has not read of the
-epochs in between. The documents of such a slow process are used less often than the others' anyway.
+Not guaranteed: the order of documents. A process that is more than one epoch behind the newest skips what it has not
+read of the epochs in between. The documents of such a slow process are used less often than the others' anyway.
 """
 
 import dataclasses
@@ -76,11 +76,11 @@ START = Cursor()
 
 
 class OpenWindow(NamedTuple):
-    """A shuffle window some of whose documents are used.
+    """A partly used shuffle window.
 
     Its documents are the permuted ones at `offset`, `offset + stride`, ...; the first `document` of these are used,
-    and the first `unit` units of the next one (see packing.py). `hash` is that of all its documents. `repacked` is that
-    of `Position`.
+    and the first `unit` units of the next one (see packing.py). `hash` is the hash of all its documents. `repacked` is
+    as in `Position`.
     """
 
     window_index: int
@@ -105,12 +105,12 @@ class Position:
     """The position of one process in its stream: a few numbers and, after a reassignment, the work items left.
 
     Attributes:
-        epoch: of the current work item.
-        slices: of the current work item; None for the epoch's initial assignment.
+        epoch: epoch of the current work item.
+        slices: slices of the current work item; None for the epoch's initial assignment.
         window_subset: (offset, stride) of the documents to use if the work item is an open window, else None.
         window_start: where the current window starts.
         window_index: number of windows of the work item before this one; part of the seed of its permutation.
-        window_end: where it ends, once it was read and its rows counted.
+        window_end: where the window ends, once it was read and its rows counted.
         window_hash: hash of the window's documents, once it was read; None in states without it.
         document: index of the window's next document, in permuted order and without the skipped ones.
         unit: index of that document's next unit.
@@ -255,11 +255,11 @@ def reassign(
 ) -> Position:
     """Returns the position of a new process, given the positions of all processes of the run so far.
 
-    The counters of all old processes go to new process 0, so that their sums over the processes stay right.
+    The counters of all old processes go to new process 0, so that their sums over the processes stay correct.
 
     Args:
-        positions: by old process.
-        process_index, process_count: of the new processes.
+        positions: positions of the old processes, by process.
+        process_index, process_count: index and number of the new processes.
         initial_assignment: (epoch, process_index, process_count) -> a process's slices at the start of an epoch.
         divides_windows: False if an open window must not be divided, because its documents are packed together.
     """
@@ -337,7 +337,7 @@ def _remaining_items(position: Position, slices: tuple[ShardSlice, ...]) -> list
             hash=position.window_hash,
             repacked=position.repacked,
         )
-        # Those that were open or opened: read from the start of these, the window is the same.
+        # The slices that were open at the start of the window or opened in it: reading them gives the same window.
         start, end = position.window_start, position.window_end
         num_opened = len(start.open_slices) + end.slice_index - start.slice_index + (end.row > 0)
         items.append(WorkItem(position.epoch, _slices_from(slices, start)[:num_opened], window))

@@ -1,17 +1,16 @@
 """The endless stream of rows of one source: shuffle windows, held-out documents, exact resume.
 
 A window is the next `shuffle_buffer_size` documents of `interleave_shards` shards, in the epoch's order of shards (see
-reader.py), permuted by a seed made of (seed, epoch, window). Long documents are cut into pieces before (see pieces.py),
-which from then on are documents. So a position in the stream is a few numbers: where the
-window starts in each of its shards, how many of its documents are used, and how many tokens of the next document. To
-resume, the window is read and permuted again, that document is tokenized again, and its first tokens are skipped. No
-text and no token is ever saved.
+reader.py), permuted by a seed made of (seed, epoch, window). Before that, long documents are cut into pieces (see
+pieces.py), which then count as documents. So a position in the stream is a few numbers: where the window starts in each
+of its shards, how many of its documents are used, and how many tokens of the next document. To resume, the window is
+read and permuted again, that document is tokenized again, and its first tokens are skipped. No text or token is saved.
 
 All processes stop together because no stream ends: a process that has used all documents assigned to it starts its next
 epoch, whatever the others do. So every process has a batch for every step, and none waits in a collective for one that
 has stopped. The exception is an assignment that is too small for one batch, which is an error. If the assignment is the
-same in every epoch, the first `next` raises it, before the first step; if shards are assigned in another order in every
-epoch, only `_MAX_SHORT_EPOCHS` small ones in succession are an error.
+same in every epoch, the first `next` raises it, before the first step; if the assignment changes with the epoch, only
+`_MAX_SHORT_EPOCHS` small ones in succession are an error.
 """
 
 import dataclasses
@@ -33,7 +32,7 @@ from mlm.data.tokenizer import Tokenizer
 from mlm.errors import UserError
 from mlm.settings import PACKINGS
 
-# Texts are tokenized this many bytes at a time: enough to keep all cores busy, little enough for a quick first batch
+# Texts are tokenized this many bytes at a time: enough to keep all cores busy, but few enough for a quick first batch
 # and constant memory.
 _CHUNK_BYTES = 2 << 20
 # Documents read at once if they are not shuffled.
@@ -43,7 +42,7 @@ _MAX_SHORT_EPOCHS = 16
 
 # The tokenizer's two backends are compared on one document of this many bytes of text: less than 1 % of the time.
 _COMPARED_EVERY_BYTES = 16 << 20
-# Changed files named in an error.
+# Number of changed files that an error names.
 _MAX_NAMED_SHARDS = 3
 
 _EMPTY_CHUNK = packing_lib.PackedChunk(np.empty(0, np.int32), np.zeros(1, np.int64))
@@ -77,19 +76,19 @@ class RowStream:
     Args:
         source: the documents.
         tokenizer: text to ids; also gives the begin, end and padding ids.
-        seed: of the shard order and of the window permutations.
+        seed: seed for the shard order and the window permutations.
         max_seq_length: tokens per row.
         packing: one of settings.PACKINGS.
-        shuffle_buffer_size: documents per window; 0 or 1 for the source's own order, without the next four.
+        shuffle_buffer_size: documents per window; 0 or 1 for the source's own order, which ignores the next four.
         first_shuffle_buffer_size: documents of the first window of the first epoch; every later one has twice as many,
             up to `shuffle_buffer_size`. 0 for `shuffle_buffer_size`.
         shuffle_buffer_bytes: a window ends early with the document that reaches so many bytes.
         shuffle_piece_bytes: longer documents of a window are cut into pieces before they are permuted; 0 for complete
             documents.
-        interleave_shards: shards of which the documents of a window come at the same time.
+        interleave_shards: number of shards that a window reads from at the same time.
         batch_rows: rows that `next` returns.
         held_out: texts dropped wherever they occur.
-        process_index, process_count: of the processes that divide the source.
+        process_index, process_count: index of this process, and number of processes that divide the source.
         max_failed_shards: number of shards that may be skipped if the network fails, see reader.py.
         accept_changed_files: True to resume although the documents of the window have changed.
 
@@ -208,8 +207,8 @@ class RowStream:
     def counters(self) -> dict[str, int]:
         """Counts over the run so far: documents used, rows without text, held-out documents, and so on.
 
-        All but the documents used count as soon as their window is read. With packing="best_fit", those of a chunk (see
-        best_fit.py) count as soon as it is packed if they are cut, and after its last row as documents used.
+        All but the documents used are counted as soon as their window is read. With packing="best_fit", cut documents
+        are counted when their chunk (see best_fit.py) is packed, documents used after its last row.
         """
         position = self._position()
         counters = {
@@ -229,11 +228,11 @@ class RowStream:
         """Continues after the batch with which these states were saved.
 
         Args:
-            states: of all processes of the run that saved them, by process. From another number of processes than
-                this run's the work is reassigned, see shard_assignment.py.
+            states: the states of all processes that saved them, by process. If this run has another number of
+                processes, the work is reassigned, see shard_assignment.py.
 
         Raises:
-            UserError: the states are of another order of the data (seed, shards, packing...).
+            UserError: the states are from another order of the data (seed, shards, packing...).
         """
         if len(states) == self._process_count:
             state = states[self._process_index]
@@ -292,8 +291,8 @@ class RowStream:
         self._chunk = _EMPTY_CHUNK
         self._chunk_locations = np.empty((0, 2), np.int64)
         self._chunk_start = position.document  # Index in the window of the chunk's first document.
-        self._repacked = position.repacked  # Of the chunk.
-        self._chunk_unit = 0  # Units of the chunk that are used.
+        self._repacked = position.repacked  # For the chunk.
+        self._chunk_unit = 0  # Number of units of the chunk that are used.
 
     def _position(self) -> Position:
         """Returns the position after the last row returned."""
@@ -395,7 +394,7 @@ class RowStream:
         return _Window(texts=texts, order=order, byte_ends=byte_ends, locations=locations[order], end=end)
 
     def _window_size(self) -> int:
-        """Returns the documents of the window that starts here."""
+        """Returns the number of documents of the window that starts here."""
         if not self._is_shuffled:
             return _UNSHUFFLED_WINDOW
         size, first = self._shuffle_buffer_size, self._first_shuffle_buffer_size

@@ -1,4 +1,4 @@
-"""Rows of random ids instead of text, for `data.dataset_name="synthetic"`: benchmarks the loop without its input."""
+"""Rows of random ids instead of text (`data.dataset_name="synthetic"`), to benchmark the loop without reading text."""
 
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -99,5 +99,5 @@ class SyntheticRows:
         return {"rows": self._num_rows}
 
     def restore(self, states: Sequence[Mapping[str, int]]) -> None:
-        """Continues from the states of all processes: from their mean, which is each of them if none was added."""
+        """Continues from the mean of the states of all processes, which are equal if their number never changed."""
         self._num_rows = sum(state["rows"] for state in states) // len(states)

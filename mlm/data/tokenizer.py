@@ -35,7 +35,7 @@ _PROBE_TEXTS = (
 _GENERAL_CLASS = "PreTrainedTokenizerFast"
 _MAX_CHECK_DOCUMENTS = 256
 _MAX_CHECK_BYTES = 1 << 20
-# Of the documents compared later, the first characters; and those shown on both sides of a difference.
+# Leading characters compared of each later document, and characters shown on either side of a difference.
 _MAX_COMPARED_CHARACTERS = 2000
 _SHOWN_CHARACTERS = 40
 # `tokenizers` encodes texts in parts of this many bytes, from two threads: while one encodes, on all cores and without
@@ -227,7 +227,7 @@ class Tokenizer:
         return list(found)[:count]
 
     def max_tokens(self, max_seq_length: int) -> int:
-        """Returns the number of tokens of the longest texts, for a model that accepts `max_seq_length`.
+        """Returns the number of tokens that texts are cut to, for a model that accepts `max_seq_length`.
 
         A tokenizer that was trained here has the length of the sequences that its model was trained on; longer texts
         would reach positions that no training step has seen.
@@ -352,7 +352,7 @@ def _gigatoken(model: dict):
     # Imported here: other tokenizers need neither gigatoken nor awkward.
     import gigatoken
 
-    # Without the special tokens, their names in a text are text. packing.py adds begin and end tokens.
+    # Without the special tokens, their names in a text are encoded as text. packing.py adds begin and end tokens.
     added = [token for token in model["added_tokens"] if not token["special"]]
     plain = {**model, "added_tokens": added, "post_processor": None, "truncation": None, "padding": None}
     try:

@@ -1,4 +1,4 @@
-"""Linear probes and minimal pairs at every evaluation: what an encoder is good for while it is trained.
+"""Linear probes and minimal pairs at every evaluation of a run.
 
 They are cheaper than --mode=probe and --mode=score: a limited number of examples, one split, the last layer, a ridge
 classifier, and PLL-word-l2r only. Examples, split and classifier are the same at every evaluation, and in every run.
@@ -24,7 +24,7 @@ from mlm.eval_settings import EvalSettings
 from mlm.models.config import EncoderConfig
 from mlm.models.encoder import MaskedLM
 
-# Most texts of a probe, words of a probe of tags, and minimal pairs: more would cost more than 5 % of a short run.
+# Maximum numbers of texts or tagged words of a probe, and of minimal pairs: more would cost over 5 % of a short run.
 MAX_TEXTS = 1_000
 MAX_WORDS = 5_000
 MAX_PAIRS = 200
@@ -47,7 +47,7 @@ def read_tasks(settings: EvalSettings) -> EvalTasks:
     """Reads the files.
 
     Raises:
-      UserError: one cannot be used.
+      UserError: a file cannot be used.
     """
     probes, pairs = {}, {}
     for number, (name, path) in enumerate(settings.probes):
@@ -114,7 +114,7 @@ class TaskEvaluator:
 
 
 class _Probe:
-    """The accuracy of a ridge classifier on the features of the last layer, on examples that it has not learned."""
+    """The accuracy of a ridge classifier on the features of the last layer, on held-out examples."""
 
     def __init__(self, task: Task, *, model: MaskedLM, tokenizer: Tokenizer, max_length: int, tokens_per_device: int):
         limit = MAX_TEXTS if task.train.words is None else MAX_WORDS
@@ -230,7 +230,7 @@ class _RowFunction:
         return found
 
     def _batches(self) -> Iterator[list[np.ndarray]]:
-        """Yields this process's part of each batch: numbers of rows, then the arrays. The last row fills up the end."""
+        """Yields this process's part of each batch: row numbers, then the arrays. The last row fills up the end."""
         local, size = self._rows_B * jax.local_device_count(), self._rows_B * jax.device_count()
         count = len(self._arrays[0])
         for start in range(jax.process_index() * local, -(-count // size) * size, size):

@@ -1,4 +1,4 @@
-"""Features of an encoder that is not trained further: hidden states of every layer.
+"""Features of a frozen encoder: hidden states of every layer.
 
 Shapes: B rows, L tokens per row, W words per row, D hidden_size, N texts or words, S = layers + 1 states.
 """
@@ -25,8 +25,8 @@ class Inputs:
 
     Attributes:
       sequences: their tokens.
-      firsts: for sentences the positions of the first token of each word, as far as the model's length reaches.
-      kept: bool, for each text or word: it has features. Words past the model's length have none.
+      firsts: for sentences, the position of the first token of each word, up to the model's length.
+      kept: bool, True for each text or word that has features. Words past the model's length have none.
     """
 
     sequences: tokens.Sequences
@@ -55,8 +55,8 @@ def encode_words(tokenizer: Tokenizer, sentences: Sequence[Sequence[str]], *, ma
 def extract(loaded: LoadedModel, inputs: Inputs, *, label: str = "features") -> np.ndarray:
     """Returns the hidden states of all layers, float32 [S, N, D]; the first are the embeddings.
 
-    Of a text the mean over its tokens, begin and end tokens too: the mean pooling of sentence-transformers. Of a word
-    that is kept, the state of its first token (Devlin et al. 2019, "BERT", section 5.3).
+    A text has the mean over its tokens, begin and end tokens included: the mean pooling of sentence-transformers. A
+    word that is kept has the state of its first token (Devlin et al. 2019, "BERT", section 5.3).
 
     Args:
       loaded: the model.

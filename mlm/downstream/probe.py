@@ -1,7 +1,7 @@
-"""Linear probes: how much of a task's labels a linear model finds in frozen features, and in those of baselines.
+"""Linear probes: how well a linear model predicts a task's labels from frozen features, and from those of baselines.
 
-All rows of the table have the same splits and the same classifier, whose strength of regularization is cross-validated.
-The features of a model come from the layer that is best on a validation split. The only file that imports scikit-learn.
+All rows of the table have the same splits and the same classifier, with cross-validated regularization strength. The
+features of a model come from the layer that is best on a validation split. Only this file imports scikit-learn.
 """
 
 import dataclasses
@@ -27,17 +27,17 @@ from mlm.downstream.tasks import Examples, Task
 from mlm.errors import UserError
 from mlm.load import LoadedModel, random_params
 
-# Labels to learn from: more change little and take minutes (BabyLM cuts MNLI and QQP to 10,000, too).
+# Maximum number of training labels: more change little and take minutes (BabyLM cuts MNLI and QQP to 10,000, too).
 MAX_TRAIN = 10_000
-# Fraction of the training examples that choose the layer. Below so many labels, several splits choose it together: of
-# 25 labels, five would be left, which put the layers in an order by chance.
+# Fraction of the training examples that choose the layer. With fewer than `_FEW_LABELS` labels, `_REPEATS` splits
+# choose it together: a single split of 25 labels has five, which would rank the layers by chance.
 _VALIDATION_FRACTION = 0.2
 _FEW_LABELS = 500
 _REPEATS = 10
 _FOLDS = 3
-# Of standardized features; for the choice of the layer the middle one.
+# Regularization strengths for standardized features; the middle one is used to choose the layer.
 _STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0)
-# TF-IDF vectors have norm 1, and features that are mostly zero.
+# Strengths for TF-IDF vectors, which have norm 1 and are mostly zero.
 _SPARSE_STRENGTHS = (1.0, 10.0, 100.0)
 _RIDGE_STRENGTHS = tuple(10.0**power for power in range(-1, 6))
 
@@ -51,7 +51,7 @@ def _correlation(function: Callable[..., Any]) -> Callable[[np.ndarray, np.ndarr
 
 
 def _f1(labels: np.ndarray, predicted: np.ndarray) -> float:
-    """GLUE's F1: of the second of two classes, "equivalent" or "duplicate"."""
+    """GLUE's F1: for the second of two classes, "equivalent" or "duplicate"."""
     positive = {"equivalent", "duplicate"} & set(labels.tolist())
     label = positive.pop() if positive else np.unique(labels)[-1]
     return float(metrics.f1_score(labels == label, predicted == label))
@@ -70,11 +70,11 @@ METRICS: Mapping[str, Callable[[np.ndarray, np.ndarray], float]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """Numbers of labels.
+    """Indices of labels.
 
     Attributes:
-      train: those to learn from.
-      test: those to predict.
+      train: labels to train on.
+      test: labels to predict.
       choices: pairs (fit, valid) of parts of `train`, which choose the layer.
     """
 
@@ -114,7 +114,7 @@ class ProbeResult:
     Attributes:
       task: its name.
       rows: the model, then the baselines.
-      train, test: number of labels to learn from and of those held out.
+      train, test: numbers of training labels and of held-out labels.
       classes: number of classes; 0 for regression.
       cut: number of texts longer than the model, which were cut.
       max_length: the model's number of tokens.
@@ -136,8 +136,8 @@ def probe(loaded: LoadedModel, task: Task, *, name: str, seeds: int, train_examp
       loaded: the model.
       task: the task.
       name: the model's name in the table.
-      seeds: number of splits; the model with random weights is another one for each.
-      train_examples: number of texts or sentences to learn from, others for each seed; None for all.
+      seeds: number of splits, and of models with random weights.
+      train_examples: number of texts or sentences to train on, different ones for each seed; None for all.
 
     Raises:
       UserError: there are fewer than `train_examples`, or that is too few.
@@ -243,7 +243,7 @@ def _random_weights(loaded: LoadedModel, seed: int) -> LoadedModel:
 
 
 def _sparse_features(examples: Examples, kept: np.ndarray) -> Callable[[np.ndarray], Any]:
-    """Returns a function that gives features of all labels that do not know the texts outside of `rows`."""
+    """Returns a function of `rows`: the features of all labels, fitted to the texts of these rows only."""
     if examples.words is not None:
         dicts = [
             {"word": words[i].lower(), "before": (words[i - 1] if i else "").lower(), "end": words[i][-3:].lower()}
@@ -272,7 +272,7 @@ def _sparse_features(examples: Examples, kept: np.ndarray) -> Callable[[np.ndarr
 class _Scorer:
     """Scores features of N labels on splits of them.
 
-    With N words, their scores have "unseen_accuracy", too: that of test words that do not occur in the training words.
+    For words, the scores also have "unseen_accuracy": the accuracy on test words that are not among the training words.
     """
 
     labels: np.ndarray
@@ -281,7 +281,7 @@ class _Scorer:
     words: np.ndarray | None = None
 
     def layers(self, name: str, features_of_seeds: Any, splits: Sequence[Split]) -> Row:
-        """Returns the row of float32 [S, N, D] per seed; of layers that are equally good, the last is taken."""
+        """Returns the table row of features float32 [S, N, D] per seed; of equally good layers, the last is used."""
         layers, scores = [], []
         for split, features in zip(splits, features_of_seeds, strict=True):
             of_layers = [
@@ -296,7 +296,7 @@ class _Scorer:
         return self._row(name, scores, layers)
 
     def sparse(self, name: str, features: Callable[[np.ndarray], Any], splits: Sequence[Split]) -> Row:
-        """Returns the row of sparse features, given as a function of the labels to learn from."""
+        """Returns the table row of sparse features, given as a function of the labels to train on."""
         scores = []
         for split in splits:
             matrix = features(split.train)
@@ -305,7 +305,7 @@ class _Scorer:
         return self._row(name, scores)
 
     def constant(self, name: str, splits: Sequence[Split]) -> Row:
-        """Returns the row of the most frequent label, or of the mean."""
+        """Returns the table row of predicting the most frequent label, or the mean."""
         scores = []
         for split in splits:
             known = self.labels[split.train]
@@ -328,7 +328,7 @@ class _Scorer:
             if isinstance(features, np.ndarray):
                 return RidgeCV(alphas).fit(features, labels)
             return RidgeCV(alphas, cv=folds).fit(features, labels)
-        # The tolerance is of the gradient, which is small from the start with rare words and many classes.
+        # The tolerance applies to the gradient, which is small from the start with rare words and many classes.
         model = LogisticRegression(C=strengths[0], max_iter=300, tol=1e-3 if isinstance(features, np.ndarray) else 1e-4)
         # Fits of this size are several times slower with several threads, more so beside other programs.
         with warnings.catch_warnings(), threadpool_limits(1):

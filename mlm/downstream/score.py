@@ -67,7 +67,7 @@ def score(loaded: LoadedModel, texts: Sequence[str]) -> Scores:
 
 @dataclasses.dataclass(frozen=True)
 class MaskedCopy:
-    """A sentence with the tokens `masked` masked, the first of which is scored, in one score or in both."""
+    """A sentence with some tokens masked; the first of them is scored, for one of the two scores or for both."""
 
     sentence: int
     masked: Sequence[int]

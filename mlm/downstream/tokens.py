@@ -54,12 +54,12 @@ def batches(
 ) -> Iterator[tuple[np.ndarray, int, int]]:
     """Yields (numbers of sequences, rows of the batch, length) for batches of sequences of similar length.
 
-    The lengths are those of `_rounded`, and each has one number of rows, so that few shapes are compiled.
+    Lengths are rounded by `_rounded`, and each length has a fixed number of rows, so that few shapes are compiled.
 
     Args:
       lengths: number of tokens of each sequence.
       max_length: the model's limit.
-      rows_multiple: divisor of the number of rows, the number of devices.
+      rows_multiple: the number of rows is a multiple of this, the number of devices.
     """
     rounded = np.array([_rounded(length, max_length) for length in lengths], int)
     for length in np.unique(rounded)[::-1].tolist():  # The longest first: an error for lack of memory comes at once.

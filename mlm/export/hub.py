@@ -25,7 +25,7 @@ from mlm.errors import UserError, one_line
 
 # Errors of an upload. huggingface_hub turns some responses into RuntimeErrors and ValueErrors.
 _FAILURES = (*retry.CLIENT_ERRORS, OSError, RuntimeError, ValueError)
-# Tries of the last upload after the run: more than two minutes with waits of 5, 10, 20, 40 and 80 seconds.
+# Attempts of the last upload after the run: more than two minutes with waits of 5, 10, 20, 40 and 80 seconds.
 _LAST_TRIES = 6
 
 

@@ -78,14 +78,14 @@ def build_card(
     """Returns the content of the card of a run.
 
     Args:
-      settings: those of the run, or of the stage that `step` belongs to.
+      settings: the run's settings, or those of the stage that `step` belongs to.
       title: the model's name.
       model_type: the model family.
       step: number of steps done.
       sequences_per_step: sequences in a step, over all devices.
       tokens_seen: number of training tokens, without padding.
       hardware: the devices; empty if unknown.
-      stages: those of the run.
+      stages: the run's stages.
     """
     data, begun = _training_data(settings), [stage for stage in stages if stage.start < max(step, 1)]
     if len(begun) > 1:

@@ -74,7 +74,7 @@ def export_model(
     except safetensors.SafetensorError as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise OSError(f"the model could not be written ({error})") from None
-    # Some families name these two differently, or have defaults beyond a small vocabulary.
+    # Some families name these two differently, or have default ids beyond a small vocabulary.
     ids = {"cls_token_id": tokenizer.bos_id, "sep_token_id": tokenizer.eos_id}
     fields = config.to_hf() | config.to_hf_4() | ids | {"dtype": dtype, "torch_dtype": dtype}
     _write_json(os.path.join(partial, "config.json"), fields)

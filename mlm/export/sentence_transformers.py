@@ -9,7 +9,7 @@ def write_files(directory: str, *, hidden_size: int, max_seq_length: int) -> Non
     """Adds the files that `SentenceTransformer(directory)` reads to a model directory.
 
     The vectors are those of --mode=embed: the mean of the last layer's hidden states over all tokens, begin and end
-    tokens too, of a text that is cut to `max_seq_length`. They are not normalized.
+    tokens included, of a text that is cut to `max_seq_length`. They are not normalized.
 
     Args:
       directory: a Hugging Face model directory.

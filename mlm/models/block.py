@@ -38,8 +38,10 @@ class Execution:
 
 
 def initializer(config: EncoderConfig, *, is_output: bool = False) -> nn.initializers.Initializer:
-    """Returns normal draws. ModernBERT's are truncated, and scaled by (2 num_hidden_layers)^-0.5 if `is_output`: in
-    matrices before a residual sum or the logits."""
+    """Returns the family's initializer: normal, or truncated normal for ModernBERT.
+
+    ModernBERT scales it by (2 num_hidden_layers)^-0.5 if `is_output`: in matrices before a residual sum or the logits.
+    """
     if config.initializer_cutoff_factor is None:
         return nn.initializers.normal(config.initializer_range)
     cutoff = config.initializer_cutoff_factor

@@ -61,7 +61,7 @@ class Layer:
     """One layer, in the order of application.
 
     Attributes:
-      block: number of its parameters, layer_<block>; layers with shared parameters have the same number.
+      block: index of its parameters, layer_<block>; layers with shared parameters have the same index.
       window: largest distance between a query and the keys it sees, in positions; None for no limit.
       rope_theta: base of its rotary embeddings; None in families without.
       attention_norm: True if its attention has a layer norm.

@@ -28,8 +28,8 @@ from mlm.models.ops.rotary import Rotation, rotary_embedding
 def _embed(num_embeddings: int, *, config: EncoderConfig, padding_idx: int | None = None) -> nn.Embed:
     """Returns an embedding table whose row `padding_idx` is initialized to zero, as in PyTorch.
 
-    PyTorch also stops this row's gradient, which is zero here by itself: no token attends to padding, and no loss is
-    taken there.
+    PyTorch also stops this row's gradient. Here it is zero anyway: no token attends to padding, and padding has no
+    loss.
     """
 
     def init(key, shape, dtype):
@@ -41,7 +41,7 @@ def _embed(num_embeddings: int, *, config: EncoderConfig, padding_idx: int | Non
 
 
 class Embeddings(nn.Module):
-    """The sum of word, position and token type embeddings, as far as the family has them; then norm and projection."""
+    """The sum of those word, position and token type embeddings that the family has; then norm and projection."""
 
     config: EncoderConfig
     dtype: Any

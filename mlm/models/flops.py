@@ -6,9 +6,9 @@ from mlm.models.config import EncoderConfig
 def flops_per_token(config: EncoderConfig, *, length: int, max_predictions_per_seq: int) -> float:
     """Returns the floating-point operations of forward and backward pass per token of a row.
 
-    Counted are matrix products only: a multiply-add as two operations, the backward pass as twice the forward pass. The
+    Only matrix products are counted: a multiply-add as two operations, the backward pass as twice the forward pass. The
     head, and all of the last layer but its keys and values, run on the predicted tokens only. Attention in a window
-    counts 2 * window + 1 keys per query, whatever the implementation computes beyond that.
+    counts 2 * window + 1 keys per query, even if the implementation computes more.
 
     Args:
       config: the model's config.

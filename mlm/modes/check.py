@@ -67,7 +67,7 @@ def run(
     """Prints a dry run of a training run.
 
     Args:
-      settings: those of the run.
+      settings: the run's settings.
       workdir_path: its work directory, which need not exist.
       defaults: the values of `configs/default.py`, by keys with dots.
       topology: the machine that the run is meant for, such as "v3-8"; None for the devices here.
@@ -114,7 +114,7 @@ def check(
         build.check_device(settings)
     if workdir is None or findings.problems:
         return findings.problems
-    # By themselves, so that other problems do not hide them.
+    # Checked separately, so that other problems do not hide these.
     with findings.collect():
         build.check_hub(settings, workdir)
     with findings.collect():
@@ -296,7 +296,7 @@ def show_stages(
     """Prints a table of the stages.
 
     Args:
-      components: those of the run.
+      components: the run's components.
       machine: the machine that the run is meant for.
       state_bytes: bytes of parameters, gradients and optimizer.
       compiled: bytes of the compiled step in each stage; None where it was not compiled.
@@ -417,7 +417,7 @@ def show_compiled(
     """Prints the memory of the compiled step on a TPU device, and the largest batch that fits.
 
     Args:
-      settings: those of the run, or of a stage.
+      settings: the run's settings, or those of a stage.
       components: what they determine.
       machine: the machine that the run is meant for.
       findings: receives the problem if the step does not fit.

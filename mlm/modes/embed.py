@@ -28,7 +28,7 @@ def run(
     """Writes the mean of the hidden states of each text, in the order of the file.
 
     Args:
-      settings: those of the run; None with `model`.
+      settings: the run's settings; None with `model`.
       workdir_path: the run's work directory; None with `model`.
       arguments: one file, with the column text (or lines of text).
       output: a file that ends in .npy, float32 [texts, hidden_size], or .parquet, with the columns text and embedding.

@@ -35,7 +35,7 @@ def run(
     """Writes a checkpoint of a run as a Hugging Face model directory.
 
     Args:
-      settings: those of the run.
+      settings: the run's settings.
       workdir_path: the run's work directory.
       step: the checkpoint; None for the newest.
       average: number of checkpoints, the last of them `step`, whose parameters are averaged.

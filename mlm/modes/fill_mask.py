@@ -11,7 +11,7 @@ from mlm.load import load_any
 from mlm.models.encoder import MaskedLM
 from mlm.settings import RunSettings
 
-# Sentences of a file or a pipe that are predicted together.
+# Number of sentences of a file or a pipe that are predicted together.
 _BATCH_SIZE = 64
 
 
@@ -19,7 +19,7 @@ def run(settings: RunSettings, workdir_path: str, *, arguments: Sequence[str], s
     """Prints the most probable tokens for each mask of the sentences.
 
     Args:
-      settings: those of the run.
+      settings: the run's settings.
       workdir_path: the run's work directory.
       arguments: sentences with "<mask>" or the tokenizer's own mask token; none: the lines of standard input.
       step: the checkpoint to use; None for the model in `model/`.
@@ -42,7 +42,7 @@ def _lines() -> Iterable[str]:
 
 
 def _batches(sentences: Sequence[str], lines: Iterable[str]) -> Iterable[list[str]]:
-    """Yields all sentences; without sentences batches of lines, of one line if a person types them."""
+    """Yields all sentences at once; without sentences, batches of lines, or single lines if a person types them."""
     if sentences:
         yield list(sentences)
         return

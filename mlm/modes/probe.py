@@ -43,14 +43,14 @@ def run(
     """Prints a table of scores and adds it to `results.json`, and to the model card of the run's `model/`.
 
     Args:
-      settings: those of the run; None with `model`.
+      settings: the run's settings; None with `model`.
       workdir_path: the run's work directory; None with `model`.
       task: a file, a GLUE task or a dataset on the hub.
       model: a model directory or a name on the hub, instead of a run.
       step: the run's checkpoint; None for the model in `model/`.
       test: a file with the examples to test on; None to hold out a part of the task.
       seeds: number of splits.
-      train_examples: number of examples to learn from; None for all.
+      train_examples: number of examples to train on; None for all.
       output: the file of results; None for `results.json` in the work directory, or here with `model` or a bucket.
 
     Raises:
@@ -102,7 +102,7 @@ def _write_json(path: str, value: Any) -> None:
 
 
 def _add_to_card(workdir: WorkDir, step: int | None, task: Task, scores: dict[str, float]) -> None:
-    """Adds scores to the card in `model/` if it is the same step's."""
+    """Adds scores to the card in `model/` if that is the model of the same step."""
     card = os.path.join(workdir.model, "README.md")
     if not os.path.exists(card) or workdir.exported_step() != step:
         logging.info("the model card is not changed, since model/ is another step")

@@ -16,7 +16,7 @@ from mlm.errors import UserError
 from mlm.reporting.curves import read_metrics
 from mlm.run.workdir import KeyChanges, WorkDir
 
-# Most points per curve: a screen cannot show more, and they would make the page slow.
+# Maximum number of points per curve: a screen cannot show more, and they would make the page slow.
 MAX_POINTS = 4000
 # Panels in the order of the page: title, unit, curves as (metric, label), and the factor from the metric to the unit.
 PANELS = (

@@ -24,12 +24,12 @@ def run(
     """Prints the pseudo-perplexity of a file's texts, or the accuracy on its minimal pairs.
 
     Args:
-      settings: those of the run; None with `model`.
+      settings: the run's settings; None with `model`.
       workdir_path: the run's work directory; None with `model`.
-      arguments: one file, with the column text (or lines of text), or with good and bad, and phenomenon if wanted.
+      arguments: one file, with the column text (or lines of text), or with good, bad and optionally phenomenon.
       model: a model directory or a name on the hub, instead of a run.
       step: the run's checkpoint; None for the model in `model/`.
-      output: a file of JSON lines to write, one for each row of the file; None for none.
+      output: a file of JSON lines to write, one for each row of the input; None to write no file.
 
     Raises:
       UserError: the file or the model cannot be used.
@@ -46,7 +46,7 @@ def run(
         check_texts(columns[name], name, flag=path)
     check_output(output)
     loaded = load_any(settings, workdir_path, model=model, step=step, needs_head=True)
-    # Together, so that few shapes are compiled.
+    # Scored together, so that few shapes are compiled.
     scores = score(loaded, [text for name in names for text in columns[name]])
     count = len(columns[names[0]])
     parts = [_part(scores, slice(start, start + count)) for start in range(0, len(names) * count, count)]

@@ -60,7 +60,7 @@ def run(
     """Prints masked sequences of a step and the documents that they come from.
 
     Args:
-      settings: those of the run.
+      settings: the run's settings.
       workdir_path: the run's work directory.
       step: the step, from 1 on.
       sequences: number of sequences to print.
@@ -128,7 +128,7 @@ def replay(
     while True:
         topology = next(entry for entry in reversed(history) if entry["after_batch"] <= batches_done)
         process_count, batch_rows = topology["process_count"], topology["batch_rows"]
-        # The last batch before the run had other numbers of processes or rows, or that of the step.
+        # The last batch before the number of processes or rows changes, or the batch of the step.
         changes = [entry["after_batch"] for entry in history]
         last_batch = min((change for change in changes if batches_done < change < batch_number), default=batch_number)
         if last_batch == batch_number and not 0 <= process_index < process_count:

@@ -21,12 +21,12 @@ def run(
     """Trains a run, or resumes it.
 
     Args:
-      settings: those of the run.
+      settings: the run's settings.
       workdir: the run's directory.
-      command: the command that started this process, printed as a hint how to train for longer.
+      command: the command that started this process, for the printed hint on training for longer.
       overwrite: start a new run after renaming the existing work directory.
       multihost: run as one of several processes; None for automatic detection of a TPU pod.
-      coordinator_address, num_processes, process_id: of the processes, as `jax.distributed.initialize` takes them.
+      coordinator_address, num_processes, process_id: arguments of `jax.distributed.initialize`.
       key_changes: how config keys have changed since earlier versions.
 
     Raises:

@@ -8,7 +8,7 @@ from mlm.errors import UserError
 
 
 def read_metrics(path: str) -> list[dict[str, Any]]:
-    """Reads `metrics.jsonl`, without a last line that a crash has cut off. None stands for NaN and infinity.
+    """Reads `metrics.jsonl`, without an incomplete last line left by a crash. None stands for NaN and infinity.
 
     Raises:
       UserError: another line is not JSON.
@@ -61,7 +61,7 @@ def draw_curves(metrics_path: str, picture_path: str, *, title: str) -> None:
         kind, task, _ = name.split("/")
         plot(axes[int(kind == "pairs"), 2], name, task, scale=100, marker="o", markersize=3)
     if tasks:
-        # All of the scale: few examples make differences of a few percent noise.
+        # The full scale: with few examples, differences of a few percent are noise.
         axes[0, 2].set(title="Probes", ylabel="% of held-out labels", ylim=(0, 100))
         axes[1, 2].set(title="Minimal pairs", ylabel="% of pairs", ylim=(0, 100), xlabel="steps")
     for axis in axes.flat:

@@ -32,7 +32,7 @@ def log_run_summary(
       params: parameters, stacked over local devices.
       text_name, tokenizer_name: names in messages.
       shards: descriptions of the shards of this process.
-      stages: those of the run.
+      stages: the run's stages.
       start_step: steps done.
     """
     for line in shards:

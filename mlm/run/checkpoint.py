@@ -1,7 +1,7 @@
 """Checkpoints: the only file that imports Orbax.
 
-Checkpoint N contains N steps: the train state; what the loop has accumulated since its last line of metrics; and the
-stream state of every process. All are written together, in the background, and count only when complete.
+Checkpoint N is the state after N steps: the train state; what the loop has accumulated since its last line of metrics;
+and the stream state of every process. All are written together, in the background, and count only when complete.
 
 Checksums of all content are written with it. Those of the train state are computed on the device, before the copy to
 the host.
@@ -102,7 +102,7 @@ class Restored:
     """The content of a checkpoint.
 
     Attributes:
-      step: steps in it.
+      step: number of steps done.
       state: the train state, global arrays.
       loop: what the loop has saved.
       streams: the stream state of each process of the run that saved it.
@@ -118,7 +118,7 @@ class Checkpointer:
     """Saves and restores the checkpoints of a work directory. A context manager: leaving it waits for a save.
 
     Attributes:
-      keep_steps: steps whose checkpoints are kept, too.
+      keep_steps: further steps whose checkpoints are kept.
       last_save_seconds: time that the last save took until its checkpoint was complete, as `check` has noticed; None if
         there was none.
     """
@@ -127,7 +127,7 @@ class Checkpointer:
         """Opens the checkpoints; there may be none.
 
         Args:
-          storage: that of the work directory.
+          storage: the work directory's storage.
           keep_checkpoints: number of newest checkpoints to keep.
           keep_every_steps: older checkpoints at multiples of this are kept too; 0 for none.
 
@@ -151,7 +151,7 @@ class Checkpointer:
             raise UserError(
                 f"{storage.checkpoints}: cannot be read ({one_line(error)}); fix that, then rerun the same command"
             ) from None
-        # Whether the manager would raise the error of an earlier save again, and could not be replaced yet.
+        # True if the manager would raise the error of an earlier save again, and could not be replaced yet.
         self._is_stale = False
         self._save_start: float | None = None
         self.last_save_seconds: float | None = None
@@ -180,7 +180,7 @@ class Checkpointer:
         """Waits for the previous save, copies the state off the devices, then writes in the background.
 
         Args:
-          step: steps in the state.
+          step: number of steps done.
           state: global arrays (`parallel.to_global`).
           loop: JSON-serializable, the same on every process.
           stream: JSON-serializable, this process's stream state.
@@ -288,13 +288,13 @@ class Checkpointer:
         return {name: value for name, value in vars(like).items() if value is not None or name in stored}
 
     def restore_params(self, step: int) -> tuple[Any, dict[str, Any]]:
-        """Reads the parameters to evaluate of checkpoint `step`, as NumPy arrays, and what the loop has saved.
+        """Reads the parameters to evaluate from checkpoint `step`, as NumPy arrays, and what the loop has saved.
 
         They are the moving average of the parameters if the checkpoint has one.
 
         Raises:
           CorruptCheckpointError: it cannot be read, or differs from what was written.
-          UserError: its format version is another; or the storage is unreachable.
+          UserError: it has another format version, or the storage is unreachable.
         """
         directory = epath.Path(self._storage.checkpoints) / str(step) / "state"
         handler = ocp.PyTreeCheckpointHandler()

@@ -41,7 +41,7 @@ class KeyChanges:
     given: Collection[str] = ()
 
     def apply(self, stored: Mapping[str, Any]) -> dict[str, Any]:
-        """Returns the keys that `config.json` has, renamed, without those removed."""
+        """Returns the keys of `config.json`, with renamed keys mapped and removed keys dropped."""
         return {
             self.renamed.get(key, key): as_tuples(value)
             for key, value in stored.items()
@@ -74,7 +74,7 @@ class WorkDir:
         self._has_started = False
 
     def read_config(self) -> dict[str, Any]:
-        """Returns the run's value of every config key; those younger than the run have their earlier behavior.
+        """Returns the run's value of every config key; keys newer than the run have the value of the old behavior.
 
         Raises:
           UserError: there is no run, or `config.json` is damaged or has another format version.
@@ -113,7 +113,7 @@ class WorkDir:
     def complete(self, settings: RunSettings) -> RunSettings:
         """Returns the settings with what the run has already decided.
 
-        Keys younger than the run keep their earlier behavior, unless the user has set them on the command line.
+        Keys newer than the run keep the old behavior, unless the user has set them on the command line.
         `per_device_train_batch_size=0` becomes the size that the run has found.
         """
         stored, config = self._stored_keys(), settings.flat()
@@ -155,8 +155,10 @@ class WorkDir:
         return last["processes"], last["rows_per_process"]
 
     def last_stages(self) -> list[dict[str, Any]]:
-        """Returns the stages at the last start, each with `end` and `borders`, one for a run without stages; empty if
-        there is no run, or it is of an earlier version."""
+        """Returns the stages at the last start, each with `end` and `borders`; one for a run without stages.
+
+        Empty if there is no run, or it was started by an earlier version.
+        """
         if not os.path.exists(self.config) or "borders" not in (last := self._read()["history"][-1]):
             return []
         stages = last.get("stages") or [{"end": None, "borders": last["borders"]}]
@@ -208,11 +210,11 @@ class WorkDir:
           save_tokenizer: writes the tokenizer to a directory.
           processes: number of processes.
           rows_per_process: sequences of a step per process.
-          stages: those of the run.
-          eval_checksum: of the evaluation sequences, which shows whether the losses of two runs can be compared.
-          step: steps in the checkpoint that the run resumes from; 0 for a new run.
-          parent: JSON-serializable, the checkpoint of another run that this one starts from; None to keep the earlier.
-          resumes: for a new run that continues another, the work directory of that.
+          stages: the run's stages.
+          eval_checksum: checksum of the evaluation sequences: the losses of two runs can be compared if it is equal.
+          step: steps done in the checkpoint that the run resumes from; 0 for a new run.
+          parent: JSON-serializable, another run's checkpoint that this run starts from; None to keep the recorded one.
+          resumes: for a new run that continues another run, the other run's work directory.
 
         Returns:
           key -> [old value, new value] of the keys changed since the last start.
@@ -225,8 +227,8 @@ class WorkDir:
         if os.path.exists(self.config):
             history, changed, resumes = self.read_history(), self.changes(settings), self
         if resumes is not None:
-            # A key younger than the run that keeps its earlier behavior stays absent: every later start must complete
-            # it again.
+            # A key newer than the run that keeps the old behavior stays absent: every later start must complete it
+            # again.
             stored, old = resumes._stored_keys(), resumes._resolved_keys()
             keys = {key: value for key, value in keys.items() if key in stored or old[key] != value}
         history.append(

@@ -75,7 +75,7 @@ def _find_encoding(head: bytes) -> tuple[str, bytes]:
     nul_fraction = head.count(0) / max(1, len(head))
     if nul_fraction <= _MAX_NUL_FRACTION:
         return "utf-8", b""
-    # Characters of most scripts, or at least spaces and line ends, have zeros at the same places of each 2 or 4 bytes.
+    # Characters of most scripts, or at least spaces and line ends, have zeros at fixed positions of each 2 or 4 bytes.
     is_nul = np.frombuffer(head[: len(head) // 4 * 4], np.uint8).reshape(-1, 4) == 0
     for encoding, places in (
         ("utf-32-le", (2, 3)),

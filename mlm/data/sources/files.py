@@ -58,8 +58,8 @@ _PARQUET_BUFFER_BYTES = 256 << 10
 _PARQUET_BATCH_ROWS = 256
 # Buffer of a sequential HTTP connection.
 _HTTP_BUFFER_BYTES = 1 << 20
-# A file of a dataset on the hub, as `datasets` names it: (repository, revision, path). A stream of it that breaks
-# continues at the byte; HfFileSystem would fetch blocks of 5 MB, each after the one before it is used.
+# A file of a dataset on the hub, as `datasets` names it: (repository, revision, path). A stream that breaks
+# continues at the same byte; HfFileSystem would fetch blocks of 5 MB, each only after the previous one is used.
 _HUB_FILE = re.compile("hf://datasets/([^/@]+/[^/@]+)@([^/]+)/(.+)")
 # URL schemes from which this process has read a file.
 _reached_schemes: set[str] = set()
@@ -206,7 +206,7 @@ def _open_with_fsspec(file: str, retry_policy: retry.RetryPolicy) -> Iterator[io
 
 
 def _gcsfs_options(retry_policy: retry.RetryPolicy) -> tuple[dict[str, Any], tuple[type[Exception], ...]]:
-    """Returns options that make gcsfs close a silent connection, and its exceptions that are no OSError."""
+    """Returns options that make gcsfs close a silent connection, and those of its exceptions that are not OSErrors."""
     # It logs a traceback for each error that it raises.
     logging.getLogger("gcsfs").setLevel(logging.CRITICAL + 1)
     logging.getLogger("google.auth").setLevel(logging.ERROR)
@@ -237,7 +237,7 @@ def _blocks(stream: Utf8Stream, first: bytes) -> Iterator[bytes]:
         rest = block[cut:]
         if cut:
             parts = [b"".join([*parts, block[:cut]])]
-            block = b""  # A file that waits for its turn keeps the rows of a block, and no block.
+            block = b""  # A file that waits for its turn keeps the rows of a block, not the block itself.
             yield parts.pop()
         parts.append(rest)
         block = stream.read(_block_bytes())
@@ -323,7 +323,7 @@ def _parse_json_lines(block: bytes, column: str) -> pa.Array:
             return table.column(column).combine_chunks()
         except pa.ArrowInvalid:
             continue
-    # There is a value that is no string, a lone surrogate, or invalid JSON: parse each line by itself.
+    # There is a value that is not a string, a lone surrogate, or invalid JSON: parse each line by itself.
     return _strings([_load(line) for line in block.splitlines() if line.strip()], column)
 
 
@@ -338,7 +338,7 @@ def _load(line: bytes) -> object:
 
 
 def _strings(rows: list, column: str) -> pa.Array:
-    """Returns a column of parsed rows as bytes, null for values that are no string.
+    """Returns a column of parsed rows as bytes, null for values that are not strings.
 
     Bytes, because JSON strings may contain lone surrogates, which UTF-8 cannot encode.
     """

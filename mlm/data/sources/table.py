@@ -4,7 +4,7 @@ from typing import Any
 
 
 def load_columns(path: str, config: str | None, split: str) -> dict[str, list[Any]]:
-    """Loads a split; classes are their names, -1 if unknown. Errors are those of `datasets.load_dataset`."""
+    """Loads a split; class ids become names, or -1 if unknown. Raises the errors of `datasets.load_dataset`."""
     import datasets  # Imported here: it takes a second, which tasks in files need not wait for.
 
     loaded = datasets.load_dataset(path, config, split=split)

@@ -5,7 +5,7 @@ Rules where the checkpoint and the run's model differ; each logs a line:
 - A checkpoint without a masked-language-model head (`BertModel`, a classifier) gives all weights but the head's, which
   is initialized.
 - Embeddings are matched by token if the checkpoint has a tokenizer, else by id. A token without an embedding starts at
-  the mean of the checkpoint's, like an average token; random values would stand out among trained ones. The decoder's
+  the mean of the checkpoint's embeddings; random values would stand out among trained ones. The decoder's
   bias and the rows of an untied decoder are matched the same way.
 - Learned position embeddings past the checkpoint's last repeat from the first on (as in Longformer, Beltagy et al.,
   arXiv:2004.05150), which keeps the relative distances that the layers know. For shorter rows, the first ones are used.

@@ -7,7 +7,7 @@
     final_norm/{scale,bias}
     head/dense/{kernel,bias}, head/norm/{scale,bias}, head/bias, head/decoder
 
-A tree has those of these parameters that the family and the config have. A kernel is [in, out], a weight [out, in] as
+A tree has only the parameters that the family and the config require. A kernel is [in, out], a weight [out, in] as
 in PyTorch. qkv is query, key and value, concatenated along the first axis; the inner kernel of a gated network is the
 activated half, then the gate.
 """
@@ -185,7 +185,7 @@ def _constants(config: EncoderConfig) -> dict[str, np.ndarray]:
 
 
 def _is_close(tensor: np.ndarray, value: np.ndarray) -> bool:
-    # To half precision, and as far as both go: another max_position_embeddings makes the table longer or shorter.
+    # Equal to half precision, in the rows that both have: max_position_embeddings changes the table's length.
     rows = min(len(tensor), len(value))
     return tensor.shape[1:] == value.shape[1:] and np.allclose(
         np.asarray(tensor[:rows], np.float32), value[:rows], rtol=0, atol=2**-8

@@ -1,8 +1,8 @@
 """Lookups whose gradients are matrix products instead of scatters.
 
 A scatter adds up gradients row by row: a TPU does so one after the other or sorts first, and a GPU in an order that
-changes from run to run, and with it the last digits. A product with a one-hot matrix has a fixed order of summation and
-is fast as long as there are few rows to select from: about 0.1 % of the operations of a step.
+changes from run to run, which changes the last digits. A product with a one-hot matrix has a fixed order of summation
+and is fast as long as there are few rows to select from: about 0.1 % of the operations of a step.
 
 For tables of many rows, such as the vocabulary's, `word_lookup` scatters, with a sorted sum on GPUs.
 

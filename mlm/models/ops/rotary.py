@@ -1,5 +1,4 @@
-"""Rotary position embeddings (Su et al., arXiv:2104.09864): queries and keys are rotated by angles that grow with the
-position.
+"""Rotary position embeddings (Su et al., arXiv:2104.09864): rotations by angles proportional to the position.
 
 Shapes: B rows, L tokens per row, K selected tokens, H heads, E head size, P = E / 2 pairs of features.
 """
