@@ -244,6 +244,41 @@ def without_waits(lines):
     return [{name: round(value, 12) for name, value in line.items() if name not in WAITING} for line in lines]
 
 
+class TerminalLine:
+    """The live line of a run in a terminal."""
+
+    enabled = True
+
+    def __init__(self, *args, **kwargs):
+        self.texts = []
+
+    def show(self, step, text, *, activity=""):
+        self.texts.append(text)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        pass
+
+
+def test_a_pause_before_the_first_step_of_an_interval_is_shown(make_reporter, clock, monkeypatch):
+    monkeypatch.setattr(reporter_lib, "LiveLine", TerminalLine)
+    with make_reporter() as reporter:
+        reporter.add_step(1, *fake(1), wait_seconds=0)
+        with reporter.timed("compilation"):
+            clock.now += 5
+        assert set(reporter._live.texts) == {""}
+        reporter.wait_for_pending_step()
+        reporter.log_steps(1)
+        shown = reporter._live.texts[-1]
+        assert shown
+        clock.now += 5
+        with reporter.timed("save"):
+            clock.now += 5
+        assert reporter._live.texts[-1] == shown
+
+
 def test_lines_hold_means_over_their_interval(make_reporter, clock, path):
     with make_reporter() as reporter:
         run(reporter, clock, range(1, 6), log=(3, 5))
