@@ -89,12 +89,19 @@ class Components:
         return jax.jit(init_state, static_argnums=0)(self.step_config, self.initial_params())
 
 
-def build(settings: RunSettings, workdir: WorkDir, *, parent_tokenizer: str | None = None) -> Components:
+def build(
+    settings: RunSettings,
+    workdir: WorkDir,
+    *,
+    stages: tuple[Stage, ...] | None = None,
+    parent_tokenizer: str | None = None,
+) -> Components:
     """Builds the components, cheap checks first.
 
     Args:
       settings: the run's settings.
       workdir: its work directory.
+      stages: the stages of the run; None to resolve those of a new run.
       parent_tokenizer: directory of the parent's tokenizer, if the run starts from another run's checkpoint.
 
     Raises:
@@ -102,7 +109,7 @@ def build(settings: RunSettings, workdir: WorkDir, *, parent_tokenizer: str | No
     """
     if jax.process_index() == 0:
         check_hub(settings, workdir)
-    stages = resolve(settings, num_devices=jax.device_count())
+    stages = stages or resolve(settings, num_devices=jax.device_count())
     first, later = stages[0].settings, [stage.settings for stage in stages[1:]]
     copied, checkpoint = load_model(settings)
 

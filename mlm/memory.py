@@ -184,9 +184,11 @@ def step_bytes(
         raise UserError(f"the step does not compile for {devices[0].device_kind}: {one_line(error)}") from None
 
 
-def compiled_bytes(compiled: jax.stages.Compiled) -> int:
-    """Returns what a compiled step holds in one device's memory."""
+def compiled_bytes(compiled: jax.stages.Compiled) -> int | None:
+    """Returns what a compiled step holds in one device's memory; None if the backend does not report it."""
     memory: Any = compiled.memory_analysis()
+    if memory is None:
+        return None
     # Donated buffers are counted twice, as arguments and as outputs.
     used = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     return used + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes

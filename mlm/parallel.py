@@ -59,7 +59,7 @@ class DataParallel:
         lowered = self._run.lower(*args)
 
         def compile_lowered() -> None:
-            with contextlib.suppress(Exception):
+            with contextlib.suppress(Exception), _every_process_writes_the_cache():
                 lowered.compile()
 
         # Not a daemon: if the program ends while such a thread is in XLA, Python 3.11 aborts.
@@ -177,12 +177,23 @@ def maintenance_is_near(step: int) -> bool:
     return jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step)
 
 
-def barrier(name: str) -> None:
-    """Waits, without a timeout, until every process has reached this point. A lost process is detected elsewhere."""
+def barrier(name: str, *, timeout_minutes: float = 24 * 60) -> None:
+    """Waits until every process has reached this point. A lost process is detected elsewhere.
+
+    Raises:
+      TimeoutError: a process has not reached it in time.
+    """
     if jax.process_count() > 1:
         # multihost_utils.sync_global_devices is a device collective, which times out after 30 s on CPUs.
         client = distributed_state().client
-        client.wait_at_barrier(f"mlm/{next(_barrier_numbers)}/{name}", timeout_in_ms=24 * 3600 * 1000)
+        try:
+            client.wait_at_barrier(
+                f"mlm/{next(_barrier_numbers)}/{name}", timeout_in_ms=int(timeout_minutes * 60 * 1000)
+            )
+        except jax.errors.JaxRuntimeError as error:
+            if "DEADLINE_EXCEEDED" not in str(error):
+                raise
+            raise TimeoutError(f"a process did not reach {name!r} within {timeout_minutes:g} minutes") from None
 
 
 def distributed_state() -> Any:
@@ -204,11 +215,12 @@ def _every_process_writes_the_cache() -> Iterator[None]:
     By default only process 0 writes it, so every start would wait for the others to compile again.
     """
     state = distributed_state()
-    process_id, state.process_id = state.process_id, 0
+    state.process_id = 0
     try:
         yield
     finally:
-        state.process_id = process_id
+        # Not what it was before: two threads may compile at the same time.
+        state.process_id = jax.process_index()
 
 
 @functools.cache

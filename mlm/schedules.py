@@ -71,7 +71,9 @@ def _decay(shape: str | None, step: jnp.ndarray, start: int, end: int, end_facto
     return end_factor + (1 - end_factor) * left
 
 
-def keep_passed_borders(new: Borders, old: Borders, settings: OptimizerSettings, *, step: int) -> Borders:
+def keep_passed_borders(
+    new: Borders, old: Borders, settings: OptimizerSettings, *, step: int, ends_as_before: bool
+) -> Borders:
     """Returns the borders of a run that is resumed: only those ahead of `step` move.
 
     Args:
@@ -79,6 +81,7 @@ def keep_passed_borders(new: Borders, old: Borders, settings: OptimizerSettings,
       old: borders at the last start.
       settings: the current settings.
       step: applied steps so far.
+      ends_as_before: whether the schedule still ends where it did at the last start.
 
     Raises:
       UserError: a border that is not ahead of `step` would move.
@@ -91,6 +94,9 @@ def keep_passed_borders(new: Borders, old: Borders, settings: OptimizerSettings,
             )
         new = dataclasses.replace(new, warmup_steps=old.warmup_steps)
     if step > old.decay_start != new.decay_start:
+        # A decay in tokens has other steps on another number of devices.
+        if isinstance(settings.decay_steps, str) and ends_as_before:
+            return dataclasses.replace(new, decay_start=old.decay_start)
         raise UserError(
             f"optimizer.decay_steps={settings.decay_steps!r}: the decay would begin at step {new.decay_start}, but it "
             f"has begun at step {old.decay_start}, and {step} steps are done; branch a new run from a checkpoint up to "

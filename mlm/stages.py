@@ -124,12 +124,14 @@ def resolve(
     """
     entries = _entries(settings)
     tokens = [_rows_per_device(e.settings) * num_devices * e.settings.data.max_seq_length for e in entries]
-    ends = _ends(entries, tokens, num_train_steps=settings.num_train_steps)
+    passed = [end for end in earlier[:-1] if end < step]
+    ends = _ends(entries, tokens, passed=passed, num_train_steps=settings.num_train_steps)
     for index in range(len(ends) - 1 if earlier else 0):
-        is_passed = index < len(earlier) - 1 and earlier[index] < step
-        ends[index] = earlier[index] if is_passed else min(max(ends[index], step), ends[-1])
+        ends[index] = passed[index] if index < len(passed) else min(max(ends[index], step), ends[-1])
 
     def borders(stage: Stage) -> Borders:
+        if stage.schedule_start == stage.schedule_end:  # A border moved to where the next stage begins.
+            return stage.borders
         parts = [
             (end - start, per_step)
             for start, end, per_step in zip([0, *ends[:-1]], ends, tokens, strict=True)
@@ -370,11 +372,15 @@ def _source_options(data: DataSettings) -> dict[str, Any]:
     }
 
 
-def _ends(entries: Sequence[_Entry], tokens: Sequence[int], *, num_train_steps: int) -> list[int]:
-    """Returns the steps done at the end of each stage."""
+def _ends(
+    entries: Sequence[_Entry], tokens: Sequence[int], *, passed: Sequence[int], num_train_steps: int
+) -> list[int]:
+    """Returns the steps done at the end of each stage; `passed` are the ends of the first ones at the last start."""
     lengths: list[float | None] = []
-    for entry, per_step in zip(entries, tokens, strict=True):
-        if isinstance(entry.steps, str):
+    for index, (entry, per_step) in enumerate(zip(entries, tokens, strict=True)):
+        if isinstance(entry.steps, str) and index < len(passed):  # Perhaps on another number of devices.
+            lengths.append(passed[index] - (passed[index - 1] if index else 0))
+        elif isinstance(entry.steps, str):
             lengths.append((num_tokens(entry.steps) or 0.0) / per_step)
         else:
             lengths.append(entry.steps * num_train_steps if isinstance(entry.steps, float) else entry.steps)

@@ -17,7 +17,7 @@ from mlm.build import Components
 from mlm.data.packing import CONCATENATING
 from mlm.data.prefetch import Batch, Prefetcher
 from mlm.downstream.during_training import EvalTasks, TaskEvaluator, read_tasks
-from mlm.errors import UserError
+from mlm.errors import UserError, one_line
 from mlm.evaluate import Evaluator
 from mlm.export import model_directory
 from mlm.export.hub import Hub
@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 
 # Backends on which compiling does not slow down steps. A GPU's compiler times kernels on it, a CPU's uses its cores.
 _HOST_COMPILED_BACKENDS = ("tpu",)
+# How long a process waits for the others to read a checkpoint.
+_RESTORE_MINUTES = 30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,21 +163,35 @@ def open_run(
     if jax.process_index() == 0:
         workdir.lock()
     settings, parent = open_parent(settings, workdir, key_changes=key_changes)
-    components = build.build(settings, workdir, parent_tokenizer=parent.workdir.tokenizer if parent else None)
+    keep = settings.checkpoint
+    checkpointer = stack.enter_context(
+        Checkpointer(workdir.storage, keep_checkpoints=keep.keep_checkpoints, keep_every_steps=keep.keep_every_steps)
+    )
+    step = checkpointer.latest_step() or 0
+    last_stages: Sequence[Mapping[str, Any]] = workdir.last_stages()
+    if parent is not None:
+        step = parent.step if parent.mode == "branch" else 0
+        last_stages = begun(parent.workdir.last_stages(), step=step)
+    ends = [stage["end"] for stage in last_stages]
+    components = build.build(
+        settings,
+        workdir,
+        stages=resolve(settings, num_devices=jax.device_count(), earlier=ends, step=step),
+        parent_tokenizer=parent.workdir.tokenizer if parent else None,
+    )
     if settings.per_device_train_batch_size == 0:
         length, microbatches = settings.data.max_seq_length, settings.gradient_accumulation_steps
         found = memory.find_batch_size(components.step_config, length=length, microbatches=microbatches)
         settings = settings.replace({"per_device_train_batch_size": found})
         components = components.with_stages(resolve(settings, num_devices=jax.device_count()))
-    keep = settings.checkpoint
-    checkpointer = stack.enter_context(
-        Checkpointer(workdir.storage, keep_checkpoints=keep.keep_checkpoints, keep_every_steps=keep.keep_every_steps)
-    )
     state, loop_state, stream_states = _restore(components, checkpointer, parent)
     start_step = loop_state["step"] if loop_state else 0
+    if start_step > settings.num_train_steps:
+        raise UserError(
+            f"num_train_steps={settings.num_train_steps}: {start_step} steps are done; set it to at least {start_step}"
+        )
     if loop_state:
         applied = int(parallel.first_replica(state.update_stats.num_applied))
-        last_stages = begun(parent.workdir.last_stages(), step=start_step) if parent else workdir.last_stages()
         stages = _resume_stages(settings, last_stages, step=start_step, applied=applied)
         components = components.with_stages(stages)
         components.stream.restore(stream_states)
@@ -189,11 +205,12 @@ def open_run(
     # Text that is too short for a batch is reported here, before anything is written or compiled.
     batches = itertools.chain([next(prefetcher)], prefetcher)
     hub = build.open_hub(settings, workdir)
-    if jax.process_index() == 0:
-        _write_workdir(settings, workdir, components, start_step, parent)
-        checkpointer.remove_partial()
-    parallel.barrier("work directory written")
-    reporter = stack.enter_context(_create_reporter(settings, workdir, components, start_step, loop_state))
+    with _disk_errors(workdir):
+        if jax.process_index() == 0:
+            _write_workdir(settings, workdir, components, start_step, parent)
+            checkpointer.remove_partial()
+        parallel.barrier("work directory written")
+        reporter = stack.enter_context(_create_reporter(settings, workdir, components, start_step, loop_state))
     if start_step == 0 or parent:
         reporter.write_config(settings.flat())
     log_run_summary(
@@ -246,7 +263,15 @@ def _resume_stages(
         if stage.schedule_start >= step > 0:  # It begins later.
             return stage.borders
         last = last_stages[min(index, len(last_stages) - 1)]["borders"]
-        return keep_passed_borders(stage.borders, last, stage.settings.optimizer, step=applied - stage.schedule_start)
+        if stage.schedule_end <= step:
+            return last
+        return keep_passed_borders(
+            stage.borders,
+            last,
+            stage.settings.optimizer,
+            step=applied - stage.schedule_start,
+            ends_as_before=stage.schedule_end in ends,
+        )
 
     return tuple(dataclasses.replace(stage, borders=borders(index, stage)) for index, stage in enumerate(stages))
 
@@ -373,6 +398,14 @@ def _restore(
             restored = checkpointer.restore(step, like=like)
         except CorruptCheckpointError as error:
             problem = str(error)
+        try:
+            # Orbax lets the processes that have read it wait for the others, which may have failed.
+            parallel.barrier("checkpoint read", timeout_minutes=_RESTORE_MINUTES)
+        except TimeoutError:
+            raise UserError(
+                f"--workdir: another process did not finish reading checkpoint {step} within {_RESTORE_MINUTES} "
+                f"minutes, this one: {problem if restored is None else 'read it'}; rerun the command on all hosts"
+            ) from None
         failed = parallel.any_process(restored is None)
         if restored is not None and not failed:
             return parallel.from_global(restored.state), restored.loop, restored.streams
@@ -384,6 +417,18 @@ def _restore(
         f"--workdir: none of the checkpoints up to {newest} can be read; they are in {checkpointer.damaged}; restore "
         "intact ones, or start a new run with --overwrite"
     )
+
+
+@contextlib.contextmanager
+def _disk_errors(workdir: WorkDir) -> Iterator[None]:
+    """Turns a full disk into a UserError."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"--workdir={workdir.display_path}: cannot be written ({one_line(error)}); free or mount the disk, then "
+            "rerun the same command"
+        ) from None
 
 
 def _create_reporter(

@@ -6,6 +6,7 @@ import pathlib
 import resource
 import shutil
 import types
+from unittest import mock
 
 import jax
 import numpy as np
@@ -206,6 +207,23 @@ def test_a_failed_save_is_reported_and_the_next_one_succeeds(storage, monkeypatc
         save(checkpointer, 6, value=3.0)
     assert sorted(os.listdir(storage.checkpoints)) == ["2", "6"]  # No partial checkpoint is left.
     np.testing.assert_array_equal(restore(storage, 6).state["weight"], np.full((2, 3), 3.0))
+
+
+def test_of_several_processes_one_that_fails_to_save_does_not_wait_for_the_others(storage, monkeypatch):
+    with Checkpointer(storage, keep_checkpoints=1) as checkpointer:
+        save(checkpointer, 2)
+        checkpointer.wait()
+        manager = checkpointer._manager
+        monkeypatch.setattr(jax, "process_count", lambda: 2)
+        # Opening a manager is a collective operation.
+        monkeypatch.setattr(checkpointer, "_open", lambda: pytest.fail("waits for the other processes"))
+        with monkeypatch.context() as patch:
+            patch.setattr(manager, "check_for_errors", mock.Mock(side_effect=OSError("upload failed")))
+            with pytest.raises(SaveError, match=r"a checkpoint could not be written \(upload failed\)"):
+                checkpointer.check()
+            patch.setattr(manager, "wait_until_finished", mock.Mock(side_effect=OSError("upload failed")))
+            with pytest.raises(SaveError, match=r"a checkpoint could not be written \(upload failed\)"):
+                save(checkpointer, 4)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32", "uint8"])

@@ -1,14 +1,18 @@
 """Steps do not depend on the number of devices and microbatches; how arrays get to the devices and back."""
 
 import functools
+import types
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mlm import parallel, steps
+from mlm import parallel, startup, steps
+from mlm.errors import UserError
 from mlm.loss import masked_cross_entropy
+from mlm.run.checkpoint import CorruptCheckpointError
 
 
 def assert_near(actual, expected):
@@ -178,6 +182,24 @@ def test_a_step_compiled_in_the_background_is_not_compiled_again(caplog):
     assert caplog.text.count("XLA compilation") == 1
 
 
+def test_every_process_caches_a_step_compiled_in_the_background(monkeypatch):
+    process_ids = []
+
+    class Lowered:
+        def compile(self):
+            process_ids.append(parallel.distributed_state().process_id)
+
+    monkeypatch.setattr(jax, "process_index", lambda: 3)
+    step = parallel.data_parallel(lambda rows: rows)
+    monkeypatch.setattr(step, "_run", types.SimpleNamespace(lower=lambda rows: Lowered()))
+    step.compile_in_background(None)
+    step._compilation.join()
+    # jax writes the cache in process 0.
+    assert process_ids == [0]
+    assert parallel.distributed_state().process_id == 3
+    parallel.distributed_state().process_id = 0
+
+
 def test_an_error_of_the_compiler_in_the_background_is_raised_by_the_step():
     step = parallel.data_parallel(
         lambda rows: jax.ffi.ffi_call("missing", jax.ShapeDtypeStruct((2,), np.float32))(rows)
@@ -186,6 +208,21 @@ def test_an_error_of_the_compiler_in_the_background_is_raised_by_the_step():
     step.compile_in_background(rows)
     with pytest.raises(jax.errors.JaxRuntimeError, match="missing"):
         step(rows)
+
+
+def test_a_process_that_reads_no_checkpoint_ends_the_others(monkeypatch):
+    wait = mock.Mock(side_effect=jax.errors.JaxRuntimeError("DEADLINE_EXCEEDED: Barrier timed out"))
+    client = types.SimpleNamespace(wait_at_barrier=wait)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(parallel, "distributed_state", lambda: types.SimpleNamespace(client=client))
+    components = types.SimpleNamespace(initial_state=lambda: jnp.zeros(2))
+    checkpointer = types.SimpleNamespace(
+        latest_step=lambda: 5, restore=mock.Mock(side_effect=CorruptCheckpointError("OSError: gone"))
+    )
+    message = r"^--workdir: another process did not .* checkpoint 5 within 30 minutes, this one: OSError: gone; rerun"
+    with pytest.raises(UserError, match=message):
+        startup._restore(components, checkpointer, None)
+    assert wait.call_args.kwargs == {"timeout_in_ms": 30 * 60 * 1000}
 
 
 @pytest.mark.slow

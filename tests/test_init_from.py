@@ -3,6 +3,7 @@
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 from unittest import mock
 
@@ -21,6 +22,7 @@ from mlm.optimizer import create_optimizer
 from mlm.reporting.curves import read_metrics
 from mlm.reporting.reporter import Reporter
 from mlm.run.checkpoint import Checkpointer, CorruptCheckpointError
+from mlm.run.workdir import WorkDir
 from mlm.settings import OptimizerSettings
 from mlm.steps import TrainState, UpdateStats
 from mlm.train import train_and_evaluate
@@ -240,6 +242,18 @@ def test_other_errors(corpus, parent, tmp_path, monkeypatch):
     assert sorted(tmp_path.iterdir()) == [empty, run]  # Nothing was renamed.
     assert split_step("runs/a@b@12") == ("runs/a@b", 12)
     assert split_step("runs/a@b") == ("runs/a@b", None)
+
+
+def test_errors_of_a_resumed_run(corpus, parent, tmp_path, monkeypatch):
+    shutil.copytree(parent, run := tmp_path / "run")
+    shutil.rmtree(run / "model")  # As if it had been stopped before its last evaluation.
+    before = files(run)
+    with pytest.raises(UserError, match=r"^num_train_steps=6: 8 steps are done; set it to at least 8$"):
+        train_and_evaluate(tiny_settings(corpus, num_train_steps=6), str(run))
+    monkeypatch.setattr(WorkDir, "create", mock.Mock(side_effect=OSError(28, "No space left on device")))
+    with pytest.raises(UserError, match=r"^--workdir=.*/run: cannot be written .*No space left on device\); free or "):
+        train_and_evaluate(tiny_settings(corpus), str(run))
+    assert files(run) | {".lock": None} == before | {".lock": None}
 
 
 @pytest.mark.slow

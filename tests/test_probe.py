@@ -216,6 +216,12 @@ def test_learning_from_few_examples(model):
             probe.probe(model, task, name="mine", seeds=1, train_examples=count)
 
 
+def test_words_with_a_single_tag_are_learned():
+    scorer = probe._Scorer(np.array(["O"] * 4), ("accuracy",), is_regression=False)
+    fitted = scorer._fit(np.zeros((4, 2)), np.array(["O"] * 4), strengths=(1.0,))
+    assert fitted.predict(np.ones((2, 2))).tolist() == ["O", "O"]
+
+
 def test_the_accuracy_of_words_that_are_not_in_the_training_words():
     words = np.array(["the", "cat", "dog", "the", "bird", "sees"])
     labels = np.array(["D", "N", "N", "D", "N", "V"])

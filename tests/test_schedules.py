@@ -1,5 +1,6 @@
 """Learning-rate schedules against their closed forms, and where their parts begin."""
 
+import functools
 import math
 from itertools import product
 
@@ -85,19 +86,31 @@ def test_warmup_and_decay_are_steps_fractions_or_tokens():
 
 
 def test_a_longer_run_moves_only_the_borders_ahead():
+    keep = functools.partial(keep_passed_borders, ends_as_before=False)
     keys = {"schedule": "wsd", "warmup_steps": 0.1, "decay_steps": 0.2}
     settings = optimizer_settings(**keys)
     old = resolve_borders(settings, num_train_steps=100, tokens_per_step=1)
     new = resolve_borders(settings, num_train_steps=200, tokens_per_step=1)
     assert (old, new) == (Borders(10, 80), Borders(20, 160))
-    assert keep_passed_borders(new, old, settings, step=5) == new
-    assert keep_passed_borders(new, old, settings, step=10) == Borders(10, 160)
-    assert keep_passed_borders(new, old, settings, step=80) == Borders(10, 160)
+    assert keep(new, old, settings, step=5) == new
+    assert keep(new, old, settings, step=10) == Borders(10, 160)
+    assert keep(new, old, settings, step=80) == Borders(10, 160)
     with pytest.raises(UserError, match=r"^optimizer\.decay_steps=0\.2: the decay would begin at step 160, but it has"):
-        keep_passed_borders(new, old, settings, step=81)
+        keep(new, old, settings, step=81)
     # A longer run may keep the border: the decay gets longer.
-    assert keep_passed_borders(Borders(10, 80), old, settings, step=81) == Borders(10, 80)
+    assert keep(Borders(10, 80), old, settings, step=81) == Borders(10, 80)
     explicit = optimizer_settings(schedule="constant", warmup_steps=20)
     with pytest.raises(UserError, match=r"^optimizer\.warmup_steps=20: the warm-up of 10 steps is over at step 10"):
-        keep_passed_borders(Borders(20, 100), Borders(10, 100), explicit, step=10)
-    assert keep_passed_borders(Borders(20, 100), Borders(10, 100), explicit, step=9) == Borders(20, 100)
+        keep(Borders(20, 100), Borders(10, 100), explicit, step=10)
+    assert keep(Borders(20, 100), Borders(10, 100), explicit, step=9) == Borders(20, 100)
+
+
+def test_a_decay_in_tokens_that_has_begun_stays_on_another_number_of_devices():
+    settings = optimizer_settings(schedule="wsd", decay_steps="200 tokens")
+    old = resolve_borders(settings, num_train_steps=100, tokens_per_step=10)
+    new = resolve_borders(settings, num_train_steps=100, tokens_per_step=5)
+    assert (old.decay_start, new.decay_start) == (80, 60)
+    assert keep_passed_borders(new, old, settings, step=80, ends_as_before=True) == new
+    assert keep_passed_borders(new, old, settings, step=81, ends_as_before=True) == old
+    with pytest.raises(UserError, match=r"^optimizer\.decay_steps='200 tokens': the decay would begin at step 60"):
+        keep_passed_borders(new, old, settings, step=81, ends_as_before=False)

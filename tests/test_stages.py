@@ -14,7 +14,7 @@ import pytest
 
 from benchmarks.same_run import differences
 from configs import default
-from mlm import build
+from mlm import build, startup
 from mlm import stages as stages_lib
 from mlm.build import open_mask_rate
 from mlm.data import pipeline
@@ -110,6 +110,34 @@ def test_an_extended_run_moves_only_borders_ahead():
     ]
     shorter = settings_with(*fractions, num_train_steps=50)
     assert ends(resolve(shorter, num_devices=1, earlier=old, step=40)) == [40, 45, 50]
+
+
+def test_a_stage_without_steps_left_has_no_schedule():
+    stages = {"name": "a", "steps": 0.9}, {"name": "b", "optimizer.schedule": "linear"}
+    shorter = settings_with(*stages, num_train_steps=50)
+    assert ends(found := resolve(shorter, num_devices=1, earlier=[90, 100], step=50)) == [50, 50]
+    assert found[1].borders == Borders(0, 0)
+
+
+def test_a_passed_stage_keeps_its_end_on_another_number_of_devices():
+    # 64 tokens per step and device.
+    stages = settings_with({"name": "a", "steps": "10240 tokens"}, {"name": "b"})
+    old = resolve(stages, num_devices=4)
+    assert ends(old) == [40, 100]
+    with pytest.raises(UserError, match="leaves the stage 'b' less than one step"):
+        resolve(stages, num_devices=1)
+    assert ends(resolve(stages, num_devices=1, earlier=[40, 100], step=41)) == [40, 100]
+
+
+def test_the_schedule_of_a_finished_stage_stays(monkeypatch):
+    decay = {"optimizer.schedule": "wsd", "optimizer.decay_steps": "2560 tokens"}
+    settings = settings_with({"name": "a", "steps": 50, **decay}, {"name": "b", "optimizer.schedule": "constant"})
+    last = [{"end": stage.end, "borders": stage.borders} for stage in resolve(settings, num_devices=4)]
+    assert [stage["borders"].decay_start for stage in last] == [40, 50]
+    monkeypatch.setattr(jax, "device_count", lambda: 2)
+    assert [stage.borders for stage in startup._resume_stages(settings, last, step=60, applied=60)] == [
+        stage["borders"] for stage in last
+    ]
 
 
 def test_one_schedule_spans_the_stages_and_a_learning_rate_rescales_it():

@@ -895,6 +895,9 @@ ELSEWHERE = {
         "the step does not compile for {}: {}": "tests/test_memory.py::test_a_compiler_out_of_memory_is_no_error_and_other_failures_are",
     },
     "mlm/startup.py": {
+        "num_train_steps={}: {} steps are done; set it to at least {}": "tests/test_init_from.py::test_errors_of_a_resumed_run",
+        "--workdir={}: cannot be written ({}); free or mount the disk, then rerun the same command": "tests/test_init_from.py::test_errors_of_a_resumed_run",
+        "--workdir: another process did not finish reading checkpoint {} within {} minutes, this one: {}; rerun the command on all hosts": "tests/test_devices.py::test_a_process_that_reads_no_checkpoint_ends_the_others",
         "--workdir: none of the checkpoints up to {} can be read; they are in {}; restore intact ones, or start a new run with --overwrite": "tests/test_bad_input.py::test_corrupt_work_directories",
     },
 }

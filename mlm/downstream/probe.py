@@ -14,6 +14,7 @@ import numpy as np
 import scipy.sparse
 import scipy.stats
 from sklearn import metrics
+from sklearn.dummy import DummyClassifier
 from sklearn.feature_extraction import DictVectorizer
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression, RidgeClassifierCV, RidgeCV
@@ -230,9 +231,9 @@ def _check_train_examples(count: int, task: Task, *, available: int) -> None:
     flag = f"--train_examples={count}"
     if count > available:
         raise UserError(f"{flag}: the task has {available:,} examples to learn from; give at most as many")
-    # Of every class one to fit and one to choose the layer; of sentences and numbers a handful.
-    is_text_class = task.train.words is None and not task.is_regression
-    least = 2 * len(task.classes) if is_text_class else 5
+    # Of every class one to fit and one to choose the layer; two numbers to choose it by their correlation; a handful of
+    # sentences.
+    least = 5 if task.train.words is not None else 10 if task.is_regression else 2 * len(task.classes)
     if count < least:
         raise UserError(f"{flag}: is too few for this task; give at least {least}")
 
@@ -334,7 +335,9 @@ class _Scorer:
         with warnings.catch_warnings(), threadpool_limits(1):
             # Classes with fewer examples than folds, and fits that have not converged fully, are usual.
             warnings.simplefilter("ignore")
-            if len(strengths) == 1 or len(np.unique(labels)) < 2:
+            if len(np.unique(labels)) < 2:  # The few sentences to learn from may have only one tag.
+                return DummyClassifier(strategy="most_frequent").fit(features, labels)
+            if len(strengths) == 1:
                 return model.fit(features, labels)
             folds = StratifiedKFold(_FOLDS, shuffle=True, random_state=0)
             if np.unique(labels, return_counts=True)[1].max() < _FOLDS:

@@ -38,6 +38,8 @@ def run(settings: RunSettings, workdir: None, *, steps: int) -> None:
     settings = settings.replace(
         {
             "hub.push_to_hub": False,
+            "checkpoint.init_from": None,
+            "checkpoint.init_mode": None,
             "num_train_steps": 2 * steps,
             "stages": (),
             # The schedule of the run may be longer than these steps; a constant rate costs the same.

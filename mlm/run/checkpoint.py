@@ -186,11 +186,14 @@ class Checkpointer:
           stream: JSON-serializable, this process's stream state.
 
         Raises:
-          SaveError: the checkpoint cannot be written. A failure of the previous save is only logged.
+          SaveError: the checkpoint cannot be written. A failure of the previous save is only logged, unless there are
+            several processes.
         """
         try:
             self.wait()
         except SaveError as error:
+            if jax.process_count() > 1:
+                raise
             logging.warning("%s", error)
         content = {"format_version": FORMAT_VERSION, "loop": dict(loop), "checksums": checksums(state)}
         self._save_start = time.monotonic()
@@ -240,9 +243,10 @@ class Checkpointer:
         except self._exceptions as error:
             # The manager's threads keep the error and would raise it again at the next save.
             self._is_stale = True
-            with contextlib.suppress(*self._exceptions):
-                self._manager, self._is_stale = self._open(), False
-                if jax.process_index() == 0:
+            # With several processes a new manager waits for all of them, and perhaps only this one has failed.
+            if jax.process_count() == 1:
+                with contextlib.suppress(*self._exceptions):
+                    self._manager, self._is_stale = self._open(), False
                     self.remove_partial()
             raise SaveError(f"a checkpoint could not be written ({one_line(error)})") from None
 

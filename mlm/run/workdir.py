@@ -161,7 +161,7 @@ class WorkDir:
         """
         if not os.path.exists(self.config) or "borders" not in (last := self._read()["history"][-1]):
             return []
-        stages = last.get("stages") or [{"end": None, "borders": last["borders"]}]
+        stages = last.get("stages") or [{"end": self.read_config()["num_train_steps"], "borders": last["borders"]}]
         return [stage | {"borders": Borders(**stage["borders"])} for stage in stages]
 
     def read_parent(self) -> dict[str, Any] | None:

@@ -33,9 +33,10 @@ _CACHED_FILES = 2048
 _PARSER_FILENAME = "<docstrings>"
 _NODES_WITH_DOCSTRINGS = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 # Statements such as `if` and `try` may contain definitions: node type -> fields with statements, the last one first.
+_NODES: list[type[ast.AST]] = [ast.Module, ast.ExceptHandler, ast.match_case, *ast.stmt.__subclasses__()]
 _BLOCKS = {
     kind: tuple(field for field in ("finalbody", "orelse", "handlers", "cases", "body") if field in kind._fields)
-    for kind in (*ast.stmt.__subclasses__(), ast.Module, ast.ExceptHandler, ast.match_case)
+    for kind in _NODES
     if {"body", "cases"}.intersection(kind._fields)
 }
 
