@@ -33,7 +33,7 @@ from mlm.settings import Borders, RunSettings
 from mlm.stages import Stage, begun, resolve
 from mlm.steps import TrainState
 
-# Imported in _create_reporter.
+# Imported in open_run.
 if TYPE_CHECKING:
     from mlm.reporting.reporter import Reporter
 
@@ -202,6 +202,9 @@ def open_run(
     prefetcher = stack.enter_context(
         Prefetcher(components.stream, depth=settings.data.prefetch_batches, on_wait=check_interrupt)
     )
+    # CLU's writer imports TensorFlow, which takes seconds: after the checks, while the first shuffle window is read.
+    from mlm.reporting.reporter import Reporter
+
     # Text that is too short for a batch is reported here, before anything is written or compiled.
     batches = itertools.chain([next(prefetcher)], prefetcher)
     hub = build.open_hub(settings, workdir)
@@ -210,7 +213,19 @@ def open_run(
             _write_workdir(settings, workdir, components, start_step, parent)
             checkpointer.remove_partial()
         parallel.barrier("work directory written")
-        reporter = stack.enter_context(_create_reporter(settings, workdir, components, start_step, loop_state))
+        reporter = stack.enter_context(
+            Reporter(
+                workdir,
+                num_train_steps=settings.num_train_steps,
+                vocab_size=components.encoder.vocab_size,
+                profile=settings.profile,
+                max_skipped_steps=settings.optimizer.max_skipped_steps,
+                restored=loop_state,
+                step=start_step,
+                pad_id=None if settings.data.packing in CONCATENATING else components.tokenizer.pad_id,
+                unknown_id=components.tokenizer.unknown_id,
+            )
+        )
     if start_step == 0 or parent:
         reporter.write_config(settings.flat())
     log_run_summary(
@@ -429,26 +444,3 @@ def _disk_errors(workdir: WorkDir) -> Iterator[None]:
             f"--workdir={workdir.display_path}: cannot be written ({one_line(error)}); free or mount the disk, then "
             "rerun the same command"
         ) from None
-
-
-def _create_reporter(
-    settings: RunSettings,
-    workdir: WorkDir,
-    components: Components,
-    start_step: int,
-    loop_state: dict[str, Any] | None,
-) -> "Reporter":
-    # Imported here, after all checks: CLU's writer imports TensorFlow, which takes seconds.
-    from mlm.reporting.reporter import Reporter
-
-    return Reporter(
-        workdir,
-        num_train_steps=settings.num_train_steps,
-        vocab_size=components.encoder.vocab_size,
-        profile=settings.profile,
-        max_skipped_steps=settings.optimizer.max_skipped_steps,
-        restored=loop_state,
-        step=start_step,
-        pad_id=None if settings.data.packing in CONCATENATING else components.tokenizer.pad_id,
-        unknown_id=components.tokenizer.unknown_id,
-    )
