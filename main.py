@@ -19,7 +19,7 @@ key. Rerun the same command to resume after an interruption. Other modes:
     score           --workdir=DIR [--step=N] [--output=FILE] FILE     pseudo-log-likelihoods, minimal pairs
     embed           --workdir=DIR [--step=N] [--layer=N] --output=FILE FILE   vectors of texts
 
-show_data, export, fill_mask and report run on the CPU; set JAX_PLATFORMS=cuda or tpu to run fill_mask elsewhere.
+check, show_data, export, fill_mask and report run on the CPU; set JAX_PLATFORMS=cuda or tpu to run fill_mask elsewhere.
 probe, score and embed take --model=DIR_OR_HUB_NAME instead of --workdir, too. Exit codes: 0 done; 2 an error that one
 line explains; 75 stopped on request, checkpoint saved; 130 stopped at once; 141 stdout was closed (SIGPIPE); anything
 else is a failure. Examples:

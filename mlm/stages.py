@@ -222,7 +222,7 @@ def check_branch(settings: RunSettings, parent: RunSettings, *, num_begun: int) 
     """
     now, before = settings_of_stages(settings), settings_of_stages(parent)
     if num_begun > len(now):
-        raise UserError(f"stages has {len(now)} of the {num_begun} stages that have begun; add the others")
+        raise UserError(f"stages has {len(now)} of the {num_begun} stages that have begun; add the missing ones")
     for index in range(num_begun):
         values, old_values = now[index].flat(), before[index].flat()
         for key in STAGE_KEYS:

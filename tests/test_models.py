@@ -186,7 +186,7 @@ def test_bfloat16_has_float32_parameters_and_logits(golden, config, params):
 
 def test_rows_longer_than_the_positions_are_an_error(config, params):
     assert config.max_seq_length == L
-    with pytest.raises(UserError, match=r"max_position_embeddings=21: allows rows of at most 17 tokens, not 18"):
+    with pytest.raises(UserError, match=r"max_position_embeddings=21: allows sequences of at most 17 tokens, not 18"):
         apply(params, np.zeros((1, L + 1), np.int32), config=config)
 
 

@@ -139,7 +139,7 @@ def test_wrong_files_and_outputs(tmp_path):
 
     assert message(mode.run, arguments=[]) == "--mode=score: needs one file, not 0; name it after the flags"
     assert (
-        message(mode.run, arguments=[odd]) == f"{odd}: has no column text, and not the columns good and bad, only body"
+        message(mode.run, arguments=[odd]) == f"{odd}: needs a column text, or the columns good and bad; it has only body; rename them"
     )
     assert message(mode.run, arguments=[empty]).startswith(
         f"{empty}: column 'bad' has 1 empty texts, the first in row 1"

@@ -291,7 +291,7 @@ def test_docstrings_are_read_without_a_network():
         ({"data_files": "none.txt"}, "data.data_files='none.txt': there is no such file"),
         ({"data_files": "*.none.txt"}, "data.data_files='\\*.none.txt': no file matches"),
         ({"data_files": "a.doc"}, "'.*a.doc'.*one of .txt, .text, .json, .jsonl, .csv, .parquet"),
-        ({"data_files": "a.parquet.gz"}, "compressed as a whole"),
+        ({"data_files": "a.parquet.gz"}, "is a compressed parquet file"),
         ({"data_files": "."}, "is a directory"),
         ({"data_files": ("a.txt", "a.csv")}, "must have one format, but '.*a.txt' is text and '.*a.csv' is csv"),
         (

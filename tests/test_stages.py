@@ -285,7 +285,7 @@ def test_a_branch_may_change_only_stages_that_begin_later():
         UserError, match=r"^stages\[2\] has begun there, with masking.mlm_probability=0.1, and has 0.2 here; "
     ):
         check(first, LONG, decay | {"masking.mlm_probability": 0.2}, num_begun=3)
-    with pytest.raises(UserError, match=r"^stages has 1 of the 2 stages that have begun; add the others$"):
+    with pytest.raises(UserError, match=r"^stages has 1 of the 2 stages that have begun; add the missing ones$"):
         check(first, num_begun=2)
     for stages in ((first, LONG), (first, decay | {"data.mixture": (("other", 1, {"dataset_name": "docstrings"}),)})):
         with pytest.raises(UserError, match=r"^a later stage introduces a length, a source or its weight"):

@@ -112,7 +112,7 @@ def test_files_may_be_compressed_or_utf_16_or_a_json_list(tmp_path):
 
 def test_a_damaged_parquet_file(tmp_path):
     (tmp_path / "t.parquet").write_text("no parquet")
-    with pytest.raises(UserError, match=r"t\.parquet: cannot be read \(.*\); write it again"):
+    with pytest.raises(UserError, match=r"t\.parquet: cannot be read \(.*\); create it again"):
         open_task(str(tmp_path / "t.parquet"))
 
 

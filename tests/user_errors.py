@@ -208,7 +208,7 @@ VALUES = [
     ),
     (
         {"data.data_files": "{world}/data/table.parquet.gz"},
-        "data.data_files='{world}/data/table.parquet.gz': is a parquet file compressed as a whole; decompress it",
+        "data.data_files='{world}/data/table.parquet.gz': is a compressed parquet file; decompress it, since parquet compresses its columns",
     ),
     (
         {"data.data_files": "{world}/data/not.parquet"},
@@ -694,7 +694,7 @@ CALLS = [
     ),
     (
         rows_longer_than_the_model,
-        "max_position_embeddings=20: allows rows of at most 18 tokens, not 30; shorten them",
+        "max_position_embeddings=20: allows sequences of at most 18 tokens, not 30; shorten them",
     ),
     (
         a_pytorch_file_with_code,
@@ -737,7 +737,7 @@ CALLS = [
 # Errors of other tests: file -> message, with {} for values -> test.
 ELSEWHERE = {
     "mlm/modes/score.py": {
-        "{}: has no column text, and not the columns good and bad, only {}": "tests/test_score.py::test_wrong_files_and_outputs",
+        "{}: needs a column text, or the columns good and bad; it has only {}; rename them": "tests/test_score.py::test_wrong_files_and_outputs",
         "--mode={}: needs one file, not {}; name it after the flags": "tests/test_score.py::test_wrong_files_and_outputs",
         "--output={}: must end in {}": "tests/test_score.py::test_wrong_files_and_outputs",
         "--output={}: cannot be written there; name a file in a directory that exists": "tests/test_score.py::test_wrong_files_and_outputs",
@@ -754,7 +754,7 @@ ELSEWHERE = {
         "{}: its development set contradicts its training set; choose one of {}": "tests/test_tasks.py::test_wrong_tasks_are_errors_of_one_line",
         "{}: must be a file that ends in one of {}, optionally compressed": "tests/test_tasks.py::test_wrong_tasks_are_errors_of_one_line",
         "{}: is not UTF-8; convert it": "tests/test_tasks.py::test_wrong_files_are_errors_of_one_line",
-        "{}: cannot be read ({}); write it again": "tests/test_tasks.py::test_wrong_files_are_errors_of_one_line",
+        "{}: cannot be read ({}); create it again": "tests/test_tasks.py::test_wrong_files_are_errors_of_one_line",
         "{}: is empty; name a file with examples": "tests/test_tasks.py::test_wrong_files_are_errors_of_one_line",
         "{}: line {} is not JSON; write one object per line": "tests/test_tasks.py::test_wrong_files_are_errors_of_one_line",
         '{}: row {} is not a JSON object; write objects such as {"text": ...}': "tests/test_tasks.py::test_wrong_files_are_errors_of_one_line",
@@ -832,8 +832,8 @@ ELSEWHERE = {
         "data.skip_steps: skips {} of the first {} batches, but the run skipped {}; change only what is past batch {}, or remove the checkpoints that are too new": "tests/test_mixture.py::test_skip_steps_may_change_past_the_checkpoint_only",
     },
     "mlm/data/reader.py": {
-        "cannot resume the data stream: {}; run the same command when it can be read": "tests/test_failed_shards.py::test_a_partly_used_window_must_be_read_completely_on_resuming",
-        "{}; run the same command when it can be read (failed shard {}, data.max_failed_shards={})": "tests/test_failed_shards.py::test_a_server_that_stops_answering_ends_the_stream",
+        "cannot resume the data stream: {}; rerun the same command when the shard can be read": "tests/test_failed_shards.py::test_a_partly_used_window_must_be_read_completely_on_resuming",
+        "{}; rerun the same command when the shard can be read (failed shard {}, data.max_failed_shards={})": "tests/test_failed_shards.py::test_a_server_that_stops_answering_ends_the_stream",
     },
     "mlm/data/sources/source.py": {
         "data.text_column_name={}: the column of {} has the type {}, not text; set it to another column": "tests/test_sources.py::test_errors_are_one_line",
@@ -881,7 +881,7 @@ ELSEWHERE = {
     "mlm/stages.py": {
         # A message of settings.py.
         "{}": "tests/test_stages.py::test_invalid_stages_are_an_error_of_one_line",
-        "stages has {} of the {} stages that have begun; add the others": "tests/test_stages.py::test_a_branch_may_change_only_stages_that_begin_later",
+        "stages has {} of the {} stages that have begun; add the missing ones": "tests/test_stages.py::test_a_branch_may_change_only_stages_that_begin_later",
         "stages[{}] has begun there, with {}={}, and has {} here; change only stages that begin later": "tests/test_stages.py::test_a_branch_may_change_only_stages_that_begin_later",
         "a later stage introduces a length, a source or its weight, for which other evaluation sequences would be held out; change other keys": "tests/test_stages.py::test_a_branch_may_change_only_stages_that_begin_later",
     },

@@ -222,7 +222,7 @@ class Reader:
         """Ends the slice at its current row, or raises UserError."""
         if not self.may_skip:
             raise UserError(
-                f"cannot resume the data stream: {error}; run the same command when it can be read"
+                f"cannot resume the data stream: {error}; rerun the same command when the shard can be read"
             ) from None
         self._failure_budget.consecutive_failures += 1
         slices = list(self.slices)
@@ -231,7 +231,7 @@ class Reader:
         allowed = self._failure_budget.max_failed_shards
         if failed > allowed:
             raise UserError(
-                f"{error}; run the same command when it can be read "
+                f"{error}; rerun the same command when the shard can be read "
                 f"(failed shard {failed}, data.max_failed_shards={allowed})"
             ) from None
         logging.warning("%s; skipped for the rest of the epoch (%d of at most %d shards)", error, failed, allowed)

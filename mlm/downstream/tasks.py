@@ -175,7 +175,7 @@ def read_columns(path: str, *, flag: str) -> dict[str, list[Any]]:
     except UnicodeDecodeError:
         raise UserError(f"{flag}: is not UTF-8; convert it") from None
     except (OSError, ValueError, csv.Error) as error:
-        raise UserError(f"{flag}: cannot be read ({one_line(error)}); write it again") from None
+        raise UserError(f"{flag}: cannot be read ({one_line(error)}); create it again") from None
     if not columns or not len(next(iter(columns.values()))):
         raise UserError(f"{flag}: is empty; name a file with examples")
     return columns

@@ -105,12 +105,12 @@ def _add_to_card(workdir: WorkDir, step: int | None, task: Task, scores: dict[st
     """Adds scores to the card in `model/` if that is the model of the same step."""
     card = os.path.join(workdir.model, "README.md")
     if not os.path.exists(card) or workdir.exported_step() != step:
-        logging.info("the model card is not changed, since model/ is another step")
+        logging.info("the model card is unchanged: model/ is the model of another step")
         return
     try:
         workdir.lock()  # A run in progress would replace model/ with that of another step.
     except UserError:
-        logging.info("the model card is not changed, since the run is in progress")
+        logging.info("the model card is unchanged: the run is in progress")
         return
     try:
         is_words = task.train.words is not None

@@ -92,7 +92,7 @@ def print_next_steps(
         first_and_last = sorted({min(predictions), max(predictions)})
         print(compare_predictions({f"step {step:,}": predictions[step] for step in first_and_last}))
     longer = re.sub(r" --config\.num_train_steps[= ]\S+", "", command)
-    extend = "Longer     branch from a checkpoint before the decay of the learning rate: docs/resume.md"
+    extend = "Longer     branch from a checkpoint before the learning rate decays: docs/resume.md"
     if can_be_extended:
         extend = f"Resume     {longer} --config.num_train_steps={2 * num_train_steps}"
     path = workdir.raw_path
