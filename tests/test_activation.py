@@ -16,6 +16,7 @@ REFERENCES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ACTIVATIONS)
 @pytest.mark.parametrize("save_input", [False, True])
 def test_values_and_gradients_match_the_definition(name, save_input):

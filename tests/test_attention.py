@@ -77,6 +77,7 @@ def test_values_and_gradients_match_plain_jnp(arrays, visibility, rate):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("visibility", VISIBILITIES)
 def test_xla_matches_plain(arrays, visibility):
     results = [

@@ -51,6 +51,7 @@ def test_long_documents_are_cut_into_full_rows_and_the_rest():
     assert chunk.offsets.tolist() == [0, 5, 5, 5]
 
 
+@pytest.mark.slow
 @hypothesis.settings(max_examples=100, deadline=None, derandomize=True)
 @hypothesis.given(
     sizes=st.lists(st.integers(0, 30), max_size=40),

@@ -38,6 +38,7 @@ def metrics_of_a_tiny_model():
     return evaluator(parallel.replicate(model.params))
 
 
+@pytest.mark.slow
 def test_rows_are_in_order():
     metrics = metrics_of_a_tiny_model()
     assert metrics["probe/easy/accuracy"] == 1.0

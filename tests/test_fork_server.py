@@ -32,6 +32,7 @@ PROGRAMS = {
 }
 
 
+@pytest.mark.slow
 def test_a_process_is_as_that_of_a_new_interpreter(tmp_path):
     env = os.environ | {"JAX_ENABLE_X64": "1", "JAX_COMPILATION_CACHE_DIR": str(tmp_path), "PYTHONPATH": "/nowhere"}
     for name, code in PROGRAMS.items():

@@ -254,6 +254,7 @@ def test_checkpoints_are_saved_and_restored(server, url):
         jax.tree.map(lambda read, first: np.testing.assert_array_equal(read, first + 3), restored.state, STATE)
 
 
+@pytest.mark.slow
 def test_a_partial_checkpoint_is_ignored_and_removed(server, url):
     with Checkpointer(GcsStorage(url), keep_checkpoints=2) as checkpointer:
         save(checkpointer, 1)
@@ -307,6 +308,7 @@ def test_a_refused_save_is_reported_and_the_next_one_succeeds(server, url, part)
         assert checkpointer.restore(3, like=LIKE).loop == {"step": 3}
 
 
+@pytest.mark.slow
 def test_saves_succeed_again_after_an_outage(server, url):
     with Checkpointer(GcsStorage(url), keep_checkpoints=2) as checkpointer:
         save(checkpointer, 1)

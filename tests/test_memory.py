@@ -227,6 +227,7 @@ def test_a_run_finds_its_batch_size_and_keeps_it_when_resumed(tmp_path, monkeypa
     assert workdir.read_config()["per_device_train_batch_size"] == 16
 
 
+@pytest.mark.slow
 def test_freed_memory_is_kept():
     code = """
 import resource, numpy as np

@@ -144,6 +144,7 @@ class Reference:
         return scale * (u * s) @ vt
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "keys",
     [{"name": name} for name in OPTIMIZERS]
@@ -242,6 +243,7 @@ def test_newton_schulz_brings_all_singular_values_near_one():
     assert not np.any(newton_schulz(jnp.zeros((1, 3, 5)), 5))
 
 
+@pytest.mark.slow
 def test_devices_share_the_matrices_and_get_the_same_results():
     """Five matrices of one shape and one of another, on two devices: neither number is a multiple of two."""
     rng = np.random.default_rng(0)
@@ -269,6 +271,7 @@ def test_each_device_orthogonalizes_only_its_part_of_the_matrices():
     assert ratio < 1.1 / min(8, jax.local_device_count())
 
 
+@pytest.mark.slow
 def test_layer_decay_lowers_the_rate_from_the_head_down():
     params = {name: {"kernel": np.ones((2, 2))} for name in ("embeddings", "layer_0", "layer_1", "final_norm", "head")}
     transform = scale_by_layer(0.5)

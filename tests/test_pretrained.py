@@ -274,6 +274,7 @@ def test_embeddings_are_matched_by_id_without_a_tokenizer(tmp_path, caplog):
     np.testing.assert_array_equal(after, [*before, *[before.mean(dtype=np.float64).astype(np.float32)] * 9])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("case", "first"), [("roberta", 4), ("bert", 0), ("albert", 0)])
 def test_longer_rows_repeat_the_position_embeddings(case, first, tmp_path, caplog):
     _, config, tensors = load(case)

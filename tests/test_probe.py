@@ -62,6 +62,7 @@ def states_of(loaded, ids):
     return apply({"params": loaded.params}, np.array([ids]), return_layers=True, method="encode")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", ["bert", "modernbert"])
 def test_layers_end_with_what_encode_returns(model_type):
     loaded = make_model(model_type)
@@ -76,6 +77,7 @@ def test_layers_end_with_what_encode_returns(model_type):
         np.testing.assert_allclose(states[1], first, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_means_do_not_depend_on_the_batch(model, monkeypatch):
     texts = ["the cat", "the dog sees the unbelievable bird " * 3, "cat", "bird sees dog " * 5]
     inputs = encode_texts(model.tokenizer, texts, max_length=20)
@@ -141,6 +143,7 @@ def easy_task(count=60, **fields):
     return Task("easy", Examples([f"{label} sees the" for label in labels], labels, **fields), None, ("accuracy",))
 
 
+@pytest.mark.slow
 def test_a_probe_of_texts(model):
     result = probe.probe(model, easy_task(), name="mine", seeds=2)
     rows = {row.name: row for row in result.rows}
@@ -169,6 +172,7 @@ def test_the_baseline_of_words_learns_many_classes_of_rare_words():
     assert row.mean("accuracy") > 0.5
 
 
+@pytest.mark.slow
 def test_a_probe_of_words_pairs_numbers_and_a_test_file(model):
     rng = np.random.default_rng(0)
     sentences = [[["cat", "dog", "the", "sees"][i] for i in rng.integers(4, size=5)] for _ in range(40)]
@@ -190,6 +194,7 @@ def test_a_probe_of_words_pairs_numbers_and_a_test_file(model):
     assert rows["mean"] == 0.0
 
 
+@pytest.mark.slow
 def test_learning_from_few_examples(model):
     """Others for each seed, of texts in the proportions of the classes. The test stays the same."""
     task = easy_task(120)
@@ -232,6 +237,7 @@ def test_the_accuracy_of_words_that_are_not_in_the_training_words():
     assert row.scores == {"accuracy": [0.0]}
 
 
+@pytest.mark.slow
 def test_several_splits_choose_the_layer():
     """Of two layers one of which is noise, and of equal ones the last."""
     draw = np.random.default_rng(0)
@@ -283,6 +289,7 @@ def write_easy(path):
     return str(path)
 
 
+@pytest.mark.slow
 def test_the_mode_prints_a_table_and_adds_to_the_results(tmp_path, model, capsys):
     directory, task = save(tmp_path / "model", model, head=False), write_easy(tmp_path / "easy.jsonl")
     output = str(tmp_path / "results.json")
@@ -296,6 +303,7 @@ def test_the_mode_prints_a_table_and_adds_to_the_results(tmp_path, model, capsys
     assert results[0]["rows"][0]["scores"]["accuracy"] == [1.0, 1.0]
 
 
+@pytest.mark.slow
 def test_models_without_a_tokenizer_or_a_head(tmp_path, model):
     with pytest.raises(UserError, match=r"--model=.*bare: has no tokenizer; save"):
         load.load_published(save(tmp_path / "bare", model, tokenizer=False), needs_head=False)

@@ -194,6 +194,7 @@ def test_user_errors(tmp_path):
         report.run(None, [run], output=page, defaults=DEFAULTS)
 
 
+@pytest.mark.slow
 def test_the_command_line(tmp_path):
     runs = [f"--workdir={write_run(tmp_path / name)}" for name in "ab"]
 

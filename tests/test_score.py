@@ -43,6 +43,7 @@ def plain_loop(model, text):
     return total
 
 
+@pytest.mark.slow
 def test_scores_equal_a_plain_loop(model, monkeypatch):
     assert model.tokenizer.mask_id == 4
     monkeypatch.setattr(tokens, "_BATCH_TOKENS", 64)
@@ -139,7 +140,8 @@ def test_wrong_files_and_outputs(tmp_path):
 
     assert message(mode.run, arguments=[]) == "--mode=score: needs one file, not 0; name it after the flags"
     assert (
-        message(mode.run, arguments=[odd]) == f"{odd}: needs a column text, or the columns good and bad; it has only body; rename them"
+        message(mode.run, arguments=[odd])
+        == f"{odd}: needs a column text, or good and bad; it has only body; rename them"
     )
     assert message(mode.run, arguments=[empty]).startswith(
         f"{empty}: column 'bad' has 1 empty texts, the first in row 1"

@@ -50,6 +50,7 @@ def test_matches_plain(monkeypatch, isolate, positions):
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_windows_and_dropout_use_plain():
     draw = np.random.default_rng(0)
     query, key, value = (jnp.asarray(draw.normal(size=(B, L, H, E)), jnp.float32) for _ in range(3))

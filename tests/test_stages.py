@@ -378,6 +378,7 @@ def test_sequences_of_any_stage_are_recomputed(settings, straight, tokens, step)
     assert data.masked.inputs_BxL.shape[1] == (16 if step <= 5 else 32)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_loaded_with_the_model_of_its_stage(settings, straight):
     workdir = WorkDir(str(straight))
     loaded = [load_checkpoint(settings, workdir, step=step).encoder for step in (5, 9)]

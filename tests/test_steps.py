@@ -201,6 +201,7 @@ def test_one_bad_row_on_one_device_skips_the_step_on_all_devices_and_the_next_st
     assert after.update_stats.num_applied == 1
 
 
+@pytest.mark.slow
 def test_spikes_are_skipped_only_with_a_spike_factor(bag_step_config, bag_step, bag_state, train_step, uneven_rows):
     norm = one_step(bag_step, bag_state, uneven_rows)[1].grad_norm
     spike_step = train_step(dataclasses.replace(bag_step_config, spike_factor=3.0))
@@ -246,6 +247,7 @@ def test_a_batch_without_tokens_to_predict_is_a_skipped_step(bag_step, bag_state
     assert_skipped(new, metrics, bag_state)
 
 
+@pytest.mark.slow
 def test_the_moving_average_follows_the_parameters_and_not_the_skipped_steps(
     bag_step_config, init, train_step, uneven_rows
 ):
@@ -267,6 +269,7 @@ def test_the_moving_average_follows_the_parameters_and_not_the_skipped_steps(
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), new.ema_params, expected)
 
 
+@pytest.mark.slow
 def test_the_rate_of_predicted_tokens_follows_the_step_number(bag_step_config, bag_state, train_step):
     rates = dataclasses.replace(
         bag_step_config,

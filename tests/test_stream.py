@@ -151,6 +151,7 @@ def test_lines_of_a_document_resume_in_its_middle():
     assert_resumes_everywhere(memory_source(shards), 9, packing="pad_lines", batch_rows=3, max_seq_length=4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("process_count", "interleave_shards"), [(2, 1), (2, 2), (5, 1)])
 def test_every_process_resumes(process_count, interleave_shards):
     source = memory_source(split(words(80), 4))
@@ -496,6 +497,7 @@ def test_a_data_set_with_exactly_one_batch_per_epoch_is_enough():
 TEXTS = st.one_of(st.none(), st.text(st.sampled_from("ab \n"), max_size=12))
 
 
+@pytest.mark.slow
 @hypothesis.settings(max_examples=120, deadline=None, derandomize=True)
 @hypothesis.given(
     shards=st.lists(st.lists(TEXTS, max_size=12), min_size=1, max_size=5),

@@ -53,6 +53,7 @@ def test_a_local_work_directory_is_accepted_on_a_vm_that_is_not_preempted(cloud)
     cloud("train", "tpu", "--no-watch", "--", "--config=configs/roberta_base.py", "--workdir=runs/a")
 
 
+@pytest.mark.slow
 def test_train_monitors_until_the_run_is_finished(cloud):
     cloud("setup", "tpu")
     cloud.play(states=[READY, READY, {"vm": "UNREACHABLE"}, READY, FINISHED])
@@ -156,6 +157,7 @@ def test_a_vm_that_is_not_preemptible_is_not_recreated(cloud):
     assert set(cloud.verbs[before:]) == {"tpu-vm ssh"}
 
 
+@pytest.mark.slow
 def test_stop_saves_and_train_resumes(cloud):
     cloud("setup", "tpu")
     cloud("train", "tpu", "--no-watch", *TRAIN)

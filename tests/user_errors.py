@@ -208,7 +208,7 @@ VALUES = [
     ),
     (
         {"data.data_files": "{world}/data/table.parquet.gz"},
-        "data.data_files='{world}/data/table.parquet.gz': is a compressed parquet file; decompress it, since parquet compresses its columns",
+        "data.data_files='{world}/data/table.parquet.gz': is a compressed parquet file; decompress it",
     ),
     (
         {"data.data_files": "{world}/data/not.parquet"},
@@ -737,7 +737,7 @@ CALLS = [
 # Errors of other tests: file -> message, with {} for values -> test.
 ELSEWHERE = {
     "mlm/modes/score.py": {
-        "{}: needs a column text, or the columns good and bad; it has only {}; rename them": "tests/test_score.py::test_wrong_files_and_outputs",
+        "{}: needs a column text, or good and bad; it has only {}; rename them": "tests/test_score.py::test_wrong_files_and_outputs",
         "--mode={}: needs one file, not {}; name it after the flags": "tests/test_score.py::test_wrong_files_and_outputs",
         "--output={}: must end in {}": "tests/test_score.py::test_wrong_files_and_outputs",
         "--output={}: cannot be written there; name a file in a directory that exists": "tests/test_score.py::test_wrong_files_and_outputs",

@@ -191,8 +191,8 @@ class MaskedLM(nn.Module):
         cfg = self.config
         if inputs_BxL.shape[1] > cfg.max_seq_length:
             raise UserError(
-                f"max_position_embeddings={cfg.max_position_embeddings}: allows sequences of at most {cfg.max_seq_length} "
-                f"tokens, not {inputs_BxL.shape[1]}; shorten them"
+                f"max_position_embeddings={cfg.max_position_embeddings}: allows sequences of at most "
+                f"{cfg.max_seq_length} tokens, not {inputs_BxL.shape[1]}; shorten them"
             )
         segment_ids_BxL, counts_BxL = segment_ids(inputs_BxL, pad_id=cfg.pad_token_id, begin_id=self.begin_id)
         if cfg.family.position_embedding is PositionEmbedding.LEARNED_PAD_OFFSET:

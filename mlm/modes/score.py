@@ -40,7 +40,7 @@ def run(
     names = ("good", "bad") if is_pairs else ("text",)
     if names[0] not in columns:
         raise UserError(
-            f"{path}: needs a column text, or the columns good and bad; it has only {', '.join(sorted(columns))}; rename them"
+            f"{path}: needs a column text, or good and bad; it has only {', '.join(sorted(columns))}; rename them"
         )
     for name in names:
         check_texts(columns[name], name, flag=path)

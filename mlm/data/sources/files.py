@@ -78,7 +78,7 @@ def file_format(file: str) -> str:
             f"optionally followed by one of {', '.join(COMPRESSIONS)}"
         )
     if found == "parquet" and compression:
-        raise UserError(f"data.data_files={file!r}: is a compressed parquet file; decompress it, since parquet compresses its columns")
+        raise UserError(f"data.data_files={file!r}: is a compressed parquet file; decompress it")
     return found
 
 
