@@ -196,6 +196,7 @@ def test_a_restart_resets_the_schedule_of_every_optimizer_and_no_moments(name):
     assert sum(differing) == len(schedules(opt_state))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -220,6 +221,7 @@ def test_errors_are_one_line_before_anything_is_written(corpus, parent, tmp_path
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_other_errors(corpus, parent, tmp_path, monkeypatch):
     settings = tiny_settings(corpus, **{"checkpoint.init_from": str(parent)})
     with pytest.raises(UserError, match="is the run that --overwrite renames; choose another --workdir"):
@@ -244,6 +246,7 @@ def test_other_errors(corpus, parent, tmp_path, monkeypatch):
     assert split_step("runs/a@b") == ("runs/a@b", None)
 
 
+@pytest.mark.slow
 def test_errors_of_a_resumed_run(corpus, parent, tmp_path, monkeypatch):
     shutil.copytree(parent, run := tmp_path / "run")
     shutil.rmtree(run / "model")  # As if it had been stopped before its last evaluation.

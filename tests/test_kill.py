@@ -197,6 +197,7 @@ def start_busy(argument: str) -> subprocess.Popen:
     return process
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGINT])
 def test_a_second_signal_stops_at_once_whatever_the_main_thread_does(first):
     process = start_busy(str(10**9))

@@ -402,6 +402,7 @@ assert jax.process_index() == int(index)
 """
 
 
+@pytest.mark.slow
 def test_every_process_caches_compiled_programs(tmp_path):
     port, caches = free_port(), [tmp_path / f"cache-{i}" for i in range(2)]
     both = Pair([["-c", COMPILE, port, str(i), str(caches[i])] for i in range(2)], tmp_path)
@@ -412,6 +413,7 @@ def test_every_process_caches_compiled_programs(tmp_path):
     assert all(list(cache.glob("jit__fun-*")) for cache in caches)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("index", [0, 1])
 def test_a_signal_ends_a_process_that_waits_for_the_others(index):
     code = f"""

@@ -116,6 +116,7 @@ def test_rates_of_masks_are_those_of_the_step(run):
     assert 0.02 < np.mean([line["data/random_replaced_fraction"] for line in lines]) < 0.25
 
 
+@pytest.mark.slow
 def test_the_borders_of_the_schedule_are_stored_and_kept(run):
     settings, workdir = run
     with open(f"{workdir}/config.json", encoding="utf-8") as file:

@@ -400,6 +400,7 @@ def test_check_prints_a_table_of_the_stages(settings, tmp_path, capsys):
     ]
 
 
+@pytest.mark.slow
 def test_metrics_and_files_of_a_run_in_stages(settings, straight):
     lines = {line["step"]: line for line in read_metrics(str(straight / "metrics.jsonl"))}
     # A stage ends with a log line, an evaluation and a checkpoint.
