@@ -23,6 +23,7 @@ ADDED_KEYS: dict[str, Any] = {
     "data.shuffle_buffer_bytes": 64 << 20,
     "data.shuffle_piece_bytes": 0,
     "data.interleave_shards": 1,
+    "data.min_shards": 0,
     "masking.strategy": "token",
     "masking.eval_strategy": "token",
     "masking.eval_mlm_probability": None,

@@ -87,10 +87,14 @@ def get_config() -> ConfigDict:
     # documents, so that one book does not fill a batch. Each piece gets a begin and an end token. Not with "pad".
     # 16 KiB: 4,000 tokens of English, more than most sequences have. 0: complete documents, as in the reference script.
     data.shuffle_piece_bytes = 16 << 10
-    # Number of shards (files) that a shuffle window reads in equal parts, because neighboring documents often share a
-    # topic. Each open file takes about 5 MB of memory, and a resumed run seeks to its position in each.
-    # 1: one file after the other, as in the reference script.
+    # Number of shards (files, or parts of files) that a shuffle window reads in equal parts, because neighboring
+    # documents often share a topic. Each open file takes about 5 MB of memory, and a resumed run seeks to its position
+    # in each. 1: one shard after the other, as in the reference script.
     data.interleave_shards = 16
+    # Local files of text, JSON lines and parquet are divided into parts of at least 16 KB until there are about this
+    # many shards: a window then has documents from all of a sorted file, and each process reads its own parts of a
+    # large one. Compressed and CSV files stay complete. 0: one file is one shard, as in the reference script.
+    data.min_shards = 512
     # Sequences in the evaluation set, which are never trained on. 5,000 sequences of 128 tokens have 96,000 masked
     # tokens, enough to compare the losses of two runs.
     data.num_eval_samples = 5_000

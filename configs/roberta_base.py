@@ -35,6 +35,7 @@ def get_config() -> ConfigDict:
     config.data.packing = "concatenate"
     config.data.shuffle_buffer_size = 10_000
     config.data.interleave_shards = 1
+    config.data.min_shards = 0
     config.data.shuffle_piece_bytes = 0
     config.data.num_eval_samples = 5_000
     config.data.eval_rows = "first"

@@ -192,6 +192,7 @@ class DataSettings:
     shuffle_buffer_bytes: int
     shuffle_piece_bytes: int
     interleave_shards: int
+    min_shards: int
     num_eval_samples: int
     eval_rows: str
     skip_steps: tuple[Any, ...]
@@ -222,7 +223,8 @@ class DataSettings:
             )
         _check_choice("data.packing", self.packing, PACKINGS)
         _check_choice("data.eval_rows", self.eval_rows, EVAL_ROWS)
-        _check_minimums(self, "data.", shuffle_buffer_size=0, first_shuffle_buffer_size=0, max_failed_shards=0)
+        zeros = ("shuffle_buffer_size", "first_shuffle_buffer_size", "min_shards", "max_failed_shards")
+        _check_minimums(self, "data.", **dict.fromkeys(zeros, 0))
         ones = ("shuffle_buffer_bytes", "interleave_shards", "num_eval_samples", "prefetch_batches")
         _check_minimums(self, "data.", **dict.fromkeys(ones, 1))
         if self.shuffle_piece_bytes != 0 and self.shuffle_piece_bytes < MIN_PIECE_BYTES:

@@ -182,7 +182,9 @@ def _open_entry(data: DataSettings, entry: MixtureEntry) -> TextSource:
         "text_column_name": data.text_column_name,
     } | dict(entry.options)
     eval_data_files = options.pop("eval_data_files")
-    open_with = functools.partial(open_source, cache_dir=data.cache_dir, retry_policy=retry_policy(data))
+    open_with = functools.partial(
+        open_source, cache_dir=data.cache_dir, retry_policy=retry_policy(data), min_shards=data.min_shards
+    )
     train = open_with(**options)
     if eval_data_files is None:
         return TextSource(entry.name, entry.weight, train, train)

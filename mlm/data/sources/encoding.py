@@ -32,7 +32,7 @@ class Utf8Stream(io.RawIOBase):
         """Reads the start of a binary stream. `num_quotes` counts double quotes if `count_quotes`."""
         self._stream: Any = stream
         head = stream.read(_READ_BYTES)
-        encoding, mark = _find_encoding(head)
+        encoding, mark = find_encoding(head)
         self._decoder = None if encoding == "utf-8" else codecs.getincrementaldecoder(encoding)(errors="replace")
         self._rest = self._to_utf8(head[len(mark) :])
         self.num_quotes = 0
@@ -67,7 +67,7 @@ class Utf8Stream(io.RawIOBase):
         return self._decoder.decode(block, final=not block).encode("utf-8", "replace")
 
 
-def _find_encoding(head: bytes) -> tuple[str, bytes]:
+def find_encoding(head: bytes) -> tuple[str, bytes]:
     """Returns the encoding of a file that starts with `head`, and its byte order mark."""
     for mark, encoding in _MARKS.items():
         if head.startswith(mark):

@@ -16,7 +16,7 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import aiohttp
 import fsspec
@@ -31,6 +31,9 @@ import pyarrow.parquet as pq
 from mlm.data.sources import http, retry
 from mlm.data.sources.encoding import Utf8Stream
 from mlm.errors import UserError
+
+if TYPE_CHECKING:
+    from mlm.data.sources.file_parts import FilePart
 
 # File extension -> format.
 FORMATS = {
@@ -83,7 +86,12 @@ def file_format(file: str) -> str:
 
 
 def read_column(
-    file: str, column: str, *, start_row: int = 0, retry_policy: retry.RetryPolicy | None = None
+    file: str,
+    column: str,
+    *,
+    part: "FilePart | None" = None,
+    start_row: int = 0,
+    retry_policy: retry.RetryPolicy | None = None,
 ) -> Iterator[pa.Array]:
     """Reads a column from a row on, with values of any type: strings need not be valid UTF-8.
 
@@ -93,7 +101,8 @@ def read_column(
     Args:
         file: a path or a URL.
         column: name of the column.
-        start_row: the first row to return.
+        part: the part to read; None for all of the file.
+        start_row: the first row to return, counted from the start of the part.
         retry_policy: for http(s) URLs and datasets on the hub; fsspec reads other URLs.
 
     Raises:
@@ -103,13 +112,18 @@ def read_column(
     """
     kind = file_format(file)
     if kind == "parquet":
-        yield from _read_parquet(file, column, start_row, retry_policy)
+        yield from _read_parquet(file, column, part, start_row, retry_policy)
         return
     read = {"text": _read_text, "json": _read_json, "csv": _read_csv}[kind]
     _open_files.append(None)
     try:
-        with open_file(file, retry_policy) as stream:
-            yield from skip_rows(read(Utf8Stream(stream, count_quotes=kind == "csv"), file, column), start_row)
+        with open_file(file, retry_policy) as opened:
+            stream: Any = opened
+            if part is None:
+                arrays = read(Utf8Stream(stream, count_quotes=kind == "csv"), file, column)
+            else:  # Of a local file in UTF-8.
+                arrays = read(stream.get_stream(part.begin, part.end - part.begin), f"{file} ({part})", column)
+            yield from skip_rows(arrays, start_row)
     finally:
         _open_files.pop()
 
@@ -416,7 +430,9 @@ def _check_quotes(file: str) -> None:
             raise ValueError(f"the quote opened in row {row} is never closed") from None
 
 
-def _read_parquet(file: str, column: str, start_row: int, retry_policy: retry.RetryPolicy | None) -> Iterator[pa.Array]:
+def _read_parquet(
+    file: str, column: str, part: "FilePart | None", start_row: int, retry_policy: retry.RetryPolicy | None
+) -> Iterator[pa.Array]:
     raw: Any
     with contextlib.ExitStack() as stack:
         if address := _http_address(file):
@@ -433,7 +449,7 @@ def _read_parquet(file: str, column: str, start_row: int, retry_policy: retry.Re
         reader = stack.enter_context(pq.ParquetFile(raw, pre_buffer=pre_buffer, buffer_size=buffer_bytes))
         if column not in reader.schema_arrow.names:
             raise missing_column_error(file, column, reader.schema_arrow.names)
-        for group in range(reader.num_row_groups):
+        for group in range(reader.num_row_groups) if part is None else range(part.begin, part.end):
             num_rows = reader.metadata.row_group(group).num_rows
             if start_row < num_rows:
                 batches = reader.iter_batches(_PARQUET_BATCH_ROWS, row_groups=[group], columns=[column])

@@ -24,7 +24,7 @@ import huggingface_hub
 import pyarrow as pa
 from absl import logging
 
-from mlm.data.sources import docstrings, files, retry
+from mlm.data.sources import docstrings, file_parts, files, retry
 from mlm.errors import UserError, one_line
 
 if TYPE_CHECKING:
@@ -127,17 +127,20 @@ def open_source(
     text_column_name: str = "text",
     cache_dir: str | None = None,
     retry_policy: retry.RetryPolicy | None = None,
+    min_shards: int = 0,
 ) -> Source:
     """Opens documents to train on; reads no further than the first rows, to find out whether there are any.
 
     Args:
         dataset_name: "docstrings" (see docstrings.py), a dataset on the Hugging Face hub, or a local directory.
         dataset_config_name: configuration of a named dataset.
-        data_files: a path, glob or URL, or several; used instead of `dataset_name` if given. One file is one shard.
+        data_files: a path, glob or URL, or several; used instead of `dataset_name` if given. One file is one shard, or
+            several, see `min_shards`.
         split: split of a named dataset.
         text_column_name: column with the documents.
         cache_dir: cache directory of `datasets`; None for its default.
         retry_policy: for reads over a network; None for the defaults.
+        min_shards: local files are divided until there are about this many shards, see file_parts.py.
 
     Raises:
         UserError: the documents do not exist, cannot be read, have no such column or no rows.
@@ -145,7 +148,7 @@ def open_source(
     retry_policy = retry_policy or retry.RetryPolicy()
     if data_files is not None:
         patterns = (data_files,) if isinstance(data_files, str) else tuple(data_files)
-        source = _open_files(patterns, text_column=text_column_name, retry_policy=retry_policy)
+        source = _open_files(patterns, text_column=text_column_name, retry_policy=retry_policy, min_shards=min_shards)
     elif dataset_name == "docstrings":
         shards = docstrings.find_shards()
         source = Source(
@@ -163,6 +166,7 @@ def open_source(
             text_column=text_column_name,
             cache_dir=cache_dir,
             retry_policy=retry_policy,
+            min_shards=min_shards,
         )
     for shard in range(source.num_shards):
         for texts in source.read(shard):
@@ -171,7 +175,9 @@ def open_source(
     raise UserError(f"the dataset {source.name!r}: is empty; choose a dataset that has rows")
 
 
-def _open_files(patterns: tuple[str, ...], *, text_column: str, retry_policy: retry.RetryPolicy) -> Source:
+def _open_files(
+    patterns: tuple[str, ...], *, text_column: str, retry_policy: retry.RetryPolicy, min_shards: int
+) -> Source:
     paths = expand_files(patterns)
     formats = [files.file_format(path) for path in paths]
     for path, found in zip(paths, formats, strict=True):
@@ -180,15 +186,24 @@ def _open_files(patterns: tuple[str, ...], *, text_column: str, retry_policy: re
                 f"data.data_files={patterns!r}: the files must have one format, but {paths[0]!r} is {formats[0]} and "
                 f"{path!r} is {found}; use one format, or two sources in data.mixture"
             )
+    shards = file_parts.divide(paths, kind=formats[0], min_shards=min_shards)
+
+    def columns(shard: int, row: int) -> Iterator[pa.Array]:
+        path, part = shards[shard]
+        return files.read_column(path, text_column, part=part, start_row=row, retry_policy=retry_policy)
+
+    def shard_name(shard: int) -> str:
+        path, part = shards[shard]
+        # Without the revision of a dataset on the hub.
+        path = re.sub("^(hf://datasets/[^@]+)@[^/]+", r"\1", path)
+        return repr(path) if part is None else f"{path!r} ({part})"
+
     return Source(
         name=patterns[0] if len(patterns) == 1 else f"{patterns[0]} and {len(patterns) - 1} more",
         text_column=text_column,
-        num_shards=len(paths),
-        columns=lambda shard, row: files.read_column(
-            paths[shard], text_column, start_row=row, retry_policy=retry_policy
-        ),
-        # Without the revision of a dataset on the hub.
-        shard_name=lambda shard: repr(re.sub("^(hf://datasets/[^@]+)@[^/]+", r"\1", paths[shard])),
+        num_shards=len(shards),
+        columns=columns,
+        shard_name=shard_name,
         retry_policy=retry_policy if any("://" in path for path in paths) else None,
         blank_rows_are_separators=formats[0] == "text",
     )
@@ -234,6 +249,7 @@ def _open_named(
     text_column: str,
     cache_dir: str | None,
     retry_policy: retry.RetryPolicy,
+    min_shards: int,
 ) -> Source:
     # Imported here: it takes a second, and files and docstrings do not need it.
     import datasets
@@ -274,7 +290,7 @@ def _open_named(
             raise UserError(f"data.dataset_name={name!r}: cannot be opened ({reason}); check the name") from None
     shown_name = f"{name}, {config}" if config else name
     if paths:
-        source = _open_files(paths, text_column=text_column, retry_policy=retry_policy)
+        source = _open_files(paths, text_column=text_column, retry_policy=retry_policy, min_shards=min_shards)
         return dataclasses.replace(source, name=shown_name)
     num_shards = dataset.num_shards
 
