@@ -51,6 +51,7 @@ def train_and_evaluate(
         run = open_run(settings, workdir, stack, interrupt=interrupt, overwrite=overwrite, key_changes=key_changes)
         if run is None:
             return
+        settings = run.settings  # Completed with what an earlier start has decided.
         reporter, state, last_step = run.reporter, run.state, settings.num_train_steps
         predictions: dict[int, list[MaskPrediction]] = {}  # By the step of the evaluation.
 
