@@ -389,9 +389,12 @@ class _Preservation:
 
 
 def checksums(state: Any) -> dict[str, int]:
-    """Returns path -> checksum of each leaf, which changes with any bit; computed on the leaf's device."""
-    sums = jax.device_get({path: _checksum(leaf) for path, leaf in _by_path(state).items()})
-    return {path: int(value) for path, value in sums.items()}
+    """Returns path -> checksum of each leaf, which changes with any bit; computed on a device of this process."""
+    local = {
+        path: leaf.addressable_data(0) if isinstance(leaf, jax.Array) else leaf
+        for path, leaf in _by_path(state).items()
+    }
+    return {path: int(value) for path, value in jax.device_get(_checksums(local)).items()}
 
 
 def _compare_checksums(expected: Mapping[str, int], found: Mapping[str, int]) -> None:
@@ -404,7 +407,12 @@ def _by_path(tree: Any) -> dict[str, Any]:
     return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
+# One program instead of one for each shape.
 @jax.jit
+def _checksums(leaves: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    return {path: _checksum(leaf) for path, leaf in leaves.items()}
+
+
 def _checksum(leaf: jax.Array) -> jax.Array:
     """Returns the sum of all words, each times a different odd number, modulo 2^32: any change of one word is found."""
     unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[leaf.dtype.itemsize]
