@@ -26,7 +26,7 @@ Around them:
     modes/      one file per --mode: train, check, explain, benchmark, report, show_data, export, fill_mask, ...
 
     data/       text -> this host's token rows; imports no jax
-      sources/      named datasets, files, docstrings -> Arrow columns; encoding; http and retry for the network; table
+      sources/      named datasets, files, docstrings -> Arrow columns; encoding, file_parts; http, retry; table
       pipeline      settings -> sources, tokenizer, evaluation sequences, batches
       stream        one source: shuffle windows, held-out documents, exact resume
       shard_assignment  which process reads which shards, also when the number of processes changes
