@@ -66,7 +66,7 @@ COMMAND_LINE = [
     ),
     (
         (QUICKSTART, "--config.data=3"),
-        "--config.data: is a group of keys; set one of them: data.dataset_name, data.dataset_config_name, data.data_files, data.eval_data_files, data.mixture, data.split, data.text_column_name, data.max_seq_length, data.packing, data.shuffle_buffer_size, data.first_shuffle_buffer_size, data.shuffle_buffer_bytes, data.shuffle_piece_bytes, data.interleave_shards, data.num_eval_samples, data.eval_rows, data.skip_steps, data.network_deadline_seconds, data.network_timeout_seconds, data.max_failed_shards, data.max_unknown_fraction, data.accept_changed_files, data.prefetch_batches, data.cache_dir",
+        "--config.data: is a group of keys; set one of them: data.dataset_name, data.dataset_config_name, data.data_files, data.eval_data_files, data.mixture, data.split, data.text_column_name, data.max_seq_length, data.packing, data.shuffle_buffer_size, data.first_shuffle_buffer_size, data.shuffle_buffer_bytes, data.shuffle_piece_bytes, data.interleave_shards, data.min_shards, data.num_eval_samples, data.eval_rows, data.skip_steps, data.network_deadline_seconds, data.network_timeout_seconds, data.max_failed_shards, data.max_unknown_fraction, data.accept_changed_files, data.prefetch_batches, data.cache_dir",
     ),
     (
         ("--config=configs/roberta_base.py:bert",),
