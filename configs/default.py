@@ -70,7 +70,7 @@ def get_config() -> ConfigDict:
     # Sequence length in tokens, including the begin and end tokens. 128 as in the reference run.
     data.max_seq_length = 128
     # How documents become sequences. "concatenate": joined with an end token between them and cut every max_seq_length
-    # tokens; no token is dropped or padding (what the reference script does, hence the default). "isolate": cut
+    # tokens, without padding or dropped tokens (what the reference script does, hence the default). "isolate": cut
     # the same way, but attention and position ids do not cross document boundaries. "pad": one document per sequence,
     # truncated or padded (the script's pad_to_max_length). "pad_lines": one line per sequence (its line_by_line).
     # "best_fit": like "isolate", but a document is cut only if it is longer than a sequence; 0.1 % is padding.

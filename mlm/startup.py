@@ -172,11 +172,10 @@ def open_run(
     if parent is not None:
         step = parent.step if parent.mode == "branch" else 0
         last_stages = begun(parent.workdir.last_stages(), step=step)
-    ends = [stage["end"] for stage in last_stages]
     components = build.build(
         settings,
         workdir,
-        stages=resolve(settings, num_devices=jax.device_count(), earlier=ends, step=step),
+        stages=_resolve(settings, last_stages, step=step),
         parent_tokenizer=parent.workdir.tokenizer if parent else None,
     )
     if settings.per_device_train_batch_size == 0:
@@ -257,6 +256,12 @@ def open_run(
     )
 
 
+def _resolve(settings: RunSettings, last_stages: Sequence[Mapping[str, Any]], *, step: int) -> tuple[Stage, ...]:
+    """Returns the stages after `step` steps; ends of `last_stages`, the stages at the last start, stay if passed."""
+    ends = [stage["end"] for stage in last_stages]
+    return resolve(settings, num_devices=jax.device_count(), earlier=ends, step=step)
+
+
 def _resume_stages(
     settings: RunSettings, last_stages: Sequence[Mapping[str, Any]], *, step: int, applied: int
 ) -> tuple[Stage, ...]:
@@ -269,8 +274,7 @@ def _resume_stages(
       step: steps done.
       applied: number of steps that were not skipped.
     """
-    ends = [stage["end"] for stage in last_stages]
-    stages = resolve(settings, num_devices=jax.device_count(), earlier=ends, step=step)
+    stages, ends = _resolve(settings, last_stages, step=step), [stage["end"] for stage in last_stages]
     if not last_stages:
         return stages
 

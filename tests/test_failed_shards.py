@@ -53,7 +53,7 @@ def tiny_reads(monkeypatch):
     """Reads of a few rows each."""
     monkeypatch.setattr(files, "_HTTP_BUFFER_BYTES", 16)
     monkeypatch.setattr(files, "_BLOCK_BYTES", 16)
-    monkeypatch.setattr(encoding, "_READ_BYTES", 16)
+    monkeypatch.setattr(encoding, "HEAD_BYTES", 16)
 
 
 def end_of(state, shard):

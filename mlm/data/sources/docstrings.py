@@ -103,6 +103,8 @@ def read_docstrings(path: str) -> list[str]:
             code = file.read(_MAX_FILE_BYTES + 1)
         if len(code) > _MAX_FILE_BYTES:
             return []
+        # Other people's code has invalid escapes in strings. `catch_warnings` would not be thread-safe.
+        warnings.filterwarnings("ignore", module=_PARSER_FILENAME)
         with _garbage_collection_disabled():
             return _docstrings_of(ast.parse(code, filename=_PARSER_FILENAME))
     except (OSError, SyntaxError, ValueError, RecursionError, MemoryError):
@@ -112,8 +114,6 @@ def read_docstrings(path: str) -> list[str]:
 @contextlib.contextmanager
 def _garbage_collection_disabled() -> Iterator[None]:
     """A syntax tree has many objects and no cycles: collections while it exists would take half of the time."""
-    # Other people's code has invalid escapes in strings. The filter stays, because `catch_warnings` is not thread-safe.
-    warnings.filterwarnings("ignore", module=_PARSER_FILENAME)
     was_enabled = gc.isenabled()
     gc.disable()
     try:

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-# Bytes read at once, and those at the start of a file from which its encoding is guessed.
-_READ_BYTES = 1 << 16
+# Bytes at the start of a file from which its encoding is guessed; as many are read at once.
+HEAD_BYTES = 1 << 16
 # Byte order mark -> encoding; the marks of UTF-32 begin with those of UTF-16.
 _MARKS = {
     codecs.BOM_UTF8: "utf-8",
@@ -31,7 +31,7 @@ class Utf8Stream(io.RawIOBase):
     def __init__(self, stream: io.IOBase | pa.NativeFile, *, count_quotes: bool = False):
         """Reads the start of a binary stream. `num_quotes` counts double quotes if `count_quotes`."""
         self._stream: Any = stream
-        head = stream.read(_READ_BYTES)
+        head = stream.read(HEAD_BYTES)
         encoding, mark = find_encoding(head)
         self._decoder = None if encoding == "utf-8" else codecs.getincrementaldecoder(encoding)(errors="replace")
         self._rest = self._to_utf8(head[len(mark) :])
@@ -48,7 +48,7 @@ class Utf8Stream(io.RawIOBase):
             return self._stream.read() if size < 0 else self._stream.read(size)  # Without a copy.
         parts, num_bytes = [self._rest], len(self._rest)
         while size < 0 or num_bytes < size:
-            block = self._stream.read(_READ_BYTES if size < 0 else max(size - num_bytes, 1))
+            block = self._stream.read(HEAD_BYTES if size < 0 else max(size - num_bytes, 1))
             converted = self._to_utf8(block)
             parts.append(converted)
             num_bytes += len(converted)

@@ -13,13 +13,11 @@ from collections.abc import Sequence
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mlm.data.sources.encoding import find_encoding
-from mlm.data.sources.files import split_compression
+from mlm.data.sources.encoding import HEAD_BYTES, find_encoding
+from mlm.data.sources.files import is_json_list, split_compression
 
 # Smaller parts would take longer to open than to read.
 _MIN_PART_BYTES = 16 << 10
-# Bytes at the start of a file from which its encoding is guessed.
-_HEAD_BYTES = 1 << 16
 # A file with a longer line at a border is not divided there.
 _MAX_LINE_BYTES = 16 << 20
 
@@ -76,8 +74,8 @@ def _row_group_borders(file: str, count: int) -> list[int]:
 def _line_borders(file: str, kind: str, count: int) -> list[int]:
     """Returns the byte offsets of the lines at which parts begin, and the size of the file."""
     with open(file, "rb") as stream:
-        size, head = os.fstat(stream.fileno()).st_size, stream.read(_HEAD_BYTES)
-        if find_encoding(head) != ("utf-8", b"") or (kind == "json" and head.lstrip()[:1] == b"["):
+        size, head = os.fstat(stream.fileno()).st_size, stream.read(HEAD_BYTES)
+        if find_encoding(head) != ("utf-8", b"") or (kind == "json" and is_json_list(head)):
             return []
         borders = [0]
         for number in range(1, count):

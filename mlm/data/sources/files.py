@@ -278,9 +278,14 @@ def _read_text(stream: Utf8Stream, file: str, column: str) -> Iterator[pa.Array]
         yield _lines(block)
 
 
+def is_json_list(head: bytes) -> bool:
+    """Returns whether a file that starts with `head` is one list of objects, not an object per line."""
+    return head.lstrip()[:1] == b"["
+
+
 def _read_json(stream: Utf8Stream, file: str, column: str) -> Iterator[pa.Array]:
     first = stream.read(_block_bytes())
-    if first.lstrip()[:1] == b"[":
+    if is_json_list(first):
         # A list of objects can only be parsed as one.
         try:
             rows = json.loads(first + stream.read())
