@@ -29,6 +29,7 @@ os.environ["JAX_COMPILATION_CACHE_DIR"] = (
     os.environ["JAX_COMPILATION_CACHE_DIR"] if "PYTEST_XDIST_WORKER" in os.environ else tempfile.mkdtemp()
 )
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["SAVED_PROGRAMS"] = os.path.join(os.environ["JAX_COMPILATION_CACHE_DIR"], "programs")
 # Tests compile a lot and compute little. The test of the quickstart compiles as users do.
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 
@@ -38,13 +39,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mlm import build, parallel, steps
+from mlm import parallel, steps
 from mlm.export import model_directory
 from mlm.masking import MaskingSpec
 from mlm.models.config import EncoderConfig
 from mlm.models.encoder import MaskedLM
 from mlm.optimizer import create_optimizer
 from mlm.schedules import create_schedule
+from tests import saved_programs
 from tests.tiny import optimizer_settings
 
 if "PYTEST_XDIST_WORKER" not in os.environ:
@@ -96,6 +98,7 @@ def forget_programs():
     with open("/proc/self/maps") as maps:
         if sum(1 for _ in maps) > 20_000:
             jax.clear_caches()
+            saved_programs.forget()
             gc.collect()
 
 
@@ -108,24 +111,10 @@ def undrawn_curves():
 
 
 @pytest.fixture(scope="session", autouse=True)
-def shared_programs():
-    """Complete runs with equal settings in one process trace and load each program once: most of a tiny run's time."""
-    data_parallel = parallel.data_parallel
-
-    @functools.cache
-    def shared(function, keywords, donate_argnums):
-        return data_parallel(functools.partial(function, **dict(keywords)), donate_argnums=donate_argnums)
-
-    def data_parallel_or_shared(step, *, donate_argnums=()):
-        if getattr(step, "func", None) in (steps.train_step, steps.eval_step):
-            return shared(step.func, tuple(step.keywords.items()), donate_argnums)
-        return data_parallel(step, donate_argnums=donate_argnums)
-
+def programs_of_the_session():
+    """See saved_programs.py."""
     with pytest.MonkeyPatch.context() as patch:
-        # Equal settings then give equal step configs.
-        patch.setattr(build, "create_schedule", functools.cache(build.create_schedule))
-        patch.setattr(build, "create_optimizer", functools.cache(build.create_optimizer))
-        patch.setattr(parallel, "data_parallel", data_parallel_or_shared)
+        saved_programs.install(patch.setattr)
         yield
 
 

@@ -2,12 +2,12 @@
 
 `run` and `Process` take the arguments of `subprocess.run` and `subprocess.Popen`. The command is [sys.executable,
 FILE, ARGUMENT...] or [sys.executable, "-c", CODE, ARGUMENT...]. The process is a child of this one, with its own
-environment, working directory, standard streams, signal handlers and exit code. With another working directory than
-this repository it imports the code of that directory, as Python does. It differs from a new interpreter in five ways:
-the libraries are imported, so what an import needs or prints is not seen; all processes of one server have the same
-hash seed; the peak memory that the system reports starts at that of the server; curves are saved as an empty file,
-for drawing takes as long as a tiny run; and at its end modules are not deleted one by one. Tests of these start an
-interpreter.
+environment, working directory, standard streams, signal handlers and exit code. A program that is not in this
+repository imports the code beside it, as Python does. It differs from a new interpreter in six ways: the libraries are
+imported, so what an import needs or prints is not seen; all processes of one server have the same hash seed; the peak
+memory that the system reports starts at that of the server; curves are saved as an empty file, for drawing takes as
+long as a tiny run; programs of steps are those of saved_programs.py; and at its end modules are not deleted one by one.
+Tests of these start an interpreter.
 """
 
 import atexit
@@ -39,9 +39,7 @@ LIBRARIES = (
     "absl.app",
     "aiohttp",
     "awkward",
-    "clu.metric_writers",
     "clu.parameter_overview",
-    "clu.periodic_actions",
     "datasets",
     "flax.linen",
     "gigatoken",
@@ -64,8 +62,8 @@ LIBRARIES = (
     "tqdm",
     "transformers.models.roberta.tokenization_roberta",
 )
-# What a run imports of this repository.
-OWN = ("mlm.train", "mlm.modes.train", "mlm.export.fill_mask", "configs.default")
+# What a run imports of this repository; the first imports TensorFlow without Keras.
+OWN = ("mlm.reporting.reporter", "mlm.train", "mlm.modes.train", "configs.default", "tests.saved_programs")
 # Libraries read these variables when they are imported: a process with other values needs another server.
 _READ_BY_IMPORTS = ("EPATH_", "GCSFS_", "HF_", "HUGGINGFACE_", "PYTHON", "TF_", "TOKENIZERS_", "TRANSFORMERS_")
 _PR_SET_CHILD_SUBREAPER = 36
@@ -209,7 +207,7 @@ def _parse(text: str, *, like: Any) -> Any:
 def _import_libraries() -> None:
     """Imports them with the variables that main.py sets before its own imports."""
     exec((REPO / "main.py").read_text(encoding="utf-8").split("\nfrom absl", 1)[0], {"__name__": "main"})
-    for name in (*LIBRARIES, *OWN):
+    for name in (*OWN, *LIBRARIES):
         importlib.import_module(name)
     sys.modules["matplotlib.figure"].Figure.savefig = lambda figure, path, **_: Path(path).write_bytes(b"")
 
@@ -267,8 +265,9 @@ def _prepare(request: dict[str, Any], path: list[str]) -> None:
     own = [folder for folder in request["env"].get("PYTHONPATH", "").split(os.pathsep) if folder]
     sys.path[:] = ["" if is_code else os.path.dirname(os.path.abspath(first)), *own, *path]
     sys.meta_path.insert(0, _ReadEnvironment(sys.modules.pop("jax")))
-    if Path.cwd() == REPO:
+    if Path(sys.path[0]).absolute() == REPO:
         importlib.import_module("jax")
+        importlib.import_module("tests.saved_programs").install()
     else:
         for name in [name for name in sys.modules if name.partition(".")[0] in ("configs", "mlm")]:
             del sys.modules[name]

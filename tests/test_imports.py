@@ -35,6 +35,11 @@ TEXT_MODES = ("fill_mask", "export", "probe", "score", "embed", "show_data", "ch
                 ("mlm.modes.benchmark", MODEL | TEXT | RUN),
                 # mlm/modes/train.py imports mlm/train.py after it has set up jax.distributed.
                 ("mlm.modes.train, mlm.train", MODEL | TEXT | RUN),
+                # TensorFlow without Keras, which would import pandas, scikit-learn and Matplotlib.
+                (
+                    "mlm.train, mlm.reporting.reporter",
+                    MODEL | TEXT | RUN | {"h5py", "scipy", "tensorboard", "tensorflow"},
+                ),
             )
         ),
     ],

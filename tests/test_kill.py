@@ -59,10 +59,12 @@ class ForkedTrainer(Trainer):
 
 
 def trainer_of(directory: Path, corpus: str, *flags: str, compiles: bool = False) -> Trainer:
-    """main.py with a tiny config, written to `directory`; with `compiles`, without the tests' compilation cache."""
+    """main.py with a tiny config, written to `directory`; with `compiles`, without programs of other tests."""
     (directory / "config.py").write_text(CONFIG.format(corpus=corpus, eval_steps=EVAL_STEPS))
     env = environment(str(directory)) | {"XLA_FLAGS": fork_server.xla_flags(1)}
-    if not compiles:
+    if compiles:
+        del env["SAVED_PROGRAMS"]
+    else:
         env["JAX_COMPILATION_CACHE_DIR"] = os.environ["JAX_COMPILATION_CACHE_DIR"]
     return ForkedTrainer((f"--config={directory / 'config.py'}", *flags), env)
 

@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pytest
 from absl import logging
-from clu import metric_writers
 
 from mlm.export.fill_mask import MaskPrediction
 from mlm.reporting import reporter as reporter_lib
 from mlm.reporting.progress import LiveLine, evaluation_line, live_text, step_line
 from mlm.reporting.summary import print_next_steps
+from mlm.reporting.without_keras import metric_writers
 from mlm.run.workdir import WorkDir
 from mlm.settings import ProfileSettings
 from tests import fork_server

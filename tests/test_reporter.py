@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import matplotlib.figure
 import numpy as np
 import pytest
-from clu import metric_writers
 from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
 from tensorboard.util import tensor_util
 
@@ -25,6 +24,7 @@ from mlm.reporting import writers
 from mlm.reporting.curves import draw_curves, read_metrics
 from mlm.reporting.progress import duration
 from mlm.reporting.reporter import Reporter
+from mlm.reporting.without_keras import metric_writers
 from mlm.reporting.writers import JsonLinesWriter, create_writer
 from mlm.run.workdir import WorkDir
 from mlm.settings import ProfileSettings

@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 from absl import logging
-from clu import periodic_actions
 
 from mlm import parallel
 from mlm.data.prefetch import Batch
@@ -16,6 +15,7 @@ from mlm.hardware import find_device
 from mlm.reporting import writers
 from mlm.reporting.metrics import MetricsAccumulator
 from mlm.reporting.progress import LiveLine, evaluation_line, live_text, step_line
+from mlm.reporting.without_keras import periodic_actions
 from mlm.run.workdir import WorkDir
 from mlm.settings import ProfileSettings
 from mlm.steps import TrainMetrics

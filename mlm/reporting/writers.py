@@ -10,9 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
-import tensorflow as tf
 from absl import logging
-from clu import metric_writers
 from tensorboard.compat.proto import event_pb2, summary_pb2
 from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.custom_scalar import summary as custom_scalar_summary
@@ -22,6 +20,7 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 
 from mlm.errors import one_line
 from mlm.reporting.curves import read_metrics
+from mlm.reporting.without_keras import metric_writers, tf
 from mlm.run.workdir import WorkDir
 
 # Charts of TensorBoard's page "custom scalars": title -> tags, as regular expressions.
