@@ -1,10 +1,11 @@
-"""What do open shards (`data.interleave_shards`) cost in CPU time and memory, and what do they gain over a network?
+"""What do open shards (`data.interleave_shards`) and parts of files (`data.min_shards`) cost, and what do they gain?
 
     python benchmarks/open_shards.py                      # both tables, some minutes
     python benchmarks/open_shards.py --network --rate=10  # megabytes per second and connection
 
 The text is docstrings, joined to documents of 2 KB, in 16 files. The first table: CPU seconds of reading alone and of
-the complete stream with tokenizer and packing, the smallest of some rounds, and peak memory, each in its own process.
+the complete stream with tokenizer and packing, the smallest of some rounds, and peak memory, each in its own process;
+for uncompressed JSON lines also with each file divided into parts.
 The second: a local server that waits before each response, as a distant one does, and sends to each connection at a
 limited rate; megabytes of text per second of the clock.
 """
@@ -39,7 +40,9 @@ from mlm.data.train_tokenizer import train_tokenizer
 
 FILES = 16
 WINDOW = 10_000
-KINDS = ("jsonl.zst", "parquet")
+KINDS = ("jsonl.zst", "jsonl", "parquet")
+# Values of data.min_shards to compare.
+MIN_SHARDS = {"jsonl": (0, 512, 4_096)}
 
 
 def write_files(folder: str, *, megabytes: float) -> None:
@@ -56,9 +59,11 @@ def write_files(folder: str, *, megabytes: float) -> None:
             size += len(documents[-1])
         urls = [f"https://example.org/{index}" for index in range(len(documents))]
         stem = os.path.join(folder, f"{number:02}.")
-        with pa.CompressedOutputStream(stem + "jsonl.zst", "zstd") as file:
+        with pa.CompressedOutputStream(stem + "jsonl.zst", "zstd") as compressed, open(stem + "jsonl", "wb") as file:
             for text, url in zip(documents, urls, strict=True):
-                file.write((json.dumps({"text": text, "url": url}) + "\n").encode())
+                line = (json.dumps({"text": text, "url": url}) + "\n").encode()
+                compressed.write(line)
+                file.write(line)
         pq.write_table(pa.table({"text": documents, "url": urls}), stem + "parquet", row_group_size=1000)
     train_tokenizer(iter(texts[:5000]), vocab_size=8_192, max_seq_length=128).save(os.path.join(folder, "tokenizer"))
 
@@ -78,9 +83,11 @@ def read_all(source: Source, open_shards: int) -> int:
     return size
 
 
-def measure_cpu(folder: str, kind: str, open_shards: int, rounds: int) -> tuple[float, float, float]:
-    """Returns CPU seconds to read, CPU seconds of the stream, and peak megabytes."""
-    source = open_source(data_files=os.path.join(folder, f"*.{kind}"))
+def measure_cpu(
+    folder: str, kind: str, open_shards: int, rounds: int, min_shards: int
+) -> tuple[int, float, float, float]:
+    """Returns the number of shards, CPU seconds to read, CPU seconds of the stream, and peak megabytes."""
+    source = open_source(data_files=os.path.join(folder, f"*.{kind}"), min_shards=min_shards)
     tokenizer = load_tokenizer(os.path.join(folder, "tokenizer"), cache_dir=None, backend="auto")
     reads, streams = [], []
     for _ in range(rounds):
@@ -101,7 +108,7 @@ def measure_cpu(folder: str, kind: str, open_shards: int, rounds: int) -> tuple[
         while stream.epoch == 0:
             next(stream)
         streams.append(cpu_seconds() - start)
-    return min(reads), min(streams), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+    return source.num_shards, min(reads), min(streams), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
 
 
 class _Throttled(http.server.BaseHTTPRequestHandler):
@@ -164,12 +171,14 @@ def main(argv: list[str] | None = None) -> None:
     counts = [int(count) for count in args.shards.split(",")]
     spawn = multiprocessing.get_context("spawn")
     if not args.network:
-        print("| files | open shards | CPU s to read | CPU s of the stream | peak MB |\n|---|---|---|---|---|")
-        for kind in KINDS:
-            for count in counts:
-                with spawn.Pool(1) as pool:
-                    read, stream, megabytes = pool.apply(measure_cpu, (folder, kind, count, args.rounds))
-                print(f"| {kind} | {count} | {read:.2f} | {stream:.2f} | {megabytes:.0f} |", flush=True)
+        print("| files | shards | open shards | CPU s to read | CPU s of the stream | peak MB |")
+        print("|---|---|---|---|---|---|")
+        rows = ((kind, count, least) for kind in KINDS for least in MIN_SHARDS.get(kind, (0,)) for count in counts)
+        for kind, count, least in rows:
+            with spawn.Pool(1) as pool:
+                shards, *figures = pool.apply(measure_cpu, (folder, kind, count, args.rounds, least))
+            read, stream, megabytes = figures
+            print(f"| {kind} | {shards} | {count} | {read:.2f} | {stream:.2f} | {megabytes:.0f} |", flush=True)
     if not args.cpu:
         print(f"\n| files, {args.rate:g} MB/s per connection | open shards | MB/s of text |\n|---|---|---|")
         for kind in KINDS:
