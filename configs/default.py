@@ -91,10 +91,10 @@ def get_config() -> ConfigDict:
     # documents often share a topic. Each open file takes about 5 MB of memory, and a resumed run seeks to its position
     # in each. 1: one shard after the other, as in the reference script.
     data.interleave_shards = 16
-    # Local files of text, JSON lines and parquet are divided into parts of at least 16 KB until there are about this
+    # Local files of text, JSON lines and parquet are divided into parts of at least 4 KB until there are about this
     # many shards: a window then has documents from all of a sorted file, and each process reads its own parts of a
     # large one. Compressed and CSV files stay complete. 0: one file is one shard, as in the reference script.
-    data.min_shards = 512
+    data.min_shards = 4_096
     # Sequences in the evaluation set, which are never trained on. 5,000 sequences of 128 tokens have 96,000 masked
     # tokens, enough to compare the losses of two runs.
     data.num_eval_samples = 5_000

@@ -38,6 +38,7 @@ def check(config, workdir, machine=None):
     return check_mode.check(settings_of(config), str(workdir), defaults=DEFAULTS, machine=machine, utilization=0.4)
 
 
+@pytest.mark.slow
 def test_the_output_of_a_run_that_is_ready(config, tmp_path, capsys):
     assert check(config, tmp_path / "run", parse_topology("v3-8")) == []
     output = capsys.readouterr().out
@@ -75,7 +76,7 @@ def test_epochs_count_the_corpus(config, tmp_path, capsys):
     output = capsys.readouterr().out
     run = build.build(settings_of(config), WorkDir(str(tmp_path / "run")))
     source = run.text.sources[0].train
-    texts = [text for shard in range(3) for column in source.read(shard) for text in column.to_pylist()]
+    texts = [text for shard in range(source.num_shards) for column in source.read(shard) for text in column.to_pylist()]
     tokens = len(run.tokenizer.encode(pa.array(texts, pa.large_string()))[0]) + len(texts)
     assert check_mode.tokens_of_epoch(source, run.tokenizer, seconds=60) == (tokens, False)
     assert f"epochs        about {4096 / tokens:,.2f} of " in output
@@ -96,6 +97,7 @@ def test_a_corpus_too_large_to_read_is_estimated(config, tmp_path, monkeypatch):
     assert check_mode.tokens_of_epoch(source(99), run.tokenizer, seconds=5) == (10 * 6 * one_part, True)
 
 
+@pytest.mark.slow
 def test_time_to_finish_follows_from_peak_and_utilization(config, tmp_path, capsys):
     config.num_train_steps = 10**9
     check(config, tmp_path / "run", parse_topology("v3-8"))
@@ -105,6 +107,7 @@ def test_time_to_finish_follows_from_peak_and_utilization(config, tmp_path, caps
     assert "time          unknown: no peak rate of a cpu is known" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_notes(config, tmp_path, capsys):
     sentences = "note          report.sentences are the English defaults"
     config.num_train_steps = 10_000
@@ -163,6 +166,7 @@ def test_problems(config, tmp_path, changes, problem):
     assert problem in found[0]
 
 
+@pytest.mark.slow
 def test_a_batch_size_that_is_found_when_the_run_starts(config, tmp_path, monkeypatch, capsys):
     config.per_device_train_batch_size = 0
     assert check(config, tmp_path / "run", parse_topology("h100-8")) == []

@@ -25,6 +25,7 @@ def mixed(tmp_path) -> ConfigDict:
         ("numbers", 1, {"data_files": (str(tmp_path / "numbers.jsonl"),), "text_column_name": "body"}),
     )
     config.data.data_files = None
+    config.data.min_shards = 0
     return config
 
 

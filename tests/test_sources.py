@@ -185,6 +185,7 @@ def test_compressed_files_of_several_members(tmp_path, compression):
     assert read(open_files(path)) == ["one", "two", "three"]
 
 
+@pytest.mark.slow
 def test_documents_larger_than_a_block(tmp_path):
     texts = ["x" * (10 << 20), "y", "z" * (5 << 20)]
     for name in ("a.txt", "a.jsonl", "a.csv", "a.parquet"):
@@ -278,6 +279,7 @@ def test_options_in_the_readme_of_a_directory_are_used(tmp_path):
     assert read(open_source(dataset_name=str(tmp_path))) == ["one, two"]
 
 
+@pytest.mark.slow
 def test_docstrings_are_read_without_a_network():
     source = open_source(dataset_name="docstrings")
     assert source.name == "docstrings"

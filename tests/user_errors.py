@@ -180,11 +180,11 @@ VALUES = [
     ),
     (
         {"data.text_column_name": "body"},
-        "data.text_column_name='body': there is no such column in '{world}/data/part-0.jsonl'; set it to one of id, text",
+        "data.text_column_name='body': there is no such column in '{world}/data/part-0.jsonl (part 1 of 2)'; set it to one of id, text",
     ),
     (
         {"data.text_column_name": "id"},
-        "data.text_column_name='id': the column of '{world}/data/part-0.jsonl' has values such as 0, not text; set it to another column",
+        "data.text_column_name='id': the column of '{world}/data/part-0.jsonl (part 1 of 2)' has values such as 0, not text; set it to another column",
     ),
     (
         {"data.num_eval_samples": 1000000},

@@ -16,8 +16,8 @@ import pyarrow.parquet as pq
 from mlm.data.sources.encoding import HEAD_BYTES, find_encoding
 from mlm.data.sources.files import is_json_list, split_compression
 
-# Smaller parts would take longer to open than to read.
-_MIN_PART_BYTES = 16 << 10
+# Smaller parts would take much longer to open than to read.
+_MIN_PART_BYTES = 4 << 10
 # A file with a longer line at a border is not divided there.
 _MAX_LINE_BYTES = 16 << 20
 

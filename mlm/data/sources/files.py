@@ -47,10 +47,10 @@ FORMATS = {
 # File extension -> Arrow codec, except for xz, which Arrow does not have.
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2", ".xz": "xz"}
 # The largest and the smallest block of a file. Large ones need less CPU time, but many files may be open at the same
-# time (data.interleave_shards, several sources): the blocks of up to 64 files have 32 MB together.
+# time (data.interleave_shards, several sources): the blocks of up to 16 files have 8 MB together.
 _BLOCK_BYTES = 4 << 20
 _MIN_BLOCK_BYTES = 512 << 10
-_OPEN_BLOCK_BYTES = 32 << 20
+_OPEN_BLOCK_BYTES = 8 << 20
 # Arrow needs each row of a CSV file within one block, and reads 32 blocks ahead. At a larger row the file is read
 # again, in blocks 8 times as large.
 _CSV_BLOCK_BYTES = 128 << 10
@@ -337,7 +337,8 @@ def _parse_json_lines(block: bytes, column: str) -> pa.Array:
     # Small parts are parsed in parallel, but an object may not extend over more than two of them.
     for block_size in (_JSON_PARSE_BYTES, len(block)):
         try:
-            options = pa_json.ReadOptions(block_size=min(block_size, len(block)))
+            # Threads cost more than they save in a single part.
+            options = pa_json.ReadOptions(block_size=min(block_size, len(block)), use_threads=len(block) > block_size)
             table = pa_json.read_json(pa.BufferReader(block), read_options=options, parse_options=parse)
             return table.column(column).combine_chunks()
         except pa.ArrowInvalid:
