@@ -29,6 +29,7 @@ def files_importing(name):
     return {file for file, tree in TREES.items() if any(f"{i}.".startswith(f"{name}.") for i in imports(tree))}
 
 
+@pytest.mark.slow
 def test_imports_point_one_way():
     """The contracts are in pyproject.toml, one per rule."""
     result = subprocess.run(

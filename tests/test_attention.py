@@ -89,6 +89,7 @@ def test_xla_matches_plain(arrays, visibility):
     assert_close(*results, bits=19)
 
 
+@pytest.mark.slow
 def test_implementations_agree_to_bfloat16_rounding(arrays):
     half = [array.astype(jnp.bfloat16) for array in arrays]
     exact = output_and_gradients(
@@ -130,6 +131,7 @@ def test_dropout_in_blocks(arrays):
     assert not np.array_equal(kept[0, :, 0], kept[0, :, 1])
 
 
+@pytest.mark.slow
 def test_window_costs_grow_linearly_with_the_row():
     def cost(length: int, window: int | None):
         array = jax.ShapeDtypeStruct((1, length, 2, 16), jnp.float32)

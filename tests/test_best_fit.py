@@ -148,6 +148,7 @@ def test_attention_does_not_cross_documents():
             assert tokens.tolist() == [BOS, *map(ord, texts[document]), EOS]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("process_count", [1, 2])
 def test_a_run_resumes_after_every_row_and_change_of_length(process_count, monkeypatch):
     monkeypatch.setattr(best_fit, "CHUNK_BYTES", 60)

@@ -117,6 +117,7 @@ def restore(storage, step):
         return checkpointer.restore(step, like=like)
 
 
+@pytest.mark.slow
 def test_checkpoints_at_multiples_of_keep_every_steps_are_kept_too(storage):
     with Checkpointer(storage, keep_checkpoints=1, keep_every_steps=10) as checkpointer:
         for step in (5, 10, 15, 20, 25, 26):

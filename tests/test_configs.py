@@ -170,6 +170,7 @@ def optional_keys(settings: type = RunSettings, prefix: str = "") -> dict[str, t
     return found
 
 
+@pytest.mark.slow
 def test_none_on_the_command_line_resets_any_optional_key(tmp_path):
     optional = optional_keys()
     assert {"model.config_name", "model.overrides.type_vocab_size", "data.data_files"} <= optional.keys()

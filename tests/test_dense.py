@@ -73,6 +73,7 @@ def test_gradients_of_parameters_are_not_rounded(op):
     assert np.any(np.asarray(d_parameter.astype(jnp.bfloat16), np.float32) != d_parameter)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("num_projections", [1, 2, 3])
 def test_qkv_projection_matches_plain_jnp(dtype, num_projections):
@@ -99,6 +100,7 @@ def test_products_in_bfloat16_have_bfloat16_operands():
         assert [dtypes for name, dtypes in found if name == "dot_general"] == 3 * [{"bfloat16"}]
 
 
+@pytest.mark.slow
 def test_dense_has_the_parameters_of_linen():
     layer = Dense(4, dtype=jnp.float32, kernel_init=jax.nn.initializers.normal(0.1))
     params = layer.init(jax.random.key(0), draw(2, 6))["params"]
@@ -119,6 +121,7 @@ def test_gradient_of_materialize_has_no_barrier():
 POSITIONS = jnp.asarray([[0, 2, 2], [4, 0, 4]], jnp.int32)
 
 
+@pytest.mark.slow
 def test_gather_tokens_matches_jax():
     hidden = draw(2, 5, 6)
     reference = lambda hidden: jnp.take_along_axis(hidden, POSITIONS[..., None], axis=1)  # noqa: E731

@@ -110,6 +110,7 @@ def test_a_shard_is_a_package_or_a_part_of_a_large_one(tmp_path):
     assert docstrings.find_shards(tuple(str(tmp_path / name) for name in ("none",))) == []
 
 
+@pytest.mark.slow
 def test_the_first_documents_come_from_several_packages_within_seconds():
     start = time.monotonic()
     shards = docstrings.find_shards()

@@ -40,6 +40,7 @@ def test_sums_of_rows_and_columns_are_binomial(masks):
         assert abs(variance - 1) < SIGMAS * (2 / grid.shape[1 - axis]) ** 0.5
 
 
+@pytest.mark.slow
 def test_masks_of_different_keys_are_uncorrelated(masks):
     assert_uncorrelated(*masks)
     # Also of keys that differ by 1 in one word.
@@ -64,6 +65,7 @@ def test_mask_is_the_hash_of_the_index():
     assert 0 < mask.sum() < 24
 
 
+@pytest.mark.slow
 def test_values_and_gradient_have_the_same_mask():
     key, values = jax.random.key(3), jnp.linspace(1.0, 2.0, 1000)
     dropped, backward = jax.vjp(lambda x: dropout(x, rate=0.25, key=key), values)

@@ -99,6 +99,7 @@ def test_accuracies_are_those_of_the_modes(model):
     assert descriptions[-1] == "pairs pairs: 40 minimal pairs; 0 sentences cut to 20 tokens"
 
 
+@pytest.mark.slow
 def test_long_files_are_limited_to_the_same_examples(model, tmp_path, monkeypatch):
     monkeypatch.setattr(during_training, "MAX_TEXTS", 40)
     monkeypatch.setattr(during_training, "MAX_PAIRS", 30)
@@ -116,6 +117,7 @@ def test_long_files_are_limited_to_the_same_examples(model, tmp_path, monkeypatc
     assert line.startswith("probe a: 2 classes, 32 labels to learn from, 8 held out;")
 
 
+@pytest.mark.slow
 def test_parameters_that_are_not_finite_have_no_accuracy(model):
     broken = dataclasses.replace(model, params=jax.tree.map(lambda leaf: leaf * np.float32("nan"), model.params))
     metrics, _ = evaluate(broken, EvalTasks({"a": easy_task()}, {"b": SENTENCES}))

@@ -195,6 +195,7 @@ def test_model_max_length_is_added_if_it_is_missing_and_kept_if_it_is_smaller(pl
         assert len(loaded("the cat " * 40, truncation=True)["input_ids"]) == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["roberta", "bert", "modernbert"])
 def test_a_tokenizer_without_post_processor_is_exported_with_that_of_training(
     plain_tokenizer, tmp_path, caplog, family

@@ -61,6 +61,7 @@ def end_of(state, shard):
     return next((end for number, *_, end in state["slices"] or () if number == shard), None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("process_count", "readers", "interleave"), [(1, 1, 1), (1, 1, 3), (3, 1, 2), (6, 2, 1)])
 def test_a_failed_shard_is_skipped_for_the_rest_of_the_epoch(
     server, tiny_reads, monkeypatch, process_count, readers, interleave

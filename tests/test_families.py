@@ -51,6 +51,7 @@ def test_every_family_has_a_case():
     assert {load(case)[1].model_type for case in CASES} == set(FAMILIES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", slow_except("camembert"))
 def test_logits_loss_and_gradients_match_pytorch(case):
     golden, config, _ = load(case)
@@ -202,6 +203,7 @@ DROPOUT_SITES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_dropout_sites_match_transformers(model_type, monkeypatch):
     _, config, _ = load(model_type.replace("-", "_"))
@@ -223,6 +225,7 @@ def test_dropout_sites_match_transformers(model_type, monkeypatch):
     assert calls == [rates[first]] + [rates[kind] for kind in layer] * len(config.layers)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", slow_except("electra"))
 def test_initialization_matches_transformers(case):
     golden, config, _ = load(case)
@@ -244,6 +247,7 @@ def test_initialization_matches_transformers(case):
             assert np.abs(values).max() <= 2 * values.std() / 0.8, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", slow_except("modernbert"))
 def test_isolated_document_has_the_same_logits_as_alone(case):
     _, config, tensors = load(case)

@@ -31,6 +31,7 @@ def products(jaxpr):
     return total
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_flops_match_all_matrix_products(case):
     with np.load(GOLDEN / f"{case}.npz") as file:

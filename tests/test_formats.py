@@ -106,6 +106,7 @@ def test_a_younger_key_and_a_renamed_key_are_completed_from_the_tables(copy):
     assert differences(os.path.abspath("unchanged/run"), os.path.abspath(copy)) == []
 
 
+@pytest.mark.slow
 @every_format
 def test_show_data_reads_a_stored_run(copy, capsys):
     settings = WorkDir(copy, key_changes=KEY_CHANGES).read_settings()

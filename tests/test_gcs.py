@@ -80,6 +80,7 @@ def test_an_invalid_url_is_an_error_of_one_line(server, url, workdir, message):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 def test_missing_permissions_and_network_are_errors_of_one_line(server, url):
     server.refuse = lambda method, name: 403
     with pytest.raises(UserError, match=r"no permission to read the bucket .* roles/storage.objectAdmin"):
@@ -157,6 +158,7 @@ def test_files_are_uploaded_when_they_change_and_downloaded_on_the_next_machine(
     assert Path(other.model, "model.safetensors").read_text() == LARGE
 
 
+@pytest.mark.slow
 def test_a_mirror_is_deleted_with_its_owner_and_after_a_kill_by_the_next_start(server, url):
     workdir = WorkDir(url)
     home = Path(workdir.path).parent
@@ -170,6 +172,7 @@ def test_a_mirror_is_deleted_with_its_owner_and_after_a_kill_by_the_next_start(s
     assert not home.exists()
 
 
+@pytest.mark.slow
 def test_a_failed_upload_is_repeated_by_the_next_push(server, url):
     workdir = WorkDir(url)
     create(workdir)
@@ -321,6 +324,7 @@ def test_saves_succeed_again_after_an_outage(server, url):
         assert checkpointer.steps() == [1, 4]
 
 
+@pytest.mark.slow
 def test_no_save_starts_before_its_metrics_are_uploaded(server, url):
     workdir = WorkDir(url)
     create(workdir)

@@ -42,6 +42,7 @@ def test_operations_and_kernels_of_a_compiled_program():
     }
 
 
+@pytest.mark.slow
 def test_the_step_needs_jax_flax_and_optax_only():
     others = ("clu", "ml_collections", "pyarrow", "tensorflow", "tokenizers", "transformers")
     code = (

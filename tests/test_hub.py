@@ -86,6 +86,7 @@ def wait_for(condition, seconds=20):
         time.sleep(0.01)
 
 
+@pytest.mark.slow
 def test_uploaded_files_arrive_byte_for_byte(server, workdir):
     hub = open_hub(workdir, private=True)
     assert hub.repo_id == "ann/run"
@@ -126,6 +127,7 @@ def test_an_upload_is_retried_until_it_succeeds(server, workdir, path, caplog):
     assert leftovers(workdir) == []
 
 
+@pytest.mark.slow
 def test_a_file_upload_that_breaks_is_retried(server, workdir):
     with pytest.MonkeyPatch.context() as patch:
         seen = []
@@ -142,6 +144,7 @@ def test_a_file_upload_that_breaks_is_retried(server, workdir):
     assert server.commits == [("Step 1", contents(workdir))]
 
 
+@pytest.mark.slow
 def test_training_does_not_wait_and_the_newest_model_is_uploaded(server, workdir, caplog):
     """The server does not answer while four models are exported."""
     held = threading.Event()
@@ -173,6 +176,7 @@ def test_training_does_not_wait_and_the_newest_model_is_uploaded(server, workdir
     assert leftovers(workdir) == []
 
 
+@pytest.mark.slow
 def test_waits_grow_and_the_end_of_the_run_cuts_them_short(server, workdir, monkeypatch):
     waits = []
     real = threading.Condition.wait_for
@@ -219,6 +223,7 @@ def test_a_final_upload_that_fails_is_an_error_with_a_command(server, workdir, f
     assert not is_pushed(str(workdir), name="run", step=1)
 
 
+@pytest.mark.slow
 def test_a_rejected_upload_does_not_prevent_the_next(server, workdir):
     server.faults[COMMIT].append(403)
     hub = open_hub(workdir)
@@ -260,6 +265,7 @@ def test_write_access_of_tokens(server, token, can_write):
     assert server.created == []
 
 
+@pytest.mark.slow
 def test_missing_or_invalid_tokens_and_unreachable_hubs(server, monkeypatch, workdir):
     server.always["/api/whoami-v2"] = 401
     with pytest.raises(UserError, match=r"cannot check the token .*Invalid user token") as error:

@@ -168,6 +168,7 @@ def test_a_restart_has_parameters_and_moments_of_its_parent_and_begins_at_step_0
         np.testing.assert_array_equal(value, actual[name])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["adamw", "stable_adamw", "lamb", "lion", "adafactor", "muon"])
 def test_a_restart_resets_the_schedule_of_every_optimizer_and_no_moments(name):
     params = {"layer_0": {"query_key_value": {"kernel": jnp.ones((4, 4))}}, "bias": jnp.ones(4)}

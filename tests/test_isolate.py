@@ -85,6 +85,7 @@ def test_isolated_document_has_the_same_logits_as_alone(config, params):
         assert np.abs(concatenated[start : start + len(part)] - expected).max() > 0.01 * np.abs(expected).max()
 
 
+@pytest.mark.slow
 def test_loss_of_a_document_has_no_gradient_in_other_documents(config, params):
     def logits(delta_BxLxD):
         def add(next_fun, args, kwargs, context):
@@ -108,6 +109,7 @@ def test_loss_of_a_document_has_no_gradient_in_other_documents(config, params):
         assert (gradient_LxD[inside_L] != 0).any(axis=1).all()
 
 
+@pytest.mark.slow
 def test_masking_does_not_change_segment_ids():
     spec = MaskingSpec(
         mlm_probability=1.0,

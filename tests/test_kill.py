@@ -217,6 +217,7 @@ def test_a_second_signal_stops_at_once_whatever_the_main_thread_does(first):
         process.kill()
 
 
+@pytest.mark.slow
 def test_the_first_signal_waits_for_the_main_thread():
     process = start_busy(str(10**6))
     process.send_signal(signal.SIGINT)
@@ -224,6 +225,7 @@ def test_the_first_signal_waits_for_the_main_thread():
     assert (process.returncode, output) == (0, "SIGINT\n")
 
 
+@pytest.mark.slow
 def test_a_duplicate_signal_is_ignored():
     process = start_busy(str(10**6))
     # Under `timeout` a Ctrl-C arrives twice.

@@ -44,6 +44,7 @@ def test_sums_match_numpy(batch):
     assert sums.count == weights.sum() < B * K
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_values_and_gradients_match_plain_jnp(batch, dtype):
     logits, labels, weights = batch
@@ -94,6 +95,7 @@ def test_further_terms_change_the_gradient_and_not_the_reported_loss(batch, keys
     assert abs(value - plain.loss) > 0.1
 
 
+@pytest.mark.slow
 def test_large_logits_do_not_overflow():
     logits = jnp.array([[[1e4, 0.0, -1e4]]])
     sums = masked_cross_entropy(logits, jnp.array([[2]]), jnp.ones((1, 1)))
@@ -116,6 +118,7 @@ def test_nan_is_not_hidden_by_a_weight_of_zero(batch):
     assert np.isnan(masked_cross_entropy(logits, labels, weights).loss)
 
 
+@pytest.mark.slow
 def test_sums_of_parts_add_up(batch):
     total = masked_cross_entropy(*batch)
     parts = [masked_cross_entropy(*(array[i : i + 1] for array in batch)) for i in range(B)]

@@ -96,6 +96,7 @@ def test_fractions_of_masked_random_and_unchanged_tokens(mask_prob, random_prob)
     assert_binomial((shown == labels).sum(), used.sum(), 1 - mask_prob - changed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("length", "probability"), [(100, 0.15), (20, 0.5), (8, 1.0), (5, 0.01)])
 def test_expected_number_of_predictions_is_exact_for_any_number_of_tokens(length, probability):
     tokens = ordinary_rows(300 * (length + 1), length)
@@ -169,6 +170,7 @@ def test_replacement_does_not_depend_on_the_position():
         assert_binomial((hidden & here).sum(), here.sum(), 0.8)
 
 
+@pytest.mark.slow
 def test_masks_depend_on_the_row_number_not_on_the_batch():
     tokens = ordinary_rows(8, 24)
     together = mask(tokens, rows=np.arange(8) + 5)
@@ -242,6 +244,7 @@ def actions_of(tokens, masked, row):
     return dict(zip(positions.tolist(), names.tolist(), strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("probability", [0.15, 0.5, 1.0])
 def test_whole_words_are_chosen_until_the_next_would_exceed_the_count(probability):
     marked, tokens, starts = rows_of_words(400, 32)
@@ -273,6 +276,7 @@ def test_whole_words_are_chosen_until_the_next_would_exceed_the_count(probabilit
         assert masked.label_weights_BxK.sum() == (~np.isin(tokens, SPECIAL)).sum()
 
 
+@pytest.mark.slow
 def test_every_word_is_equally_likely_whatever_its_position():
     """Words of two tokens each, and room for one of them."""
     tokens = ordinary_rows(8192, 16)
@@ -284,6 +288,7 @@ def test_every_word_is_equally_likely_whatever_its_position():
     assert_uniform(np.bincount(masked.masked_positions_BxK[:, 0] // 2, minlength=8))
 
 
+@pytest.mark.slow
 def test_spans_are_whole_words_with_geometric_lengths_up_to_ten():
     tokens = ordinary_rows(4000, 128)
     marked = tokens | WORD_START  # Each token is a word.
@@ -302,6 +307,7 @@ def test_spans_are_whole_words_with_geometric_lengths_up_to_ten():
     assert 0.75 < masked.label_weights_BxK.sum() / (0.1 * tokens.size) <= 1.0
 
 
+@pytest.mark.slow
 def test_spans_do_not_cut_words_or_cross_special_tokens_and_are_replaced_as_one():
     marked, tokens, starts = rows_of_words(400, 48)
     masked = mask(

@@ -8,6 +8,8 @@ import sys
 
 import jax
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from jax.experimental.compilation_cache import compilation_cache
 
 from configs import default
@@ -21,12 +23,14 @@ from mlm.train import train_and_evaluate
 from tests.tiny import settings_of, tiny_settings, write_corpus
 
 
-@pytest.mark.parametrize("row_bytes", [1, 7, 1000.0, 12345.6])
-@pytest.mark.parametrize("fixed", [0, 500, 10_000])
-@pytest.mark.parametrize("padding", [0, 300])
-@pytest.mark.parametrize("limit", [7_000, 10_000, 1_000_000, 123_456_789])
-@pytest.mark.parametrize("first", [1, 8, 20, 512])
-@pytest.mark.parametrize("is_reported", [True, False])
+@given(
+    row_bytes=st.floats(1.0, 20_000.0),
+    fixed=st.integers(0, 10_000),
+    padding=st.integers(0, 300),
+    limit=st.integers(7_000, 123_456_789),
+    first=st.sampled_from([1, 8, 20, 512]),
+    is_reported=st.booleans(),
+)
 def test_the_largest_batch_is_found_in_few_compilations(row_bytes, fixed, padding, limit, first, is_reported):
     compiled = []
 
@@ -77,6 +81,7 @@ def test_the_memory_of_a_step_is_nearly_linear_in_the_batch(encoder_step_config)
     assert few < many < 8 * few
 
 
+@pytest.mark.slow
 def test_programs_for_other_devices_are_not_cached(bag_step_config, tmp_path):
     # jax would warn about each: it cannot be loaded where no such device is.
     before = jax.config.jax_compilation_cache_dir, jax.config.jax_persistent_cache_min_compile_time_secs

@@ -140,6 +140,7 @@ def test_skip_steps_may_change_past_the_checkpoint_only():
             one(skip_steps=other).restore([state])
 
 
+@pytest.mark.slow
 def test_each_source_has_the_fraction_of_the_rows_that_its_weight_asks_for():
     """Within one row, in every process and at any time; so to far under 1 % over a million tokens."""
     for process in range(2):

@@ -57,6 +57,7 @@ def assert_close(actual, expected, *, bits=19):
     np.testing.assert_allclose(actual, expected, rtol=0, atol=2.0**-bits * np.abs(expected).max())
 
 
+@pytest.mark.slow
 def test_logits_match_pytorch(golden, config, params):
     logits = apply(params, golden["inputs"], config=config)
     assert logits.dtype == jnp.float32
@@ -79,6 +80,7 @@ def gradients(golden, config, params):
     return gradients
 
 
+@pytest.mark.slow
 def test_gradients_match_pytorch(golden, config, gradients):
     gradients = weights.to_hf(gradients, config)
     largest = max(np.abs(gradient).max() for gradient in gradients.values())
@@ -105,6 +107,7 @@ def test_head_runs_on_the_given_positions_only(golden, config, params):
     assert all_logits not in str(lower(positions=positions))
 
 
+@pytest.mark.slow
 def test_padding_does_not_change_logits(golden, config, params):
     # Row 1 is eleven tokens, then padding.
     shorter = apply(params, golden["inputs"][1:2, :11], config=config)
@@ -130,6 +133,7 @@ def test_dropout_sites_match_transformers(golden, config, params, monkeypatch):
     assert calls == [hidden] + [weights_, hidden, hidden] * config.num_hidden_layers
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["hidden_dropout_prob", "attention_probs_dropout_prob"])
 def test_dropout_follows_its_key(name, golden, config, params):
     off = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
@@ -141,6 +145,7 @@ def test_dropout_follows_its_key(name, golden, config, params):
     assert np.mean(first[:4] != golden["logits"][:4]) > 0.999
 
 
+@pytest.mark.slow
 def test_dropout_at_rate_zero_changes_nothing(golden, config, params):
     config = config.replace(hidden_dropout_prob=0, attention_probs_dropout_prob=0)
     run = functools.partial(apply, params, golden["inputs"], config=config)
@@ -148,6 +153,7 @@ def test_dropout_at_rate_zero_changes_nothing(golden, config, params):
     assert str(training) == str(evaluation)
 
 
+@pytest.mark.slow
 def test_initialization_matches_transformers(golden, config):
     config = config.replace(initializer_range=0.05, num_hidden_layers=1)
     params = jax.jit(MaskedLM(config).init)(jax.random.key(2, impl="rbg"), golden["inputs"])["params"]

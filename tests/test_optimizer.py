@@ -224,6 +224,7 @@ def test_muon_updates_the_matrices_of_layers_and_nothing_else(make_step_config):
     }
 
 
+@pytest.mark.slow
 def test_an_ungated_feed_forward_network_has_one_inner_matrix():
     kernels = {"inner": {"kernel": jnp.eye(4, 12)}, "output": {"kernel": jnp.eye(12, 4)}}
     params = {"layer_0": {"feed_forward": kernels}}
@@ -233,6 +234,7 @@ def test_an_ungated_feed_forward_network_has_one_inner_matrix():
     np.testing.assert_allclose(inner, math.sqrt(3) * newton_schulz(jnp.eye(4, 12)[None], 5)[0], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_newton_schulz_brings_all_singular_values_near_one():
     rng = np.random.default_rng(0)
     u, _, vt = np.linalg.svd(rng.normal(size=(8, 24)), full_matrices=False)

@@ -183,6 +183,7 @@ def test_no_piece_of_an_eval_document_is_trained_on(eval_rows):
     assert trained - {BOS, EOS, ord(" ")} == {ord(text[0]) for text in corpus} - evaluated
 
 
+@pytest.mark.slow
 def test_a_shard_that_fails_in_the_middle_of_a_window_is_skipped_and_resumed():
     shards, broken = split(LONG_AND_SHORT, 3), [True]
 

@@ -45,6 +45,7 @@ def gather(values_BxLxX):
     return jnp.take_along_axis(values_BxLxX, POSITIONS[:, :, None], axis=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "family", ["modernbert", *(pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES if f != "modernbert")]
 )

@@ -299,6 +299,7 @@ def test_rotary_embeddings_need_no_adaptation(case, tmp_path):
     assert_same(found.params(never), weights.from_hf(tensors, config))
 
 
+@pytest.mark.slow
 def test_another_pad_token_id_shifts_the_position_embeddings(tmp_path):
     """RoBERTa's first position has the row pad_token_id + 1."""
     _, config, tensors = load("xlm_roberta")

@@ -102,6 +102,7 @@ def test_pairs_have_token_types_and_names_of_special_tokens_are_text(model):
     assert sequences.types[0] == [0, 0, 0] + [1] * (len(sequences.ids[0]) - 3)
 
 
+@pytest.mark.slow
 def test_words_have_the_state_of_their_first_token_and_those_past_the_length_none(model):
     words = ["the", "unbelievable", "cat", "sees"]
     inputs = encode_words(model.tokenizer, [words, ["dog"]], max_length=6)  # [CLS] the un ##believ ##able [SEP]

@@ -57,6 +57,7 @@ def test_metrics_jsonl_has_one_line_per_step(path):
     ]
 
 
+@pytest.mark.slow
 def test_metrics_jsonl_is_strict_json(path):
     writer = JsonLinesWriter(path, last_step=0)
     writer.write_scalars(2, {"a": float("nan"), "b": np.float32("inf"), "c": 1.5})
@@ -429,6 +430,7 @@ def test_the_peak_rate_is_looked_up_by_the_kind_of_device(monkeypatch, kind, pea
     assert reporter_lib.peak_flops() == peak
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "lines", [[], EXPECTED, [line | {"eval/loss": 1.0, "eval/unigram_loss": 2.0} for line in EXPECTED]]
 )

@@ -60,6 +60,7 @@ def serve(server, name, texts=TEXTS, retry_policy=RETRY_POLICY):
     return source
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranges", [True, False])
 @pytest.mark.parametrize("name", NAMES)
 def test_rows_are_those_of_a_healthy_server(server, name, ranges):
@@ -207,6 +208,7 @@ def test_retry_after_is_respected(server):
         assert 0.9 < time.monotonic() - start < RETRY_POLICY.deadline_seconds
 
 
+@pytest.mark.slow
 def test_a_retry_after_past_the_deadline_is_retried_at_the_deadline(server):
     source = serve(server, "a.txt", retry_policy=dataclasses.replace(LONG_TIMEOUT, deadline_seconds=0.3))
     server.faults["/a.txt"].append((503, {"Retry-After": "3600"}))

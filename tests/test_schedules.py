@@ -33,6 +33,7 @@ def decay(shape, step, start, end_factor=0.0):
     return end_factor + (1 - end_factor) * SHAPES[shape](done)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("warmup", [0, 10])
 def test_every_schedule_equals_its_closed_form(warmup):
     cases = {"constant": ({"schedule": "constant"}, lambda step: 1.0)}

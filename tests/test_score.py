@@ -97,6 +97,7 @@ def directory(model, tmp_path_factory):
     return save(tmp_path_factory.mktemp("models") / "model", model)
 
 
+@pytest.mark.slow
 def test_the_mode_prints_a_table_or_a_perplexity(directory, model, tmp_path, capsys):
     pairs = [{"good": "the cat sees", "bad": "cat the sees", "phenomenon": name} for name in ("order", "other")]
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
@@ -113,6 +114,7 @@ def test_the_mode_prints_a_table_or_a_perplexity(directory, model, tmp_path, cap
     assert lines[2] == "1 texts were cut to 20 tokens"
 
 
+@pytest.mark.slow
 def test_vectors_of_texts(directory, model, tmp_path):
     (tmp_path / "texts.txt").write_text("\n".join(TEXTS) + "\n")
     expected = extract(model, encode_texts(model.tokenizer, TEXTS, max_length=20))

@@ -135,6 +135,7 @@ def test_a_run_with_a_killed_process_is_not_requeued(cluster):
     assert len(cluster.calls) == 1
 
 
+@pytest.mark.slow
 def test_the_job_waits_after_the_signal_until_all_processes_have_saved(cluster):
     python = program(
         cluster.folder / "python",

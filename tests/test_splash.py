@@ -16,6 +16,7 @@ SEGMENT_IDS = np.array([[1] * 70 + [2] * 50 + [0] * 30, [1] * L], np.int32)
 POSITIONS = np.sort(np.random.default_rng(1).permuted(np.tile(np.arange(120), (B, 1)), axis=1)[:, :21]).astype(np.int32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("isolate", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("positions", [pytest.param(None, marks=pytest.mark.slow), POSITIONS])
 def test_matches_plain(monkeypatch, isolate, positions):

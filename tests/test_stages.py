@@ -140,6 +140,7 @@ def test_the_schedule_of_a_finished_stage_stays(monkeypatch):
     ]
 
 
+@pytest.mark.slow
 def test_one_schedule_spans_the_stages_and_a_learning_rate_rescales_it():
     base = {"optimizer.schedule": "linear", "optimizer.warmup_steps": 10}
     plain = rates(resolve(settings_with(**base), num_devices=1))
@@ -309,6 +310,7 @@ def settings(corpora) -> RunSettings:
     return settings_of(staged_config(*corpora))
 
 
+@pytest.mark.slow
 def test_evaluation_sequences_of_all_stages_are_held_out(settings, corpora):
     data = [stage.data for stage in stages_lib.settings_of_stages(settings)]
     sources = pipeline.open_sources(*data)
@@ -385,6 +387,7 @@ def test_a_checkpoint_is_loaded_with_the_model_of_its_stage(settings, straight):
     assert [encoder.global_rope_theta for encoder in loaded] == [160_000.0, 500.0]
 
 
+@pytest.mark.slow
 def test_check_prints_a_table_of_the_stages(settings, tmp_path, capsys):
     defaults = RunSettings.from_dict(default.get_config().to_dict()).flat()
     found = check.check(

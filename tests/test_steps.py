@@ -56,6 +56,7 @@ def test_the_encoder_learns_which_tokens_occur(encoder_step, encoder_state):
     assert losses[-1] < np.log(8) + 0.1  # A uniform guess over the eight tokens.
 
 
+@pytest.mark.slow
 def test_the_bag_of_tokens_learns_from_context(bag_step, bag_state):
     assert losses_on_repeated_tokens(bag_step, bag_state)[-1] < np.log(8) / 2
 

@@ -329,6 +329,7 @@ def test_a_window_has_equal_parts_of_the_open_shards():
         ]
 
 
+@pytest.mark.slow
 def test_large_documents_take_no_more_than_their_part_of_a_window():
     """Of 60 bytes a shard of 30-byte texts gives 2 texts or fewer, and all shards move on."""
     shards = [["a" * 30] * 20, ["b"] * 300, ["c" * 3] * 100, ["d"] * 300]
@@ -458,6 +459,7 @@ def test_windows_of_large_documents_end_early(how):
     assert sum(map(len, texts.to_pylist()[:-1])) < 40
 
 
+@pytest.mark.slow
 def test_documents_of_ten_megabytes_and_of_one_letter():
     corpus = ["x" * (10 << 20), "y", "z" * 3, "u"]
     source = Source("large", "text", 1, lambda shard, row: iter([pa.array(corpus[row:])]), str)

@@ -54,6 +54,7 @@ def test_the_margin_is_twice_the_last_save_evaluation_and_step():
     assert not no_limit.is_near()
 
 
+@pytest.mark.slow
 def test_the_start_of_a_process_is_known_whenever_it_is_asked_for():
     code = "import time; time.sleep(1.0); from mlm.run.time_limit import process_start; print(process_start())"
     before = time.monotonic()

@@ -65,6 +65,7 @@ def test_create_shows_the_error_of_gcloud(cloud):
     assert cloud.verbs == ["tpu-vm create"]
 
 
+@pytest.mark.slow
 def test_create_waits_in_the_queue(cloud):
     cloud.play(queue=["ACCEPTED", "WAITING_FOR_RESOURCES", "PROVISIONING", "ACTIVE"])
     output = cloud("create", "tpu", "--type=v4-16", "--queued", "--poll=0")
@@ -120,6 +121,7 @@ def test_setup_installs_one_commit_on_every_worker(cloud, repository):
         assert sorted(path.name for path in home.iterdir()) == ["mlm", "mlm-run", "mlm-venv", "uv"]
 
 
+@pytest.mark.slow
 def test_setup_installs_another_commit_but_not_during_a_run(cloud, repository):
     first = git(repository, "rev-parse", "HEAD")
     git(repository, "commit", "--quiet", "--allow-empty", "--message", "more")
@@ -131,6 +133,7 @@ def test_setup_installs_another_commit_but_not_during_a_run(cloud, repository):
     assert (cloud.workers[1] / "mlm" / "COMMIT").read_text().strip() == first
 
 
+@pytest.mark.slow
 def test_train_starts_the_same_command_on_every_worker_once(cloud):
     cloud("setup", "tpu")
     assert "worker-1: started" in cloud("train", "tpu", "--no-watch", *TRAIN)
@@ -143,6 +146,7 @@ def test_train_starts_the_same_command_on_every_worker_once(cloud):
         assert (home / "systemctl").read_text().count("start --no-block mlm.service") == 1
 
 
+@pytest.mark.slow
 def test_the_service_restarts_only_after_a_preemption(cloud):
     cloud("setup", "tpu")
     cloud("train", "tpu", "--no-watch", *TRAIN)
@@ -192,6 +196,7 @@ def test_the_state_of_a_worker(cloud, active, result, end, state):
     assert (worker("may-start").returncode == 0) == (end in (None, "exited 75", "killed KILL"))
 
 
+@pytest.mark.slow
 def test_status_logs_and_delete(cloud):
     cloud("setup", "tpu")
     for home in cloud.workers:
@@ -208,6 +213,7 @@ def test_status_logs_and_delete(cloud):
     assert cloud.calls[-1][2:] == ["queued-resources", "delete", "tpu", "--force", "--quiet"]
 
 
+@pytest.mark.slow
 def test_workers_at_different_commits_do_not_start(cloud):
     assert "error: tpu: is not set up yet" in cloud("train", "tpu", *TRAIN, code=2)
     cloud("setup", "tpu")

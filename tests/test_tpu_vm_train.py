@@ -48,6 +48,7 @@ def test_a_work_directory_that_is_deleted_with_the_vm_is_refused(cloud, workdir,
     assert message in output
 
 
+@pytest.mark.slow
 def test_a_local_work_directory_is_accepted_on_a_vm_that_is_not_preempted(cloud):
     cloud("setup", "tpu")
     cloud("train", "tpu", "--no-watch", "--", "--config=configs/roberta_base.py", "--workdir=runs/a")
@@ -143,12 +144,14 @@ def test_a_preempted_queued_vm_is_queued_again(cloud):
     assert [call.split()[1] for call in calls[2:]] == ["describe", "describe"]
 
 
+@pytest.mark.slow
 def test_an_error_that_waiting_cannot_fix_ends_the_monitoring(cloud):
     cloud("setup", "tpu")
     cloud.play(**{"is": SPOT}, states=[READY, {"vm": "GONE"}], creates=["PERMISSION_DENIED: you may not"])
     assert "error: tpu: cannot be re-created; see the error above" in cloud("train", "tpu", "--poll=0", *TRAIN, code=1)
 
 
+@pytest.mark.slow
 def test_a_vm_that_is_not_preemptible_is_not_recreated(cloud):
     cloud("setup", "tpu")
     cloud.play(states=[READY, {"vm": "TERMINATED"}])

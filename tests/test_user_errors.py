@@ -222,6 +222,7 @@ def raised() -> dict[str, list[str]]:
     return found
 
 
+@pytest.mark.slow
 def test_every_error_is_in_the_tables_or_in_another_test():
     assert sum(map(len, raised().values())) >= 100
     unused = {file: dict(texts) for file, texts in user_errors.ELSEWHERE.items()}
@@ -260,6 +261,7 @@ def texts_in_the_code() -> list[str]:
     return texts
 
 
+@pytest.mark.slow
 def test_the_page_on_troubleshooting_quotes_messages_of_the_code():
     page = (REPO / "docs" / "troubleshooting.md").read_text()
     entries = re.findall(r"^\*\*(.+?)\*\*:", page, flags=re.MULTILINE)
