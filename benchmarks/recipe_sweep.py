@@ -6,9 +6,13 @@
 
 Runs that are finished are not repeated, so the command can be interrupted and extended. It writes `table.md` (final
 eval loss as mean and range over seeds, difference to the best recipe, seconds of training, tokens) and `curves.png`.
+A variation with another packing has other evaluation sequences: for the table, the exported model of every run that has
+the tokenizer of the best recipe is evaluated on the sequences of the best recipe.
 """
 
 import argparse
+import dataclasses
+import functools
 import os
 import statistics
 import sys
@@ -16,9 +20,12 @@ from typing import Any
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
+import numpy as np
 from matplotlib.figure import Figure
 
 from configs import quickstart
+from mlm import build, load, parallel, steps
+from mlm.evaluate import Evaluator
 from mlm.reporting.curves import read_metrics
 from mlm.run.workdir import WorkDir
 from mlm.settings import RunSettings
@@ -80,9 +87,26 @@ def evaluations(workdir: str) -> list[tuple[float, float, float]]:
     return found
 
 
-def table(results: dict[str, list[list[tuple[float, float, float]]]]) -> str:
+def loss_of(workdir: str, components: build.Components) -> float | None:
+    """Returns the loss of a model on the evaluation sequences of `components`; None if it has another tokenizer."""
+    loaded = load.load_model(os.path.join(workdir, "model"))
+    if loaded.tokenizer.hf.get_vocab() != components.tokenizer.hf.get_vocab():
+        return None
+    model = components.step_config.model.clone(config=loaded.encoder)
+    step_config = dataclasses.replace(components.step_config, model=model)
+    eval_step = functools.partial(steps.eval_step, step_config=step_config, axis_name=parallel.AXIS)
+    evaluator = Evaluator(
+        parallel.data_parallel(eval_step),
+        components.text.eval_rows_RxL,
+        per_device_batch_size=64,
+        pad_id=components.tokenizer.pad_id,
+    )
+    unigram_V = np.zeros(loaded.encoder.vocab_size, np.float32)  # Its loss is not used.
+    return evaluator(parallel.replicate(loaded.params), unigram_V)["eval/loss"]
+
+
+def table(results: dict[str, list[list[tuple[float, float, float]]]], losses: dict[str, list[float]]) -> str:
     """Returns a Markdown table of the final losses, the best first."""
-    losses = {name: [run[-1][2] for run in runs] for name, runs in results.items()}
     best = statistics.mean(losses["best"])
     rows = ["| recipe | eval loss | against the best | seconds | million tokens |", "|---|---|---|---|---|"]
     for name in sorted(losses, key=lambda name: statistics.mean(losses[name])):
@@ -125,17 +149,21 @@ def main() -> None:
     if unknown := set(filter(None, options.only.split(","))) - {*VARIATIONS}:
         parser.error(f"--only={','.join(sorted(unknown))}: must be of {', '.join(VARIATIONS)}")
     results: dict[str, list[list[tuple[float, float, float]]]] = {name: [] for name in names}
+    losses: dict[str, list[float]] = {name: [] for name in names}
+    of_best = None
     for name in names:
         for seed in map(int, options.seeds.split(",")):
             workdir = os.path.join(options.output, f"{name.replace(' ', '_').replace(',', '')}-{options.steps}-{seed}")
             settings = settings_of(name, seed=seed, num_steps=options.steps)
             if WorkDir(workdir).exported_step() != settings.num_train_steps:
                 train_and_evaluate(settings, workdir)
+            of_best = of_best or build.build(settings, WorkDir(workdir))
             results[name].append(evaluations(workdir))
+            losses[name].append(loss_of(workdir, of_best) or results[name][-1][-1][2])
     with open(os.path.join(options.output, "table.md"), "w", encoding="utf-8") as file:
-        file.write(table(results))
+        file.write(table(results, losses))
     draw(results, os.path.join(options.output, "curves.png"))
-    print(table(results))
+    print(table(results, losses))
 
 
 if __name__ == "__main__":
