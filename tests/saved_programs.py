@@ -11,6 +11,7 @@ import hashlib
 import os
 import pickle
 import tempfile
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -64,7 +65,7 @@ class SavedProgram:
 
     def lower(self, *args: Any) -> Any:
         """Returns an object with a method `compile`."""
-        return _Lowered(lambda: self._load(args, {})[0])
+        return types.SimpleNamespace(compile=lambda: self._load(args, {})[0])
 
     def _load(self, args: Any, static: dict[str, Any]) -> tuple[jax.stages.Compiled, Callable[..., Any]]:
         shapes = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype.name), args)
@@ -88,11 +89,6 @@ class SavedProgram:
                 call = functools.partial(_call_jointly, compiled) if joins else compiled
             _loaded[name] = compiled, call
         return _loaded[name]
-
-
-class _Lowered:
-    def __init__(self, compile_: Callable[[], jax.stages.Compiled]):
-        self.compile = compile_
 
 
 def _save(name: str, program: jax.stages.Compiled) -> None:
