@@ -173,6 +173,9 @@ def main(argv: list[str]) -> None:
         if option in FLAGS and FLAGS[option].present:
             users = ", ".join(name for name, other in MODES.items() if option in other.options)
             raise UserError(f"--{option}: is for --mode={users}; --mode={FLAGS.mode} does not use it")
+    for flag in ("workdir", "model", "output", "task", "test"):
+        if FLAGS[flag].value in ("", [""]):
+            raise UserError(f"--{flag}: is empty; was a variable of the shell not set?")
     workdirs = FLAGS.workdir or []
     has_model = mode.workdirs == "model" and FLAGS.model is not None
     if has_model and (workdirs or FLAGS.step is not None):

@@ -17,7 +17,7 @@ from absl import logging
 
 from mlm import build
 from mlm.data.tokenizer import Tokenizer, load_tokenizer
-from mlm.errors import UserError
+from mlm.errors import UserError, one_line
 from mlm.models.config import EncoderConfig
 from mlm.models.encoder import MaskedLM
 from mlm.models.hf import pretrained, weights
@@ -179,7 +179,13 @@ def load_model(directory: str, *, display_path: str | None = None) -> LoadedMode
             "--mode=export"
         )
     encoder = _read_encoder(os.path.join(directory, "config.json"))
-    tensors = safetensors.numpy.load_file(os.path.join(directory, "model.safetensors"))
+    try:
+        tensors = safetensors.numpy.load_file(os.path.join(directory, "model.safetensors"))
+    except safetensors.SafetensorError as error:
+        raise UserError(
+            f"{display_path}/model.safetensors: is damaged ({one_line(error)}); export the model again with "
+            "--mode=export"
+        ) from None
     return LoadedModel((), weights.from_hf(tensors, encoder), encoder, load_tokenizer(directory), 0)
 
 

@@ -910,6 +910,8 @@ def _build(group: Any, nested: Mapping[str, Any]) -> Any:
     return group(**values)
 
 
+# Larger numbers of steps and tokens overflow on the device.
+_MAX_INTEGER = 2**31 - 1
 _WORDS = {
     int: "a whole number",
     float: "a number",
@@ -941,6 +943,9 @@ def _converted(key: str, value: Any, declared: Any) -> Any:
             ):
                 return as_tuples(value)
         elif isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
+            limit = 2**53 if key.endswith(("_bytes", "seed")) else _MAX_INTEGER
+            if kind is int and abs(value) > limit:
+                raise _error(key, value, f"must be at most {limit:,}")
             return value
     words = [_WORDS.get(kind, getattr(kind, "__name__", "")) for kind in kinds]
     raise _error(key, value, f"must be {' or '.join(words)}")
@@ -985,7 +990,7 @@ def check_duration(key: str, value: Any) -> None:
 def num_tokens(value: str) -> float | None:
     """Returns the number in a string such as "3e9 tokens"; None if it is something else."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?(?:e\d+)?) tokens", value)
-    return None if match is None else float(match[1])
+    return float(match[1]) if match and math.isfinite(float(match[1])) else None
 
 
 def _check_files(key: str, files: Any) -> None:

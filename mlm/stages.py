@@ -323,6 +323,8 @@ def _parse(key: str, value: Any) -> tuple[str, int | float | str | None, dict[st
     """Returns name, steps and changed keys of an entry."""
     if not isinstance(value, Mapping):
         raise UserError(f"{key}={value!r}: must be a dict such as {_EXAMPLE}")
+    if not all(isinstance(option, str) for option in value):
+        raise UserError(f"{key}={value!r}: the keys must be strings, such as {_EXAMPLE}")
     changes = dict(value)
     name, steps = changes.pop("name", None), changes.pop("steps", None)
     if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+", name):

@@ -47,6 +47,7 @@ COMMAND_LINE = [
         "--config=configs/quikstart.py: no such file; did you mean configs/quickstart.py?",
     ),
     ((QUICKSTART,), "--workdir: missing; name the run's directory, such as --workdir=runs/quickstart"),
+    ((QUICKSTART, "--workdir="), "--workdir: is empty; was a variable of the shell not set?"),
     (
         (QUICKSTART, "--workdir={world}/x", "--config.stages=({'name': 'a', 'seed': 3},)"),
         "stages[0].seed=3: cannot change in a stage; keys that can are ...",
@@ -736,7 +737,14 @@ CALLS = [
 
 # Errors of other tests: file -> message, with {} for values -> test.
 ELSEWHERE = {
+    "mlm/reporting/curves.py": {
+        "{}, line {}: has no step; remove the line": "tests/test_user_files.py::test_metrics_without_a_step_are_an_error",
+    },
+    "mlm/modes/train_tokenizer.py": {
+        "--output={}: cannot be created ({}); name another directory": "tests/test_user_files.py::test_an_output_is_not_the_input_and_can_be_written",
+    },
     "mlm/modes/score.py": {
+        "--output={}: is the file to read; name another": "tests/test_user_files.py::test_an_output_is_not_the_input_and_can_be_written",
         "{}: needs a column text, or good and bad; it has only {}; rename them": "tests/test_score.py::test_wrong_files_and_outputs",
         "--mode={}: needs one file, not {}; name it after the flags": "tests/test_score.py::test_wrong_files_and_outputs",
         "--output={}: must end in {}": "tests/test_score.py::test_wrong_files_and_outputs",
@@ -806,6 +814,7 @@ ELSEWHERE = {
         "checkpoint.init_from={}: cannot read checkpoint {} ({}); choose another one with @STEP": "tests/test_init_from.py::test_other_errors",
     },
     "mlm/modes/report.py": {
+        "--output={}: is a directory; name a file": "tests/test_user_files.py::test_an_output_is_not_the_input_and_can_be_written",
         "--reference={}: no such file; stored curves are {}": "tests/test_report.py::test_a_stored_curve_is_drawn_beside_a_run",
         "--reference={}: is not a stored curve; write one with benchmarks/save_curve.py": "tests/test_report.py::test_a_stored_curve_is_drawn_beside_a_run",
     },
@@ -859,6 +868,7 @@ ELSEWHERE = {
         "optimizer.max_skipped_steps={}: steps {} to {} were skipped, the last one with {}; print its sequences with --mode=show_data --step={}, then resume with a lower optimizer.learning_rate, more optimizer.warmup_steps, optimizer.max_grad_norm=1.0 or data.skip_steps": "tests/test_reporter.py::test_too_many_skipped_steps_in_a_row_end_the_run_also_after_a_restart",
     },
     "mlm/load.py": {
+        "{}/model.safetensors: is damaged ({}); export the model again with --mode=export": "tests/test_user_files.py::test_a_truncated_model",
         "--model={}: has no tokenizer; save its tokenizer in the same directory": "tests/test_probe.py::test_models_without_a_tokenizer_or_a_head",
         "--model={}: has no masked-language-model head; choose a model that has one": "tests/test_probe.py::test_models_without_a_tokenizer_or_a_head",
         "--model={}: its tokenizer has {} ids and pads with {}, its model has {} and {}; use the model's own tokenizer": "tests/test_probe.py::test_models_without_a_tokenizer_or_a_head",
@@ -879,6 +889,7 @@ ELSEWHERE = {
         "--config={}: {}": "tests/test_user_errors.py::test_command_line",
     },
     "mlm/stages.py": {
+        "{}={}: the keys must be strings, such as {}": "tests/test_user_files.py::test_values_that_are_too_large_or_of_another_type",
         # A message of settings.py.
         "{}": "tests/test_stages.py::test_invalid_stages_are_an_error_of_one_line",
         "stages has {} of the {} stages that have begun; add the missing ones": "tests/test_stages.py::test_a_branch_may_change_only_stages_that_begin_later",

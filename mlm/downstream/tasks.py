@@ -5,8 +5,9 @@ import csv
 import dataclasses
 import io
 import json
-import math
+import lzma
 import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -174,7 +175,8 @@ def read_columns(path: str, *, flag: str) -> dict[str, list[Any]]:
         columns = _read_parquet(path) if suffix == ".parquet" else _read_lines(path, suffix, flag)
     except UnicodeDecodeError:
         raise UserError(f"{flag}: is not UTF-8; convert it") from None
-    except (OSError, ValueError, csv.Error) as error:
+    # EOFError and LZMAError: a damaged compressed file. RecursionError: JSON nested too deeply.
+    except (OSError, ValueError, EOFError, lzma.LZMAError, RecursionError, csv.Error) as error:
         raise UserError(f"{flag}: cannot be read ({one_line(error)}); create it again") from None
     if not columns or not len(next(iter(columns.values()))):
         raise UserError(f"{flag}: is empty; name a file with examples")
@@ -296,7 +298,8 @@ def _labels(values: Sequence[Any], name: str, *, flag: str) -> np.ndarray:
             f"{flag}: column {name!r} has labels of the types {', '.join(sorted(kinds))}; use one type, text or numbers"
         )
     if kinds == {"float"}:
-        if not all(map(math.isfinite, values)):
+        # Whole numbers of any size are finite, but may be too large for a float.
+        if not all(abs(value) <= sys.float_info.max for value in values):
             raise UserError(f"{flag}: column {name!r} has a value that is not finite; remove its row")
         return np.array(values, float)
     return np.array([str(value).lower() if isinstance(value, bool) else value for value in values])

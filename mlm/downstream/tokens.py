@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import tokenizers
@@ -40,13 +41,20 @@ def encode(tokenizer: Tokenizer, texts: Sequence[str] | Sequence[tuple[str, str]
     """
     backend = text_only(tokenizer.hf.backend_tokenizer)
     backend.enable_truncation(max_length, strategy="longest_first")
-    encoded = backend.encode_batch(list(texts))
+    encoded = backend.encode_batch([_valid(text) for text in texts])
     return Sequences(
         ids=[encoding.ids for encoding in encoded],
         types=[encoding.type_ids for encoding in encoded],
         encodings=encoded,
         cut=sum(bool(encoding.overflowing) for encoding in encoded),
     )
+
+
+def _valid(text: Any) -> Any:
+    """Replaces lone surrogates, which JSON may have and UTF-8 has not, in a text or in a pair of texts."""
+    if isinstance(text, str):
+        return text.encode("utf-8", "replace").decode()
+    return tuple(map(_valid, text))
 
 
 def batches(

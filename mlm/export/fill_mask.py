@@ -68,6 +68,7 @@ def encode(tokenizer: Tokenizer, sentences: Sequence[str], *, max_seq_length: in
     """
     encoded = []
     for sentence in sentences:
+        sentence = sentence.encode("utf-8", "replace").decode()  # Without bytes that are not UTF-8.
         ids = tokenizer.hf(sentence.replace("<mask>", tokenizer.hf.mask_token))["input_ids"]
         if tokenizer.mask_id not in ids:
             raise UserError(f"sentence {sentence!r}: has no <mask>; write <mask> for each token to predict")
@@ -95,7 +96,8 @@ def format_predictions(predictions: Sequence[MaskPrediction]) -> str:
 def compare_predictions(predictions: Mapping[str, Sequence[MaskPrediction]]) -> str:
     """Returns lines like `format_predictions`, with the candidates of several models, which the keys name."""
     lines = []
-    width = max(map(len, predictions)) + 3 if len(predictions) > 1 else 0
+    longest = max(map(len, predictions), default=0)
+    width = longest + 3 if longest else 0
     for of_models in zip(*predictions.values(), strict=True):
         lines.append(f"  {of_models[0].sentence}")
         for of_mask in zip(*(prediction.candidates for prediction in of_models), strict=True):

@@ -101,6 +101,16 @@ def export_model(
     shutil.rmtree(old, ignore_errors=True)
 
 
+def is_exported(directory: str) -> bool:
+    """Returns whether a directory was written by `export_model`, not by the Trainer of transformers, for example."""
+    try:
+        with open(os.path.join(directory, "trainer_state.json"), encoding="utf-8") as file:
+            state = json.load(file)
+    except (OSError, ValueError):
+        return False
+    return isinstance(state, dict) and {"global_step", "tokens_seen", "hardware"} <= state.keys()
+
+
 def recover(directory: str) -> None:
     """Restores the old model if an export was killed between its two renames; removes `directory`.old otherwise."""
     old = directory + ".old"

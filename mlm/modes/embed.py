@@ -44,7 +44,7 @@ def run(
     if "text" not in columns:
         raise UserError(f"{path}: has no column text, only {', '.join(sorted(columns))}; name the column text")
     check_texts(columns["text"], "text", flag=path)
-    check_output(output, formats=(".npy", ".parquet"))
+    check_output(output, path, formats=(".npy", ".parquet"))
     loaded = load_any(settings, workdir_path, model=model, step=step, needs_head=False)
     layers = len(loaded.encoder.layers)
     if layer is not None and not 0 <= layer <= layers:

@@ -63,7 +63,7 @@ def run(
     directory = os.path.abspath(os.path.expanduser(output)) if output is not None else workdir.model
     if os.path.exists(directory) and not os.path.isdir(directory):
         raise UserError(f"--output={output}: is a file; name a directory")
-    if os.path.isdir(directory) and os.listdir(directory) and "trainer_state.json" not in os.listdir(directory):
+    if os.path.isdir(directory) and os.listdir(directory) and not model_directory.is_exported(directory):
         raise UserError(f"--output={output}: has files that are not a model's; name another directory")
     if output is None:
         workdir.lock()  # A run in progress writes there, too.

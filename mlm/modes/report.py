@@ -68,6 +68,8 @@ def run(
         cannot be written.
     """
     output = output or "report.html"
+    if os.path.isdir(output):
+        raise UserError(f"--output={output}: is a directory; name a file")
     workdirs = [WorkDir(path, key_changes=key_changes) for path in workdir]
     paths = [each.display_path for each in workdirs]
     if len(set(paths)) < len(paths):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import tempfile
 from collections.abc import Sequence
 from typing import Any
 
@@ -44,7 +45,7 @@ def run(
         )
     for name in names:
         check_texts(columns[name], name, flag=path)
-    check_output(output)
+    check_output(output, path)
     loaded = load_any(settings, workdir_path, model=model, step=step, needs_head=True)
     # Scored together, so that few shapes are compiled.
     scores = score(loaded, [text for name in names for text in columns[name]])
@@ -84,16 +85,24 @@ def one_file(arguments: Sequence[str], *, mode: str) -> str:
     return arguments[0]
 
 
-def check_output(output: str | None, *, formats: Sequence[str] = (".jsonl",)) -> None:
-    """Raises UserError unless `output` can be written, before a model is loaded."""
+def check_output(output: str | None, path: str, *, formats: Sequence[str] = (".jsonl",)) -> None:
+    """Raises UserError unless `output` can be written and is not the input `path`, before a model is loaded."""
     if output is None:
         return
     if not output.endswith(tuple(formats)):
         raise UserError(f"--output={output}: must end in {' or '.join(formats)}")
+    if os.path.exists(output) and os.path.samefile(output, path):
+        raise UserError(f"--output={output}: is the file to read; name another")
     check_directory(output)
 
 
 def check_directory(output: str) -> None:
     """Raises UserError unless `output` can be a file in a directory that exists."""
-    if os.path.isdir(output) or not os.path.isdir(os.path.dirname(os.path.abspath(output))):
+    directory = os.path.dirname(os.path.abspath(output))
+    if os.path.isdir(output) or not os.path.isdir(directory):
         raise UserError(f"--output={output}: cannot be written there; name a file in a directory that exists")
+    try:
+        # Permission bits are not enough: root ignores them, and a read-only disk has them.
+        tempfile.TemporaryFile(dir=directory).close()
+    except OSError as error:
+        raise UserError(f"--output={output}: cannot be written ({error.strerror}); name another file") from None

@@ -22,8 +22,13 @@ def run(settings: RunSettings, workdir: None, *, output: str) -> None:
     Raises:
       UserError: a source cannot be read, the options do not suit the text, or `output` is not empty.
     """
+    output = os.path.expanduser(output)
     if os.path.exists(output) and not (os.path.isdir(output) and not os.listdir(output)):
         raise UserError(f"--output={output}: exists and is not an empty directory; name another directory")
+    try:
+        os.makedirs(output, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output={output}: cannot be created ({error.strerror}); name another directory") from None
     stages = settings_of_stages(settings)
     copied, _ = build.load_model(settings)
     tokenizer = pipeline.train_tokenizer(

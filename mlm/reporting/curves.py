@@ -11,7 +11,7 @@ def read_metrics(path: str) -> list[dict[str, Any]]:
     """Reads `metrics.jsonl`, without an incomplete last line left by a crash. None stands for NaN and infinity.
 
     Raises:
-      UserError: another line is not JSON.
+      UserError: another line is not JSON, or has no step.
     """
     if not os.path.exists(path):
         return []
@@ -24,6 +24,8 @@ def read_metrics(path: str) -> list[dict[str, Any]]:
                 lines.append(json.loads(line))
             except ValueError:
                 raise UserError(f"{path}, line {number}: is not JSON; fix or remove the line") from None
+            if not isinstance(lines[-1], dict) or not isinstance(lines[-1].get("step"), int):
+                raise UserError(f"{path}, line {number}: has no step; remove the line")
     return lines
 
 

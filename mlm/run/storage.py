@@ -23,6 +23,14 @@ def open_storage(path: str) -> "LocalStorage | GcsStorage":
     return GcsStorage(path) if is_url(path) else LocalStorage(path)
 
 
+def free_name(path: str) -> str:
+    """Returns the first of PATH.old-1, PATH.old-2, ... that does not exist."""
+    number = 1
+    while os.path.lexists(found := f"{path}.old-{number}"):
+        number += 1
+    return found
+
+
 class LocalStorage:
     """A work directory on a local or mounted disk. Opening it creates nothing.
 
@@ -140,9 +148,7 @@ class LocalStorage:
         if not os.path.isdir(self.path) or not os.listdir(self.path):
             return None
         self.lock()
-        number = 1
-        while os.path.lexists(target := f"{self.path}.old-{number}"):
-            number += 1
+        target = free_name(self.path)
         try:
             os.rename(self.path, target)
         except OSError as error:

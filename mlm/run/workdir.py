@@ -16,7 +16,7 @@ from typing import Any
 from absl import logging
 
 from mlm.errors import UserError
-from mlm.run.storage import open_storage
+from mlm.run.storage import free_name, open_storage
 from mlm.settings import Borders, RunSettings, as_tuples
 from mlm.stages import Stage, may_change
 
@@ -96,9 +96,12 @@ class WorkDir:
           UserError: the settings differ from the run's in a key that must not change during a run.
         """
         if not os.path.exists(self.config):
-            if self.storage.has_checkpoints():
+            # What a run would replace, although it is not that of a run.
+            found = ["checkpoints"] if self.storage.has_checkpoints() else []
+            found += [name for name in ("model", "metrics.jsonl") if os.path.exists(os.path.join(self.path, name))]
+            if found:
                 raise UserError(
-                    f"--workdir={self.display_path}: has checkpoints but no config.json; restore it, or choose another"
+                    f"--workdir={self.display_path}: has {found[0]} but no config.json; restore it, or choose another"
                 )
             return settings
         settings = self.complete(settings)
@@ -245,9 +248,11 @@ class WorkDir:
             }
         )
         self.storage.create()
-        if not os.path.exists(self.config):
-            # Left by a start that was killed before it wrote a config: the tokenizer may be another one.
-            shutil.rmtree(self.tokenizer, ignore_errors=True)
+        if not os.path.exists(self.config) and os.path.isdir(self.tokenizer):
+            # Left by a start that was killed before it wrote a config, or the user's own.
+            kept = free_name(self.tokenizer)
+            os.rename(self.tokenizer, kept)
+            logging.info("renamed %s, which is not the tokenizer of a run, to %s", self.tokenizer, kept)
         if not os.path.isdir(self.tokenizer):
             shutil.rmtree(self.tokenizer + ".tmp", ignore_errors=True)
             save_tokenizer(self.tokenizer + ".tmp")
@@ -311,10 +316,13 @@ class WorkDir:
     def move_aside(self) -> str | None:
         """Moves an existing run to PATH.old-N; returns the new path, None if there was no run.
 
+        A directory with neither `config.json` nor checkpoints is not a run's, and stays where it is.
+
         Raises:
           UserError: the run is in progress, or cannot be moved.
         """
-        return self.storage.move_aside()
+        is_run = os.path.exists(self.config) or self.storage.has_checkpoints()
+        return self.storage.move_aside() if is_run else None
 
     def has_tokenizer(self) -> bool:
         """Returns whether the run has its tokenizer. One without a config was left by a start that was killed."""
