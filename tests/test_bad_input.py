@@ -66,6 +66,7 @@ def test_rows_without_text_are_skipped_and_counted(config, tmp_path, caplog):
     path = tmp_path / "data" / "mixed.jsonl"
     path.write_bytes("\n".join(lines).encode() + b'\n{"text": "\xff\xfe"}\n')
     config.data.data_files = str(path)
+    config.data.min_shards = 0
     config.num_train_steps = 60
     config.logging_steps = config.eval_steps = config.save_steps = 60
     with caplog.at_level("INFO"):

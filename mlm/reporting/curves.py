@@ -21,11 +21,13 @@ def read_metrics(path: str) -> list[dict[str, Any]]:
             if not line.endswith("\n"):
                 break
             try:
-                lines.append(json.loads(line))
+                values = json.loads(line)
             except ValueError:
                 raise UserError(f"{path}, line {number}: is not JSON; fix or remove the line") from None
-            if not isinstance(lines[-1], dict) or not isinstance(lines[-1].get("step"), int):
+            # The first line of a stored curve has the config.
+            if not isinstance(values, dict) or not (isinstance(values.get("step"), int) or "config" in values):
                 raise UserError(f"{path}, line {number}: has no step; remove the line")
+            lines.append(values)
     return lines
 
 
