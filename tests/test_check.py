@@ -68,7 +68,7 @@ def test_the_output_of_a_run_that_is_ready(config, tmp_path, capsys):
     parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(run.initial_params()))
     assert f"parameters    {parameters:,}\n" in output
     assert "machine       v3-8: 8 x TPU v3, on 1 host\n" in output
-    assert "shards        3 of" in output
+    assert "shards        6 of" in output
 
 
 def test_epochs_count_the_corpus(config, tmp_path, capsys):

@@ -63,6 +63,8 @@ NEEDS = {
     "python main.py --mode=probe --workdir=runs/quickstart --task=packages.jsonl": "five Python packages",
     "python benchmarks/probe.py --w": "docstrings",
     "python main.py --config=configs/quickstart.py --workdir=runs/probed": "two cores",
+    "python main.py --config=configs/quickstart.py --workdir=runs/bbc": "two cores",
+    "python main.py --mode=probe --workdir=runs/bbc": "two cores",
     "python main.py --mode=report --workdir=runs/probed": "two cores",
     "python benchmarks/cpu_step.py": "CPU cores",
     "python benchmarks/recipe_sweep.py": "CPU cores",

@@ -1,4 +1,4 @@
-"""Files of the user are neither replaced nor deleted; outputs that cannot be written are reported first."""
+"""Files of the user are neither replaced nor deleted; unwritable outputs are reported first."""
 
 import json
 from pathlib import Path

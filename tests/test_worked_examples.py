@@ -219,7 +219,7 @@ def test_the_model(copy):
         changes = {}
         for name in ("new", "old"):
             changes[name] = float(jnp.max(jnp.abs(logits_of(name, query_scale=10.0)[0] - logits_of(name)[0])))
-        assert changes["new"] < 1e-5 < 1e-3 < changes["old"], changes
+        assert changes["new"] < 1e-5 < 1e-4 < changes["old"], changes
         tensors = logits_of("new")[1]
         assert tensors["roberta.encoder.layer.0.attention.self.query_norm.weight"].shape == (8,)
 
