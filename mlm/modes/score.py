@@ -2,7 +2,6 @@
 
 import json
 import os
-import tempfile
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +9,7 @@ from mlm.downstream.score import Scores, compare_pairs, format_pairs, score
 from mlm.downstream.tasks import check_texts, read_columns
 from mlm.errors import UserError
 from mlm.load import load_any
+from mlm.run.storage import try_to_write
 from mlm.settings import RunSettings
 
 
@@ -102,7 +102,6 @@ def check_directory(output: str) -> None:
     if os.path.isdir(output) or not os.path.isdir(directory):
         raise UserError(f"--output={output}: cannot be written there; name a file in a directory that exists")
     try:
-        # Permission bits are not enough: root ignores them, and a read-only disk has them.
-        tempfile.TemporaryFile(dir=directory).close()
+        try_to_write(directory)
     except OSError as error:
         raise UserError(f"--output={output}: cannot be written ({error.strerror}); name another file") from None

@@ -31,6 +31,12 @@ def free_name(path: str) -> str:
     return found
 
 
+def try_to_write(directory: str) -> None:
+    """Raises OSError unless files can be created in a directory."""
+    # Permission bits are not enough: root ignores them, and a read-only disk has them.
+    tempfile.TemporaryFile(dir=directory).close()
+
+
 class LocalStorage:
     """A work directory on a local or mounted disk. Opening it creates nothing.
 
@@ -66,8 +72,7 @@ class LocalStorage:
         """Raises UserError unless files can be created in the directory, or in the parent where it would be created."""
         existing = _existing_parent(self.path)
         try:
-            # Permission bits are not enough: root ignores them, and a read-only disk has them.
-            tempfile.TemporaryFile(dir=existing).close()
+            try_to_write(existing)
         except OSError as error:
             raise UserError(
                 f"--workdir={self.path}: {existing} is not writable ({error.strerror}); choose another"
