@@ -134,9 +134,9 @@ def phase_of(workdir: str, log: str, *, eval_steps: int) -> tuple[str, int]:
 
 
 def kill(
-    process: subprocess.Popen, number: int, current_phase: Callable[[], tuple[str, int]], start: float
+    process: subprocess.Popen, number: int, current_phase: Callable[[], tuple[str, int]], log: str, start: float
 ) -> Kill | None:
-    """Signals a process and waits for its end; returns None if it had ended by itself."""
+    """Signals a process and waits for its end; returns None if it had ended by itself. `log` is its log file."""
     seconds = time.monotonic() - start
     if process.poll() is not None:
         return None
@@ -151,7 +151,9 @@ def kill(
         return None  # It was already exiting.
     expected = -number if number == signal.SIGKILL else EXIT_INTERRUPTED
     if code != expected:
-        raise AssertionError(f"exit code {code}, not {expected}, after a signal in phase {phase}, step {step}")
+        with open(log, encoding="utf-8", errors="replace") as file:
+            end = file.read()[-3000:]
+        raise AssertionError(f"exit code {code}, not {expected}, after a signal in phase {phase}, step {step}:\n{end}")
     return Kill(seconds, phase, step, latency)
 
 
@@ -209,7 +211,7 @@ def campaign(
                     when = cpu_seconds(process) + rng.uniform(0.0, 0.05 if when in ("save", "evaluation") else 0.2)
                 while process.poll() is None and cpu_seconds(process) < when:
                     time.sleep(0.005)
-                killed = kill(process, number, current_phase, start)
+                killed = kill(process, number, current_phase, log, start)
             code = process.wait(TIMEOUT)
         finally:
             process.kill()

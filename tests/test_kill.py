@@ -265,6 +265,26 @@ def test_signals_raise_only_outside_deferred_and_handlers_are_restored():
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
 
 
+def test_an_error_that_a_library_made_of_a_stop_is_a_stop():
+    def convert() -> None:  # As native code does that calls Python.
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except BaseException:
+            raise TypeError("input must be an array of strings") from None
+
+    with pytest.raises(Interrupted, match="stopped by SIGTERM"), Interrupt():
+        convert()
+
+    def stop_and_fail() -> None:
+        with Interrupt() as interrupt, interrupt.deferred():
+            signal.raise_signal(signal.SIGTERM)
+            raise TypeError("the checkpoint cannot be written")
+
+    # An error of the last save is not hidden.
+    with pytest.raises(TypeError, match="cannot be written"):
+        stop_and_fail()
+
+
 def make_run(run: Path, *, weight: float = 1.0, row: int = 5, loss: float = 2.0, seconds: float = 1.0) -> None:
     """Writes what `differences` compares."""
     for name in ("model", "tokenizer", "checkpoints"):

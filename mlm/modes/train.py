@@ -39,8 +39,8 @@ def run(
     # Imported after jax.distributed is set up, and after exit_on_signal: it takes seconds.
     from mlm.train import train_and_evaluate
 
-    # After jax.distributed, which installs a signal handler of its own.
-    with signals.Interrupt() as interrupt, multihost_lib.propagate_failures():
+    # Interrupt: after jax.distributed, which installs a signal handler of its own.
+    with multihost_lib.propagate_failures(), signals.Interrupt() as interrupt:
         train_and_evaluate(
             settings, workdir, command=command, interrupt=interrupt, overwrite=overwrite, key_changes=key_changes
         )

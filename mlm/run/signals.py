@@ -58,8 +58,10 @@ def signal_listener(callback: Callable[[int], None]) -> Iterator[None]:
         writer.close()  # Ends the thread, which closes the other end.
 
 
-class Interrupted(Exception):  # noqa: N818, not an error
+class Interrupted(BaseException):
     """The run stops because it was asked to.
+
+    Like KeyboardInterrupt no Exception, so that `except Exception` in a library does not swallow it.
 
     Attributes:
       on_all_processes: whether all processes stop, after the same step.
@@ -76,6 +78,9 @@ class Interrupt:
     The first signal requests a stop. A second one ends the process at once, even where Python cannot run a signal
     handler (see `signal_listener`), unless it is a duplicate of the first.
 
+    Raises:
+      Interrupted: a stop is requested; also instead of the error that a library made of it.
+
     Attributes:
       requested: name of the signal that requested a stop; None before that.
       time_limit: requests a stop, too, when it is near.
@@ -85,6 +90,7 @@ class Interrupt:
         self.requested: str | None = None
         self.time_limit: TimeLimit | None = None
         self._is_deferred = False
+        self._has_raised = False
         self._first_time: float | None = None
 
     def __enter__(self) -> "Interrupt":
@@ -93,10 +99,13 @@ class Interrupt:
         self._listener.__enter__()
         return self
 
-    def __exit__(self, *exc: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         self._listener.__exit__(None, None, None)
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
+        # Native code that calls Python, such as gigatoken's, raises an error of its own for any exception.
+        if self._has_raised and isinstance(error, Exception):
+            raise Interrupted(f"stopped by {self.requested}") from error
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
@@ -126,6 +135,7 @@ class Interrupt:
         self.requested = self.requested or signal.Signals(number).name
         # Raising again would interrupt the clean-up after the first exception.
         if is_first and not self._is_deferred:
+            self._has_raised = True
             self.check()
 
     def _on_signal(self, number: int) -> None:
