@@ -76,7 +76,7 @@ class Mode:
       options: the other arguments of `run`: flags, "arguments" (those that are not flags), "command", "defaults" (the
         values of configs/default.py) and "defaults_file" (its path).
       config: "flag": --config is required; "optional": it may be missing; "workdir": the run's own config is used;
-        "none": no config is read.
+        "workdir or flag": the run's own config is used without --config; "none": no config is read.
       workdirs: the number of work directories: "none", "one" or "many"; "model": one, or --model instead.
       required: flags that must be given, with an example value.
       on_cpu: run on the CPU, since an accelerator may be busy with the run itself.
@@ -107,7 +107,7 @@ MODES = {
     "train_tokenizer": Mode(options=("output",), workdirs="none", required=(("output", "tokenizers/mine"),)),
     "show_data": Mode(
         options=("step", "sequences", "process", "key_changes"),
-        config="workdir",
+        config="workdir or flag",
         required=(("step", "100"),),
         on_cpu=True,
     ),
@@ -184,6 +184,8 @@ def main(argv: list[str]) -> None:
         raise UserError("--workdir: missing; name the run's directory, such as --workdir=runs/quickstart")
     if len(workdirs) > 1 and mode.workdirs != "many":
         raise UserError(f"--workdir: was given {len(workdirs)} times; only --mode=report takes several runs")
+    if FLAGS.config is not None and mode.config in ("workdir", "none"):
+        raise UserError(f"--config: is not for --mode={FLAGS.mode}, which uses the config of the run; omit it")
     for flag, example in mode.required:
         if FLAGS[flag].value is None:
             raise UserError(f"--{flag}: missing; --mode={FLAGS.mode} needs it, such as --{flag}={example}")
@@ -196,7 +198,7 @@ def main(argv: list[str]) -> None:
     defaults = RunSettings.from_dict(default.get_config().to_dict())
     if FLAGS.config is not None:
         settings = command_line.read_config(FLAGS.config, command_line.config_path(sys.argv))
-    elif mode.config == "workdir" and workdirs:
+    elif mode.config.startswith("workdir") and workdirs:
         settings = WorkDir(workdirs[0], key_changes=key_changes).read_settings()
     elif mode.config == "flag":
         raise UserError(f"--config: missing; there are {', '.join(command_line.known_configs())}")

@@ -55,7 +55,7 @@ VARIATIONS: dict[str, dict[str, Any]] = {
     "whole words": {"masking.strategy": "whole_word"},
     "spans": {"masking.strategy": "span"},
     "concatenate": {"data.packing": "concatenate"},
-    "best fit": {"data.packing": "best_fit"},
+    "isolate": {"data.packing": "isolate"},
     "windows of 2,000 documents": {"data.shuffle_buffer_size": 2_000},
     "roberta": {"family": "roberta"},
     "roformer": {"family": "roformer"},

@@ -131,8 +131,15 @@ COMMAND_LINE = [
     (("--mode=export", "--workdir={world}/x"), "--workdir={world}/x: contains no run; choose a run's work directory"),
     (("--mode=explain", "learning_rate"), "learning_rate: unknown key; did you mean optimizer.learning_rate?"),
     (("--mode=report",), "--workdir: missing; name the run's directory, such as --workdir=runs/quickstart"),
+    *(
+        (
+            (f"--mode={mode}", QUICKSTART, "--workdir={world}/x", *more),
+            f"--config: is not for --mode={mode}, which uses the config of the run; omit it",
+        )
+        for mode, more in (("export", ()), ("fill_mask", ("A <mask>.",)), ("report", ()), ("probe", ("--task=x",)))
+    ),
     (
-        ("--mode=export", "--config={world}/bare.py", "--workdir={world}/x"),
+        ("--mode=check", "--config={world}/bare.py", "--workdir={world}/x"),
         "num_train_steps, per_device_train_batch_size, per_device_eval_batch_size, gradient_accumulation_steps and ... more: missing; let get_config() start from configs/default.py",
     ),
     (("--mode=report", "--workdir={world}/x"), "--workdir={world}/x: contains no run; choose a run's work directory"),
