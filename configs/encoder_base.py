@@ -34,7 +34,7 @@ def get_config() -> ConfigDict:
     config.data.dataset_name = "allenai/c4"
     config.data.dataset_config_name = "en"
     config.data.max_seq_length = 128
-    config.data.packing = "isolate"
+    config.data.packing = "best_fit"
     # Documents of one crawl file are in random order already; a larger window costs host memory.
     config.data.shuffle_buffer_size = 10_000
 
