@@ -21,7 +21,7 @@ key. Rerun the same command to resume after an interruption. Other modes:
 
 check, show_data, export, fill_mask and report run on the CPU; set JAX_PLATFORMS=cuda or tpu to run fill_mask elsewhere.
 probe, score and embed take --model=DIR_OR_HUB_NAME instead of --workdir, too. Exit codes: 0 done; 2 an error that one
-line explains; 75 stopped on request, checkpoint saved; 130 stopped at once; 141 stdout was closed (SIGPIPE); anything
+line explains; 75 stopped on request, state saved; 130 stopped at once; 141 stdout was closed (SIGPIPE); anything
 else is a failure. Examples:
 
     python main.py --mode=check --config=configs/roberta_base.py --workdir=runs/base --topology=v3-8

@@ -73,7 +73,8 @@ def get_config() -> ConfigDict:
     # tokens, without padding or dropped tokens (what the reference script does, hence the default). "isolate": cut
     # the same way, but attention and position ids do not cross document boundaries. "pad": one document per sequence,
     # truncated or padded (the script's pad_to_max_length). "pad_lines": one line per sequence (its line_by_line).
-    # "best_fit": like "isolate", but a document is cut only if it is longer than a sequence; 0.1 % is padding.
+    # "best_fit": like "isolate", but a document is cut only if it is longer than a sequence, or than
+    # shuffle_piece_bytes; 0.1 % is padding.
     data.packing = "concatenate"
     # Shuffle-window size in documents: documents are shuffled within a window only. 0: keep the order of the source.
     # 10,000 as in the reference script.

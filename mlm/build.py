@@ -1,4 +1,4 @@
-"""From settings to the components of a run: model, masking, optimizer, tokenizer and text.
+"""Builds the components of a run from its settings: model, masking, optimizer, tokenizer and text.
 
 User errors in any of them are reported here, before anything is compiled. Nothing is written here.
 """

@@ -1,4 +1,4 @@
-"""From settings to a run that is ready for its next step: work directory, restored state, batches, reporter."""
+"""Prepares a run for its next step: work directory, restored state, batches, reporter."""
 
 import contextlib
 import dataclasses

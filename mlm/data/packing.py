@@ -3,9 +3,9 @@
 A unit is the smallest amount that moves from documents to rows: a token where documents are concatenated, a complete
 row where documents (or lines) are padded. L units make a row of L tokens in the first case, one unit in the second.
 
-Everything is vectorized over the documents of a chunk, and nothing is carried from one chunk to the next: the stream
-fills a row across chunks, and knows its position as (document, unit). best_fit.py packs a chunk by best fit: its rows
-count as units of the chunk's first document.
+Everything is vectorized over the documents of a chunk, and no state is kept between chunks: the stream joins the units
+of successive chunks into rows, and knows its position as (document, unit). best_fit.py packs a chunk by best fit: its
+rows count as units of the chunk's first document.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""From settings to the text of a run: sources, tokenizer, evaluation set, and the batches of any process."""
+"""Opens the text of a run: sources, tokenizer, evaluation set, and the batches of any process."""
 
 import dataclasses
 import functools

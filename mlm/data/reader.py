@@ -15,8 +15,8 @@ run makes the same batches, even if the shard can be read again; the next epoch 
 which a checkpoint lies must be read completely on resuming: if a shard were skipped there, partly used batches would
 change. If it cannot be read, the run does not start, and the checkpoint stays.
 
-Not reproducible: the row at which the network fails after a checkpoint. After a reassignment to another number of
-processes, the skipped rows stay skipped for that epoch.
+Not reproducible: if the network fails after a checkpoint, a resumed run may skip other rows. After a reassignment to
+another number of processes, the skipped rows stay skipped for that epoch.
 """
 
 import dataclasses

@@ -6,11 +6,11 @@ pieces.py), which then count as documents. So a position in the stream is a few 
 of its shards, how many of its documents are used, and how many tokens of the next document. To resume, the window is
 read and permuted again, that document is tokenized again, and its first tokens are skipped. No text or token is saved.
 
-All processes stop together because no stream ends: a process that has used all documents assigned to it starts its next
-epoch, whatever the others do. So every process has a batch for every step, and none waits in a collective for one that
-has stopped. The exception is an assignment that is too small for one batch, which is an error. If the assignment is the
-same in every epoch, the first `next` raises it, before the first step; if the assignment changes with the epoch, only
-`_MAX_SHORT_EPOCHS` small ones in succession are an error.
+No stream ends, so all processes make the same number of steps: a process that has used all documents assigned to it
+starts its next epoch, whatever the others do. So every process has a batch for every step, and none waits in a
+collective for one that has stopped. The exception is an assignment that is too small for one batch, which is an error.
+If the assignment is the same in every epoch, the first `next` raises it, before the first step; if the assignment
+changes with the epoch, only `_MAX_SHORT_EPOCHS` small ones in succession are an error.
 """
 
 import dataclasses
