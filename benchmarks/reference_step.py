@@ -1,7 +1,7 @@
 """Our training step and the one that the benchmarks compare it with, as functions of one device's batch.
 
 The reference is a reimplementation of Hugging Face's `run_mlm_flax.py` with the Flax `RobertaForMaskedLM` of
-transformers 4, written from its behaviour: separate matmuls for queries, keys and values, one attention dropout mask
+transformers 4, written from its behavior: separate matmuls for queries, keys and values, one attention dropout mask
 for all sequences and heads, logits at every position, cross-entropy with one-hot labels, gradients averaged over
 devices, AdamW. Its labels come from the host, -100 where nothing is predicted; ours masks on the device.
 

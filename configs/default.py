@@ -325,7 +325,7 @@ def get_config() -> ConfigDict:
     optimizer.spike_factor = 0.0
 
     config.eval = evaluation = ConfigDict()
-    # Labelled tasks that a linear classifier on the frozen encoder learns at every evaluation, for the metric
+    # Labeled tasks that a linear classifier on the frozen encoder learns at every evaluation, for the metric
     # probe/<name>/accuracy: pairs of a name and a file as for --mode=probe, such as (("topics", "topics.jsonl"),). At
     # most 1,000 texts of each, or 5,000 tagged words, are used, so that it takes little time. Empty: none.
     evaluation.probes = ()

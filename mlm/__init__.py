@@ -20,7 +20,7 @@ Around them:
     load        loads models from checkpoints, exported directories and the hub
     init_from   a new run that starts from a checkpoint of another one
     eval_settings  the group `eval` of the settings
-    downstream/  labelled tasks, features of every layer, linear probes, scores of sentences
+    downstream/  labeled tasks, features of every layer, linear probes, scores of sentences
     memory      compiled memory of a step: the largest batch that fits;  hardware  the table of devices
     command_line  clear errors, log lines and exit codes around main.py's flags;  errors  UserError
     modes/      one file per --mode: train, check, explain, benchmark, report, show_data, export, fill_mask, ...

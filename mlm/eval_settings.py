@@ -1,4 +1,4 @@
-"""`eval`: the labelled tasks and the minimal pairs that are measured at every evaluation."""
+"""`eval`: the labeled tasks and the minimal pairs that are measured at every evaluation."""
 
 import dataclasses
 import re

@@ -250,7 +250,7 @@ def replace_tokens(
     replacements_R = jnp.asarray(np.setdiff1d(np.arange(spec.num_ids), spec.special_ids), jnp.int32)
     is_mask_K = is_predicted_K & (action_K < spec.mask_replace_prob)
     is_random_K = is_predicted_K & ~is_mask_K & (action_K < spec.mask_replace_prob + spec.random_replace_prob)
-    # The modulus favours small ids by R / 2^32: one part in 80,000 for a vocabulary of 50,000.
+    # The modulus favors small ids by R / 2^32: one part in 80,000 for a vocabulary of 50,000.
     random_K = replacements_R[random_bits_K % replacements_R.shape[0]]
     inputs_K = jnp.where(is_mask_K, spec.mask_id, jnp.where(is_random_K, random_K, labels_K))
     return inputs_K, is_mask_K, is_random_K

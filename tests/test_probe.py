@@ -180,7 +180,7 @@ def test_a_probe_of_words_pairs_numbers_and_a_test_file(model):
     tags = np.array(["NOUN" if word in ("cat", "dog") else "OTHER" for words in sentences for word in words])
     task = Task("tags", Examples((), tags, words=sentences), None, ("accuracy",))
     rows = {row.name: row.mean("accuracy") for row in probe.probe(model, task, name="mine", seeds=1).rows}
-    assert rows["mine"] == rows["words and neighbours"] == 1.0
+    assert rows["mine"] == rows["words and neighbors"] == 1.0
     assert rows["majority class"] < 0.8
 
     same = easy_task(pairs=["the"] * 60)

@@ -1,4 +1,4 @@
-"""Labelled tasks: files, GLUE and datasets of the hub, what is refused, and splits."""
+"""Labeled tasks: files, GLUE and datasets of the hub, what is refused, and splits."""
 
 import csv
 import gzip

@@ -1,4 +1,4 @@
-"""Downstream evaluation of an encoder: labelled tasks, features, probes and sentence scores.
+"""Downstream evaluation of an encoder: labeled tasks, features, probes and sentence scores.
 
 tasks       files, datasets of the hub and GLUE tasks -> texts or words with labels, split
 tokens      texts -> ids of limited length, sorted into batches of few shapes

@@ -163,7 +163,7 @@ def probe(loaded: LoadedModel, task: Task, *, name: str, seeds: int, train_examp
     )
     rows.append(scorer.layers("random weights", untrained, splits))
     rows.append(
-        scorer.sparse("words and neighbours" if is_words else "TF-IDF", _sparse_features(examples, kept), splits)
+        scorer.sparse("words and neighbors" if is_words else "TF-IDF", _sparse_features(examples, kept), splits)
     )
     rows.append(scorer.constant("mean" if task.is_regression else "majority class", splits))
     return ProbeResult(

@@ -1,4 +1,4 @@
-"""Labelled tasks: texts, pairs of texts or words with labels, from files, datasets of the hub and GLUE."""
+"""Labeled tasks: texts, pairs of texts or words with labels, from files, datasets of the hub and GLUE."""
 
 import collections
 import csv
@@ -39,7 +39,7 @@ TEST_FRACTION = 0.2
 
 @dataclasses.dataclass(frozen=True)
 class Examples:
-    """N labelled examples; either texts or words.
+    """N labeled examples; either texts or words.
 
     Attributes:
       texts: N strings; empty for words.
@@ -93,7 +93,7 @@ class Examples:
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """A labelled task.
+    """A labeled task.
 
     Attributes:
       name: for tables and the model card.

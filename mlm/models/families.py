@@ -229,7 +229,7 @@ FAMILIES: dict[str, Family] = {
             "local_rope_theta": 10_000.0,
         },
         # Configs on the hub have layer_norm_eps and norm_eps, of which the class reads the second. sparse_prediction
-        # computes logits of labelled tokens only, which does not change them.
+        # computes logits of labeled tokens only, which does not change them.
         ignored_fields=frozenset(
             {
                 "classifier_pooling",

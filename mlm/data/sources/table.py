@@ -1,4 +1,4 @@
-"""A split of a dataset on the Hugging Face hub as columns in memory, for labelled tasks."""
+"""A split of a dataset on the Hugging Face hub as columns in memory, for labeled tasks."""
 
 from typing import Any
 

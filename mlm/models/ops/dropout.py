@@ -31,7 +31,7 @@ def dropout_keep_mask(key: jax.Array, shape: tuple[int, ...], *, rate: float) ->
     for number, (shift, multiplier) in enumerate(_ROUNDS):
         hash_ = (hash_ ^ (hash_ >> np.uint32(shift))) * np.uint32(multiplier)
         if number == 0:
-            # After a round: otherwise keys with neighbouring first words would give shifted copies of one mask.
+            # After a round: otherwise keys with neighboring first words would give shifted copies of one mask.
             hash_ = hash_ ^ second
     hash_ = hash_ ^ (hash_ >> np.uint32(_LAST_SHIFT))
     return hash_ >= np.uint32(round(rate * 2**32))
