@@ -463,3 +463,9 @@ def test_the_picture_of_the_curves_has_four_labeled_plots(path, tmp_path, monkey
         x, y = figure.axes[1].get_lines()[0].get_data()
         np.testing.assert_array_equal(x, [3, 5])
         np.testing.assert_allclose(y, [100 * 6 / 28, 100 * 9 / 29])  # In percent.
+
+
+@pytest.mark.slow
+def test_a_title_with_characters_that_the_font_lacks_logs_no_warning(path, tmp_path, recwarn):
+    draw_curves(path, str(tmp_path / "curves.png"), title="実験, 5 steps")
+    assert [str(warning.message) for warning in recwarn] == []

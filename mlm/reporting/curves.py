@@ -2,6 +2,7 @@
 
 import json
 import os
+import warnings
 from typing import Any
 
 from mlm.errors import UserError
@@ -73,4 +74,7 @@ def draw_curves(metrics_path: str, picture_path: str, *, title: str) -> None:
         if len(axis.get_lines()) > 1 or axis.get_title() in ("Probes", "Minimal pairs"):
             axis.legend()
     figure.suptitle(title, parse_math=False)
-    figure.savefig(picture_path, dpi=110)
+    with warnings.catch_warnings():
+        # A title in Chinese is drawn as boxes, which says enough.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        figure.savefig(picture_path, dpi=110)
