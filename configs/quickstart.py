@@ -4,7 +4,7 @@ Command:   python main.py --config=configs/quickstart.py --workdir=runs/quicksta
            (another model family: --config=configs/quickstart.py:roberta)
 Hardware:  two CPU cores, 3 GiB of memory
 Time:      under 5 minutes
-Expected:  eval/loss 3.8 nats below eval/unigram_loss (2.66 and 6.47; this depends on the installed packages)
+Expected:  eval/loss 3.6 nats below eval/unigram_loss (2.86 and 6.51; with more installed packages 3.8)
 
 docs/recipes.md shows what each part of this recipe is worth.
 """
