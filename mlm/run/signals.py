@@ -61,7 +61,7 @@ def signal_listener(callback: Callable[[int], None]) -> Iterator[None]:
 class Interrupted(BaseException):
     """The run stops because it was asked to.
 
-    Like KeyboardInterrupt no Exception, so that `except Exception` in a library does not swallow it.
+    Not an Exception, as KeyboardInterrupt, so that `except Exception` in a library does not catch it.
 
     Attributes:
       on_all_processes: whether all processes stop, after the same step.
