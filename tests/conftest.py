@@ -58,11 +58,6 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 _CAN_BROWSE = bool(shutil.which("chromium") and shutil.which("chromedriver"))
 
 
-def pytest_xdist_auto_num_workers():
-    """One process more than cores: some tests wait, for a server or a killed process to be noticed."""
-    return (os.cpu_count() or 1) + 1
-
-
 # They come first, so that no process is left with one of them when the others have ended.
 _LONGEST_FILES = ("test_multihost", "test_stages", "test_gcs_runs", "test_end_to_end", "test_kill", "test_families")
 _LONGEST_FILES += ("test_documented_commands", "test_slurm", "test_init_from", "test_configs", "test_processes")
