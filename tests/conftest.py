@@ -75,10 +75,16 @@ def pytest_collection_modifyitems(config, items):
     items[:] = [item for item in items if item not in deselected]
 
 
+def pytest_collection():
+    """Test files import the libraries, whose objects stay: looking for garbage among them takes a quarter of the time."""
+    gc.disable()
+
+
 def pytest_collection_finish():
     """Leaves the libraries' objects, which live to the end, out of garbage collections: a run takes a fifth less."""
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 def pytest_sessionfinish():
