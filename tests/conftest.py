@@ -76,7 +76,7 @@ def pytest_collection_modifyitems(config, items):
 
 
 def pytest_collection():
-    """Test files import the libraries, whose objects stay: looking for garbage among them takes a quarter of the time."""
+    """Test files import the libraries, whose objects stay: looking for garbage among them takes a quarter of this."""
     gc.disable()
 
 
