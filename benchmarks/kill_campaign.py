@@ -103,13 +103,18 @@ class Trainer:
             )
 
 
+def read_log(log: str) -> str:
+    """Returns the text of a log file, which may end within a character."""
+    with open(log, encoding="utf-8", errors="replace") as file:
+        return file.read()
+
+
 def phase_of(workdir: str, log: str, *, eval_steps: int) -> tuple[str, int]:
     """Returns the phase of a process, judged by its files and its log, and the last step in the log.
 
     `eval_steps` must be a multiple of the run's logging_steps.
     """
-    with open(log, encoding="utf-8", errors="replace") as file:
-        lines = file.read().splitlines()
+    lines = read_log(log).splitlines()
     steps = [int(match[1]) for line in lines if (match := re.search(r"step +(\d+) of \d+   loss", line))]
     resumed = [int(match[1]) for line in lines if (match := RESUMED.search(line))]
     step = (steps or resumed or [0])[-1]
@@ -151,8 +156,7 @@ def kill(
         return None  # It was already exiting.
     expected = -number if number == signal.SIGKILL else EXIT_INTERRUPTED
     if code != expected:
-        with open(log, encoding="utf-8", errors="replace") as file:
-            end = file.read()[-3000:]
+        end = read_log(log)[-3000:]
         raise AssertionError(f"exit code {code}, not {expected}, after a signal in phase {phase}, step {step}:\n{end}")
     return Kill(seconds, phase, step, latency)
 
@@ -215,8 +219,7 @@ def campaign(
             code = process.wait(TIMEOUT)
         finally:
             process.kill()
-        with open(log, encoding="utf-8", errors="replace") as file:
-            text = file.read()
+        text = read_log(log)
         if (match := RESUMED.search(text)) and done:
             replayed += max(0, done[-1].step - int(match[1]))
         if killed is None:
@@ -307,8 +310,7 @@ def run_straight(trainer: Trainer, workdir: str) -> tuple[float, float]:
     finally:
         process.kill()
     if process.returncode != 0:
-        with open(log, encoding="utf-8", errors="replace") as file:
-            raise AssertionError(f"exit code {process.returncode}:\n{file.read()[-3000:]}")
+        raise AssertionError(f"exit code {process.returncode}:\n{read_log(log)[-3000:]}")
     return time.monotonic() - start, to_checkpoint
 
 

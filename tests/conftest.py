@@ -76,7 +76,7 @@ def pytest_collection_modifyitems(config, items):
 
 
 def pytest_collection():
-    """Test files import the libraries, whose objects stay: looking for garbage among them takes a quarter of this."""
+    """Collects no garbage while test files import the libraries: that would take a quarter of the time."""
     gc.disable()
 
 

@@ -258,10 +258,9 @@ def test_data_that_ends_early_ends_the_run_with_a_checkpoint(corpus, finished, t
 @pytest.mark.slow
 def test_quickstart(tmp_path):
     """The README's first command keeps its promises on loss, time and memory, as far as its first steps show."""
-    steps, saves = 100, 25
+    steps, saves = 200, 50
     flags = ("--config=configs/quickstart.py", f"--workdir={tmp_path / 'run'}", f"--config.num_train_steps={steps}")
     flags += (f"--config.eval_steps={steps}", f"--config.save_steps={saves}", "--config.checkpoint.keep_checkpoints=9")
-    flags += ("--config.optimizer.warmup_steps=20",)
     launcher = (sys.executable, "-c", LAUNCHER, str(tmp_path / "run" / "checkpoints"))
     result = run_main(*flags, launcher=launcher, XLA_FLAGS="", JAX_DISABLE_MOST_OPTIMIZATIONS="0")
     assert result.returncode == 0, result.stderr
@@ -277,4 +276,4 @@ def test_quickstart(tmp_path):
     assert kibibytes < 3 * 2**20
     line = read_metrics(str(tmp_path / "run" / "metrics.jsonl"))[-1]
     print(f"{all_seconds:.0f} s, {kibibytes:.0f} KiB, {line}")
-    assert line["eval/loss"] < line["eval/unigram_loss"] - 0.3
+    assert line["eval/loss"] < line["eval/unigram_loss"] - 0.7

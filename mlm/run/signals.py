@@ -61,7 +61,7 @@ def signal_listener(callback: Callable[[int], None]) -> Iterator[None]:
 class Interrupted(BaseException):
     """The run stops because it was asked to.
 
-    Not an Exception, as KeyboardInterrupt, so that `except Exception` in a library does not catch it.
+    Like KeyboardInterrupt, not an Exception, so that `except Exception` in a library does not catch it.
 
     Attributes:
       on_all_processes: whether all processes stop, after the same step.
@@ -105,7 +105,7 @@ class Interrupt:
             signal.signal(number, handler)
         # Native code that calls Python, such as gigatoken's, raises an error of its own for any exception.
         if self._has_raised and isinstance(error, Exception):
-            raise Interrupted(f"stopped by {self.requested}") from error
+            self.check()
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
