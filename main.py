@@ -5,16 +5,18 @@
 Any config key can be set from the command line: --config.optimizer.learning_rate=1e-4. --mode=explain describes each
 key. Rerun the same command to resume after an interruption. Other modes:
 
-    check           --config=FILE --workdir=DIR [--topology=v3-8]     dry run: config, text, model, memory, time
+    check           --config=FILE --workdir=DIR [--topology=v3-8] [--utilization=0.4]
+                                                                      dry run: config, text, model, memory, time
     explain         [--config=FILE] [KEY]...                          meaning, unit and default of config keys
     benchmark       --config=FILE [--steps=N]                         time per step, by part
     train_tokenizer --config=FILE --output=DIR                        trains the config's tokenizer only
     show_data       --workdir=DIR --step=N [--sequences=S] [--process=P]   prints the sequences of step N
-    export          --workdir=DIR [--step=N] [--average=K] [--dtype=T] [--output=DIR]
+    export          --workdir=DIR [--step=N] [--average=K] [--dtype=T] [--sentence_transformers] [--output=DIR]
                                                                       a checkpoint as a Hugging Face model directory
     fill_mask       --workdir=DIR [--step=N] "A <mask>." ...          the five best tokens; or lines from standard input
     report          --workdir=DIR... [--output=FILE] [--reference=NAME]  the curves of runs as an HTML page
-    probe           --workdir=DIR [--step=N] --task=FILE [--test=FILE] [--train_examples=N]
+    probe           --workdir=DIR [--step=N] --task=FILE [--test=FILE] [--train_examples=N] [--seeds=N]
+                    [--output=FILE]
                                                                       linear classifiers on frozen features
     score           --workdir=DIR [--step=N] [--output=FILE] FILE     pseudo-log-likelihoods, minimal pairs
     embed           --workdir=DIR [--step=N] [--layer=N] --output=FILE FILE   vectors of texts
@@ -75,15 +77,16 @@ class Mode:
     Attributes:
       options: the other arguments of `run`: flags, "arguments" (those that are not flags), "command", "defaults" (the
         values of configs/default.py) and "defaults_file" (its path).
-      config: "flag": --config is required; "optional": it may be missing; "workdir": the run's own config is used;
-        "workdir or flag": the run's own config is used without --config; "none": no config is read.
+      config: whether --config is "required", "optional" or "refused".
+      of_run: without --config, the settings are those of the run.
       workdirs: the number of work directories: "none", "one" or "many"; "model": one, or --model instead.
       required: flags that must be given, with an example value.
       on_cpu: run on the CPU, since an accelerator may be busy with the run itself.
     """
 
     options: tuple[str, ...] = ()
-    config: str = "flag"
+    config: str = "required"
+    of_run: bool = False
     workdirs: str = "one"
     required: tuple[tuple[str, str], ...] = ()
     on_cpu: bool = False
@@ -107,27 +110,35 @@ MODES = {
     "train_tokenizer": Mode(options=("output",), workdirs="none", required=(("output", "tokenizers/mine"),)),
     "show_data": Mode(
         options=("step", "sequences", "process", "key_changes"),
-        config="workdir or flag",
+        config="optional",
+        of_run=True,
         required=(("step", "100"),),
         on_cpu=True,
     ),
     "export": Mode(
-        options=("step", "average", "output", "dtype", "sentence_transformers"), config="workdir", on_cpu=True
+        options=("step", "average", "output", "dtype", "sentence_transformers"),
+        config="refused",
+        of_run=True,
+        on_cpu=True,
     ),
-    "fill_mask": Mode(options=("arguments", "step"), config="workdir", on_cpu="JAX_PLATFORMS" not in os.environ),
+    "fill_mask": Mode(
+        options=("arguments", "step"), config="refused", of_run=True, on_cpu="JAX_PLATFORMS" not in os.environ
+    ),
     "report": Mode(
-        options=("defaults", "output", "reference", "key_changes"), config="none", workdirs="many", on_cpu=True
+        options=("defaults", "output", "reference", "key_changes"), config="refused", workdirs="many", on_cpu=True
     ),
     "probe": Mode(
         options=("model", "step", "task", "test", "seeds", "train_examples", "output"),
-        config="workdir",
+        config="refused",
+        of_run=True,
         workdirs="model",
         required=(("task", "reviews.jsonl"),),
     ),
-    "score": Mode(options=("arguments", "model", "step", "output"), config="workdir", workdirs="model"),
+    "score": Mode(options=("arguments", "model", "step", "output"), config="refused", of_run=True, workdirs="model"),
     "embed": Mode(
         options=("arguments", "model", "step", "layer", "output"),
-        config="workdir",
+        config="refused",
+        of_run=True,
         workdirs="model",
         required=(("output", "vectors.npy"),),
     ),
@@ -184,7 +195,7 @@ def main(argv: list[str]) -> None:
         raise UserError("--workdir: missing; name the run's directory, such as --workdir=runs/quickstart")
     if len(workdirs) > 1 and mode.workdirs != "many":
         raise UserError(f"--workdir: was given {len(workdirs)} times; only --mode=report takes several runs")
-    if FLAGS.config is not None and mode.config in ("workdir", "none"):
+    if FLAGS.config is not None and mode.config == "refused":
         raise UserError(f"--config: is not for --mode={FLAGS.mode}, which uses the config of the run; omit it")
     for flag, example in mode.required:
         if FLAGS[flag].value is None:
@@ -198,9 +209,9 @@ def main(argv: list[str]) -> None:
     defaults = RunSettings.from_dict(default.get_config().to_dict())
     if FLAGS.config is not None:
         settings = command_line.read_config(FLAGS.config, command_line.config_path(sys.argv))
-    elif mode.config.startswith("workdir") and workdirs:
+    elif mode.of_run and workdirs:
         settings = WorkDir(workdirs[0], key_changes=key_changes).read_settings()
-    elif mode.config == "flag":
+    elif mode.config == "required":
         raise UserError(f"--config: missing; there are {', '.join(command_line.known_configs())}")
     else:
         settings = None

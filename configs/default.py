@@ -55,8 +55,8 @@ def get_config() -> ConfigDict:
     # Text files (one document per line), JSON lines, CSV or parquet, plain or compressed, all of the same format: a
     # path, a glob, an http(s):// or gs:// URL of one file, or a list of these. Takes precedence over dataset_name.
     data.data_files = placeholder(object)
-    # Files to evaluate on, given like data_files. None: num_eval_samples sequences of the training text are held out
-    # instead.
+    # Files to evaluate on, given like data_files: num_eval_samples sequences of them, or all if they have fewer. None:
+    # the sequences are held out of the training text instead.
     data.eval_data_files = placeholder(object)
     # Several sources: a list of (name, weight) or (name, weight, {key: value}). The name is a dataset name, or any name
     # if the dict sets dataset_name or data_files; it appears in the metric eval/<name>/loss. The weight is the relative

@@ -18,7 +18,7 @@ from configs import quickstart
 def get_config() -> ConfigDict:
     """Returns the configuration."""
     config = quickstart.get_config()
-    config.num_train_steps = 4_000
+    config.num_train_steps = 3_000
     config.logging_steps = 50
     config.eval_steps = 500
     config.save_steps = 500

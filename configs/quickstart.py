@@ -33,7 +33,7 @@ def get_config(family: str = "modernbert") -> ConfigDict:
     config.data.first_shuffle_buffer_size = 5_000
     # Ten seconds of training, in which the next documents are read.
     config.data.prefetch_batches = 100
-    # Complete documents that do not see each other: attention to another document says nothing about a token.
+    # Complete documents, with attention within each only: other documents do not help to predict a token.
     config.data.packing = "best_fit"
     config.data.num_eval_samples = 1_024
 

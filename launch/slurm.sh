@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Trains on the GPUs of a Slurm cluster. Without arguments it prints its usage.
 #
-# Called by a person the script submits itself to sbatch; the job then calls srun. It prints every Slurm call before
+# When you call it, the script submits itself to sbatch; the job then calls srun. It prints every Slurm call before
 # making it.
 #
 # Each process uses one GPU and sees all GPUs of its node: under Slurm jax.distributed selects the one with the number

@@ -8,10 +8,12 @@ import logging as python_logging
 import os
 import re
 import select
+import signal
 import sys
+import types
 import typing
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
@@ -169,6 +171,15 @@ def run(main: Callable[[], None]) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # Text may have characters that the terminal's encoding lacks.
             stream.reconfigure(errors="replace")
+    was_interrupted = False
+
+    def interrupt(number: int, frame: types.FrameType | None) -> NoReturn:
+        nonlocal was_interrupted
+        was_interrupted = True
+        raise KeyboardInterrupt
+
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # A shell lets background jobs ignore SIGINT.
+        signal.signal(signal.SIGINT, interrupt)
     try:
         try:
             main()
@@ -188,6 +199,11 @@ def run(main: Callable[[], None]) -> None:
             raise  # It was another pipe.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at exit.
         sys.exit(_EXIT_SIGPIPE)
+    except Exception:
+        if not was_interrupted:
+            raise
+        # Native code that calls Python, such as gigatoken's, makes its own error of a KeyboardInterrupt.
+        sys.exit(signals.EXIT_AT_ONCE)
 
 
 def _fail(message: str, exit_code: int) -> int:

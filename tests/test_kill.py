@@ -285,6 +285,26 @@ def test_an_error_that_a_library_made_of_a_stop_is_a_stop():
         stop_and_fail()
 
 
+@pytest.mark.parametrize(("is_interrupted", "code"), [(True, EXIT_AT_ONCE), (False, 1)])
+def test_an_error_that_a_library_made_of_ctrl_c_ends_a_mode_without_a_traceback(is_interrupted, code):
+    program = f"""
+import signal
+from mlm import command_line
+
+def convert():
+    try:
+        if {is_interrupted}:
+            signal.raise_signal(signal.SIGINT)
+    finally:
+        raise TypeError("input must be an array of strings")
+
+command_line.run(convert)
+"""
+    done = fork_server.run([sys.executable, "-c", program], cwd=REPO)
+    assert done.returncode == code
+    assert ("TypeError" in done.stderr) is not is_interrupted
+
+
 def make_run(run: Path, *, weight: float = 1.0, row: int = 5, loss: float = 2.0, seconds: float = 1.0) -> None:
     """Writes what `differences` compares."""
     for name in ("model", "tokenizer", "checkpoints"):
