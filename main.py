@@ -75,10 +75,11 @@ class Mode:
     """A value of --mode: `run` of mlm/modes/<mode>.py is called with the settings, the work directory and `options`.
 
     Attributes:
-      options: the other arguments of `run`: flags, "arguments" (those that are not flags), "command", "defaults" (the
-        values of configs/default.py) and "defaults_file" (its path).
+      options: the other arguments of `run`: flags, "arguments" (those that are not flags), "command", "key_changes"
+        (how config keys have changed since earlier versions), "defaults" (the values of configs/default.py) and
+        "defaults_file" (its path).
       config: whether --config is "required", "optional" or "refused".
-      of_run: without --config, the settings are those of the run.
+      config_from_workdir: without --config, the run's own config is used.
       workdirs: the number of work directories: "none", "one" or "many"; "model": one, or --model instead.
       required: flags that must be given, with an example value.
       on_cpu: run on the CPU, since an accelerator may be busy with the run itself.
@@ -86,7 +87,7 @@ class Mode:
 
     options: tuple[str, ...] = ()
     config: str = "required"
-    of_run: bool = False
+    config_from_workdir: bool = False
     workdirs: str = "one"
     required: tuple[tuple[str, str], ...] = ()
     on_cpu: bool = False
@@ -111,18 +112,21 @@ MODES = {
     "show_data": Mode(
         options=("step", "sequences", "process", "key_changes"),
         config="optional",
-        of_run=True,
+        config_from_workdir=True,
         required=(("step", "100"),),
         on_cpu=True,
     ),
     "export": Mode(
         options=("step", "average", "output", "dtype", "sentence_transformers"),
         config="refused",
-        of_run=True,
+        config_from_workdir=True,
         on_cpu=True,
     ),
     "fill_mask": Mode(
-        options=("arguments", "step"), config="refused", of_run=True, on_cpu="JAX_PLATFORMS" not in os.environ
+        options=("arguments", "step"),
+        config="refused",
+        config_from_workdir=True,
+        on_cpu="JAX_PLATFORMS" not in os.environ,
     ),
     "report": Mode(
         options=("defaults", "output", "reference", "key_changes"), config="refused", workdirs="many", on_cpu=True
@@ -130,15 +134,17 @@ MODES = {
     "probe": Mode(
         options=("model", "step", "task", "test", "seeds", "train_examples", "output"),
         config="refused",
-        of_run=True,
+        config_from_workdir=True,
         workdirs="model",
         required=(("task", "reviews.jsonl"),),
     ),
-    "score": Mode(options=("arguments", "model", "step", "output"), config="refused", of_run=True, workdirs="model"),
+    "score": Mode(
+        options=("arguments", "model", "step", "output"), config="refused", config_from_workdir=True, workdirs="model"
+    ),
     "embed": Mode(
         options=("arguments", "model", "step", "layer", "output"),
         config="refused",
-        of_run=True,
+        config_from_workdir=True,
         workdirs="model",
         required=(("output", "vectors.npy"),),
     ),
@@ -209,7 +215,7 @@ def main(argv: list[str]) -> None:
     defaults = RunSettings.from_dict(default.get_config().to_dict())
     if FLAGS.config is not None:
         settings = command_line.read_config(FLAGS.config, command_line.config_path(sys.argv))
-    elif mode.of_run and workdirs:
+    elif mode.config_from_workdir and workdirs:
         settings = WorkDir(workdirs[0], key_changes=key_changes).read_settings()
     elif mode.config == "required":
         raise UserError(f"--config: missing; there are {', '.join(command_line.known_configs())}")

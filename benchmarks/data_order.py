@@ -70,7 +70,7 @@ def write_text(folder: str, *, max_shards: int, eval_documents: int) -> int:
     return len(train)
 
 
-def settings_of(order: str, folder: str, *, seed: int, num_steps: int, window: int) -> RunSettings:
+def build_settings(order: str, folder: str, *, seed: int, num_steps: int, window: int) -> RunSettings:
     """Returns the settings of a run."""
     name, changes = ORDERS[order]
     config = quickstart.get_config()
@@ -112,7 +112,7 @@ def main(argv: list[str] | None = None) -> None:
             name = f"{order.replace(' ', '_')}-{options.max_shards}-{options.window}-{options.steps}-{seed}"
             workdir = os.path.join(options.output, name)
             if WorkDir(workdir).exported_step() != options.steps:
-                settings = settings_of(order, folder, seed=seed, num_steps=options.steps, window=options.window)
+                settings = build_settings(order, folder, seed=seed, num_steps=options.steps, window=options.window)
                 train_and_evaluate(settings, workdir)
             results.append((last_value(workdir, "eval/loss"), last_value(workdir, "data/documents")))
     baseline = statistics.mean(loss for loss, _ in found.get("full shuffle", [(float("nan"), 0)]))

@@ -109,7 +109,7 @@ def read_log(log: str) -> str:
         return file.read()
 
 
-def phase_of(workdir: str, log: str, *, eval_steps: int) -> tuple[str, int]:
+def detect_phase(workdir: str, log: str, *, eval_steps: int) -> tuple[str, int]:
     """Returns the phase of a process, judged by its files and its log, and the last step in the log.
 
     `eval_steps` must be a multiple of the run's logging_steps.
@@ -161,7 +161,7 @@ def kill(
     return Kill(seconds, phase, step, latency)
 
 
-def plan_of(rng: random.Random, hit: collections.Counter, *, to_checkpoint: float) -> Iterator[float | str]:
+def kill_times(rng: random.Random, hit: collections.Counter, *, to_checkpoint: float) -> Iterator[float | str]:
     """Yields for each start when to kill it: after so many CPU seconds, or in a phase."""
     while True:
         yield from (rng.uniform(0.05, 0.3) * to_checkpoint for _ in range(2))
@@ -202,7 +202,7 @@ def campaign(
     replayed, began = 0, time.monotonic()
 
     def current_phase() -> tuple[str, int]:
-        return phase_of(workdir, log, eval_steps=eval_steps)
+        return detect_phase(workdir, log, eval_steps=eval_steps)
 
     while True:
         start = time.monotonic()
@@ -346,7 +346,7 @@ def main() -> None:
                     workdir,
                     straight,
                     number=number,
-                    plan=itertools.islice(plan_of(rng, hit, to_checkpoint=to_checkpoint), left),
+                    plan=itertools.islice(kill_times(rng, hit, to_checkpoint=to_checkpoint), left),
                     eval_steps=EVAL_STEPS,
                     rng=rng,
                     hit=hit,

@@ -49,8 +49,8 @@ def chunks(texts: list[str]) -> list[pa.LargeStringArray]:
     """Returns the texts as the stream packs them, `best_fit.CHUNK_BYTES` at a time."""
     column = pa.array(texts, pa.large_string())
     numbers = np.cumsum([len(text.encode()) for text in texts]) // best_fit.CHUNK_BYTES
-    borders = [0, *(1 + np.flatnonzero(np.diff(numbers))).tolist(), len(texts)]
-    return [column.slice(start, end - start) for start, end in itertools.pairwise(borders)]
+    boundaries = [0, *(1 + np.flatnonzero(np.diff(numbers))).tolist(), len(texts)]
+    return [column.slice(start, end - start) for start, end in itertools.pairwise(boundaries)]
 
 
 def measure(parts: list[pa.LargeStringArray], tokenizer: Tokenizer, length: int) -> list[str]:

@@ -65,7 +65,7 @@ VARIATIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def settings_of(variation: str, *, seed: int, num_steps: int) -> RunSettings:
+def build_settings(variation: str, *, seed: int, num_steps: int) -> RunSettings:
     """Returns the settings of a run."""
     changes = dict(VARIATIONS[variation])
     config = quickstart.get_config(changes.pop("family", "modernbert"))
@@ -87,7 +87,7 @@ def evaluations(workdir: str) -> list[tuple[float, float, float]]:
     return found
 
 
-def loss_of(workdir: str, components: build.Components) -> float | None:
+def evaluate_model(workdir: str, components: build.Components) -> float | None:
     """Returns the loss of a model on the evaluation sequences of `components`; None if it has another tokenizer."""
     loaded = load.load_model(os.path.join(workdir, "model"))
     if loaded.tokenizer.hf.get_vocab() != components.tokenizer.hf.get_vocab():
@@ -154,12 +154,12 @@ def main() -> None:
     for name in names:
         for seed in map(int, options.seeds.split(",")):
             workdir = os.path.join(options.output, f"{name.replace(' ', '_').replace(',', '')}-{options.steps}-{seed}")
-            settings = settings_of(name, seed=seed, num_steps=options.steps)
+            settings = build_settings(name, seed=seed, num_steps=options.steps)
             if WorkDir(workdir).exported_step() != settings.num_train_steps:
                 train_and_evaluate(settings, workdir)
             of_best = of_best or build.build(settings, WorkDir(workdir))
             results[name].append(evaluations(workdir))
-            losses[name].append(loss_of(workdir, of_best) or results[name][-1][-1][2])
+            losses[name].append(evaluate_model(workdir, of_best) or results[name][-1][-1][2])
     with open(os.path.join(options.output, "table.md"), "w", encoding="utf-8") as file:
         file.write(table(results, losses))
     draw(results, os.path.join(options.output, "curves.png"))

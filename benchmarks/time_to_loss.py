@@ -91,7 +91,7 @@ class Timer:
         self._start = time.perf_counter()
 
 
-def settings_of(job: Job, output: str) -> Any:
+def build_settings(job: Job, output: str) -> Any:
     """Returns the settings of our run, which determine text, tokenizer and evaluation for all sides."""
     from configs import quickstart
     from mlm.settings import RunSettings
@@ -121,7 +121,7 @@ def train_ours(job: Job, output: str, stack: contextlib.ExitStack) -> tuple[Time
     from mlm.run.signals import Interrupt
     from mlm.startup import open_run
 
-    settings = settings_of(job, output)
+    settings = build_settings(job, output)
     workdir = os.path.join(stack.enter_context(tempfile.TemporaryDirectory()), "run")
     run = open_run(settings, workdir, stack, interrupt=Interrupt(), overwrite=False, key_changes=None)
     assert run is not None
@@ -167,7 +167,7 @@ def build_components(job: Job, output: str) -> Any:
     from mlm.run.workdir import WorkDir
 
     with tempfile.TemporaryDirectory() as directory:
-        return build.build(settings_of(job, output), WorkDir(directory))
+        return build.build(build_settings(job, output), WorkDir(directory))
 
 
 def mask_on_host(tokens_BxL: np.ndarray, tokenizer: Any, rate: float, draw: np.random.Generator) -> Any:
@@ -227,7 +227,7 @@ def train_example(job: Job, output: str, stack: contextlib.ExitStack) -> tuple[T
 
     from mlm import parallel
 
-    settings, components = settings_of(job, output), build_components(job, output)
+    settings, components = build_settings(job, output), build_components(job, output)
     tokenizer, length, rows = components.tokenizer, settings.data.max_seq_length, settings.per_device_train_batch_size
     encoder = components.encoder
     sizes = {name: getattr(encoder, name) for name in ("hidden_size", "num_hidden_layers", "num_attention_heads")}
@@ -281,7 +281,7 @@ def train_torch(job: Job, output: str, stack: contextlib.ExitStack) -> tuple[Tim
 
     from mlm.data.prefetch import Prefetcher
 
-    settings, components = settings_of(job, output), build_components(job, output)
+    settings, components = build_settings(job, output), build_components(job, output)
     tokenizer, length, rows = components.tokenizer, settings.data.max_seq_length, settings.per_device_train_batch_size
     masked = masked_eval_set(components)
     torch.manual_seed(job.seed)
@@ -357,7 +357,7 @@ def work(job: Job, output: str, started: float) -> None:
             "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
             "start_seconds": begin - started,
             "machine": {"cores": os.cpu_count(), "matmul_gflops": rate, "load": os.getloadavg()[0]},
-            "settings": settings_of(job, output).flat(),
+            "settings": build_settings(job, output).flat(),
             "log": timer.log,
         }
     path = os.path.join(output, f"{job.name}.json")

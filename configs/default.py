@@ -25,14 +25,14 @@ def get_config() -> ConfigDict:
     # Microbatches per optimizer step; their gradients are summed. The batch size of a step is
     # per_device_train_batch_size x gradient_accumulation_steps x devices. 1: no accumulation.
     config.gradient_accumulation_steps = 1
-    # Steps between two log lines of training metrics; each is the mean since the previous line. The last step is always
-    # logged. 500 as in the reference script.
+    # Steps between two log lines of training metrics; each is the mean since the previous line. The last step of
+    # the run and of each stage is always logged. 500 as in the reference script.
     config.logging_steps = 500
-    # Steps between two evaluations; each also exports `model/`. The last step is always evaluated and exported. 500 as
-    # in the reference script, where they coincide with checkpoints.
+    # Steps between two evaluations; each also exports `model/`. The last step of the run and of each stage is always
+    # evaluated and exported. 500 as in the reference script, where they coincide with checkpoints.
     config.eval_steps = 500
-    # Steps between two checkpoints: the most that a crash can cost. The last step is always saved. 500 as in the
-    # reference script.
+    # Steps between two checkpoints: the most that a crash can cost. The last step of the run and of each stage is
+    # always saved. 500 as in the reference script.
     config.save_steps = 500
     # Hours from the start of the process by which a checkpoint must be complete: the run saves and stops with exit code
     # 75 early enough, and the same command resumes it. For machines with a time limit that send no signal before it.
@@ -69,11 +69,11 @@ def get_config() -> ConfigDict:
     data.text_column_name = "text"
     # Sequence length in tokens, including the begin and end tokens. 128 as in the reference run.
     data.max_seq_length = 128
-    # How documents become sequences. "concatenate": joined with an end token between them and cut every max_seq_length
-    # tokens, without padding or dropped tokens (what the reference script does, hence the default). "isolate": cut
-    # the same way, but attention and position ids do not cross document boundaries. "pad": one document per sequence,
-    # truncated or padded (the script's pad_to_max_length). "pad_lines": one line per sequence (its line_by_line).
-    # "best_fit": like "isolate", but a document is cut only if it is longer than a sequence, or than
+    # How documents become sequences. "concatenate": each between a begin and an end token, joined and cut every
+    # max_seq_length tokens, without padding or dropped tokens (what the reference script does, hence the default).
+    # "isolate": cut the same way, but attention and position ids do not cross document boundaries. "pad": one document
+    # per sequence, truncated or padded (the script's pad_to_max_length). "pad_lines": one line per sequence (its
+    # line_by_line). "best_fit": like "isolate", but a document is cut only if it is longer than a sequence, or than
     # shuffle_piece_bytes; 0.1 % is padding.
     data.packing = "concatenate"
     # Shuffle-window size in documents: documents are shuffled within a window only. 0: keep the order of the source.
@@ -145,7 +145,8 @@ def get_config() -> ConfigDict:
     # Documents to train a tokenizer on. 100,000: more take longer to read and change little.
     tokenizer.train_documents = 100_000
     # Library that tokenizes: "gigatoken", "tokenizers", or "auto": gigatoken if it gives the same ids as tokenizers
-    # (byte-level BPE), because it is more than ten times as fast.
+    # (byte-level BPE), because it is more than ten times as fast. "gigatoken" is an error for other kinds of
+    # tokenizers; if the ids of the first documents differ, tokenizers is used, and a log line says so.
     tokenizer.backend = "auto"
 
     config.model = model = ConfigDict()
@@ -159,7 +160,8 @@ def get_config() -> ConfigDict:
     # vocabulary, longer sequences and a missing head are handled as in docs/models.md. None: random weights.
     model.model_name_or_path = placeholder(str)
     # Dtype of the computation: "float32", or "bfloat16", which is faster on TPUs and GPUs. Parameters, reductions and
-    # the optimizer are float32 either way. "float32" as in the reference run.
+    # the optimizer's state are float32 either way; Muon orthogonalizes in bfloat16 on TPUs and GPUs. "float32" as in
+    # the reference run.
     model.dtype = "float32"
     # Attention implementation: "plain"; "xla" or "cudnn" of jax.nn.dot_product_attention, the latter a flash kernel for
     # NVIDIA GPUs and bfloat16; "splash", jax's flash kernel for TPUs; or "auto": "cudnn" on GPUs in bfloat16, "splash"
@@ -241,8 +243,9 @@ def get_config() -> ConfigDict:
     masking.mask_replace_prob = 0.8
     # Probability that a predicted token is replaced by a random token; the rest stay unchanged. 0.1 as in BERT.
     masking.random_replace_prob = 0.1
-    # The same for the evaluation sequences, whose masks never change. They are independent of the training values, so
-    # that losses of different recipes can be compared. None: the training value.
+    # Masking of the evaluation sequences: strategy, and the probabilities of prediction, of the mask token and of a
+    # random token. Independent of training, so that losses of different recipes can be compared. A probability of None:
+    # that of training, the larger one of a pair.
     masking.eval_strategy = "token"
     masking.eval_mlm_probability = 0.15
     masking.eval_mask_replace_prob = 0.8
@@ -335,7 +338,8 @@ def get_config() -> ConfigDict:
     evaluation.pairs = ()
 
     config.checkpoint = checkpoint = ConfigDict()
-    # Newest checkpoints to keep. 2: if the newest is damaged, the run resumes from the other.
+    # Newest checkpoints to keep; those at the ends of stages are kept as well. 2: if the newest is damaged, the run
+    # resumes from the other.
     checkpoint.keep_checkpoints = 2
     # Also keep every checkpoint whose step is a multiple of this. 0: none, which saves disk space.
     checkpoint.keep_every_steps = 0

@@ -14,7 +14,7 @@ Read these first; they explain how the trainer works:
 Around them:
 
     settings    one frozen dataclass per config group, RunSettings for all: every check that needs no device or file
-    stages      the stages of a run: their borders in steps, and the settings of each
+    stages      the stages of a run: their boundaries in steps, and the settings of each
     build       settings -> the components of a run
     startup     components -> a run that is ready for its next step: work directory, restored state, batches
     load        loads models from checkpoints, exported directories and the hub
@@ -40,13 +40,15 @@ Around them:
       provenance    the documents of a batch
     models/
       config, families  EncoderConfig and the table of model families;  flops  operations per token
-      ops/          attention, dense, dropout, activation, rotary, gather, position_ids
+      modernbert_fields  ModernBERT's fields in config.json, of transformers 4 and 5
+      ops/          attention, splash, dense, dropout, activation, rotary, gather, position_ids
       hf/           tensor names, weights, and loading published weights
-    run/        workdir; storage, local or gcs; checkpoint (the only file that imports Orbax); signals, multihost
-    reporting/  metrics, writers, progress, curves, summary
+    run/        workdir; storage, local or gcs; checkpoint (the only file that imports Orbax); signals, multihost,
+                time_limit
+    reporting/  reporter, which the loop calls; metrics, writers, progress, curves, summary; without_keras: CLU imports
     export/     the Hugging Face model directory, its files for sentence-transformers, model card, hub, mask filling
 
-Imports point one way: main > modes > train > startup > downstream > load > build > {reporting, export, evaluate,
-memory} > {run, data, models.hf, parallel} > steps > {models, masking, loss, optimizer, schedules} > stages >
+Imports point one way: main > modes > train > startup > downstream > init_from > load > build > {reporting, export,
+evaluate, memory} > {run, data, models.hf, parallel} > steps > {models, masking, loss, optimizer, schedules} > stages >
 {settings, hardware, errors}. import-linter checks this (pyproject.toml).
 """

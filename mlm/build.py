@@ -66,7 +66,7 @@ class Components:
     stages: tuple[Stage, ...]
 
     def with_stages(self, stages: tuple[Stage, ...]) -> "Components":
-        """Returns the components for the same stages with other borders, batch sizes or schedules, at the first one."""
+        """Returns the components with other boundaries, batch sizes or schedules of the stages, for the first one."""
         stream = _open_batches(stages, self.text)
         return dataclasses.replace(self, stream=stream, stages=stages).for_stage(stages[0])
 
@@ -111,7 +111,7 @@ def build(
         check_hub(settings, workdir)
     stages = stages or resolve(settings, num_devices=jax.device_count())
     first, later = stages[0].settings, [stage.settings for stage in stages[1:]]
-    copied, checkpoint = load_model(settings)
+    copied, checkpoint = load_pretrained(settings)
 
     text_sources = pipeline.open_sources(first.data, *(stage.data for stage in later))
     model_type = copied.model_type if copied is not None else settings.model.model_type
@@ -131,6 +131,7 @@ def build(
     text = pipeline.open_text(
         first.data, text_sources, tokenizer, seed=settings.seed, later_stages=[stage.data for stage in later]
     )
+    # Only a check: a sentence without a mask, or one that is too long, is an error before training.
     fill_mask.encode(tokenizer, settings.report.sentences, max_seq_length=encoder.max_seq_length)
     return Components(
         step_config=_step_config(stages[0], encoder, tokenizer),
@@ -148,7 +149,7 @@ def _step_config(stage: Stage, encoder: EncoderConfig, tokenizer: Tokenizer) -> 
     schedule = create_schedule(
         settings.optimizer,
         num_train_steps=stage.schedule_end - stage.schedule_start,
-        borders=stage.borders,
+        boundaries=stage.boundaries,
         start=stage.schedule_start,
     )
     return StepConfig(
@@ -156,11 +157,11 @@ def _step_config(stage: Stage, encoder: EncoderConfig, tokenizer: Tokenizer) -> 
             encoder,
             jnp.dtype(settings.model.dtype),
             begin_id=tokenizer.bos_id if settings.data.packing in ISOLATING else None,
-            execution=open_execution(settings, backend=jax.default_backend()),
+            execution=resolve_execution(settings, backend=jax.default_backend()),
         ),
-        masking=open_masking(settings, tokenizer),
-        eval_masking=open_eval_masking(settings, tokenizer),
-        mask_rate=open_mask_rate(stage),
+        masking=create_masking_spec(settings, tokenizer),
+        eval_masking=create_eval_masking_spec(settings, tokenizer),
+        mask_rate=create_mask_rate_schedule(stage),
         optimizer=create_optimizer(settings.optimizer, schedule, axis_name=parallel.AXIS),
         schedule=schedule,
         seed=settings.seed,
@@ -190,11 +191,11 @@ def batch_shape(stage: Stage, *, batch_rows: int) -> BatchShape:
 
 def open_encoder(settings: RunSettings, tokenizer: Tokenizer) -> EncoderConfig:
     """Returns the model's config, as `build` does."""
-    copied, checkpoint = load_model(settings)
+    copied, checkpoint = load_pretrained(settings)
     return _encoder_config(settings, copied, checkpoint, tokenizer)
 
 
-def open_execution(settings: RunSettings, *, backend: str) -> Execution:
+def resolve_execution(settings: RunSettings, *, backend: str) -> Execution:
     """Returns how the model is computed on a backend such as "cpu" or "gpu": resolves "auto"."""
     attention, remat = settings.model.attention, settings.model.remat
     if attention == "auto":
@@ -208,7 +209,7 @@ def open_execution(settings: RunSettings, *, backend: str) -> Execution:
     return Execution(attention=attention, remat=remat)
 
 
-def open_masking(settings: RunSettings, tokenizer: Tokenizer) -> MaskingSpec:
+def create_masking_spec(settings: RunSettings, tokenizer: Tokenizer) -> MaskingSpec:
     """Returns what is masked in training, and which ids replace masked tokens."""
     masking = settings.masking
     return MaskingSpec(
@@ -224,11 +225,11 @@ def open_masking(settings: RunSettings, tokenizer: Tokenizer) -> MaskingSpec:
     )
 
 
-def open_eval_masking(settings: RunSettings, tokenizer: Tokenizer) -> MaskingSpec:
+def create_eval_masking_spec(settings: RunSettings, tokenizer: Tokenizer) -> MaskingSpec:
     """Returns what is masked in evaluation."""
     masking: Any = settings.masking  # Its values for evaluation are not None.
     return dataclasses.replace(
-        open_masking(settings, tokenizer),
+        create_masking_spec(settings, tokenizer),
         strategy=masking.eval_strategy,
         mlm_probability=masking.eval_mlm_probability,
         mask_replace_prob=masking.eval_mask_replace_prob,
@@ -236,7 +237,7 @@ def open_eval_masking(settings: RunSettings, tokenizer: Tokenizer) -> MaskingSpe
     )
 
 
-def open_mask_rate(stage: Stage) -> optax.Schedule | None:
+def create_mask_rate_schedule(stage: Stage) -> optax.Schedule | None:
     """Returns the fraction of predicted tokens as a function of the steps done; None if it is constant."""
     first, last = stage.settings.masking.mlm_probabilities
     steps = max(1, stage.mask_end - stage.mask_start - 1)
@@ -325,7 +326,7 @@ def _check_positions(settings: RunSettings, encoder: EncoderConfig) -> None:
         )
 
 
-def load_model(settings: RunSettings) -> tuple[EncoderConfig | None, PretrainedWeights | None]:
+def load_pretrained(settings: RunSettings) -> tuple[EncoderConfig | None, PretrainedWeights | None]:
     """Loads the config to copy and the weights to start from; None for those that the settings do not name."""
     model = settings.model
     if model.model_name_or_path:

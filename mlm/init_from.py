@@ -21,7 +21,7 @@ from mlm.run.checkpoint import FORMAT_VERSION as CHECKPOINT_FORMAT_VERSION
 from mlm.run.checkpoint import Checkpointer, CorruptCheckpointError, Restored
 from mlm.run.workdir import KeyChanges, WorkDir, describe_changes
 from mlm.settings import RunSettings
-from mlm.stages import begun, check_branch, may_change
+from mlm.stages import check_branch, may_change, started_stages
 from mlm.steps import TrainState, UpdateStats
 
 # Keys for how the model is computed, which do not change the model.
@@ -128,7 +128,7 @@ def _find_parent(
         )
     if mode == "branch":
         try:
-            num_begun = len(begun(parent.last_stages(), step=step)) or 1
+            num_begun = len(started_stages(parent.last_stages(), step=step)) or 1
             check_branch(settings, parent.read_settings(), num_begun=num_begun)
         except UserError as error:
             raise UserError(f"checkpoint.init_from={name!r}: {error}") from None

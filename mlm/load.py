@@ -23,7 +23,7 @@ from mlm.models.encoder import MaskedLM
 from mlm.models.hf import pretrained, weights
 from mlm.run.workdir import WorkDir
 from mlm.settings import RunSettings
-from mlm.stages import recorded, settings_of_stages, stage_at
+from mlm.stages import settings_of_stages, stage_at, stages_at_last_start
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,7 +155,7 @@ def load_checkpoint(settings: RunSettings, workdir: WorkDir, *, step: int | None
             ) from None
     tokenizer = load_tokenizer(workdir.tokenizer)
     path = os.path.join(workdir.model, "config.json")
-    stage = stage_at(recorded(settings, workdir.last_stages()), steps[-1]).settings
+    stage = stage_at(stages_at_last_start(settings, workdir.last_stages()), steps[-1]).settings
     # The exported model may be from another stage.
     is_exported = os.path.exists(path) and len({other.model for other in settings_of_stages(settings)}) == 1
     encoder = _read_encoder(path) if is_exported else build.open_encoder(stage, tokenizer)

@@ -26,13 +26,14 @@ class LossSums:
 def masked_cross_entropy(logits_BxKxV: jax.Array, labels_BxK: jax.Array, label_weights_BxK: jax.Array) -> LossSums:
     """Returns the sum over b and k of `weight * -log softmax(logits)[label]` (Devlin et al., 2019, section 3.1).
 
-    Training and evaluation both report it, so another `loss_BxK` here changes both losses.
+    Training and evaluation both report it. To change the loss that training minimizes only, change `objective_BxK` in
+    `training_loss`; to change the reported losses as well, `loss_BxK` in `_forward` and its gradient in `_backward`.
 
     Args:
       logits_BxKxV: float32 or bfloat16; the sums are float32 either way.
       labels_BxK: int32 token ids.
-      label_weights_BxK: float32, 1 for a predicted token, 0 for padding. A logit that is not finite makes the loss NaN
-        even where the weight is 0, because it means that the model is broken.
+      label_weights_BxK: float32, 1 for a predicted token, 0 for padding. A logit that is NaN or +inf makes the loss
+        NaN even where the weight is 0, because it means that the model is broken.
 
     Returns:
       The sums, all 0 if no token is predicted. If several logits are the largest, the smallest id counts as predicted.

@@ -7,7 +7,8 @@ words, or spans of words. Another strategy is another function like `choose_toke
 The functions are pure: the masks of a row depend on the key and the row's number only. With numbers that count rows
 over the global batch, masks are the same on any number of devices and after any restart.
 
-Legend: B rows, L tokens per row, K max_predictions_per_seq, S special ids, R ids that may replace a token.
+Legend: B rows, L tokens per row, K max_predictions_per_seq, U units (words or spans), R ids that may replace a
+token.
 """
 
 import dataclasses
@@ -76,7 +77,7 @@ class MaskedBatch:
       masked_positions_BxK: int32, positions of the predicted tokens, all different within a row.
       labels_BxK: int32, the original token ids at these positions.
       label_weights_BxK: float32, 1 for a predicted token, 0 for padding.
-      counts_B: of each row.
+      counts_B: the counts of each row.
     """
 
     inputs_BxL: jax.Array

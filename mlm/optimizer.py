@@ -1,10 +1,10 @@
-"""Optimizers: gradient clipping, then AdamW, Muon, StableAdamW, LAMB, Lion or Adafactor.
+"""Optimizers: gradient clipping, then AdamW, Muon, StableAdamW, LAMB, Lion or Adafactor, then the decay by layer.
 
 Legend: N matrices, R rows, C columns with R <= C.
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -21,7 +21,7 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 def create_optimizer(
     settings: OptimizerSettings, schedule: optax.Schedule, *, axis_name: str | None = None
 ) -> optax.GradientTransformation:
-    """Returns clipping by global norm (none if `max_grad_norm` is 0), then the optimizer.
+    """Returns clipping by global norm (none if `max_grad_norm` is 0), the optimizer, and `scale_by_layer`.
 
     Weight decay is decoupled and multiplied by the learning rate in all of them (Loshchilov and Hutter, 2019).
 
@@ -32,26 +32,26 @@ def create_optimizer(
     """
     # max_grad_norm may change during a run, so the state must have the same structure with and without clipping.
     clip = optax.clip_by_global_norm(settings.max_grad_norm) if settings.max_grad_norm else optax.identity()
-    create = {
+    creators: dict[str, Callable[..., optax.GradientTransformation]] = {
         "adamw": _adamw,
         "stable_adamw": _stable_adamw,
         "lamb": _lamb,
         "lion": _lion,
         "adafactor": _adafactor,
-        "muon": _muon,
-    }[settings.name]
-    parts = [clip, create(settings, schedule, axis_name)]
+        "muon": functools.partial(_muon, axis_name=axis_name),
+    }
+    parts = [clip, creators[settings.name](settings, schedule)]
     if settings.layer_decay != 1:
         parts.append(scale_by_layer(settings.layer_decay))
     return optax.chain(*parts)
 
 
-def _adamw(settings: OptimizerSettings, schedule: optax.Schedule, axis_name: str | None):
+def _adamw(settings: OptimizerSettings, schedule: optax.Schedule):
     """AdamW (Loshchilov and Hutter, 2019, arXiv:1711.05101)."""
     return optax.adamw(schedule, **_adam_keys(settings), weight_decay=settings.weight_decay, mask=decay_mask)
 
 
-def _stable_adamw(settings: OptimizerSettings, schedule: optax.Schedule, axis_name: str | None):
+def _stable_adamw(settings: OptimizerSettings, schedule: optax.Schedule):
     """StableAdamW (Wortsman et al., 2023, arXiv:2304.13013, algorithm 2)."""
     return optax.chain(
         scale_by_stable_adam(**_adam_keys(settings), weight_decay=settings.weight_decay),
@@ -59,12 +59,12 @@ def _stable_adamw(settings: OptimizerSettings, schedule: optax.Schedule, axis_na
     )
 
 
-def _lamb(settings: OptimizerSettings, schedule: optax.Schedule, axis_name: str | None):
+def _lamb(settings: OptimizerSettings, schedule: optax.Schedule):
     """LAMB (You et al., 2020, arXiv:1904.00962)."""
     return optax.lamb(schedule, **_adam_keys(settings), weight_decay=settings.weight_decay, mask=decay_mask)
 
 
-def _lion(settings: OptimizerSettings, schedule: optax.Schedule, axis_name: str | None):
+def _lion(settings: OptimizerSettings, schedule: optax.Schedule):
     """Lion (Chen et al., 2023, arXiv:2302.06675)."""
     return optax.lion(
         schedule,
@@ -75,7 +75,7 @@ def _lion(settings: OptimizerSettings, schedule: optax.Schedule, axis_name: str 
     )
 
 
-def _adafactor(settings: OptimizerSettings, schedule: optax.Schedule, axis_name: str | None):
+def _adafactor(settings: OptimizerSettings, schedule: optax.Schedule):
     """Adafactor without momentum (Shazeer and Stern, 2018, arXiv:1804.04235, algorithms 4 and 5).
 
     The update of a parameter is multiplied by its RMS, so the learning rate is relative. `optax.adafactor` does not
@@ -90,9 +90,9 @@ def _adafactor(settings: OptimizerSettings, schedule: optax.Schedule, axis_name:
     )
 
 
-def _muon(settings: OptimizerSettings, schedule: optax.Schedule, axis_name: str | None):
+def _muon(settings: OptimizerSettings, schedule: optax.Schedule, *, axis_name: str | None):
     """Muon for the matrices inside layers, AdamW for everything else (Jordan et al., 2024)."""
-    keys: Any = settings  # Those of Muon are not None.
+    keys: Any = settings  # For muon, `OptimizerSettings` has replaced None by the defaults.
     ratio = keys.adam_learning_rate / settings.learning_rate
     muon = optax.chain(
         scale_by_muon(
@@ -101,7 +101,7 @@ def _muon(settings: OptimizerSettings, schedule: optax.Schedule, axis_name: str 
         optax.add_decayed_weights(settings.weight_decay),
         optax.scale_by_learning_rate(schedule),
     )
-    adamw = _adamw(settings, lambda count: ratio * schedule(count), axis_name)
+    adamw = _adamw(settings, lambda count: ratio * schedule(count))
     return optax.partition({"muon": muon, "adamw": adamw}, muon_labels)
 
 
@@ -112,7 +112,7 @@ def _adam_keys(settings: OptimizerSettings) -> dict[str, Any]:
 def decay_mask(params: Any) -> Any:
     """Returns a tree of booleans: True for parameters with weight decay, which are the matrices and embeddings.
 
-    Names count as well as ranks: a bias with a leading axis of layers is still a bias.
+    Names count as well as ranks: in a model that stacks its layers, as `nn.scan` does, a bias has two axes.
     """
 
     def has_decay(path: tuple[Any, ...], leaf: jax.Array) -> bool:

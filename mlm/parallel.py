@@ -169,12 +169,12 @@ def any_process_async(flag: bool) -> jax.Array:
     return _sum_over_devices()(shard(flags))
 
 
-def maintenance_is_near(step: int) -> bool:
-    """True if a machine of the run is about to be preempted, according to the cloud's notice rather than a signal.
+def preemption_noticed(step: int) -> bool:
+    """True if jax's preemption service has received a notice: by default a SIGTERM before `Interrupt` was entered.
 
-    Every process must call it at every step; it becomes True at the same step on all.
+    For several processes. Every one must call it at every step; it becomes True at the same step on all.
     """
-    return jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step)
+    return multihost_utils.reached_preemption_sync_point(step)
 
 
 def barrier(name: str, *, timeout_minutes: float = 24 * 60) -> None:

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import optax
 
 from mlm.errors import UserError
-from mlm.settings import Borders, OptimizerSettings, resolve_borders
+from mlm.settings import Boundaries, OptimizerSettings, resolve_boundaries
 
 
 def create_schedule(
-    settings: OptimizerSettings, *, num_train_steps: int, borders: Borders | None = None, start: int = 0
+    settings: OptimizerSettings, *, num_train_steps: int, boundaries: Boundaries | None = None, start: int = 0
 ) -> optax.Schedule:
     """Linear warm-up from 0 to `learning_rate`, then the schedule named by `settings.schedule`.
 
@@ -32,16 +32,16 @@ def create_schedule(
     Args:
       settings: the schedule and its keys.
       num_train_steps: steps of the schedule.
-      borders: ends of the warm-up and of the constant phase; by default those of `settings`, which then must not
+      boundaries: ends of the warm-up and of the constant phase; by default those of `settings`, which then must not
         count tokens.
-      start: applied steps before the first one of the schedule.
+      start: steps before the first one of the schedule, skipped ones included; each of these delays it by a step.
 
     Returns:
       A function of the number of steps applied so far. The first step of a warm-up has rate 0, as in the reference
       script.
     """
-    borders = borders or resolve_borders(settings, num_train_steps=num_train_steps, tokens_per_step=0)
-    warmup_steps, decay_start = borders.warmup_steps, borders.decay_start
+    boundaries = boundaries or resolve_boundaries(settings, num_train_steps=num_train_steps, tokens_per_step=0)
+    warmup_steps, decay_start = boundaries.warmup_steps, boundaries.decay_start
 
     def schedule(count: jnp.ndarray) -> jnp.ndarray:
         step = jnp.asarray(count, jnp.float32)
@@ -71,20 +71,22 @@ def _decay(shape: str | None, step: jnp.ndarray, start: int, end: int, end_facto
     return end_factor + (1 - end_factor) * left
 
 
-def keep_passed_borders(
-    new: Borders, old: Borders, settings: OptimizerSettings, *, step: int, ends_as_before: bool
-) -> Borders:
-    """Returns the borders of a run that is resumed: only those ahead of `step` move.
+def keep_passed_boundaries(
+    new: Boundaries, old: Boundaries, settings: OptimizerSettings, *, step: int, ends_as_before: bool
+) -> Boundaries:
+    """Returns the boundaries of a run that is resumed: only those ahead of `step` move.
+
+    An exception is a warm-up of 0 steps: a longer one may be set at any time.
 
     Args:
-      new: borders by the current settings.
-      old: borders at the last start.
+      new: boundaries by the current settings.
+      old: boundaries at the last start.
       settings: the current settings.
       step: applied steps so far.
       ends_as_before: whether the schedule still ends where it did at the last start.
 
     Raises:
-      UserError: a border that is not ahead of `step` would move.
+      UserError: a boundary that is not ahead of `step` would move.
     """
     if 0 < old.warmup_steps <= step and new.warmup_steps != old.warmup_steps:
         if isinstance(settings.warmup_steps, int):
@@ -93,7 +95,7 @@ def keep_passed_borders(
                 f"step {step}; set it to {old.warmup_steps}"
             )
         new = dataclasses.replace(new, warmup_steps=old.warmup_steps)
-    if step > old.decay_start != new.decay_start:
+    if step > old.decay_start and new.decay_start != old.decay_start:
         # A decay in tokens has other steps on another number of devices.
         if isinstance(settings.decay_steps, str) and ends_as_before:
             return dataclasses.replace(new, decay_start=old.decay_start)

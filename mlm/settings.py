@@ -98,7 +98,8 @@ EXPORT_DTYPES = ("float32", "bfloat16", "float16")
 
 # Keys that may change during a run, one by one: any other key would change the meaning of the steps done so far.
 MUTABLE_KEYS: tuple[str, ...] = (
-    # How long the run is, and how often it reports: no step depends on it, except through the learning rate.
+    # How long the run is, and how often it reports: no step depends on it, except through the schedules of the learning
+    # rate and of masking.mlm_probability.
     "num_train_steps",
     "per_device_eval_batch_size",
     "logging_steps",
@@ -680,9 +681,8 @@ class RunSettings:
         if not 0 <= self.max_hours < math.inf:
             raise _error("max_hours", self.max_hours, "must be a number of hours, or 0 for no limit")
         # Numbers of tokens are checked once the tokens of a step are known.
-        durations = [value for value in (self.optimizer.warmup_steps, self.optimizer.decay_steps or 0) if value]
-        if not any(isinstance(value, str) for value in durations):
-            resolve_borders(self.optimizer, num_train_steps=self.num_train_steps, tokens_per_step=0)
+        if not any(isinstance(value, str) for value in (self.optimizer.warmup_steps, self.optimizer.decay_steps)):
+            resolve_boundaries(self.optimizer, num_train_steps=self.num_train_steps, tokens_per_step=0)
         self._check_positions()
         self._check_trained_tokenizer()
         if self.masking.needs_words:
@@ -757,7 +757,7 @@ class RunSettings:
 
 
 @dataclasses.dataclass(frozen=True)
-class Borders:
+class Boundaries:
     """Where the parts of a learning-rate schedule begin and end, in applied steps.
 
     Attributes:
@@ -769,13 +769,13 @@ class Borders:
     decay_start: int
 
 
-def resolve_borders(
+def resolve_boundaries(
     optimizer: OptimizerSettings,
     *,
     num_train_steps: int,
     tokens_per_step: int,
     parts: Sequence[tuple[int, int]] | None = None,
-) -> Borders:
+) -> Boundaries:
     """Converts `optimizer.warmup_steps` and `decay_steps` to steps.
 
     Args:
@@ -799,7 +799,7 @@ def resolve_borders(
             optimizer.decay_steps,
             f"with {warmup_steps} warm-up steps it is longer than {limit}; lower one of them",
         )
-    return Borders(warmup_steps, num_train_steps - decay_steps)
+    return Boundaries(warmup_steps, num_train_steps - decay_steps)
 
 
 def num_steps(duration: int | float | str, parts: Sequence[tuple[int, int]]) -> int:

@@ -1,8 +1,8 @@
 """The stages of a run (`config.stages`): which settings hold in which steps. Imports no jax.
 
 A stage is a dict with a name, a number of steps and new values for some keys, which hold from its first step on. A run
-without stages is one stage. A *border* is the number of steps done when a stage ends; it counts calls of `train_step`,
-skipped ones included.
+without stages is one stage. A *boundary* is the number of steps done when a stage ends; it counts calls of
+`train_step`, skipped ones included.
 """
 
 import dataclasses
@@ -14,12 +14,12 @@ from mlm.errors import UserError
 from mlm.settings import (
     KEYS,
     MUTABLE_KEYS,
-    Borders,
+    Boundaries,
     DataSettings,
     RunSettings,
     check_key,
     num_tokens,
-    resolve_borders,
+    resolve_boundaries,
 )
 
 # Keys of a schedule, and their values where a stage sets optimizer.schedule without them.
@@ -55,10 +55,10 @@ class Stage:
 
     Attributes:
       name: "" for a run without stages.
-      start, end: the borders.
+      start, end: the boundaries.
       settings: the run's settings with the values of this stage; `stages` is empty.
       schedule_start, schedule_end: the steps between which its learning-rate schedule runs; stages may share one.
-      borders: the borders of that schedule, counted from `schedule_start`.
+      boundaries: the boundaries of that schedule, counted from `schedule_start`.
       mask_start, mask_end: the steps between which masking.mlm_probability changes if it is a pair.
     """
 
@@ -68,7 +68,7 @@ class Stage:
     settings: RunSettings
     schedule_start: int
     schedule_end: int
-    borders: Borders
+    boundaries: Boundaries
     mask_start: int
     mask_end: int
 
@@ -79,7 +79,7 @@ class Stage:
 
     def to_json(self) -> dict[str, Any]:
         """Returns what `config.json` records at each start."""
-        return {"name": self.name, "end": self.end, "borders": dataclasses.asdict(self.borders)}
+        return {"name": self.name, "end": self.end, "borders": dataclasses.asdict(self.boundaries)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +111,7 @@ def settings_of_stages(settings: RunSettings) -> tuple[RunSettings, ...]:
 def resolve(
     settings: RunSettings, *, num_devices: int, earlier: Sequence[int] = (), step: int = 0
 ) -> tuple[Stage, ...]:
-    """Returns the stages of a run with their borders in steps; one stage for a run without stages.
+    """Returns the stages of a run with their boundaries in steps; one stage for a run without stages.
 
     Args:
       settings: the run's settings.
@@ -129,15 +129,15 @@ def resolve(
     for index in range(len(ends) - 1 if earlier else 0):
         ends[index] = passed[index] if index < len(passed) else min(max(ends[index], step), ends[-1])
 
-    def borders(stage: Stage) -> Borders:
-        if stage.schedule_start == stage.schedule_end:  # A border moved to where the next stage begins.
-            return stage.borders
+    def boundaries(stage: Stage) -> Boundaries:
+        if stage.schedule_start == stage.schedule_end:  # A boundary moved to where the next stage begins.
+            return stage.boundaries
         parts = [
             (end - start, per_step)
             for start, end, per_step in zip([0, *ends[:-1]], ends, tokens, strict=True)
             if stage.schedule_start <= start < stage.schedule_end
         ]
-        return resolve_borders(
+        return resolve_boundaries(
             stage.settings.optimizer,
             num_train_steps=stage.schedule_end - stage.schedule_start,
             tokens_per_step=parts[0][1],
@@ -147,24 +147,25 @@ def resolve(
     stages = []
     for entry, stage in zip(entries, _with_ends(entries, ends), strict=True):
         try:
-            stages.append(dataclasses.replace(stage, borders=borders(stage)))
+            stages.append(dataclasses.replace(stage, boundaries=boundaries(stage)))
         except UserError as error:
             raise _in_stage(entry.key, error) from None
     return tuple(stages)
 
 
-def recorded(settings: RunSettings, last_stages: Sequence[Mapping[str, Any]]) -> tuple[Stage, ...]:
+def stages_at_last_start(settings: RunSettings, last_stages: Sequence[Mapping[str, Any]]) -> tuple[Stage, ...]:
     """Returns the stages of a run as at its last start (`WorkDir.last_stages`), independent of the devices here."""
     ends = [stage["end"] for stage in last_stages[:-1]]
     stages = _with_ends(_entries(settings), [*ends, settings.num_train_steps])
-    borders = [stage["borders"] for stage in last_stages] or [stages[0].borders]
+    boundaries = [stage["borders"] for stage in last_stages] or [stages[0].boundaries]
     return tuple(
-        dataclasses.replace(stage, borders=stage_borders) for stage, stage_borders in zip(stages, borders, strict=True)
+        dataclasses.replace(stage, boundaries=stage_boundaries)
+        for stage, stage_boundaries in zip(stages, boundaries, strict=True)
     )
 
 
 def _with_ends(entries: Sequence[_Entry], ends: Sequence[int]) -> list[Stage]:
-    """Returns the stages with these borders, and schedules without warm-up and decay."""
+    """Returns the stages with these boundaries, and schedules without warm-up and decay."""
     starts = [0, *ends[:-1]]
     schedule_spans = _spans(entries, "optimizer.schedule", starts, ends)
     mask_spans = _spans(entries, "masking.mlm_probability", starts, ends)
@@ -176,7 +177,7 @@ def _with_ends(entries: Sequence[_Entry], ends: Sequence[int]) -> list[Stage]:
             settings=entry.settings,
             schedule_start=schedule_spans[index][0],
             schedule_end=schedule_spans[index][1],
-            borders=Borders(0, schedule_spans[index][1] - schedule_spans[index][0]),
+            boundaries=Boundaries(0, schedule_spans[index][1] - schedule_spans[index][0]),
             mask_start=mask_spans[index][0],
             mask_end=mask_spans[index][1],
         )
@@ -203,7 +204,7 @@ def may_change(key: str, before: Any, now: Any) -> bool:
     return isinstance(before, tuple) and without_steps(before) == without_steps(now)
 
 
-def begun(last_stages: Sequence[Mapping[str, Any]], *, step: int) -> Sequence[Mapping[str, Any]]:
+def started_stages(last_stages: Sequence[Mapping[str, Any]], *, step: int) -> Sequence[Mapping[str, Any]]:
     """Returns those of `WorkDir.last_stages` that have steps up to `step`, and always the first."""
     return [stage for index, stage in enumerate(last_stages) if index == 0 or last_stages[index - 1]["end"] < step]
 

@@ -28,9 +28,9 @@ from mlm.reporting.summary import log_run_summary, warn_batch_size_changed
 from mlm.run.checkpoint import Checkpointer, CorruptCheckpointError
 from mlm.run.signals import Interrupt
 from mlm.run.workdir import KeyChanges, WorkDir
-from mlm.schedules import keep_passed_borders
-from mlm.settings import Borders, RunSettings
-from mlm.stages import Stage, begun, resolve
+from mlm.schedules import keep_passed_boundaries
+from mlm.settings import Boundaries, RunSettings
+from mlm.stages import Stage, resolve, started_stages
 from mlm.steps import TrainState
 
 # Imported in open_run.
@@ -101,7 +101,7 @@ class Run:
         """Returns the stage that a step belongs to; for step 0 the first one."""
         return next(other for other in self.stages if step <= other.stage.end)
 
-    def start_stage(self, step: int, state: TrainState, tokens: jax.Array) -> None:
+    def after_first_step(self, step: int, state: TrainState, tokens: jax.Array) -> None:
         """Records the memory of a stage's step, and starts to compile the next one if this costs the loop nothing.
 
         Args:
@@ -171,7 +171,7 @@ def open_run(
     last_stages: Sequence[Mapping[str, Any]] = workdir.last_stages()
     if parent is not None:
         step = parent.step if parent.mode == "branch" else 0
-        last_stages = begun(parent.workdir.last_stages(), step=step)
+        last_stages = started_stages(parent.workdir.last_stages(), step=step)
     components = build.build(
         settings,
         workdir,
@@ -181,6 +181,7 @@ def open_run(
     if settings.per_device_train_batch_size == 0:
         length, microbatches = settings.data.max_seq_length, settings.gradient_accumulation_steps
         found = memory.find_batch_size(components.step_config, length=length, microbatches=microbatches)
+        found = int(parallel.broadcast_from_first(np.array(found)))  # The memory of hosts may differ a little.
         settings = settings.replace({"per_device_train_batch_size": found})
         components = components.with_stages(resolve(settings, num_devices=jax.device_count()))
     state, loop_state, stream_states = _restore(components, checkpointer, parent)
@@ -265,7 +266,7 @@ def _resolve(settings: RunSettings, last_stages: Sequence[Mapping[str, Any]], *,
 def _resume_stages(
     settings: RunSettings, last_stages: Sequence[Mapping[str, Any]], *, step: int, applied: int
 ) -> tuple[Stage, ...]:
-    """Returns the stages of a resumed run: only borders ahead move, those of stages and of their schedules.
+    """Returns the stages of a resumed run: only boundaries ahead move, those of stages and of their schedules.
 
     Args:
       settings: the run's current settings.
@@ -278,21 +279,21 @@ def _resume_stages(
     if not last_stages:
         return stages
 
-    def borders(index: int, stage: Stage) -> Borders:
-        if stage.schedule_start >= step > 0:  # It begins later.
-            return stage.borders
+    def boundaries(index: int, stage: Stage) -> Boundaries:
+        if step > 0 and stage.schedule_start >= step:  # It begins later.
+            return stage.boundaries
         last = last_stages[min(index, len(last_stages) - 1)]["borders"]
         if stage.schedule_end <= step:
             return last
-        return keep_passed_borders(
-            stage.borders,
+        return keep_passed_boundaries(
+            stage.boundaries,
             last,
             stage.settings.optimizer,
             step=applied - stage.schedule_start,
             ends_as_before=stage.schedule_end in ends,
         )
 
-    return tuple(dataclasses.replace(stage, borders=borders(index, stage)) for index, stage in enumerate(stages))
+    return tuple(dataclasses.replace(stage, boundaries=boundaries(index, stage)) for index, stage in enumerate(stages))
 
 
 def _run_stages(components: Components, eval_tasks: EvalTasks) -> tuple[RunStage, ...]:
@@ -316,7 +317,7 @@ def _run_stages(components: Components, eval_tasks: EvalTasks) -> tuple[RunStage
         # Stages with the same model share the programs.
         if (own.encoder, length) not in eval_steps:
             with_length = settings.replace({"data.max_seq_length": length})
-            execution = build.open_execution(with_length, backend=jax.default_backend())
+            execution = build.resolve_execution(with_length, backend=jax.default_backend())
             step_config = dataclasses.replace(own.step_config, model=own.step_config.model.clone(execution=execution))
             eval_steps[own.encoder, length] = parallel.data_parallel(
                 functools.partial(steps.eval_step, step_config=step_config, axis_name=parallel.AXIS)
@@ -360,6 +361,7 @@ def _is_finished(settings: RunSettings, workdir: WorkDir) -> bool:
     """Returns whether the last step is exported; pushes it to the hub if that has not happened."""
     if jax.process_index() == 0:
         model_directory.recover(workdir.model)
+    parallel.barrier("model recovered")  # The other processes must not look for the model between its renames.
     exported = workdir.exported_step()
     if exported is None or exported < settings.num_train_steps:
         return False
@@ -376,7 +378,7 @@ def _write_workdir(
     parent: Parent | None,
 ) -> None:
     branches_off = parent.workdir if parent and parent.mode == "branch" else None
-    # Compared with the first stage at earlier starts.
+    # Of the first stage, as recorded by earlier starts.
     rows_per_process = components.stages[0].rows_per_device * jax.local_device_count()
     warn_batch_size_changed(branches_off or workdir, sequences_per_step=jax.process_count() * rows_per_process)
     changed = workdir.create(
@@ -440,7 +442,7 @@ def _restore(
 
 @contextlib.contextmanager
 def _disk_errors(workdir: WorkDir) -> Iterator[None]:
-    """Turns a full disk into a UserError."""
+    """Turns an OSError in the work directory, such as a full disk, into a UserError."""
     try:
         yield
     except OSError as error:

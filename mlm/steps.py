@@ -177,9 +177,9 @@ def train_step(
 
         gradient = sum over devices and microbatches of d(loss sum) / d(params), divided by the predicted tokens
 
-    It is divided once, after all sums, so a step does not depend on how sequences are split over devices and
-    microbatches. A step that `should_apply` rejects is skipped: it changes `state.step` only, so the next step draws
-    other masks.
+    It is divided once, after all sums, so the gradient does not depend on how sequences are split over devices and
+    microbatches; neither do masks, but dropout does. A step that `should_apply` rejects is skipped: it changes
+    `state.step` only, so the next step draws other masks.
 
     Args:
       state: training state, the same on every device.
@@ -200,15 +200,15 @@ def train_step(
     ema_params = None
     if step_config.ema_decay:
         ema_params = moving_average(state.ema_params, params, state.update_stats.num_applied, step_config.ema_decay)
-    new = TrainState(state.step, params, opt_state, state.update_stats.add(grad_norm), ema_params)
+    updated = TrainState(state.step, params, opt_state, state.update_stats.add(grad_norm), ema_params)
     # Selected on the device, so the host can dispatch the next step without waiting for this one.
-    new = jax.tree.map(lambda new, old: jnp.where(apply_update, new, old), new, state)
+    selected = jax.tree.map(lambda new, old: jnp.where(apply_update, new, old), updated, state)
 
     learning_rate = jnp.asarray(step_config.schedule(state.update_stats.num_applied), jnp.float32)
     metrics = TrainMetrics(
         sums=sums, mask_counts=counts, grad_norm=grad_norm, learning_rate=learning_rate, skipped=1.0 - apply_update
     )
-    return new.replace(step=state.step + 1), metrics
+    return selected.replace(step=state.step + 1), metrics
 
 
 def sum_gradients(

@@ -58,19 +58,19 @@ def train_and_evaluate(
         time_limit = interrupt.time_limit = TimeLimit(settings.max_hours)
 
         def evaluate(step: int) -> dict[str, float]:
-            stage, task_metrics = run.stage_at(step), {}
-            if stage.task_evaluator:
+            run_stage, task_metrics = run.stage_at(step), {}
+            if run_stage.task_evaluator:
                 with reporter.timed("probes"), time_limit.evaluation():
-                    task_metrics = stage.task_evaluator(state.eval_params)
+                    task_metrics = run_stage.task_evaluator(state.eval_params)
             with reporter.timed("evaluation"), time_limit.evaluation():
                 counts_V = reporter.accumulator.counts_V
-                unigram_V = unigram_log_probs(counts_V, special_ids=stage.components.tokenizer.special_ids)
+                unigram_V = unigram_log_probs(counts_V, special_ids=run_stage.components.tokenizer.special_ids)
                 unigram_V = parallel.broadcast_from_first(unigram_V)
-                metrics = stage.evaluator(state.eval_params, unigram_V)
-                for name, evaluator in stage.extra_evaluators.items():
+                metrics = run_stage.evaluator(state.eval_params, unigram_V)
+                for name, evaluator in run_stage.extra_evaluators.items():
                     metrics[f"eval/{name}/loss"] = evaluator(state.eval_params, unigram_V)["eval/loss"]
                 if state.ema_params is not None:
-                    metrics["eval/raw_loss"] = stage.evaluator(state.params, unigram_V)["eval/loss"]
+                    metrics["eval/raw_loss"] = run_stage.evaluator(state.params, unigram_V)["eval/loss"]
                 metrics |= task_metrics
                 reporter.log_evaluation(step, metrics)
             return metrics
@@ -80,7 +80,7 @@ def train_and_evaluate(
                 loop_state = {"step": step, "evaluated": is_evaluated, **reporter.to_json()}
                 global_state = parallel.to_global(state)
                 # Metrics up to here are uploaded first: a run that resumes from this checkpoint needs them.
-                _require_room(run.checkpointer, global_state, before_save=run.workdir.push)
+                _prepare_save(run.checkpointer, global_state, before_save=run.workdir.push)
                 run.checkpointer.save(step, state=global_state, loop=loop_state, stream=stream_state)
                 if wait:
                     run.checkpointer.wait()
@@ -94,7 +94,7 @@ def train_and_evaluate(
 
         with jax.transfer_guard("disallow"), interrupt.deferred():
             if run.unsaved_stream is not None:
-                # From here on the run does not need its parent, which may remove the checkpoint.
+                # Once this checkpoint is complete, the run does not need its parent.
                 save(run.start_step, run.unsaved_stream, is_evaluated=run.is_evaluated)
             # The run was stopped between a step and its evaluation, or between its last checkpoint and the export.
             if not run.is_evaluated or run.start_step >= last_step:
@@ -106,10 +106,13 @@ def train_and_evaluate(
                 try:
                     batch = next(run.batches)
                 except (UserError, Interrupted):
-                    # There is no more text. Several processes cannot save here: the others do not take part.
-                    if run.start_step < step - 1 != run.checkpointer.latest_step() and jax.process_count() == 1:
+                    # The text has ended or cannot be read, or a stop was requested while waiting. Several processes
+                    # cannot save here: the others do not take part.
+                    steps_done = step - 1
+                    is_saved = steps_done in (run.start_step, run.checkpointer.latest_step())
+                    if not is_saved and jax.process_count() == 1:
                         reporter.wait_for_pending_step()
-                        save(step - 1, batch.state, wait=True)
+                        save(steps_done, batch.state, wait=True)
                     raise
                 with reporter.transfer():
                     tokens = parallel.shard(batch.tokens, shape=(stage.settings.gradient_accumulation_steps,))
@@ -117,7 +120,7 @@ def train_and_evaluate(
                     state, metrics = run_stage.train_step(state, tokens)
                 reporter.add_step(step, metrics, batch, wait_seconds=run.prefetcher.wait_seconds)
                 if step == max(run.start_step, stage.start) + 1:
-                    run.start_stage(step, state, tokens)
+                    run.after_first_step(step, state, tokens)
                 with _log_and_retry_later(on_all_processes=True):
                     run.checkpointer.check()
 
@@ -166,8 +169,8 @@ class StopConsensus:
         if jax.process_count() == 1:
             return self._interrupt.reason is not None
         previous, self._pending = self._pending, parallel.any_process_async(self._interrupt.reason is not None)
-        maintenance_is_near = parallel.maintenance_is_near(step)
-        return maintenance_is_near or (previous is not None and bool(parallel.first_replica(previous)))
+        noticed = parallel.preemption_noticed(step)
+        return noticed or (previous is not None and bool(parallel.first_replica(previous)))
 
     def interrupted(self, step: int) -> Interrupted:
         """Returns what to raise after `step`, on every process."""
@@ -219,7 +222,7 @@ def _export(run: Run, params: Any, step: int, metrics: dict[str, float]) -> list
     return predictions
 
 
-def _require_room(checkpointer: Checkpointer, state: Any, *, before_save: Callable[[], None] = lambda: None) -> None:
+def _prepare_save(checkpointer: Checkpointer, state: Any, *, before_save: Callable[[], None] = lambda: None) -> None:
     """Raises DiskFullError on all processes if one of them has no room: all take part in a save."""
     problem = None
     try:
@@ -247,4 +250,4 @@ def _log_and_retry_later(*, is_last_try: bool = False, on_all_processes: bool = 
         is_partial = on_all_processes and jax.process_count() > 1 and not isinstance(error, DiskFullError)
         if is_last_try or is_partial:
             raise UserError(f"{error}; free or mount the disk, then rerun the same command to resume") from None
-        logging.warning("%s; training continues and will retry at the next save", error)
+        logging.warning("%s; training continues; the next save, export or upload tries again", error)

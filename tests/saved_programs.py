@@ -37,7 +37,7 @@ def install(patch: Callable[[Any, str, Any], None] = setattr) -> None:
     """Makes runs of this process use programs and initial states of $SAVED_PROGRAMS; `patch` replaces attributes."""
     if "SAVED_PROGRAMS" not in os.environ:
         return
-    for name in ("create_schedule", "create_optimizer", "open_mask_rate"):
+    for name in ("create_schedule", "create_optimizer", "create_mask_rate_schedule"):
         patch(build, name, functools.partial(_create, getattr(build, name)))
     patch(parallel, "data_parallel", functools.partial(_data_parallel, parallel.data_parallel))
     patch(build.Components, "initial_state", _initial_state(build.Components.initial_state))
@@ -154,7 +154,7 @@ def _describe(value: Any) -> str:
         return str([_describe(item) for item in value])
     if isinstance(value, dict):
         return str({name: _describe(item) for name, item in value.items()})
-    if isinstance(value, Stage):  # As far as `open_mask_rate` uses it.
+    if isinstance(value, Stage):  # As far as `create_mask_rate_schedule` uses it.
         return repr((value.settings.masking, value.mask_start, value.mask_end))
     if isinstance(value, steps.StepConfig):
         return _describe(vars(value))

@@ -46,7 +46,7 @@ def test_documents_go_into_the_fullest_row_they_fit():
 def test_long_documents_are_cut_into_full_rows_and_the_rest():
     chunk = pack(["abcdefghij", "kl", "m"], 5)
     assert sorted(map(sorted, pieces_of(chunk.data))) == [["abcd"], ["efgh"], ["ij$"], ["kl$"], ["m$"]]
-    assert chunk.pieces.num_cut == 1
+    assert chunk.segments.num_cut == 1
     assert chunk.data.dtype == np.int32
     assert chunk.offsets.tolist() == [0, 5, 5, 5]
 
@@ -73,9 +73,9 @@ def test_no_token_is_lost_or_repeated_and_no_document_is_cut_that_fits(sizes, le
             assert set(piece) <= {"$", *texts[document]}
             found[document].append(piece)
         if not repacked:
-            assert chunk.pieces.num_cut == sum(size + 2 > next_length for size in sizes)
+            assert chunk.segments.num_cut == sum(size + 2 > next_length for size in sizes)
             for document, size in enumerate(sizes):
-                assert size + 2 > next_length or np.count_nonzero(chunk.pieces.documents == document) == 1
+                assert size + 2 > next_length or np.count_nonzero(chunk.segments.documents == document) == 1
             # A row is started only if the piece fits into no other one.
             fill = np.sort((chunk.data != PAD).sum(1))
             assert len(fill) < 2 or fill[0] + fill[1] > next_length

@@ -1,5 +1,6 @@
 """--mode=check: what it prints is true, and all problems are reported at once."""
 
+import dataclasses
 import itertools
 import math
 import re
@@ -7,6 +8,7 @@ import sys
 import time
 from collections import namedtuple
 from pathlib import Path
+from unittest import mock
 
 import jax
 import pyarrow as pa
@@ -77,24 +79,39 @@ def test_epochs_count_the_corpus(config, tmp_path, capsys):
     run = build.build(settings_of(config), WorkDir(str(tmp_path / "run")))
     source = run.text.sources[0].train
     texts = [text for shard in range(source.num_shards) for column in source.read(shard) for text in column.to_pylist()]
-    tokens = len(run.tokenizer.encode(pa.array(texts, pa.large_string()))[0]) + len(texts)
-    assert check_mode.tokens_of_epoch(source, run.tokenizer, seconds=60) == (tokens, False)
-    assert f"epochs        about {4096 / tokens:,.2f} of " in output
+    num_tokens = len(run.tokenizer.encode(pa.array(texts, pa.large_string()))[0])
+    data = settings_of(config).data
+    # With "concatenate" a document has a begin and an end token; with "pad" it is a sequence of 16 tokens.
+    for packing, tokens in (("concatenate", num_tokens + 2 * len(texts)), ("pad", 16 * len(texts))):
+        of_packing = dataclasses.replace(data, packing=packing)
+        assert check_mode.tokens_of_epoch(source, run.tokenizer, of_packing, seconds=60) == (tokens, False)
+    assert f"epochs        about {4096 / (num_tokens + 2 * len(texts)):,.2f} of " in output
 
 
 def test_a_corpus_too_large_to_read_is_estimated(config, tmp_path, monkeypatch):
     run = build.build(settings_of(config), WorkDir(str(tmp_path / "run")))
     clock = itertools.count()
     monkeypatch.setattr(time, "monotonic", lambda: next(clock))
-    texts = pa.array(["the cat sees the dog."] * 500, pa.large_string())
-    one_part = len(run.tokenizer.encode(texts)[0]) + 500
+    texts = pa.array(["the cat sees the dog."] * 499 + [" "], pa.large_string())
+    one_part = len(run.tokenizer.encode(texts.slice(0, 499))[0]) + 2 * 499  # Blank documents are not used.
+    data = settings_of(config).data
 
     def source(parts):
         return Source("s", "text", 10, lambda shard, row: itertools.repeat(texts, parts), str)
 
     # The clock is read once per part: five parts before the time is up.
-    assert check_mode.tokens_of_epoch(source(2), run.tokenizer, seconds=5) == (10 * 2 * one_part, False)
-    assert check_mode.tokens_of_epoch(source(99), run.tokenizer, seconds=5) == (10 * 6 * one_part, True)
+    assert check_mode.tokens_of_epoch(source(2), run.tokenizer, data, seconds=5) == (10 * 2 * one_part, False)
+    assert check_mode.tokens_of_epoch(source(99), run.tokenizer, data, seconds=5) == (10 * 6 * one_part, True)
+
+
+def test_documents_are_numbered_within_their_source(capsys):
+    def source(name):
+        return Source(name, "text", 1, lambda shard, row: iter([pa.array([f"{name} {n}" for n in "ab"])]), str)
+
+    text = mock.Mock(sources=[mock.Mock(train=source(name)) for name in ("one", "two")])
+    check_mode.show_documents(text, count=4)
+    documents = re.findall(r"^document (.*)\n  (.*)$", capsys.readouterr().out, re.MULTILINE)
+    assert documents == [("1 of one", "one a"), ("1 of two", "two a"), ("2 of one", "one b"), ("2 of two", "two b")]
 
 
 @pytest.mark.slow

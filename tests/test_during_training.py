@@ -60,7 +60,7 @@ def evaluate(model, tasks, **options):
 
 
 def expected_accuracy(model, examples, inputs, parts):
-    labels, groups = examples.labels[inputs.kept], examples.groups[inputs.kept]
+    labels, groups = examples.labels[inputs.keep_mask], examples.groups[inputs.keep_mask]
     train, test = (np.flatnonzero(np.isin(groups, rows)) for rows in parts)
     return ridge_accuracy(extract(model, inputs)[-1], labels, train=train, test=test)
 
@@ -94,7 +94,7 @@ def test_accuracies_are_those_of_the_modes(model):
     good, bad = score(model, SENTENCES[:40]), score(model, SENTENCES[40:])
     assert metrics["pairs/pairs/accuracy"] == compare_pairs(good, bad, ["x"] * 40)[-1].pll_word_l2r_accuracy
     assert 0 < metrics["pairs/pairs/accuracy"] < 1
-    assert descriptions[0].startswith("probe two: 3 classes, 64 labels to learn from, 16 held out; ")
+    assert descriptions[0].startswith("probe two: 3 classes, 64 training labels, 16 held out; ")
     assert descriptions[1].endswith("1 of 40 texts cut to 20 tokens")
     assert descriptions[-1] == "pairs pairs: 40 minimal pairs; 0 sentences cut to 20 tokens"
 
@@ -114,7 +114,7 @@ def test_long_files_are_limited_to_the_same_examples(model, tmp_path, monkeypatc
     assert bad == [text[::-1] for text in good]
     assert read_tasks(settings).pairs == tasks.pairs
     _, (line, _) = evaluate(model, tasks)
-    assert line.startswith("probe a: 2 classes, 32 labels to learn from, 8 held out;")
+    assert line.startswith("probe a: 2 classes, 32 training labels, 8 held out;")
 
 
 @pytest.mark.slow

@@ -115,6 +115,6 @@ def test_auto_depends_on_device_and_length(backend, dtype, length, expected):
     config.model.model_type = "modernbert"
     config.model.dtype = dtype
     config.data.max_seq_length = length
-    assert build.open_execution(settings_of(config), backend=backend) == expected
+    assert build.resolve_execution(settings_of(config), backend=backend) == expected
     config.model.attention, config.model.remat = "xla", "full"
-    assert build.open_execution(settings_of(config), backend=backend) == Execution("xla", "full")
+    assert build.resolve_execution(settings_of(config), backend=backend) == Execution("xla", "full")

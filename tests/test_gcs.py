@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from mlm.run import gcs
 from mlm.run.checkpoint import Checkpointer, CorruptCheckpointError, DiskFullError, SaveError
 from mlm.run.gcs import GcsStorage
 from mlm.run.workdir import WorkDir
-from mlm.train import _require_room
+from mlm.train import _prepare_save
 from tests.gcs_server import GcsServer
 from tests.tiny import settings_of, tiny_config
 
@@ -167,6 +168,10 @@ def test_a_mirror_is_deleted_with_its_owner_and_after_a_kill_by_the_next_start(s
     other = WorkDir(url)
     assert home.exists()
     assert not killed.exists()
+    # Another process removes its mirror between the listing and the look at its lock.
+    real = os.listdir
+    with mock.patch.object(os, "listdir", lambda path: [*real(path), "gone"]):
+        WorkDir(url)
     del other, workdir
     gc.collect()
     assert not home.exists()
@@ -332,7 +337,7 @@ def test_no_save_starts_before_its_metrics_are_uploaded(server, url):
     with Checkpointer(workdir.storage, keep_checkpoints=1) as checkpointer:
         server.refuse = lambda method, name: 403 if name.endswith("metrics.jsonl") else None
         with pytest.raises(DiskFullError, match=r"could not be written: .*metrics.jsonl could not be written"):
-            _require_room(checkpointer, STATE, before_save=workdir.push)
+            _prepare_save(checkpointer, STATE, before_save=workdir.push)
         server.refuse = lambda method, name: None
-        _require_room(checkpointer, STATE, before_save=workdir.push)
+        _prepare_save(checkpointer, STATE, before_save=workdir.push)
     assert server.read(f"{path_of(url)}/metrics.jsonl") == b"line\n"

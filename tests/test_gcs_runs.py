@@ -157,7 +157,7 @@ def test_refused_uploads_are_repeated_later(server, tmp_path):
     server.refuse = refuse
     assert process.wait(300) == 0, log.read_text()[-3000:]
     assert len(refused) == 10
-    assert "training continues and will retry at the next save" in log.read_text()
+    assert "training continues; the next save, export or upload tries again" in log.read_text()
     server.download("runs/run", tmp_path / "run")
     logged = [line["step"] for line in read_metrics(str(tmp_path / "run" / "metrics.jsonl"))]
     assert logged == [*range(3, 25, 3)]

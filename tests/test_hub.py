@@ -197,6 +197,39 @@ def test_waits_grow_and_the_end_of_the_run_cuts_them_short(server, workdir, monk
     assert [message for message, _ in server.commits] == ["Step 1"]
 
 
+@pytest.mark.slow
+def test_waits_after_the_run_begin_again_and_the_last_failure_is_not_waited_for(server, workdir, monkeypatch):
+    waits = []
+
+    def end_run(self, seconds, *, until_closing):
+        waits.append((seconds, until_closing))
+        if until_closing and len(waits) == 3:
+            run_ends.set()
+            return threading.Condition.wait_for(self._changed, lambda: self._closing)
+        return False
+
+    run_ends = threading.Event()
+    monkeypatch.setattr(Hub, "_wait", end_run)
+    server.always[PREUPLOAD] = "reset"
+    hub = open_hub(workdir, first_wait_seconds=5.0)
+    hub.push(step=1)
+    run_ends.wait(20)
+    with pytest.raises(UserError, match="uploading the model to ann/run failed"):
+        hub.finish(step=1)
+    # Six tries, with waits between them only.
+    during, after = (
+        [(5, True), (10, True), (20, True)],
+        [(5, False), (10, False), (20, False), (40, False), (80, False)],
+    )
+    assert waits == during + after
+    server.always.clear()
+    server.always[COMMIT] = 403
+    waits.clear()
+    with pytest.raises(UserError, match="uploading the model to ann/run failed"):
+        open_hub(workdir).finish(step=1)
+    assert waits == []
+
+
 def test_the_upload_command_for_a_model_in_a_bucket(server, workdir):
     hub = open_hub(workdir, download_command="gcloud storage cp --recursive 'gs://bucket/runs/it'\"'\"'s/model' .")
     server.always[COMMIT] = 403

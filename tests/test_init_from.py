@@ -125,7 +125,7 @@ def test_a_branch_may_have_other_later_stages(corpus, parent, tmp_path):
     train_and_evaluate(settings, str(tmp_path / "straight" / "run"))
     branch = settings.replace({"checkpoint.init_from": f"{parent}@4"})
     train_and_evaluate(branch, str(tmp_path / "branch" / "run"))
-    # But for the metrics, which the parent does not log at the border.
+    # But for the metrics, which the parent does not log at the boundary.
     found = differences(str(tmp_path / "straight" / "run"), str(tmp_path / "branch" / "run"))
     assert [line.split(",")[0] for line in found] == ["metrics.jsonl"]
     long = (*branch.stages, {"name": "long", "steps": 1, "data.max_seq_length": 18})

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.kill_campaign import Trainer, await_phase, campaign, environment, phase_of, run_straight
+from benchmarks.kill_campaign import Trainer, await_phase, campaign, detect_phase, environment, run_straight
 from benchmarks.same_run import differences
 from mlm import parallel
 from mlm.reporting.curves import read_metrics
@@ -145,7 +145,7 @@ def test_a_signal_stops_a_run_that_waits_for_text(tmp_path):
         workdir, log = str(tmp_path / "run"), str(tmp_path / "log")
         process = trainer.start(workdir, log)
         try:
-            await_phase(process, lambda: phase_of(workdir, log, eval_steps=EVAL_STEPS), "steps")
+            await_phase(process, lambda: detect_phase(workdir, log, eval_steps=EVAL_STEPS), "steps")
             # The next epoch opens the file again.
             server.always["/text.jsonl"] = "hang"
             num_requests = server.count("/text.jsonl")

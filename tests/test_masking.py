@@ -299,7 +299,7 @@ def test_spans_are_whole_words_with_geometric_lengths_up_to_ten():
     np.put_along_axis(chosen, masked.masked_positions_BxK, masked.label_weights_BxK == 1, 1)
     edges = np.diff(np.pad(chosen, ((0, 0), (1, 1))).astype(int), axis=1)
     lengths = np.argwhere(edges == -1)[:, 1] - np.argwhere(edges == 1)[:, 1]
-    # Runs of neighboring spans and spans at the border of the budget change the distribution a little: the mean of
+    # Runs of neighboring spans and spans at the boundary of the budget change the distribution a little: the mean of
     # a geometric one with p = 0.2 cut off at 10 is 3.8 (Joshi et al., 2020, section 3.1).
     assert 3.0 < lengths.mean() < 4.6
     shares = np.bincount(lengths)[1:6] / len(lengths)

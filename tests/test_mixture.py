@@ -95,7 +95,7 @@ def staged(packing, *, skip_steps=(), process_index=0, process_count=1):
 @pytest.mark.parametrize("skip_steps", [(), ((4, 5), (8, 8))])
 def test_stages_resume_after_every_batch(packing, skip_steps):
     straight = take(staged(packing, skip_steps=skip_steps), 12)
-    # Skipped batches do not move the borders.
+    # Skipped batches do not move the boundaries.
     assert [np.shape(batch) for batch in straight] == 3 * [(3, 12)] + 3 * [(2, 7)] + 2 * [(2, 9)] + 4 * [(3, 12)]
     for steps in range(1, 12):
         stream = staged(packing, skip_steps=skip_steps)
@@ -116,7 +116,7 @@ def test_a_source_continues_where_it_stopped_in_rows_of_any_length():
         assert found == expected[: len(found)].tolist()
 
 
-def test_documents_that_are_padded_are_neither_lost_nor_repeated_at_a_border():
+def test_documents_that_are_padded_are_neither_lost_nor_repeated_at_a_boundary():
     documents = []
     for batch in take(staged("pad"), 12):
         documents += documents_in([batch])

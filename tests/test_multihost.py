@@ -282,7 +282,7 @@ def killed_at(function: str, step: int) -> list[str]:
 
 @pytest.mark.slow
 def test_two_processes_killed_stopped_and_resumed_end_as_an_uninterrupted_run(straight):
-    """Killed in the first two stages and at both borders, stopped in the last stage."""
+    """Killed in the first two stages and at both boundaries, stopped in the last stage."""
     directory, straight = straight
     broken = str(directory / "broken" / "run")
     # Files of the run are written once.
@@ -298,7 +298,7 @@ def test_two_processes_killed_stopped_and_resumed_end_as_an_uninterrupted_run(st
         "process_0-of-2.json",
         "process_1-of-2.json",
     ]
-    for killed, step, border in ((1, 3, 5), (0, 8, 9)):
+    for killed, step, boundary in ((1, 3, 5), (0, 8, 9)):
         programs = [["main.py"], ["main.py"]]
         programs[killed] = killed_at("add_step", step)
         with pair(directory, workdir=broken, programs=tuple(programs)) as both:
@@ -309,7 +309,7 @@ def test_two_processes_killed_stopped_and_resumed_end_as_an_uninterrupted_run(st
             assert codes[1 - killed] not in (0, EXIT_INTERRUPTED)
             last = "\n".join(both.log(1 - killed).splitlines()[-30:])
             assert re.search("heartbeat|unhealthy|JAX distributed service|failed first|Gloo", last), last
-        with pair(directory, workdir=broken, programs=(killed_at("save", border),) * 2) as both:
+        with pair(directory, workdir=broken, programs=(killed_at("save", boundary),) * 2) as both:
             assert -signal.SIGKILL in both.wait(120.0), both.log(0) + both.log(1)
     with pair(directory, workdir=broken) as both:
         both.await_line(0, "resuming after step ")

@@ -81,7 +81,7 @@ def test_layers_end_with_what_encode_returns(model_type):
 def test_means_do_not_depend_on_the_batch(model, monkeypatch):
     texts = ["the cat", "the dog sees the unbelievable bird " * 3, "cat", "bird sees dog " * 5]
     inputs = encode_texts(model.tokenizer, texts, max_length=20)
-    assert inputs.sequences.cut == 1
+    assert inputs.sequences.num_truncated == 1
     found = extract(model, inputs)
     assert found.shape == (3, 4, 16)
     for number in (0, 1):
@@ -106,7 +106,7 @@ def test_pairs_have_token_types_and_names_of_special_tokens_are_text(model):
 def test_words_have_the_state_of_their_first_token_and_those_past_the_length_none(model):
     words = ["the", "unbelievable", "cat", "sees"]
     inputs = encode_words(model.tokenizer, [words, ["dog"]], max_length=6)  # [CLS] the un ##believ ##able [SEP]
-    assert (inputs.firsts, inputs.kept.tolist(), inputs.sequences.cut) == (
+    assert (inputs.first_token_positions, inputs.keep_mask.tolist(), inputs.sequences.num_truncated) == (
         [[1, 2], [1]],
         [True, True, False, False, True],
         1,
@@ -152,7 +152,7 @@ def test_a_probe_of_texts(model):
     assert rows["mine"].scores["accuracy"] == [1.0, 1.0]
     assert rows["TF-IDF"].mean("accuracy") == 1.0
     assert rows["majority class"].mean("accuracy") < 0.6
-    assert (result.train + result.test, result.classes, result.cut) == (60, 3, 0)
+    assert (result.train + result.test, result.classes, result.num_truncated) == (60, 3, 0)
     again = probe.probe(model, easy_task(), name="mine", seeds=2)
     assert again == result
 
@@ -215,7 +215,7 @@ def test_learning_from_few_examples(model):
     result = probe.probe(model, task, name="mine", seeds=1, train_examples=12)
     assert (result.train, result.test) == (12, 24)
     for count, message in (
-        (97, "the task has 96 examples to learn from; give at most as many"),
+        (97, "the task has 96 training examples; give at most as many"),
         (5, "is too few for this task; give at least 6"),
     ):
         with pytest.raises(UserError, match=f"^--train_examples={count}: {message}$"):
@@ -297,7 +297,7 @@ def test_the_mode_prints_a_table_and_adds_to_the_results(tmp_path, model, capsys
     for seeds in (1, 2):
         mode.run(None, None, model=directory, task=task, seeds=seeds, output=output)
     table = capsys.readouterr().out.splitlines()[-6:]
-    assert table[0] == "easy: 3 classes, 48 labels to learn from, 12 held out"
+    assert table[0] == "easy: 3 classes, 48 training labels, 12 held out"
     assert table[2].split()[:4] == ["model", "100.0", "±", "0.0"]
     results = json.loads((tmp_path / "results.json").read_text())["results"]
     assert [(entry["task"], entry["model"], entry["step"]) for entry in results] == [("easy", directory, None)]

@@ -117,7 +117,7 @@ def test_rates_of_masks_are_those_of_the_step(run):
 
 
 @pytest.mark.slow
-def test_the_borders_of_the_schedule_are_stored_and_kept(run):
+def test_the_boundaries_of_the_schedule_are_stored_and_kept(run):
     settings, workdir = run
     with open(f"{workdir}/config.json", encoding="utf-8") as file:
         assert json.load(file)["history"][-1]["borders"] == {"warmup_steps": 2, "decay_start": 6}

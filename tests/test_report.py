@@ -175,9 +175,10 @@ def test_a_stored_curve_is_drawn_beside_a_run(tmp_path, monkeypatch):
         assert '"reference small"' in output.read_text()
     with pytest.raises(UserError, match=r"^--reference=large: no such file; stored curves are small$"):
         report.read_reference("large")
-    (tmp_path / "curves" / "other.jsonl").write_text('{"step": 1}\n{"step": 2}\n')
-    with pytest.raises(UserError, match=r"is not a stored curve; write one with benchmarks/save_curve\.py$"):
-        report.read_reference("other")
+    for content in ('{"step": 1}\n{"step": 2}\n', "", '{"step": 0, "history": []}\n'):
+        (tmp_path / "curves" / "other.jsonl").write_text(content)
+        with pytest.raises(UserError, match=r"is not a stored curve; write one with benchmarks/save_curve\.py$"):
+            report.read_reference("other")
 
 
 def test_user_errors(tmp_path):

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from mlm.errors import UserError
-from mlm.schedules import create_schedule, keep_passed_borders
-from mlm.settings import DECAY_SHAPES, SCHEDULES, Borders, resolve_borders
+from mlm.schedules import create_schedule, keep_passed_boundaries
+from mlm.settings import DECAY_SHAPES, SCHEDULES, Boundaries, resolve_boundaries
 from tests.tiny import optimizer_settings
 
 SHAPES = {
@@ -70,48 +70,48 @@ def test_warmup_may_last_the_complete_run():
 
 
 def test_warmup_and_decay_are_steps_fractions_or_tokens():
-    def borders(**keys):
+    def boundaries(**keys):
         settings = optimizer_settings(schedule="wsd", **keys)
-        return resolve_borders(settings, num_train_steps=1_000, tokens_per_step=2_048)
+        return resolve_boundaries(settings, num_train_steps=1_000, tokens_per_step=2_048)
 
-    assert borders(warmup_steps=60, decay_steps=100) == Borders(60, 900)
-    assert borders(warmup_steps=0.06, decay_steps=0.1) == Borders(60, 900)
-    assert borders(warmup_steps="122880 tokens", decay_steps="2.048e5 tokens") == Borders(60, 900)
-    assert borders() == Borders(0, 900)  # wsd decays over a tenth of the run by default.
+    assert boundaries(warmup_steps=60, decay_steps=100) == Boundaries(60, 900)
+    assert boundaries(warmup_steps=0.06, decay_steps=0.1) == Boundaries(60, 900)
+    assert boundaries(warmup_steps="122880 tokens", decay_steps="2.048e5 tokens") == Boundaries(60, 900)
+    assert boundaries() == Boundaries(0, 900)  # wsd decays over a tenth of the run by default.
     with pytest.raises(
         UserError, match=r"^optimizer\.decay_steps='1.8e6 tokens': with 200 warm-up steps it is longer "
     ):
-        borders(warmup_steps=200, decay_steps="1.8e6 tokens")
+        boundaries(warmup_steps=200, decay_steps="1.8e6 tokens")
     with pytest.raises(UserError, match=r"^optimizer\.warmup_steps='3e9 tokens': must be at most num_train_steps=1000"):
-        borders(warmup_steps="3e9 tokens")
+        boundaries(warmup_steps="3e9 tokens")
 
 
-def test_a_longer_run_moves_only_the_borders_ahead():
-    keep = functools.partial(keep_passed_borders, ends_as_before=False)
+def test_a_longer_run_moves_only_the_boundaries_ahead():
+    keep = functools.partial(keep_passed_boundaries, ends_as_before=False)
     keys = {"schedule": "wsd", "warmup_steps": 0.1, "decay_steps": 0.2}
     settings = optimizer_settings(**keys)
-    old = resolve_borders(settings, num_train_steps=100, tokens_per_step=1)
-    new = resolve_borders(settings, num_train_steps=200, tokens_per_step=1)
-    assert (old, new) == (Borders(10, 80), Borders(20, 160))
+    old = resolve_boundaries(settings, num_train_steps=100, tokens_per_step=1)
+    new = resolve_boundaries(settings, num_train_steps=200, tokens_per_step=1)
+    assert (old, new) == (Boundaries(10, 80), Boundaries(20, 160))
     assert keep(new, old, settings, step=5) == new
-    assert keep(new, old, settings, step=10) == Borders(10, 160)
-    assert keep(new, old, settings, step=80) == Borders(10, 160)
+    assert keep(new, old, settings, step=10) == Boundaries(10, 160)
+    assert keep(new, old, settings, step=80) == Boundaries(10, 160)
     with pytest.raises(UserError, match=r"^optimizer\.decay_steps=0\.2: the decay would begin at step 160, but it has"):
         keep(new, old, settings, step=81)
-    # A longer run may keep the border: the decay gets longer.
-    assert keep(Borders(10, 80), old, settings, step=81) == Borders(10, 80)
+    # A longer run may keep the boundary: the decay gets longer.
+    assert keep(Boundaries(10, 80), old, settings, step=81) == Boundaries(10, 80)
     explicit = optimizer_settings(schedule="constant", warmup_steps=20)
     with pytest.raises(UserError, match=r"^optimizer\.warmup_steps=20: the warm-up of 10 steps is over at step 10"):
-        keep(Borders(20, 100), Borders(10, 100), explicit, step=10)
-    assert keep(Borders(20, 100), Borders(10, 100), explicit, step=9) == Borders(20, 100)
+        keep(Boundaries(20, 100), Boundaries(10, 100), explicit, step=10)
+    assert keep(Boundaries(20, 100), Boundaries(10, 100), explicit, step=9) == Boundaries(20, 100)
 
 
 def test_a_decay_in_tokens_that_has_begun_stays_on_another_number_of_devices():
     settings = optimizer_settings(schedule="wsd", decay_steps="200 tokens")
-    old = resolve_borders(settings, num_train_steps=100, tokens_per_step=10)
-    new = resolve_borders(settings, num_train_steps=100, tokens_per_step=5)
+    old = resolve_boundaries(settings, num_train_steps=100, tokens_per_step=10)
+    new = resolve_boundaries(settings, num_train_steps=100, tokens_per_step=5)
     assert (old.decay_start, new.decay_start) == (80, 60)
-    assert keep_passed_borders(new, old, settings, step=80, ends_as_before=True) == new
-    assert keep_passed_borders(new, old, settings, step=81, ends_as_before=True) == old
+    assert keep_passed_boundaries(new, old, settings, step=80, ends_as_before=True) == new
+    assert keep_passed_boundaries(new, old, settings, step=81, ends_as_before=True) == old
     with pytest.raises(UserError, match=r"^optimizer\.decay_steps='200 tokens': the decay would begin at step 60"):
-        keep_passed_borders(new, old, settings, step=81, ends_as_before=False)
+        keep_passed_boundaries(new, old, settings, step=81, ends_as_before=False)

@@ -52,7 +52,7 @@ def test_scores_equal_a_plain_loop(model, monkeypatch):
     np.testing.assert_allclose(scores.pll, expected[:, 0], atol=1e-5)
     np.testing.assert_allclose(scores.pll_word_l2r, expected[:, 1], atol=1e-5)
     assert scores.tokens.tolist() == [8, 1, 6, 18]
-    assert scores.cut == 1
+    assert scores.num_truncated == 1
     assert scores.pll[1] == scores.pll_word_l2r[1]
     assert abs(scores.pll[2] - scores.pll_word_l2r[2]) > 1e-4
     pll, _ = scores.perplexities()

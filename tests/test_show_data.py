@@ -2,6 +2,7 @@
 
 import glob
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -191,3 +192,7 @@ def test_errors(run, tmp_path):
     other.seed = 7
     with pytest.raises(UserError, match="holds a run with another config: seed"):
         show_data.replay(settings_of(other), workdir, step=2)
+    copy = shutil.copytree(workdir, tmp_path / "run")
+    shutil.rmtree(copy / "checkpoints" / str(STEPS) / "stream")
+    with pytest.raises(UserError, match=rf"cannot read checkpoint {STEPS} \(.*\); rerun the run's command"):
+        show_data.replay(settings_of(config), str(copy), step=2)

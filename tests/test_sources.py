@@ -81,6 +81,27 @@ def test_csv_rows_that_are_larger_than_a_block_are_read(tmp_path):
     assert read(source, start_row=29) == texts[29:]
 
 
+def test_a_csv_file_is_read_again_with_the_same_retry_policy(tmp_path, monkeypatch):
+    path = write(tmp_path / "a.csv", ["a " * 200_000])
+    policies, real = [], files.open_file
+
+    def open_file(file, policy):
+        policies.append(policy)
+        return real(file, policy)
+
+    monkeypatch.setattr(files, "open_file", open_file)
+    policy = retry.RetryPolicy(deadline_seconds=7.0)
+    assert sum(map(len, files.read_column(str(path), "text", retry_policy=policy))) == 1
+    assert len(policies) > 1
+    assert set(policies) == {policy}
+
+
+def test_columns_of_a_csv_file_in_utf_16_are_named(tmp_path):
+    (tmp_path / "a.csv").write_text("id,body\n1,one\n", encoding="utf-16")
+    with pytest.raises(UserError, match=r"one of id, body$"):
+        list(files.read_column(str(tmp_path / "a.csv"), "text"))
+
+
 def test_a_file_is_a_shard_and_globs_are_sorted(tmp_path):
     for name in ("b", "a", "c"):
         write(tmp_path / f"{name}.txt", [name])

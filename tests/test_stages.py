@@ -1,5 +1,5 @@
 # ruff: noqa: E501, messages are one line.
-"""Stages of a run: borders, schedules, text, and training through them."""
+"""Stages of a run: boundaries, schedules, text, and training through them."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from benchmarks.same_run import differences
 from configs import default
 from mlm import build, startup
 from mlm import stages as stages_lib
-from mlm.build import open_mask_rate
+from mlm.build import create_mask_rate_schedule
 from mlm.data import pipeline
 from mlm.errors import UserError
 from mlm.hardware import parse_topology
@@ -26,7 +26,7 @@ from mlm.reporting.curves import read_metrics
 from mlm.reporting.reporter import Reporter
 from mlm.run.workdir import WorkDir
 from mlm.schedules import create_schedule
-from mlm.settings import Borders, RunSettings
+from mlm.settings import Boundaries, RunSettings
 from mlm.stages import Stage, batch_ramp, resolve
 from mlm.train import train_and_evaluate
 from tests import fork_server
@@ -53,7 +53,7 @@ def rates(stages: tuple[Stage, ...]) -> list[float]:
         schedule = create_schedule(
             stage.settings.optimizer,
             num_train_steps=stage.schedule_end - stage.schedule_start,
-            borders=stage.borders,
+            boundaries=stage.boundaries,
             start=stage.schedule_start,
         )
         found += [float(schedule(count)) for count in range(stage.start, stage.end)]
@@ -66,7 +66,7 @@ LONG = {"name": "long", "steps": 0.1, "data.max_seq_length": 32, "per_device_tra
 def test_a_run_without_stages_is_one_stage():
     settings = settings_with()
     assert resolve(settings, num_devices=DEVICES) == (
-        Stage("", 0, 100, settings, 0, 100, Borders(0, 100), mask_start=0, mask_end=100),
+        Stage("", 0, 100, settings, 0, 100, Boundaries(0, 100), mask_start=0, mask_end=100),
     )
 
 
@@ -81,7 +81,7 @@ def test_a_run_without_stages_is_one_stage():
         ((0.333, 0.333, 0.334), [33, 67, 100]),
     ],
 )
-def test_borders(steps, expected):
+def test_boundaries(steps, expected):
     lengths = (16, 32, 16)
     stages = [
         {"name": f"s{n}", "steps": some, "data.max_seq_length": length}
@@ -97,7 +97,7 @@ def test_a_key_keeps_its_value_in_later_stages():
     assert {stage.settings.stages for stage in stages} == {()}
 
 
-def test_an_extended_run_moves_only_borders_ahead():
+def test_an_extended_run_moves_only_boundaries_ahead():
     fractions = {"name": "a", "steps": 0.5}, {"name": "b", "steps": 0.4}, {"name": "c"}
     old = ends(resolve(settings_with(*fractions), num_devices=1))
     longer = settings_with(*fractions, num_train_steps=200)
@@ -116,7 +116,7 @@ def test_a_stage_without_steps_left_has_no_schedule():
     stages = {"name": "a", "steps": 0.9}, {"name": "b", "optimizer.schedule": "linear"}
     shorter = settings_with(*stages, num_train_steps=50)
     assert ends(found := resolve(shorter, num_devices=1, earlier=[90, 100], step=50)) == [50, 50]
-    assert found[1].borders == Borders(0, 0)
+    assert found[1].boundaries == Boundaries(0, 0)
 
 
 def test_a_passed_stage_keeps_its_end_on_another_number_of_devices():
@@ -132,10 +132,10 @@ def test_a_passed_stage_keeps_its_end_on_another_number_of_devices():
 def test_the_schedule_of_a_finished_stage_stays(monkeypatch):
     decay = {"optimizer.schedule": "wsd", "optimizer.decay_steps": "2560 tokens"}
     settings = settings_with({"name": "a", "steps": 50, **decay}, {"name": "b", "optimizer.schedule": "constant"})
-    last = [{"end": stage.end, "borders": stage.borders} for stage in resolve(settings, num_devices=4)]
+    last = [{"end": stage.end, "borders": stage.boundaries} for stage in resolve(settings, num_devices=4)]
     assert [stage["borders"].decay_start for stage in last] == [40, 50]
     monkeypatch.setattr(jax, "device_count", lambda: 2)
-    assert [stage.borders for stage in startup._resume_stages(settings, last, step=60, applied=60)] == [
+    assert [stage.boundaries for stage in startup._resume_stages(settings, last, step=60, applied=60)] == [
         stage["borders"] for stage in last
     ]
 
@@ -177,7 +177,7 @@ def test_tokens_of_a_schedule_count_in_every_stage():
         ),
         num_devices=1,
     )
-    assert [stage.borders.warmup_steps for stage in stages] == [50, 50]
+    assert [stage.boundaries.warmup_steps for stage in stages] == [50, 50]
 
 
 def test_a_mask_rate_spans_the_stages_up_to_the_next_that_sets_it():
@@ -186,7 +186,7 @@ def test_a_mask_rate_spans_the_stages_up_to_the_next_that_sets_it():
         settings_with({"name": "a", "steps": 10, **pair}, {"name": "b", "steps": 41}, {"name": "c", **pair}),
         num_devices=1,
     )
-    a, b, c = (open_mask_rate(stage) for stage in stages)
+    a, b, c = (create_mask_rate_schedule(stage) for stage in stages)
     np.testing.assert_allclose([a(0), a(25), b(25), b(50), c(51), c(99)], [0.3, 0.225, 0.225, 0.15, 0.3, 0.15])
 
 
@@ -274,7 +274,7 @@ def test_a_branch_may_change_only_stages_that_begin_later():
     first, decay = {"name": "a", "steps": 50}, {"name": "c", "masking.mlm_probability": 0.1}
     settings = settings_with(first, LONG, decay)
     old = [stage.to_json() for stage in resolve(settings, num_devices=1)]
-    assert [len(stages_lib.begun(old, step=step)) for step in (0, 1, 50, 51, 60, 61)] == [1, 1, 1, 2, 2, 3]
+    assert [len(stages_lib.started_stages(old, step=step)) for step in (0, 1, 50, 51, 60, 61)] == [1, 1, 1, 2, 2, 3]
 
     def check(*stages: dict, num_begun: int, parent: RunSettings = settings) -> None:
         stages_lib.check_branch(settings_with(*stages), parent, num_begun=num_begun)
@@ -291,7 +291,7 @@ def test_a_branch_may_change_only_stages_that_begin_later():
     for stages in ((first, LONG), (first, decay | {"data.mixture": (("other", 1, {"dataset_name": "docstrings"}),)})):
         with pytest.raises(UserError, match=r"^a later stage introduces a length, a source or its weight"):
             check(*stages, num_begun=1, parent=settings_with())
-    # The parent has no stages, or others; a border that has been passed stays.
+    # The parent has no stages, or others; a boundary that has been passed stays.
     longer = settings_with(first, {"name": "b", "steps": 100}, {"name": "c"}, num_train_steps=200)
     assert ends(resolve(longer, num_devices=1, earlier=[100], step=80)) == [80, 150, 200]
     assert ends(resolve(longer, num_devices=1, earlier=[30, 90], step=80)) == [30, 150, 200]
@@ -346,7 +346,7 @@ def test_the_steps_of_a_resumed_run_may_change(settings, tmp_path):
     first, extend, decay = settings.stages
     longer = settings.replace({"stages": (first, extend, decay | {"steps": 9}), "num_train_steps": 18})
     assert WorkDir(str(tmp_path / "run")).resume(longer) == longer
-    assert [stage.end for stage in stages_lib.recorded(longer, workdir.last_stages())] == [5, 9, 18]
+    assert [stage.end for stage in stages_lib.stages_at_last_start(longer, workdir.last_stages())] == [5, 9, 18]
     other = settings.replace({"stages": (first, extend | {"data.max_seq_length": 24}, decay)})
     with pytest.raises(UserError, match=r"holds a run with another config: stages \("):
         WorkDir(str(tmp_path / "run")).resume(other)
@@ -435,12 +435,12 @@ def test_metrics_and_files_of_a_run_in_stages(settings, straight):
     ]
 
 
-# In every stage and at every border. tests/test_multihost.py does the same with two processes.
+# In every stage and at every boundary. tests/test_multihost.py does the same with two processes.
 KILLS = [("add_step", 3), ("save", 5), ("add_step", 8), ("save", 9), ("add_step", 11)]
 
 
 @pytest.mark.slow
-def test_a_run_that_is_killed_in_every_stage_and_at_every_border_resumes_exactly(corpora, tmp_path):
+def test_a_run_that_is_killed_in_every_stage_and_at_every_boundary_resumes_exactly(corpora, tmp_path):
     config, log = tmp_path / "config.py", tmp_path / "log.txt"
     call = f"staged_config({corpora[0]!r}, {corpora[1]!r})"
     config.write_text(f"from tests.tiny import staged_config\n\n\ndef get_config():\n    return {call}\n")

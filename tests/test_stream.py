@@ -182,8 +182,8 @@ def test_windows_of_the_first_epoch_grow():
     )
     first = documents_in(take(rows, 60))
     # 3, 6, 12, 20 documents, and the rest.
-    borders = [0, 3, 9, 21, 41, 60]
-    for start, end in itertools.pairwise(borders):
+    boundaries = [0, 3, 9, 21, 41, 60]
+    for start, end in itertools.pairwise(boundaries):
         assert sorted(first[start:end]) == sorted(texts[start:end])
         assert first[start:end] != texts[start:end]
     assert rows.epoch == 0

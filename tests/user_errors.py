@@ -790,7 +790,7 @@ ELSEWHERE = {
         "{}: cannot be loaded from the hub ({}); check the name": "tests/test_tasks.py::test_wrong_tasks_are_errors_of_one_line",
     },
     "mlm/downstream/probe.py": {
-        "{}: the task has {} examples to learn from; give at most as many": "tests/test_probe.py::test_learning_from_few_examples",
+        "{}: the task has {} training examples; give at most as many": "tests/test_probe.py::test_learning_from_few_examples",
         "{}: is too few for this task; give at least {}": "tests/test_probe.py::test_learning_from_few_examples",
     },
     "mlm/modes/probe.py": {
@@ -826,8 +826,8 @@ ELSEWHERE = {
         "--reference={}: is not a stored curve; write one with benchmarks/save_curve.py": "tests/test_report.py::test_a_stored_curve_is_drawn_beside_a_run",
     },
     "mlm/schedules.py": {
-        "optimizer.warmup_steps={}: the warm-up of {} steps is over at step {}; set it to {}": "tests/test_schedules.py::test_a_longer_run_moves_only_the_borders_ahead",
-        "optimizer.decay_steps={}: the decay would begin at step {}, but it has begun at step {}, and {} steps are done; branch a new run from a checkpoint up to step {} with checkpoint.init_from": "tests/test_schedules.py::test_a_longer_run_moves_only_the_borders_ahead",
+        "optimizer.warmup_steps={}: the warm-up of {} steps is over at step {}; set it to {}": "tests/test_schedules.py::test_a_longer_run_moves_only_the_boundaries_ahead",
+        "optimizer.decay_steps={}: the decay would begin at step {}, but it has begun at step {}, and {} steps are done; branch a new run from a checkpoint up to step {} with checkpoint.init_from": "tests/test_schedules.py::test_a_longer_run_moves_only_the_boundaries_ahead",
     },
     "mlm/run/gcs.py": {
         "--workdir={}: the run was restarted or removed elsewhere, so this process ends; start one run at a time, or choose another --workdir": "tests/test_gcs.py::test_a_run_that_was_restarted_elsewhere_ends",
@@ -908,6 +908,7 @@ ELSEWHERE = {
     },
     "mlm/modes/show_data.py": {
         "--process={}: step {} had processes 0 to {}; choose one of them": "tests/test_show_data.py::test_errors",
+        "--workdir={}: cannot read checkpoint {} ({}); rerun the run's command, which moves it to damaged/": "tests/test_show_data.py::test_errors",
     },
     "mlm/memory.py": {
         "the step does not compile for {}: {}": "tests/test_memory.py::test_a_compiler_out_of_memory_is_no_error_and_other_failures_are",

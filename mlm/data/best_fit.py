@@ -1,12 +1,13 @@
 """Packs complete documents into rows by best fit (Ding et al., 2024, arXiv:2404.10830).
 
-A document that fits into a row is never cut. Longer ones are first cut into pieces that fill a row, and the rest. Then
-the pieces, the longest first, go into the fullest row in which they fit, else into a new one: best-fit decreasing. A
-piece begins with the begin token, so the model isolates it like a document; what is left of a row is padding.
+A document that fits into a row is never cut. Longer ones are first cut into segments that fill a row, and the rest.
+Then the segments, the longest first, go into the fullest row in which they fit, else into a new one: best-fit
+decreasing. A segment begins with the begin token, so the model isolates it like a document; what is left of a row is
+padding.
 
 Each chunk of documents is packed by itself. Its rows are permuted, because best fit returns rows of long documents
 first. So a position in the data is the first document of a chunk and the number of its rows that are used. If the row
-length changes in between, neighboring pieces in the unused rows are joined and packed again.
+length changes in between, neighboring segments in the unused rows are joined and packed again.
 """
 
 import dataclasses
@@ -20,13 +21,13 @@ CHUNK_BYTES = 2 << 20
 
 
 @dataclasses.dataclass(frozen=True)
-class Pieces:
+class Segments:
     """Parts of documents, sorted by row.
 
     Attributes:
         rows: int64 [P], sorted.
         documents: int64 [P], the number of the document.
-        begins, ends: int64 [P], token range in the chunk; without the begin token, which every piece gets.
+        begins, ends: int64 [P], token range in the chunk; without the begin token, which every segment gets.
         num_cut: number of documents that were cut.
     """
 
@@ -45,7 +46,7 @@ def pack(
     pad_id: int,
     seed: Sequence[int] | None,
     repacked: Sequence[tuple[int, int]] = (),
-) -> tuple[np.ndarray, Pieces]:
+) -> tuple[np.ndarray, Segments]:
     """Packs N documents.
 
     Args:
@@ -58,21 +59,21 @@ def pack(
 
     Returns:
         rows_RxL: int32.
-        pieces: what is in them.
+        segments: what is in them.
     """
     # Without their begin tokens.
     documents, begins, ends = np.arange(len(offsets) - 1), offsets[:-1] + 1, offsets[1:]
     for length, num_used in repacked:
-        pieces = _assign_rows(documents, begins, ends, max_seq_length=length, seed=seed)
-        documents, begins, ends = _join(pieces, first_row=num_used)
-    pieces = _assign_rows(documents, begins, ends, max_seq_length=max_seq_length, seed=seed)
-    return _fill_rows(tokens, pieces, max_seq_length=max_seq_length, pad_id=pad_id), pieces
+        segments = _assign_rows(documents, begins, ends, max_seq_length=length, seed=seed)
+        documents, begins, ends = _join(segments, first_row=num_used)
+    segments = _assign_rows(documents, begins, ends, max_seq_length=max_seq_length, seed=seed)
+    return _fill_rows(tokens, segments, max_seq_length=max_seq_length, pad_id=pad_id), segments
 
 
 def _assign_rows(
     documents: np.ndarray, begins: np.ndarray, ends: np.ndarray, *, max_seq_length: int, seed: Sequence[int] | None
-) -> Pieces:
-    """Cuts parts of documents that are too long for a row, and chooses a row for each piece."""
+) -> Segments:
+    """Cuts parts of documents that are too long for a row, and chooses a row for each segment."""
     room = max_seq_length - 1  # Without the begin token.
     counts = -(-(ends - begins) // room)
     ends = np.repeat(ends, counts)
@@ -92,7 +93,7 @@ def _assign_rows(
     rows = new_row[rows]
     by_row = np.argsort(rows, kind="stable")
     order = longest_first[by_row]
-    return Pieces(rows[by_row], documents[order], begins[order], ends[order], num_cut=int((counts > 1).sum()))
+    return Segments(rows[by_row], documents[order], begins[order], ends[order], num_cut=int((counts > 1).sum()))
 
 
 def _best_fit(sizes: np.ndarray, capacity: int) -> tuple[np.ndarray, int]:
@@ -116,28 +117,28 @@ def _best_fit(sizes: np.ndarray, capacity: int) -> tuple[np.ndarray, int]:
     return np.array(bins, np.int64), num_bins
 
 
-def _join(pieces: Pieces, *, first_row: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Joins neighboring pieces in the rows from `first_row` on; returns their documents, begins and ends."""
-    left = np.flatnonzero(pieces.rows >= first_row)
-    left = left[np.argsort(pieces.begins[left])]
-    documents, begins, ends = pieces.documents[left], pieces.begins[left], pieces.ends[left]
+def _join(segments: Segments, *, first_row: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Joins neighboring segments in the rows from `first_row` on; returns their documents, begins and ends."""
+    left = np.flatnonzero(segments.rows >= first_row)
+    left = left[np.argsort(segments.begins[left])]
+    documents, begins, ends = segments.documents[left], segments.begins[left], segments.ends[left]
     # Between two documents there is a begin token.
-    is_border = np.concatenate([[True], begins[1:] != ends[:-1], [True]])
-    is_first, is_last = is_border[: len(left)], is_border[1:][: len(left)]
+    is_boundary = np.concatenate([[True], begins[1:] != ends[:-1], [True]])
+    is_first, is_last = is_boundary[: len(left)], is_boundary[1:][: len(left)]
     return documents[is_first], begins[is_first], ends[is_last]
 
 
-def _fill_rows(tokens: np.ndarray, pieces: Pieces, *, max_seq_length: int, pad_id: int) -> np.ndarray:
+def _fill_rows(tokens: np.ndarray, segments: Segments, *, max_seq_length: int, pad_id: int) -> np.ndarray:
     """Returns int32 [R, L], the rows."""
-    num_rows = int(pieces.rows[-1]) + 1 if len(pieces.rows) else 0
+    num_rows = int(segments.rows[-1]) + 1 if len(segments.rows) else 0
     filled = np.full(num_rows * max_seq_length, pad_id, np.int32)
-    sizes = pieces.ends - pieces.begins + 1
+    sizes = segments.ends - segments.begins + 1
     sizes_before = np.cumsum(sizes) - sizes
-    first_of_row = np.searchsorted(pieces.rows, np.arange(num_rows))
-    starts = pieces.rows * max_seq_length + sizes_before - sizes_before[first_of_row][pieces.rows]
-    # Token t of all pieces, begin tokens included, goes to where its piece starts plus its number in the piece.
+    first_of_row = np.searchsorted(segments.rows, np.arange(num_rows))
+    starts = segments.rows * max_seq_length + sizes_before - sizes_before[first_of_row][segments.rows]
+    # Token t of all segments, begin tokens included, goes to where its segment starts plus its number in the segment.
     number = np.arange(sizes.sum()) - np.repeat(sizes_before, sizes)
-    filled[np.repeat(starts, sizes) + number] = tokens[np.repeat(pieces.begins - 1, sizes) + number]
+    filled[np.repeat(starts, sizes) + number] = tokens[np.repeat(segments.begins - 1, sizes) + number]
     if len(starts):
-        filled[starts] = tokens[0]  # The begin token; the token before a later piece of a document is another one.
+        filled[starts] = tokens[0]  # The begin token; the token before a later segment of a document is another one.
     return filled.reshape(num_rows, max_seq_length)

@@ -29,12 +29,12 @@ class PackedChunk:
     Attributes:
         data: int32, U units: [U] tokens (`CONCATENATING`) or [U, L] rows.
         offsets: int64 [N + 1], document n is units offsets[n] to offsets[n + 1].
-        pieces: where the documents are if rows have parts of several ("best_fit"); else None.
+        segments: where the documents are if rows have parts of several ("best_fit"); else None.
     """
 
     data: np.ndarray
     offsets: np.ndarray
-    pieces: best_fit.Pieces | None = None
+    segments: best_fit.Segments | None = None
 
     def spans(self, begin: int, end: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Finds the documents in the units from `begin` to `end`, in order.
@@ -42,14 +42,14 @@ class PackedChunk:
         Returns:
             documents, begins, ends: int64 [S], document documents[s] has units begins[s] to ends[s].
         """
-        if self.pieces is not None:
-            first, last = np.searchsorted(self.pieces.rows, [begin, end])
-            rows = self.pieces.rows[first:last]
-            return self.pieces.documents[first:last], rows, rows + 1
+        if self.segments is not None:
+            first, last = np.searchsorted(self.segments.rows, [begin, end])
+            rows = self.segments.rows[first:last]
+            return self.segments.documents[first:last], rows, rows + 1
         first = int(np.searchsorted(self.offsets, begin, side="right")) - 1
         last = int(np.searchsorted(self.offsets, end, side="left"))
-        borders = np.clip(self.offsets[first : last + 1], begin, end)
-        return np.arange(first, last), borders[:-1], borders[1:]
+        boundaries = np.clip(self.offsets[first : last + 1], begin, end)
+        return np.arange(first, last), boundaries[:-1], boundaries[1:]
 
 
 def units_per_row(packing: str, *, max_seq_length: int) -> int:
@@ -85,7 +85,7 @@ def pack(
         chunk = concatenate(*tokenizer.encode(texts), bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id)
         if packing in CONCATENATING:
             return chunk
-        rows, pieces = best_fit.pack(
+        rows, segments = best_fit.pack(
             chunk.data,
             chunk.offsets,
             max_seq_length=max_seq_length,
@@ -95,7 +95,7 @@ def pack(
         )
         offsets = np.full(len(texts) + 1, len(rows))
         offsets[0] = 0
-        return PackedChunk(rows, offsets, pieces)
+        return PackedChunk(rows, offsets, segments)
     if packing == "pad_lines":
         texts, offsets = _split_lines(texts)
     else:

@@ -36,12 +36,12 @@ def cut(
     offsets = np.frombuffer(offsets_buffer, np.int64)[texts.offset : texts.offset + len(texts) + 1]
     data = memoryview(data_buffer)
     num_pieces_N = np.ones(len(texts), np.int64)
-    borders: list[int] = []
+    boundaries: list[int] = []
     for number in np.flatnonzero(is_long_N).tolist():
         cuts = _cuts(data, *offsets[number : number + 2].tolist(), max_bytes=max_bytes, separators=separators)
         num_pieces_N[number] += len(cuts)
-        borders += cuts
-    offsets_P = np.sort(np.concatenate([offsets, np.array(borders, np.int64)]))
+        boundaries += cuts
+    offsets_P = np.sort(np.concatenate([offsets, np.array(boundaries, np.int64)]))
     pieces = pa.Array.from_buffers(
         pa.large_string(), len(offsets_P) - 1, [None, pa.py_buffer(offsets_P.tobytes()), data_buffer]
     )

@@ -40,7 +40,7 @@ def read_units(
     Args:
         source: the documents.
         num_units: the number of units to read.
-        units_per_row: a shard that is large enough gives a multiple of this number.
+        units_per_row: the units are divided among the shards in multiples of this, unless a shard is short.
         eval_rows: one of settings.EVAL_ROWS.
         is_used: documents -> bool [N], whether to use them.
         pack: the used documents -> their units.
@@ -49,7 +49,8 @@ def read_units(
     documents_per_read = _BEST_FIT_DOCUMENTS_PER_READ if packs_together else _DOCUMENTS_PER_READ
     shards = range(source.num_shards)
     stride = -(-len(shards) // _MAX_SHARDS)
-    # Units that short shards lack come from the next round, which reads neighboring shards, in the end from any shard.
+    # What a short shard lacks comes from the next shard of the round; what the last ones lack, from the next round,
+    # which reads neighboring shards, and in the end from any shard.
     rounds = [shards[first::stride] for first in range(stride)] if eval_rows == "spread" else []
     next_rows = dict.fromkeys(shards, 0)
     count = 0
@@ -76,8 +77,8 @@ def read_units(
                 chunk = pack(documents)
                 units = chunk.data[: targets[shard] - count]
                 numbers = np.unique(chunk.spans(0, len(units))[0])
-                is_last = len(numbers) and numbers[-1] + 1 < len(used)
-                next_rows[shard] = int(reader.locations[used[numbers[-1]] if is_last else -1, 1]) + 1
+                has_unused = len(numbers) > 0 and numbers[-1] + 1 < len(used)
+                next_rows[shard] = int(reader.locations[used[numbers[-1]] if has_unused else -1, 1]) + 1
                 count += len(units)
                 yield documents.take(pa.array(numbers)), units
                 texts = reader.take(documents_per_read) if count < targets[shard] else None

@@ -79,7 +79,8 @@ class RowStream:
         seed: seed for the shard order and the window permutations.
         max_seq_length: tokens per row.
         packing: one of settings.PACKINGS.
-        shuffle_buffer_size: documents per window; 0 or 1 for the source's own order, which ignores the next four.
+        shuffle_buffer_size: documents per window; 0 or 1 for the source's own order, which ignores
+            `first_shuffle_buffer_size`, `shuffle_piece_bytes` and `interleave_shards`.
         first_shuffle_buffer_size: documents of the first window of the first epoch; every later one has twice as many,
             up to `shuffle_buffer_size`. 0 for `shuffle_buffer_size`.
         shuffle_buffer_bytes: a window ends early with the document that reaches so many bytes.
@@ -427,8 +428,8 @@ class RowStream:
             seed=(self._seed, 2, start.epoch, start.window_index, first),
             repacked=self._repacked,
         )
-        if self._chunk.pieces is not None and first_unit == 0 and not self._repacked:
-            self._start = dataclasses.replace(start, cut_documents=start.cut_documents + self._chunk.pieces.num_cut)
+        if self._chunk.segments is not None and first_unit == 0 and not self._repacked:
+            self._start = dataclasses.replace(start, cut_documents=start.cut_documents + self._chunk.segments.num_cut)
         self._chunk_locations = window.locations[first:last]
         self._chunk_unit = first_unit
         if first_unit > len(self._chunk.data):

@@ -68,11 +68,13 @@ class SyntheticRows:
         self._tokenizer = tokenizer
         self._seed = seed, 1 + process_index
         self._num_rows = 0
+        self._pool = np.empty((0, 0), np.int32)
         self.set_shape(max_seq_length=max_seq_length, batch_rows=1)
 
     def set_shape(self, *, max_seq_length: int, batch_rows: int) -> None:
         """Continues with rows of another length, as `RowStream.set_shape` does."""
-        self._pool = draw_rows(_POOL_ROWS, length=max_seq_length, tokenizer=self._tokenizer, seed=self._seed)
+        if self._pool.shape[1] != max_seq_length:
+            self._pool = draw_rows(_POOL_ROWS, length=max_seq_length, tokenizer=self._tokenizer, seed=self._seed)
 
     def take(self, num_rows: int) -> np.ndarray:
         """Returns the next rows, int32 [num_rows, max_seq_length]."""

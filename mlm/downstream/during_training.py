@@ -130,10 +130,11 @@ class _Probe:
             inputs = encode_texts(tokenizer, examples.texts, examples.pairs, max_length=max_length)
         else:
             inputs = encode_words(tokenizer, examples.words, max_length=max_length)
-        self._labels = examples.labels[inputs.kept]
-        groups = examples.groups[inputs.kept]
+        self._labels = examples.labels[inputs.keep_mask]
+        groups = examples.groups[inputs.keep_mask]
         self._train, self._test = (np.flatnonzero(np.isin(groups, rows)) for rows in (train, test))
-        self._num_words = None if inputs.firsts is None else [len(firsts) for firsts in inputs.firsts]
+        positions = inputs.first_token_positions
+        self._num_words = None if positions is None else list(map(len, positions))
 
         sequences = inputs.sequences
         shape = len(sequences), tokens.padded_length(map(len, sequences.ids), max_length=max_length)
@@ -141,16 +142,17 @@ class _Probe:
             tokens.padded(sequences.ids, shape=shape, value=tokenizer.pad_id),
             tokens.padded(sequences.types, shape=shape, value=0),
         ]
-        if self._num_words is not None and inputs.firsts is not None:
-            arrays.append(tokens.padded(inputs.firsts, shape=(len(sequences), max(self._num_words)), value=0))
+        if self._num_words is not None and positions is not None:
+            arrays.append(tokens.padded(positions, shape=(len(sequences), max(self._num_words)), value=0))
 
         def features(params: Any, ids_BxL: jax.Array, types_BxL: jax.Array, *words_BxW: jax.Array) -> jax.Array:
             return last_features(params, ids_BxL, types_BxL, words_BxW[0] if words_BxW else None, model=model)
 
         self._features = _RowFunction(features, arrays, tokens_per_device=tokens_per_device)
         self.description = (
-            f"{len(np.unique(self._labels))} classes, {len(self._train):,} labels to learn from, "
-            f"{len(self._test):,} held out; {sequences.cut:,} of {len(sequences):,} texts cut to {max_length} tokens"
+            f"{len(np.unique(self._labels))} classes, {len(self._train):,} training labels, "
+            f"{len(self._test):,} held out; {sequences.num_truncated:,} of {len(sequences):,} texts cut to "
+            f"{max_length} tokens"
         )
 
     def __call__(self, params: Any) -> float:
@@ -190,7 +192,7 @@ class _Pairs:
 
         self._log_probs = _RowFunction(log_probs, arrays, tokens_per_device=tokens_per_device)
         self.description = (
-            f"{len(sentences) // 2:,} minimal pairs; {sequences.cut:,} sentences cut to {max_length} tokens"
+            f"{len(sentences) // 2:,} minimal pairs; {sequences.num_truncated:,} sentences cut to {max_length} tokens"
         )
 
     def __call__(self, params: Any) -> float:

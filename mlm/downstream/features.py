@@ -25,13 +25,13 @@ class Inputs:
 
     Attributes:
       sequences: their tokens.
-      firsts: for sentences, the position of the first token of each word, up to the model's length.
-      kept: bool, True for each text or word that has features. Words past the model's length have none.
+      first_token_positions: for sentences, the position of the first token of each word, up to the model's length.
+      keep_mask: bool, True for each text or word that has features. Words past the model's length have none.
     """
 
     sequences: tokens.Sequences
-    firsts: Sequence[Sequence[int]] | None
-    kept: np.ndarray
+    first_token_positions: Sequence[Sequence[int]] | None
+    keep_mask: np.ndarray
 
 
 def encode_texts(
@@ -45,11 +45,11 @@ def encode_texts(
 def encode_words(tokenizer: Tokenizer, sentences: Sequence[Sequence[str]], *, max_length: int) -> Inputs:
     """Encodes sentences of words, joined by blanks, cut to `max_length` tokens."""
     sequences = tokens.encode(tokenizer, [" ".join(words) for words in sentences], max_length=max_length)
-    firsts, kept = [], []
+    positions, keep_mask = [], []
     for words, encoding in zip(sentences, sequences.encodings, strict=True):
-        firsts.append(_first_tokens(words, encoding.offsets))
-        kept += [True] * len(firsts[-1]) + [False] * (len(words) - len(firsts[-1]))
-    return Inputs(sequences, firsts, np.array(kept))
+        positions.append(_first_tokens(words, encoding.offsets))
+        keep_mask += [True] * len(positions[-1]) + [False] * (len(words) - len(positions[-1]))
+    return Inputs(sequences, positions, np.array(keep_mask))
 
 
 def extract(loaded: LoadedModel, inputs: Inputs, *, label: str = "features") -> np.ndarray:
@@ -63,8 +63,8 @@ def extract(loaded: LoadedModel, inputs: Inputs, *, label: str = "features") -> 
       inputs: texts or words.
       label: name of the progress bar.
     """
-    states = _all_states(loaded, inputs.sequences, inputs.firsts, label=label)
-    return np.stack(states, axis=1) if inputs.firsts is None else np.concatenate(states, axis=1)
+    states = _all_states(loaded, inputs.sequences, inputs.first_token_positions, label=label)
+    return np.stack(states, axis=1) if inputs.first_token_positions is None else np.concatenate(states, axis=1)
 
 
 def _first_tokens(words: Sequence[str], offsets: Sequence[tuple[int, int]]) -> list[int]:
@@ -82,14 +82,14 @@ def _first_tokens(words: Sequence[str], offsets: Sequence[tuple[int, int]]) -> l
 
 
 def _all_states(
-    loaded: LoadedModel, sequences: tokens.Sequences, firsts: Sequence[Sequence[int]] | None, *, label: str
+    loaded: LoadedModel, sequences: tokens.Sequences, positions: Sequence[Sequence[int]] | None, *, label: str
 ) -> list[np.ndarray]:
-    """Returns for each sequence its means [S, D], or with `firsts` its states at these positions [S, words, D]."""
+    """Returns for each sequence its means [S, D], or with `positions` its states at these positions [S, words, D]."""
     model, pad_id = MaskedLM(loaded.encoder), loaded.tokenizer.pad_id
     params = parallel.copy_to_devices(loaded.params)
     found: list[Any] = [None] * len(sequences)
     lengths = [len(ids) for ids in sequences.ids]
-    max_words = max(map(len, firsts)) if firsts else 0
+    max_words = max(map(len, positions)) if positions else 0
     with tokens.progress_bar(len(sequences), label) as bar:
         for numbers, rows, length in tokens.batches(
             lengths, max_length=loaded.max_tokens, rows_multiple=jax.local_device_count()
@@ -97,13 +97,13 @@ def _all_states(
             ids_BxL = tokens.padded((sequences.ids[n] for n in numbers), shape=(rows, length), value=pad_id)
             types_BxL = tokens.padded((sequences.types[n] for n in numbers), shape=(rows, length), value=0)
             words_BxW = None
-            if firsts is not None:
+            if positions is not None:
                 shape = (rows, min(max_words, length))
-                words_BxW = tokens.padded((firsts[n] for n in numbers), shape=shape, value=0)
+                words_BxW = tokens.padded((positions[n] for n in numbers), shape=shape, value=0)
             batch = parallel.split_rows((ids_BxL, types_BxL, words_BxW))
             states = np.asarray(_states(params, *batch, model=model), np.float32)
             for row, number in enumerate(numbers):
-                found[number] = states[:, row] if firsts is None else states[:, row, : len(firsts[number])]
+                found[number] = states[:, row] if positions is None else states[:, row, : len(positions[number])]
             bar.update(len(numbers))
     return found
 

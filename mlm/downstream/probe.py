@@ -36,8 +36,9 @@ _VALIDATION_FRACTION = 0.2
 _FEW_LABELS = 500
 _REPEATS = 10
 _FOLDS = 3
-# Regularization strengths for standardized features; the middle one is used to choose the layer.
+# Regularization strengths for standardized features, and the one with which layers are compared.
 _STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0)
+_LAYER_CHOICE_STRENGTH = 1e-1
 # Strengths for TF-IDF vectors, which have norm 1 and are mostly zero.
 _SPARSE_STRENGTHS = (1.0, 10.0, 100.0)
 _RIDGE_STRENGTHS = tuple(10.0**power for power in range(-1, 6))
@@ -117,7 +118,7 @@ class ProbeResult:
       rows: the model, then the baselines.
       train, test: numbers of training labels and of held-out labels.
       classes: number of classes; 0 for regression.
-      cut: number of texts longer than the model, which were cut.
+      num_truncated: number of texts longer than the model, which were cut.
       max_length: the model's number of tokens.
     """
 
@@ -126,7 +127,7 @@ class ProbeResult:
     train: int
     test: int
     classes: int
-    cut: int
+    num_truncated: int
     max_length: int
 
 
@@ -150,11 +151,13 @@ def probe(loaded: LoadedModel, task: Task, *, name: str, seeds: int, train_examp
         inputs = encode_words(loaded.tokenizer, examples.words, max_length=max_length)
     else:
         inputs = encode_texts(loaded.tokenizer, examples.texts, examples.pairs, max_length=max_length)
-    kept = inputs.kept
-    labels, groups = examples.labels[kept], examples.groups[kept]
+    keep_mask = inputs.keep_mask
+    labels, groups = examples.labels[keep_mask], examples.groups[keep_mask]
     splits = [_split(limited, examples, groups, seed=seed, train_examples=train_examples) for seed in range(seeds)]
     is_words = examples.words is not None
-    words = np.array([word.lower() for of_text in examples.words or () for word in of_text])[kept] if is_words else None
+    words = None
+    if examples.words is not None:
+        words = np.array([word.lower() for of_text in examples.words for word in of_text])[keep_mask]
     scorer = _Scorer(labels, task.metrics, is_regression=task.is_regression, words=words)
     rows = [scorer.layers(name, [extract(loaded, inputs, label="model")] * seeds, splits)]
     untrained = (
@@ -163,7 +166,7 @@ def probe(loaded: LoadedModel, task: Task, *, name: str, seeds: int, train_examp
     )
     rows.append(scorer.layers("random weights", untrained, splits))
     rows.append(
-        scorer.sparse("words and neighbors" if is_words else "TF-IDF", _sparse_features(examples, kept), splits)
+        scorer.sparse("words and neighbors" if is_words else "TF-IDF", _sparse_features(examples, keep_mask), splits)
     )
     rows.append(scorer.constant("mean" if task.is_regression else "majority class", splits))
     return ProbeResult(
@@ -172,7 +175,7 @@ def probe(loaded: LoadedModel, task: Task, *, name: str, seeds: int, train_examp
         train=len(splits[0].train),
         test=len(splits[0].test),
         classes=len(task.classes),
-        cut=inputs.sequences.cut,
+        num_truncated=inputs.sequences.num_truncated,
         max_length=max_length,
     )
 
@@ -185,7 +188,7 @@ def ridge_accuracy(features_NxD: np.ndarray, labels: np.ndarray, *, train: np.nd
     Args:
       features_NxD: the features.
       labels: N classes.
-      train, test: the rows to learn from, and those to predict.
+      train, test: the rows to train on, and those to predict.
     """
     # In float64, because leave-one-out errors are differences of nearly equal numbers.
     scaler = StandardScaler().fit(features_NxD[train].astype(np.float64))
@@ -202,7 +205,7 @@ def _split(task: Task, examples: Examples, groups: np.ndarray, *, seed: int, tra
       examples: those of the task, then those of its test file.
       groups: int [labels], the number of each label's example.
       seed: of the split.
-      train_examples: number of examples to learn from; None for all.
+      train_examples: number of examples to train on; None for all.
     """
     if task.test is None:
         train, test = tasks.split_rows(task.train, fraction=tasks.TEST_FRACTION, seed=seed)
@@ -230,7 +233,7 @@ def _check_train_examples(count: int, task: Task, *, available: int) -> None:
     """Raises UserError unless `count` of the available examples can be fitted and choose a layer."""
     flag = f"--train_examples={count}"
     if count > available:
-        raise UserError(f"{flag}: the task has {available:,} examples to learn from; give at most as many")
+        raise UserError(f"{flag}: the task has {available:,} training examples; give at most as many")
     # Of every class one to fit and one to choose the layer; two numbers to choose it by their correlation; a handful of
     # sentences.
     least = 5 if task.train.words is not None else 10 if task.is_regression else 2 * len(task.classes)
@@ -243,7 +246,7 @@ def _random_weights(loaded: LoadedModel, seed: int) -> LoadedModel:
     return dataclasses.replace(loaded, params=jax.device_get(random_params(loaded.encoder, seed)))
 
 
-def _sparse_features(examples: Examples, kept: np.ndarray) -> Callable[[np.ndarray], Any]:
+def _sparse_features(examples: Examples, keep_mask: np.ndarray) -> Callable[[np.ndarray], Any]:
     """Returns a function of `rows`: the features of all labels, fitted to the texts of these rows only."""
     if examples.words is not None:
         dicts = [
@@ -252,7 +255,7 @@ def _sparse_features(examples: Examples, kept: np.ndarray) -> Callable[[np.ndarr
             for words in examples.words
             for i in range(len(words))
         ]
-        dicts = [entry for entry, is_kept in zip(dicts, kept, strict=True) if is_kept]
+        dicts = [entry for entry, is_kept in zip(dicts, keep_mask, strict=True) if is_kept]
         return lambda rows: DictVectorizer().fit([dicts[row] for row in rows]).transform(dicts)
 
     def of_texts(rows: np.ndarray) -> Any:
@@ -317,25 +320,28 @@ class _Scorer:
 
     def _validation_score(self, state: np.ndarray, fit: np.ndarray, valid: np.ndarray) -> float:
         scaler = StandardScaler().fit(state[fit])
-        model = self._fit(scaler.transform(state[fit]), self.labels[fit], strengths=_STRENGTHS[2:3])
+        model = self._fit(scaler.transform(state[fit]), self.labels[fit], strengths=[_LAYER_CHOICE_STRENGTH])
         return METRICS[self.metrics[0]](self.labels[valid], model.predict(scaler.transform(state[valid])))
 
     def _fit(self, features: Any, labels: np.ndarray, *, strengths: Sequence[float]) -> Any:
-        """Returns a fitted classifier or regression; several strengths are compared by cross-validation."""
-        if self.is_regression:
-            scale = 1.0 if isinstance(features, np.ndarray) else 1e-3
-            alphas = [alpha * scale for alpha in _RIDGE_STRENGTHS]
+        """Returns a fitted classifier or regression.
+
+        Cross-validation compares the strengths of a classifier, if there are several; of a regression, always those of
+        `_RIDGE_STRENGTHS`.
+        """
+        is_sparse = scipy.sparse.issparse(features)
+        if self.is_regression and is_sparse:
             folds = KFold(_FOLDS, shuffle=True, random_state=0)
-            if isinstance(features, np.ndarray):
-                return RidgeCV(alphas).fit(features, labels)
-            return RidgeCV(alphas, cv=folds).fit(features, labels)
+            return RidgeCV([1e-3 * strength for strength in _RIDGE_STRENGTHS], cv=folds).fit(features, labels)
+        if self.is_regression:
+            return RidgeCV(_RIDGE_STRENGTHS).fit(features, labels)
         # The tolerance applies to the gradient, which is small from the start with rare words and many classes.
-        model = LogisticRegression(C=strengths[0], max_iter=300, tol=1e-3 if isinstance(features, np.ndarray) else 1e-4)
+        model = LogisticRegression(C=strengths[0], max_iter=300, tol=1e-4 if is_sparse else 1e-3)
         # Fits of this size are several times slower with several threads, more so beside other programs.
         with warnings.catch_warnings(), threadpool_limits(1):
             # Classes with fewer examples than folds, and fits that have not converged fully, are usual.
             warnings.simplefilter("ignore")
-            if len(np.unique(labels)) < 2:  # The few sentences to learn from may have only one tag.
+            if len(np.unique(labels)) < 2:  # The few training sentences may have only one tag.
                 return DummyClassifier(strategy="most_frequent").fit(features, labels)
             if len(strengths) == 1:
                 return model.fit(features, labels)
@@ -360,9 +366,9 @@ class _Scorer:
 def format_result(result: ProbeResult) -> str:
     """Returns the table as lines for a terminal: mean ± standard deviation, in percent."""
     what = f"{result.classes} classes" if result.classes else "regression"
-    lines = [f"{result.task}: {what}, {result.train:,} labels to learn from, {result.test:,} held out"]
-    if result.cut:
-        lines[0] += f"; {result.cut:,} texts cut to {result.max_length} tokens"
+    lines = [f"{result.task}: {what}, {result.train:,} training labels, {result.test:,} held out"]
+    if result.num_truncated:
+        lines[0] += f"; {result.num_truncated:,} texts cut to {result.max_length} tokens"
     names = list(result.rows[0].scores)
     width = max(len(row.name) for row in result.rows)
     lines.append(f"{'':{width}}" + "".join(f"{name:>17}" for name in names) + "   layer")

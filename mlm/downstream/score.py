@@ -31,13 +31,13 @@ class Scores:
       pll: float64 [N].
       pll_word_l2r: float64 [N].
       tokens: int [N], the number of scored tokens.
-      cut: number of sentences longer than the model, which were cut.
+      num_truncated: number of sentences longer than the model, which were cut.
     """
 
     pll: np.ndarray
     pll_word_l2r: np.ndarray
     tokens: np.ndarray
-    cut: int
+    num_truncated: int
 
     def perplexities(self) -> tuple[float, float]:
         """Returns exp(-PLL / tokens) of all sentences together, with PLL and with PLL-word-l2r."""
@@ -62,7 +62,7 @@ def score(loaded: LoadedModel, texts: Sequence[str]) -> Scores:
 
     in_pll, in_word_l2r = ([getattr(row, name) for row in rows] for name in ("in_pll", "in_word_l2r"))
     counts = np.bincount(numbers, weights=in_pll, minlength=len(texts)).astype(int)
-    return Scores(sums(in_pll), sums(in_word_l2r), counts, sequences.cut)
+    return Scores(sums(in_pll), sums(in_word_l2r), counts, sequences.num_truncated)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +70,7 @@ class MaskedCopy:
     """A sentence with some tokens masked; the first of them is scored, for one of the two scores or for both."""
 
     sentence: int
-    masked: Sequence[int]
+    masked_positions: Sequence[int]
     in_pll: bool
     in_word_l2r: bool
 
@@ -125,10 +125,10 @@ def copies_as_arrays(
       tokenizer: the tokenizer.
     """
     inputs_BxL = tokens.padded((ids[copy.sentence] for copy in copies), shape=shape, value=tokenizer.pad_id)
-    positions_Bx1 = tokens.padded((copy.masked[:1] for copy in copies), shape=(shape[0], 1), value=0)
+    positions_Bx1 = tokens.padded((copy.masked_positions[:1] for copy in copies), shape=(shape[0], 1), value=0)
     labels_Bx1 = np.take_along_axis(inputs_BxL, positions_Bx1, axis=1)
     for row, copy in enumerate(copies):
-        inputs_BxL[row, list(copy.masked)] = tokenizer.mask_id
+        inputs_BxL[row, list(copy.masked_positions)] = tokenizer.mask_id
     return inputs_BxL, positions_Bx1, labels_Bx1
 
 

@@ -20,8 +20,8 @@ from mlm.data.sources.table import load_columns
 from mlm.errors import UserError, one_line
 
 _FORMATS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
-# The texts of a GLUE task in our order; WNLI is left out, as in the papers, because its development set contradicts its
-# training set. (Wang et al. 2019, "GLUE", table 1.)
+# GLUE task -> (the columns of its texts, the split to test on, its metrics); Wang et al. 2019, "GLUE", table 1. WNLI is
+# left out, as in the papers, because its development set contradicts its training set.
 GLUE: Mapping[str, tuple[tuple[str, ...], str, tuple[str, ...]]] = {
     "cola": (("sentence",), "validation", ("matthews",)),
     "sst2": (("sentence",), "validation", ("accuracy",)),
@@ -97,7 +97,7 @@ class Task:
 
     Attributes:
       name: for tables and the model card.
-      train: the examples to learn from; without `test`, also those to be held out.
+      train: the training examples; without `test`, also those to be held out.
       test: the examples of a test file; None to hold out a part of `train`.
       metrics: names of `probe.METRICS`; the first one chooses the layer.
       dataset: the id of the dataset on the hub; None for files.
@@ -242,22 +242,21 @@ def _numbers(values: list[str | None]) -> list[Any]:
     return [value or None for value in values]
 
 
-def _examples(columns: Mapping[str, list[Any]], *, flag: str, text: str = "text", text_b: str = "text_b") -> Examples:
+def _examples(columns: Mapping[str, list[Any]], *, flag: str) -> Examples:
     """Checks columns and returns their examples."""
     if {"tokens", "tags"} <= columns.keys():
         return _tagged(columns, flag=flag)
-    missing = [name for name in (text, "label") if name not in columns]
+    missing = [name for name in ("text", "label") if name not in columns]
     if missing:
         raise UserError(
             f"{flag}: has no column {missing[0]!r}, only {', '.join(sorted(columns))}; name the columns text (and "
             "text_b) and label, or tokens and tags"
         )
-    names = [name for name in (text, text_b) if name in columns]
-    for name in names:
+    for name in columns.keys() & {"text", "text_b"}:
         check_texts(columns[name], name, flag=flag)
     return Examples(
-        texts=columns[text],
-        pairs=columns.get(text_b),
+        texts=columns["text"],
+        pairs=columns.get("text_b"),
         labels=_labels(columns["label"], "label", flag=flag),
     )
 
@@ -335,12 +334,10 @@ def _metrics(examples: Examples) -> tuple[str, ...]:
 
 
 def _open_glue(name: str, flag: str) -> Task:
-    columns, split, metrics = GLUE[name]
+    columns, test_split, metrics = GLUE[name]
     config = "mnli" if name == "mnli_mismatched" else name
     load = _loader("nyu-mll/glue", config, flag)
-    train, test = (
-        _examples(_renamed(load(split), columns), flag=flag, text="text", text_b="text_b") for split in ("train", split)
-    )
+    train, test = (_examples(_renamed(load(split), columns), flag=flag) for split in ("train", test_split))
     return Task(name, train, test, metrics, dataset="nyu-mll/glue")
 
 

@@ -22,13 +22,13 @@ class Sequences:
       ids: N lists.
       types: N lists of token types: 1 for the second text of a pair.
       encodings: N encodings of `tokenizers`, which also know words and offsets.
-      cut: number of sequences that were cut to the limit.
+      num_truncated: number of sequences that were cut to the limit.
     """
 
     ids: list[list[int]]
     types: list[list[int]]
     encodings: list[tokenizers.Encoding]
-    cut: int
+    num_truncated: int
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -46,7 +46,7 @@ def encode(tokenizer: Tokenizer, texts: Sequence[str] | Sequence[tuple[str, str]
         ids=[encoding.ids for encoding in encoded],
         types=[encoding.type_ids for encoding in encoded],
         encodings=encoded,
-        cut=sum(bool(encoding.overflowing) for encoding in encoded),
+        num_truncated=sum(bool(encoding.overflowing) for encoding in encoded),
     )
 
 
@@ -69,7 +69,7 @@ def batches(
       max_length: the model's limit.
       rows_multiple: the number of rows is a multiple of this, the number of devices.
     """
-    rounded = np.array([_rounded(length, max_length) for length in lengths], int)
+    rounded = np.array([_rounded(int(length), max_length) for length in lengths], int)
     for length in np.unique(rounded)[::-1].tolist():  # The longest first: an error for lack of memory comes at once.
         rows = max(1, _BATCH_TOKENS // length // rows_multiple) * rows_multiple
         numbers = np.flatnonzero(rounded == length)
@@ -84,9 +84,9 @@ def padded_length(lengths: Iterable[int], *, max_length: int) -> int:
 
 def _rounded(length: int, max_length: int) -> int:
     """Returns the next of 16, 32, 48, 64, 96, 128, 192, ...: at most a third is padding, from 32 tokens on."""
-    size = 16
-    while size < length:
-        size = size * 3 // 2 if size & (size - 1) == 0 and size > 16 else size * 4 // 3 if size > 16 else 32
+    size = max(16, 1 << (length - 1).bit_length())  # A power of 2.
+    if size > 32 and length <= size * 3 // 4:
+        size = size * 3 // 4
     return min(size, max_length)
 
 

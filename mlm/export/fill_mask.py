@@ -40,7 +40,7 @@ def fill_mask(
         return []
     encoded = encode(tokenizer, sentences, max_seq_length=model.config.max_seq_length)
     masks = [[position for position, id in enumerate(ids) if id == tokenizer.mask_id] for ids in encoded]
-    # Each length is compiled once: multiples of 16 keep their number small.
+    # Each shape (sentences, tokens, masks) is compiled once; lengths are multiples of 16, to have few shapes.
     length = min(-(-max(map(len, encoded)) // 16) * 16, model.config.max_seq_length)
     tokens_BxL = np.full((len(encoded), length), tokenizer.pad_id, np.int32)
     positions_BxM = np.zeros((len(encoded), max(map(len, masks))), np.int32)

@@ -153,18 +153,18 @@ class Hub:
                 with self._changed:
                     if self._waiting is None and not is_permanent and tries_left > 0:
                         self._waiting, snapshot = snapshot, None
-
-                    def has_run_ended(was_closing: bool = closing) -> bool:
-                        return self._closing and not was_closing
-
-                    # The end of the run ends the wait; a newer model does not.
-                    self._changed.wait_for(has_run_ended, timeout=wait)
-                wait = min(2 * wait, 300.0)
+                    run_ended = self._waiting is not None and self._wait(wait, until_closing=not closing)
+                # The tries after the end of the run have their own waits.
+                wait = self._first_wait if run_ended else min(2 * wait, 300.0)
             else:
                 self._failure = None
                 tries_left, wait = _LAST_TRIES, self._first_wait
             if snapshot is not None:
                 snapshot.remove()
+
+    def _wait(self, seconds: float, *, until_closing: bool) -> bool:
+        """Waits, with `until_closing` until the end of the run at most; a newer model does not end the wait."""
+        return self._changed.wait_for(lambda: until_closing and self._closing, timeout=seconds)
 
     def _commit(self, snapshot: _Snapshot) -> None:
         operations = [

@@ -47,7 +47,7 @@ class Card:
       initialization: Markdown, "from scratch" or "from ...".
       base_model: the hub id of the pretrained weights; None without such.
       license, languages: the hub's abbreviations.
-      tokens_seen: number of training tokens, without padding.
+      tokens_seen: number of training tokens, padding included.
       hardware: the devices, such as "8 x TPU v3"; empty if unknown.
       recipe: rows of a table, name -> value.
     """
@@ -83,7 +83,7 @@ def build_card(
       model_type: the model family.
       step: number of steps done.
       sequences_per_step: sequences in a step, over all devices.
-      tokens_seen: number of training tokens, without padding.
+      tokens_seen: number of training tokens, padding included.
       hardware: the devices; empty if unknown.
       stages: the run's stages.
     """

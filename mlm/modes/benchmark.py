@@ -9,7 +9,8 @@ import jax
 import numpy as np
 from absl import logging
 
-from mlm import build, parallel, steps
+from mlm import build, memory, parallel
+from mlm import steps as steps_lib
 from mlm.reporting.curves import read_metrics
 from mlm.run.workdir import WorkDir
 from mlm.settings import RunSettings
@@ -53,6 +54,13 @@ def run(settings: RunSettings, workdir: None, *, steps: int) -> None:
             "save_steps": steps,
         }
     )
+    if settings.per_device_train_batch_size == 0:
+        found = memory.find_batch_size(
+            _build(settings).step_config,
+            length=settings.data.max_seq_length,
+            microbatches=settings.gradient_accumulation_steps,
+        )
+        settings = settings.replace({"per_device_train_batch_size": found})
     alone = [_step_ms(settings, num_steps=steps)]
     with tempfile.TemporaryDirectory(prefix="mlm-benchmark") as directory:
         train_and_evaluate(settings, os.path.join(directory, "run"))
@@ -70,16 +78,19 @@ def run(settings: RunSettings, workdir: None, *, steps: int) -> None:
     print(f"loop / step alone     {total / mean:10.3f}      (± {abs(alone[1] - alone[0]) / (2 * mean):.3f})")
 
 
+def _build(settings: RunSettings) -> build.Components:
+    with tempfile.TemporaryDirectory(prefix="mlm-benchmark") as directory:
+        return build.build(settings, WorkDir(directory))
+
+
 def _step_ms(settings: RunSettings, *, num_steps: int) -> float:
     """Returns the mean milliseconds per training step, run repeatedly on one on-device batch."""
-    with tempfile.TemporaryDirectory(prefix="mlm-benchmark") as directory:
-        run = build.build(settings, WorkDir(directory))
+    components = _build(settings)
     logging.info("timing the training step alone")
-    step = parallel.data_parallel(
-        functools.partial(steps.train_step, step_config=run.step_config, axis_name=parallel.AXIS), donate_argnums=(0,)
-    )
-    state = parallel.replicate(run.initial_state())
-    tokens = parallel.shard(np.asarray(next(run.stream)), shape=(settings.gradient_accumulation_steps,))
+    train_step = functools.partial(steps_lib.train_step, step_config=components.step_config, axis_name=parallel.AXIS)
+    step = parallel.data_parallel(train_step, donate_argnums=(0,))
+    state = parallel.replicate(components.initial_state())
+    tokens = parallel.shard(np.asarray(next(components.stream)), shape=(settings.gradient_accumulation_steps,))
     times = []
     for _ in range(2):  # The first half is the warm-up.
         start = time.monotonic()

@@ -17,6 +17,8 @@ import pyarrow as pa
 
 from mlm import build, memory, steps
 from mlm.data import pipeline as text_lib
+from mlm.data.packing import pack
+from mlm.data.reader import has_text
 from mlm.data.sources.source import Source
 from mlm.data.tokenizer import Tokenizer
 from mlm.downstream.during_training import read_tasks
@@ -27,7 +29,7 @@ from mlm.models.flops import flops_per_token
 from mlm.modes.show_data import decode_masked
 from mlm.reporting.progress import duration
 from mlm.run.workdir import KeyChanges, WorkDir
-from mlm.settings import SYNTHETIC, RunSettings
+from mlm.settings import SYNTHETIC, DataSettings, RunSettings
 from mlm.stages import Stage, resolve, source_weights
 
 # Time for reading text to estimate the tokens of an epoch.
@@ -171,7 +173,8 @@ def show_documents(text: text_lib.TextPipeline, *, count: int = 3) -> None:
         index = number % len(text.sources)
         document = next(documents[index], None)
         if document is not None:
-            print(f"\ndocument {number + 1} of {text.sources[index].train.name}\n  {_shortened(document)}")
+            name = f"document {number // len(text.sources) + 1} of {text.sources[index].train.name}"
+            print(f"\n{name}\n  {_shortened(document)}")
 
 
 def show_sequences(components: build.Components, machine: Machine) -> None:
@@ -262,7 +265,9 @@ def show_size(
     print(f"parameters    {parameters:,}")
     print(f"tokens        {sum(_tokens(stage, machine) for stage in stages):,} in {settings.num_train_steps:,} steps")
     for source in sources:
-        epoch, is_bound = tokens_of_epoch(source.train, components.tokenizer, seconds=_SAMPLE_SECONDS / len(sources))
+        epoch, is_bound = tokens_of_epoch(
+            source.train, components.tokenizer, settings.data, seconds=_SAMPLE_SECONDS / len(sources)
+        )
         tokens = 0.0
         for stage in stages:
             weights = source_weights(stage.settings.data)
@@ -275,7 +280,7 @@ def show_size(
         if epochs > _MANY_EPOCHS and not is_bound:
             print(f"note          more than {_MANY_EPOCHS} epochs give little gain: lower num_train_steps, or add text")
     _show_memory(state_bytes + _bytes(state.params), machine, findings)
-    _show_disk(settings, workdir, state_bytes, _bytes(state.params), findings, borders=len(stages) - 1)
+    _show_disk(settings, workdir, state_bytes, _bytes(state.params), findings, boundaries=len(stages) - 1)
     _show_time(components, machine, utilization)
     return state_bytes + _bytes(state.params)
 
@@ -332,17 +337,17 @@ def _show_memory(needed: int, machine: Machine, findings: Findings) -> None:
 
 
 def _show_disk(
-    settings: RunSettings, workdir: WorkDir, state_bytes: int, model_bytes: int, findings: Findings, *, borders: int
+    settings: RunSettings, workdir: WorkDir, state_bytes: int, model_bytes: int, findings: Findings, *, boundaries: int
 ) -> None:
     every = settings.checkpoint.keep_every_steps
     # One more checkpoint while the oldest is not yet removed, and the model twice while it is replaced.
-    kept = settings.checkpoint.keep_checkpoints + 1 + (settings.num_train_steps // every if every else 0) + borders
-    needed = kept * state_bytes + 2 * model_bytes
+    num_checkpoints = settings.checkpoint.keep_checkpoints + 1 + boundaries
+    num_checkpoints += settings.num_train_steps // every if every else 0
+    needed = num_checkpoints * state_bytes + 2 * model_bytes
     free = workdir.storage.free_bytes()
-    print(
-        f"disk          {_gigabytes(needed)} for {kept} checkpoints of {_gigabytes(state_bytes)} and the model"
-        + ("" if free is None else f"; {_gigabytes(free)} are free")
-    )
+    content = f"{num_checkpoints} checkpoints of {_gigabytes(state_bytes)} and the model"
+    available = "" if free is None else f"; {_gigabytes(free)} are free"
+    print(f"disk          {_gigabytes(needed)} for {content}{available}")
     if free is not None and needed > free:
         findings.problems.append(
             f"--workdir={workdir.display_path}: has {_gigabytes(free)} free and needs {_gigabytes(needed)}; choose "
@@ -407,7 +412,7 @@ def find_batch(settings: RunSettings, components: build.Components, machine: Mac
 
 
 def _for_tpu(settings: RunSettings, components: build.Components) -> steps.StepConfig:
-    execution = build.open_execution(settings, backend="tpu")
+    execution = build.resolve_execution(settings, backend="tpu")
     return dataclasses.replace(components.step_config, model=components.step_config.model.clone(execution=execution))
 
 
@@ -468,8 +473,14 @@ def show_compiled(
     return None
 
 
-def tokens_of_epoch(source: Source, tokenizer: Tokenizer, *, seconds: float) -> tuple[float, bool]:
-    """Estimates the tokens of an epoch, with end tokens, from random shards that are read within `seconds`.
+def tokens_of_epoch(source: Source, tokenizer: Tokenizer, data: DataSettings, *, seconds: float) -> tuple[float, bool]:
+    """Estimates the tokens of an epoch, special tokens and padding included, from random shards.
+
+    Args:
+      source: the documents.
+      tokenizer: text to ids.
+      data: how they become sequences.
+      seconds: how long shards are read.
 
     Returns:
       The number of tokens, and True if it is only a lower bound because no shard was read to its end.
@@ -479,7 +490,7 @@ def tokens_of_epoch(source: Source, tokenizer: Tokenizer, *, seconds: float) -> 
     for shard in np.random.default_rng(0).permutation(source.num_shards).tolist():
         count = 0
         for texts in _samples(source, shard):
-            count += len(tokenizer.encode(texts)[0]) + len(texts)
+            count += pack(texts, tokenizer, packing=data.packing, max_seq_length=data.max_seq_length).data.size
             if time.monotonic() > deadline:
                 # The other shards are assumed to have as many tokens.
                 return (float(np.mean(complete or [count])) * source.num_shards, not complete)
@@ -490,6 +501,7 @@ def tokens_of_epoch(source: Source, tokenizer: Tokenizer, *, seconds: float) -> 
 def _samples(source: Source, shard: int) -> Iterator[pa.LargeStringArray]:
     for column in source.read(shard):
         texts = column.drop_null()
+        texts = texts.filter(pa.array(has_text(texts)))
         for start in range(0, len(texts), _SAMPLE_DOCUMENTS):
             yield texts.slice(start, _SAMPLE_DOCUMENTS)
 

@@ -58,5 +58,5 @@ def run(
         table = {"text": columns["text"], "embedding": pa.FixedSizeListArray.from_arrays(flat, vectors_NxD.shape[1])}
         pyarrow.parquet.write_table(pa.table(table), output)
     logging.info("wrote %d vectors of %d numbers to %s", *vectors_NxD.shape, output)
-    if inputs.sequences.cut:
-        logging.info("%d texts were cut to %d tokens", inputs.sequences.cut, loaded.max_tokens)
+    if inputs.sequences.num_truncated:
+        logging.info("%d texts were cut to %d tokens", inputs.sequences.num_truncated, loaded.max_tokens)

@@ -16,7 +16,7 @@ from mlm.reporting.curves import read_metrics
 from mlm.run.gcs import is_url
 from mlm.run.workdir import WorkDir
 from mlm.settings import EXPORT_DTYPES, RunSettings
-from mlm.stages import recorded, stage_at
+from mlm.stages import stage_at, stages_at_last_start
 
 # Metrics of an evaluation.
 _EVALUATED = ("eval/", "probe/", "pairs/")
@@ -61,10 +61,11 @@ def run(
     if topology is None:
         raise UserError(f"--workdir={workdir_path}: contains no run; choose a run's work directory")
     directory = os.path.abspath(os.path.expanduser(output)) if output is not None else workdir.model
+    flag = f"--workdir={workdir_path}: model/" if output is None else f"--output={output}:"
     if os.path.exists(directory) and not os.path.isdir(directory):
-        raise UserError(f"--output={output}: is a file; name a directory")
+        raise UserError(f"{flag} is a file; name a directory")
     if os.path.isdir(directory) and os.listdir(directory) and not model_directory.is_exported(directory):
-        raise UserError(f"--output={output}: has files that are not a model's; name another directory")
+        raise UserError(f"{flag} has files that are not a model's; name another directory")
     if output is None:
         workdir.lock()  # A run in progress writes there, too.
     try:
@@ -73,7 +74,7 @@ def run(
         title = os.path.basename(workdir.path)
         if average > 1:
             title += f", mean of the checkpoints {', '.join(map(str, loaded.steps))}"
-        stages = recorded(settings, workdir.last_stages())
+        stages = stages_at_last_start(settings, workdir.last_stages())
         stage = stage_at(stages, last)
         card = build_card(
             stage.settings,

@@ -58,8 +58,8 @@ def run(
     """
     start = time.monotonic()
     opened = open_task(task, test=test)
-    is_local_run = workdir_path is not None and not is_url(workdir_path)
-    path = output or os.path.join(workdir_path if is_local_run and workdir_path else "", "results.json")
+    local_workdir = workdir_path if workdir_path is not None and not is_url(workdir_path) else None
+    path = output or os.path.join(local_workdir or "", "results.json")
     results = _read_results(path)
     loaded = load_any(settings, workdir_path, model=model, step=step, needs_head=False)
     # Imported here: scikit-learn takes a second, which an error found before need not wait for.
@@ -77,9 +77,9 @@ def run(
     _write_json(path, {"results": results})
     logging.info("%.0f s; the scores of all seeds are in %s", time.monotonic() - start, path)
     # The card has the scores with all examples.
-    if is_local_run and workdir_path and train_examples is None:
+    if local_workdir is not None and train_examples is None:
         scores = {metric: result.rows[0].mean(metric) for metric in opened.metrics}
-        _add_to_card(WorkDir(workdir_path), entry["step"], opened, scores)
+        _add_to_card(WorkDir(local_workdir), entry["step"], opened, scores)
 
 
 def _read_results(path: str) -> list[dict[str, Any]]:
@@ -103,16 +103,16 @@ def _write_json(path: str, value: Any) -> None:
 
 def _add_to_card(workdir: WorkDir, step: int | None, task: Task, scores: dict[str, float]) -> None:
     """Adds scores to the card in `model/` if that is the model of the same step."""
-    card = os.path.join(workdir.model, "README.md")
-    if not os.path.exists(card) or workdir.exported_step() != step:
-        logging.info("the model card is unchanged: model/ is the model of another step")
-        return
     try:
         workdir.lock()  # A run in progress would replace model/ with that of another step.
     except UserError:
         logging.info("the model card is unchanged: the run is in progress")
         return
     try:
+        card = os.path.join(workdir.model, "README.md")
+        if not os.path.exists(card) or workdir.exported_step() != step:
+            logging.info("the model card is unchanged: model/ is the model of another step")
+            return
         is_words = task.train.words is not None
         results = [
             huggingface_hub.EvalResult(

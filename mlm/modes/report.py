@@ -132,9 +132,10 @@ def read_reference(name: str) -> dict[str, Any]:
     if not os.path.isfile(path):
         known = sorted(file.removesuffix(".jsonl") for file in os.listdir(CURVES)) if os.path.isdir(CURVES) else []
         raise UserError(f"--reference={name}: no such file; stored curves are {', '.join(known)}")
-    content, *lines = read_metrics(path)
-    if "history" not in content or not lines:
+    stored = read_metrics(path)
+    if len(stored) < 2 or "history" not in stored[0]:
         raise UserError(f"--reference={name}: is not a stored curve; write one with benchmarks/save_curve.py")
+    content, *lines = stored
     title = os.path.basename(path).removesuffix(".jsonl")
     return _describe(f"reference {title}", path, content["config"], content["history"], lines)
 
@@ -206,29 +207,29 @@ def _figures(
     def values(metric: str) -> list[float]:
         return [line[metric] for line in lines if _is_number(line.get(metric))]
 
-    def last(metric: str, form: str, scale: float = 1.0) -> str:
-        return format(values(metric)[-1] * scale, form) if values(metric) else "-"
+    def last(metric: str, form: str) -> str:
+        return form.format(values(metric)[-1]).replace("%", " %") if values(metric) else "-"
 
-    def median(metric: str, form: str, scale: float = 1.0) -> str:
-        return format(statistics.median(values(metric)) * scale, form) if values(metric) else "-"
+    def median(metric: str, form: str) -> str:
+        return form.format(statistics.median(values(metric))).replace("%", " %") if values(metric) else "-"
 
     step = lines[-1]["step"]
     now = _axes(lines, [step])
     evaluations = [(line["eval/loss"], line["step"]) for line in lines if _is_number(line.get("eval/loss"))]
     return [
         ("Steps", f"{step:,} of {config['num_train_steps']:,}"),
-        ("Eval loss", last("eval/loss", ".3f")),
+        ("Eval loss", last("eval/loss", "{:.3f}")),
         ("Best eval loss", "{:.3f} at step {:,}".format(*min(evaluations)) if evaluations else "-"),
-        ("Eval perplexity", last("eval/perplexity", ".1f")),
-        ("Eval accuracy", last("eval/accuracy", ".1f", 100) + " %"),
-        ("Unigram loss", last("eval/unigram_loss", ".3f")),
-        ("Train loss", last("train/loss", ".3f")),
+        ("Eval perplexity", last("eval/perplexity", "{:.1f}")),
+        ("Eval accuracy", last("eval/accuracy", "{:.1%}")),
+        ("Unigram loss", last("eval/unigram_loss", "{:.3f}")),
+        ("Train loss", last("train/loss", "{:.3f}")),
         ("Tokens seen", f"{now['tokens'][0]:,.0f}"),
         ("Hours", f"{now['hours'][0]:.2f}"),
-        ("Tokens per second, median", median("perf/tokens_per_second", ",.0f")),
-        ("Input wait, median", median("perf/input_wait_fraction", ".1f", 100) + " %"),
-        ("Utilization, median", median("perf/mfu", ".1f", 100) + " %"),
-        ("Skipped steps", last("train/skipped_steps", ",.0f")),
+        ("Tokens per second, median", median("perf/tokens_per_second", "{:,.0f}")),
+        ("Input wait, median", median("perf/input_wait_fraction", "{:.1%}")),
+        ("Utilization, median", median("perf/mfu", "{:.1%}")),
+        ("Skipped steps", last("train/skipped_steps", "{:,.0f}")),
         ("Restarts", str(len(history) - 1)),
         ("Evaluation sequences, checksum", history[-1].get("eval_checksum", "-")),
     ]

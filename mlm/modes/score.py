@@ -59,8 +59,8 @@ def run(
         pll, word_l2r = scores.perplexities()
         print(f"{count:,} texts, {scores.tokens.sum():,} tokens")
         print(f"pseudo-perplexity {pll:.3f} (PLL), {word_l2r:.3f} (PLL-word-l2r)")
-    if scores.cut:
-        print(f"{scores.cut:,} texts were cut to {loaded.max_tokens} tokens")
+    if scores.num_truncated:
+        print(f"{scores.num_truncated:,} texts were cut to {loaded.max_tokens} tokens")
     if output is not None:
         with open(output, "w", encoding="utf-8") as file:
             for row in range(count):
@@ -75,7 +75,7 @@ def run(
 
 
 def _part(scores: Scores, rows: slice) -> Scores:
-    return Scores(scores.pll[rows], scores.pll_word_l2r[rows], scores.tokens[rows], scores.cut)
+    return Scores(scores.pll[rows], scores.pll_word_l2r[rows], scores.tokens[rows], scores.num_truncated)
 
 
 def one_file(arguments: Sequence[str], *, mode: str) -> str:

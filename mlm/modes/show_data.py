@@ -7,6 +7,8 @@ the run if the data has not changed.
 
 import dataclasses
 import functools
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -20,7 +22,7 @@ from mlm.errors import UserError
 from mlm.masking import MaskedBatch, mask_tokens
 from mlm.run.workdir import KeyChanges, WorkDir
 from mlm.settings import RunSettings
-from mlm.stages import recorded, stage_at
+from mlm.stages import stage_at, stages_at_last_start
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +98,7 @@ def replay(
 ) -> StepData:
     """Recomputes the batch of a process in a step; arguments and errors as in `run`."""
     # Imported here: it imports Orbax, which takes half a second, and --mode=check uses decode_masked alone.
-    from mlm.run.checkpoint import Checkpointer
+    from mlm.run.checkpoint import Checkpointer, CorruptCheckpointError
 
     workdir = WorkDir(workdir_path, key_changes=key_changes)
     last_topology = workdir.last_topology()
@@ -105,7 +107,7 @@ def replay(
     if step < 1:
         raise UserError(f"--step={step}: must be at least 1, the first step")
     settings = workdir.resume(settings)
-    stages = recorded(settings, workdir.last_stages())
+    stages = stages_at_last_start(settings, workdir.last_stages())
     first, later = stages[0].settings.data, [stage.settings.data for stage in stages[1:]]
     sources = text_lib.open_sources(first, *later)
     tokenizer = text_lib.open_tokenizer(
@@ -118,10 +120,21 @@ def replay(
     states = None
     with Checkpointer(workdir.storage, keep_checkpoints=settings.checkpoint.keep_checkpoints) as checkpointer:
         saved = checkpointer.steps()
+        before = [other for other in saved if other < step]
+
+        def stream_states(checkpoint: int) -> list[Mapping[str, Any]]:
+            try:
+                return [upgrade_state(state) for state in checkpointer.streams(checkpoint)]
+            except CorruptCheckpointError as error:
+                raise UserError(
+                    f"--workdir={workdir.display_path}: cannot read checkpoint {checkpoint} ({error}); rerun the run's "
+                    "command, which moves it to damaged/"
+                ) from None
+
         if saved:
-            history = upgrade_state(checkpointer.streams(saved[-1])[0])["topology_history"]
-        if before := [other for other in saved if other < step]:
-            states = [upgrade_state(state) for state in checkpointer.streams(before[-1])]
+            history = stream_states(saved[-1])[0]["topology_history"]
+        if before:
+            states = stream_states(before[-1])
 
     batch_number = batch_of_step(step, settings.data.skip_steps)
     batches_done = states[0]["batches"] if states else 0
@@ -158,8 +171,8 @@ def replay(
     stage = stage_at(stages, step)
     first_row = process_index * batch_rows
     key = jax.random.fold_in(steps.random_key(settings.seed, steps.TRAIN_MASKS), step - 1)
-    mask = jax.jit(functools.partial(mask_tokens, spec=build.open_masking(stage.settings, tokenizer)))
-    rate = build.open_mask_rate(stage)
+    mask = jax.jit(functools.partial(mask_tokens, spec=build.create_masking_spec(stage.settings, tokenizer)))
+    rate = build.create_mask_rate_schedule(stage)
     masked = mask(
         tokens_BxL,
         rows_B=first_row + np.arange(batch_rows, dtype=np.int32),

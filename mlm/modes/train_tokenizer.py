@@ -30,7 +30,7 @@ def run(settings: RunSettings, workdir: None, *, output: str) -> None:
     except OSError as error:
         raise UserError(f"--output={output}: cannot be created ({error.strerror}); name another directory") from None
     stages = settings_of_stages(settings)
-    copied, _ = build.load_model(settings)
+    copied, _ = build.load_pretrained(settings)
     tokenizer = pipeline.train_tokenizer(
         settings.tokenizer,
         pipeline.open_sources(*(stage.data for stage in stages)),

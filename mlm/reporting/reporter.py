@@ -107,7 +107,11 @@ class Reporter:
         self._stage = stage
         if (peak := peak_flops()) is not None:
             self.accumulator.peak_tokens_per_second = peak * jax.device_count() / flops_per_token
-        with self.timed("compilation") if self._clock is not None else contextlib.nullcontext():
+        if self._clock is None:
+            self._show(activity="compiling the step")
+            yield
+            return
+        with self.timed("compilation"):
             yield
 
     def add_step(self, step: int, metrics: TrainMetrics, batch: Batch, *, wait_seconds: float) -> None:
@@ -131,8 +135,6 @@ class Reporter:
     @contextlib.contextmanager
     def transfer(self) -> Iterator[None]:
         """Times a block that sends a batch to the devices."""
-        if self._clock is None:
-            self._show(activity="compiling the step")
         start = time.monotonic()
         yield
         if self._clock is not None:
@@ -151,7 +153,7 @@ class Reporter:
         metrics = parallel.first_replica(metrics)
         self.accumulator.add_part("device", time.monotonic() - start)
         self.accumulator.add_step(metrics, batch)
-        self.accumulator.add_seconds(self._lap())
+        self.accumulator.add_seconds(self._update_clock())
         if metrics.skipped:
             self._report_skipped(metrics)
         self._show()
@@ -181,7 +183,7 @@ class Reporter:
         if "peak_bytes_in_use" in memory:
             scalars["perf/device_memory_bytes"] = memory["peak_bytes_in_use"]
         self.writer.write_scalars(step, scalars)
-        logging.info("%s", step_line(step, self._num_train_steps, scalars, **self._outlook(scalars)))
+        logging.info("%s", step_line(step, self._num_train_steps, scalars, **self._eval_loss_and_time_left(scalars)))
         skipped = int(scalars["data/skipped_documents"])
         # Every epoch skips the same ones again.
         if skipped > 2 * self._logged_skipped_documents:
@@ -193,11 +195,11 @@ class Reporter:
     @contextlib.contextmanager
     def timed(self, name: str) -> Iterator[None]:
         """Keeps the time of a block out of the steps' time, and logs it as perf/<name>_ms."""
-        self.accumulator.add_seconds(self._lap())
+        self.accumulator.add_seconds(self._update_clock())
         self._show(activity=name)
         with self._progress.timed(name, wait_jax_async_dispatch=False):
             yield
-        self.accumulator.add_pause(name, self._lap())
+        self.accumulator.add_pause(name, self._update_clock())
         self._show()
 
     def log_evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -225,7 +227,7 @@ class Reporter:
         self._live.__exit__(*exc)
         self.writer.close()
 
-    def _outlook(self, scalars: Mapping[str, float]) -> dict[str, Any]:
+    def _eval_loss_and_time_left(self, scalars: Mapping[str, float]) -> dict[str, Any]:
         seconds_left = (self._num_train_steps - self._step) * scalars["perf/step_ms"] / 1e3
         return {"eval_loss": self.accumulator.eval_loss, "seconds_left": seconds_left}
 
@@ -239,10 +241,10 @@ class Reporter:
         if self.accumulator.has_scalars and (is_long or not scalars):
             scalars = self.accumulator.scalars()
         if scalars:
-            text = live_text(scalars, **self._outlook(scalars))
+            text = live_text(scalars, **self._eval_loss_and_time_left(scalars))
         self._live.show(self._step, text, activity=activity)
 
-    def _lap(self) -> float:
+    def _update_clock(self) -> float:
         """Returns the seconds since the last call; 0 before the first step."""
         if self._clock is None:
             return 0.0

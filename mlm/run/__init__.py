@@ -1,1 +1,1 @@
-"""What a run needs besides the model: work directory, checkpoints, Google Cloud Storage, signals, several hosts."""
+"""Parts of a run besides the model: work directory, checkpoints, Google Cloud Storage, signals, several hosts."""

@@ -343,8 +343,9 @@ class Checkpointer:
         return sorted(self._manager.all_steps())
 
     def streams(self, step: int) -> list[dict[str, Any]]:
-        """Reads only the stream states of checkpoint `step`, by process."""
-        return self._manager.restore(step, args=ocp.args.Composite(stream=ProcessJsonRestore())).stream
+        """Reads only the stream states of checkpoint `step`, by process. Raises errors as `restore` does."""
+        with self._reading(step):
+            return self._manager.restore(step, args=ocp.args.Composite(stream=ProcessJsonRestore())).stream
 
     @contextlib.contextmanager
     def _reading(self, step: int) -> Iterator[None]:

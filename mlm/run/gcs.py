@@ -397,10 +397,13 @@ def _make_mirror_home() -> tuple[str, IO[str]]:
         _lock(one_at_a_time, fcntl.LOCK_EX)
         for name in os.listdir(homes):
             home = os.path.join(homes, name)
-            if os.path.isdir(home):
-                with open(os.path.join(home, ".lock"), "w") as stale:
-                    if _lock(stale, fcntl.LOCK_EX | fcntl.LOCK_NB):
-                        shutil.rmtree(home, ignore_errors=True)
+            # Meanwhile a process that ends may remove its own.
+            with (
+                contextlib.suppress(FileNotFoundError, NotADirectoryError),
+                open(os.path.join(home, ".lock"), "w") as stale,
+            ):
+                if _lock(stale, fcntl.LOCK_EX | fcntl.LOCK_NB):
+                    shutil.rmtree(home, ignore_errors=True)
         home = tempfile.mkdtemp(dir=homes)
         lock = open(os.path.join(home, ".lock"), "w")  # noqa: SIM115
         _lock(lock, fcntl.LOCK_EX)

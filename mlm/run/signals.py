@@ -120,7 +120,7 @@ class Interrupt:
 
     @property
     def reason(self) -> str | None:
-        """What requests a stop: the name of a signal or "max_hours=12.0"; None if nothing does."""
+        """The cause of a requested stop: the name of a signal or "max_hours=12.0"; None if nothing does."""
         if self.requested is None and self.time_limit is not None and self.time_limit.is_near():
             return f"max_hours={self.time_limit.hours}"
         return self.requested

@@ -83,7 +83,7 @@ class LocalStorage:
         free = shutil.disk_usage(self.checkpoints).free
         if free < num_bytes:
             raise OSError(f"{self.checkpoints} has {free / 1e6:,.0f} MB free and needs {num_bytes / 1e6:,.0f}")
-        tempfile.TemporaryFile(dir=self.checkpoints).close()
+        try_to_write(self.checkpoints)
 
     def free_bytes(self) -> int | None:
         """Returns the free space; None where it is unlimited."""

@@ -17,7 +17,7 @@ from absl import logging
 
 from mlm.errors import UserError
 from mlm.run.storage import free_name, open_storage
-from mlm.settings import Borders, RunSettings, as_tuples
+from mlm.settings import Boundaries, RunSettings, as_tuples
 from mlm.stages import Stage, may_change
 
 # Version of the layout of config.json. Raise it when code of an earlier version would misread the file.
@@ -96,7 +96,7 @@ class WorkDir:
           UserError: the settings differ from the run's in a key that must not change during a run.
         """
         if not os.path.exists(self.config):
-            # What a run would replace, although it is not that of a run.
+            # Files that a new run would overwrite, without a config.json that says whose they are.
             found = ["checkpoints"] if self.storage.has_checkpoints() else []
             found += [name for name in ("model", "metrics.jsonl") if os.path.exists(os.path.join(self.path, name))]
             if found:
@@ -158,14 +158,14 @@ class WorkDir:
         return last["processes"], last["rows_per_process"]
 
     def last_stages(self) -> list[dict[str, Any]]:
-        """Returns the stages at the last start, each with `end` and `borders`; one for a run without stages.
+        """Returns the stages at the last start, each with `end` and `boundaries`; one for a run without stages.
 
         Empty if there is no run, or it was started by an earlier version.
         """
         if not os.path.exists(self.config) or "borders" not in (last := self._read()["history"][-1]):
             return []
         stages = last.get("stages") or [{"end": self.read_config()["num_train_steps"], "borders": last["borders"]}]
-        return [stage | {"borders": Borders(**stage["borders"])} for stage in stages]
+        return [stage | {"borders": Boundaries(**stage["borders"])} for stage in stages]
 
     def read_parent(self) -> dict[str, Any] | None:
         """Returns the checkpoint that the run started from, as `create` wrote it; None if there is none, or no run."""
@@ -242,7 +242,7 @@ class WorkDir:
                 "processes": processes,
                 "rows_per_process": rows_per_process,
                 "changed": changed,
-                **({"borders": dataclasses.asdict(stages[0].borders)} if stages else {}),
+                **({"borders": dataclasses.asdict(stages[0].boundaries)} if stages else {}),
                 **({"stages": [stage.to_json() for stage in stages]} if len(stages) > 1 else {}),
                 **({"eval_checksum": eval_checksum} if eval_checksum else {}),
             }

@@ -106,7 +106,7 @@ def read_docstrings(path: str) -> list[str]:
         # Other people's code has invalid escapes in strings. `catch_warnings` would not be thread-safe.
         warnings.filterwarnings("ignore", module=_PARSER_FILENAME)
         with _garbage_collection_disabled():
-            return _docstrings_of(ast.parse(code, filename=_PARSER_FILENAME))
+            return _find_docstrings(ast.parse(code, filename=_PARSER_FILENAME))
     except (OSError, SyntaxError, ValueError, RecursionError, MemoryError):
         return []
 
@@ -123,7 +123,7 @@ def _garbage_collection_disabled() -> Iterator[None]:
             gc.enable()
 
 
-def _docstrings_of(module: ast.Module) -> list[str]:
+def _find_docstrings(module: ast.Module) -> list[str]:
     docstrings = []
     nodes: list[ast.AST] = [module]
     while nodes:

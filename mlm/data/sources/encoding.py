@@ -77,17 +77,17 @@ def find_encoding(head: bytes) -> tuple[str, bytes]:
         return "utf-8", b""
     # Characters of most scripts, or at least spaces and line ends, have zeros at fixed positions of each 2 or 4 bytes.
     is_nul = np.frombuffer(head[: len(head) // 4 * 4], np.uint8).reshape(-1, 4) == 0
-    for encoding, places in (
+    for encoding, nul_positions in (
         ("utf-32-le", (2, 3)),
         ("utf-32-be", (0, 1)),
         ("utf-16-le", (1, 3)),
         ("utf-16-be", (0, 2)),
     ):
-        others = [place for place in range(4) if place not in places]
+        others = [position for position in range(4) if position not in nul_positions]
         if encoding.startswith("utf-32"):
-            is_match = is_nul[:, places].mean() > 0.99
+            is_match = is_nul[:, nul_positions].mean() > 0.99
         else:
-            is_match = is_nul[:, places].mean() > 20 * is_nul[:, others].mean()
+            is_match = is_nul[:, nul_positions].mean() > 20 * is_nul[:, others].mean()
         if is_match:
             return encoding, b""
     raise ValueError(f"{nul_fraction:.0%} of its bytes are NUL; convert it to UTF-8")

@@ -18,7 +18,7 @@ from mlm.data.sources.files import is_json_list, split_compression
 
 # Smaller parts would take much longer to open than to read.
 _MIN_PART_BYTES = 4 << 10
-# A file with a longer line at a border is not divided there.
+# A file with a longer line at a boundary is not divided there.
 _MAX_LINE_BYTES = 16 << 20
 
 
@@ -52,38 +52,40 @@ def divide(files: Sequence[str], *, kind: str, min_shards: int) -> list[tuple[st
     part_bytes = max(_MIN_PART_BYTES, sum(sizes.values()) / max(1, min_shards))
     shards: list[tuple[str, FilePart | None]] = []
     for file in files:
-        count, borders = round(sizes.get(file, 0) / part_bytes), []
+        count, boundaries = round(sizes.get(file, 0) / part_bytes), []
         if len(files) < min_shards and count > 1:
             # What is wrong with a file is reported when it is read.
             with contextlib.suppress(OSError, ValueError, pa.ArrowException):
-                borders = _row_group_borders(file, count) if kind == "parquet" else _line_borders(file, kind, count)
-        if len(borders) <= 2:
+                boundaries = (
+                    _row_group_boundaries(file, count) if kind == "parquet" else _line_boundaries(file, kind, count)
+                )
+        if len(boundaries) <= 2:
             shards.append((file, None))
             continue
-        for number in range(1, len(borders)):
-            shards.append((file, FilePart(number, len(borders) - 1, borders[number - 1], borders[number])))
+        for number in range(1, len(boundaries)):
+            shards.append((file, FilePart(number, len(boundaries) - 1, boundaries[number - 1], boundaries[number])))
     return shards
 
 
-def _row_group_borders(file: str, count: int) -> list[int]:
+def _row_group_boundaries(file: str, count: int) -> list[int]:
     with pq.ParquetFile(file) as opened:
         groups = opened.num_row_groups
     return sorted({round(number * groups / count) for number in range(count + 1)})
 
 
-def _line_borders(file: str, kind: str, count: int) -> list[int]:
+def _line_boundaries(file: str, kind: str, count: int) -> list[int]:
     """Returns the byte offsets of the lines at which parts begin, and the size of the file."""
     with open(file, "rb") as stream:
         size, head = os.fstat(stream.fileno()).st_size, stream.read(HEAD_BYTES)
         if find_encoding(head) != ("utf-8", b"") or (kind == "json" and is_json_list(head)):
             return []
-        borders = [0]
+        boundaries = [0]
         for number in range(1, count):
             # From the byte before, which is the end of a line if the next one begins here.
             start = number * size // count - 1
-            if start < borders[-1]:
+            if start < boundaries[-1]:
                 continue
             stream.seek(start)
             if stream.readline(_MAX_LINE_BYTES).endswith(b"\n"):
-                borders.append(stream.tell())
-    return sorted({*borders, size})
+                boundaries.append(stream.tell())
+    return sorted({*boundaries, size})

@@ -7,6 +7,7 @@ file; and make a Python string of every line.
 
 import contextlib
 import csv
+import functools
 import importlib.util
 import io
 import json
@@ -15,7 +16,7 @@ import lzma
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import aiohttp
@@ -35,6 +36,7 @@ from mlm.errors import UserError
 if TYPE_CHECKING:
     from mlm.data.sources.file_parts import FilePart
 
+DEFAULT_RETRY_POLICY = retry.RetryPolicy()
 # File extension -> format.
 FORMATS = {
     ".txt": "text",
@@ -91,7 +93,7 @@ def read_column(
     *,
     part: "FilePart | None" = None,
     start_row: int = 0,
-    retry_policy: retry.RetryPolicy | None = None,
+    retry_policy: retry.RetryPolicy = DEFAULT_RETRY_POLICY,
 ) -> Iterator[pa.Array]:
     """Reads a column from a row on, with values of any type: strings need not be valid UTF-8.
 
@@ -114,7 +116,9 @@ def read_column(
     if kind == "parquet":
         yield from _read_parquet(file, column, part, start_row, retry_policy)
         return
-    read = {"text": _read_text, "json": _read_json, "csv": _read_csv}[kind]
+    read_csv = functools.partial(_read_csv, retry_policy=retry_policy)
+    readers: dict[str, Callable[..., Iterator[pa.Array]]] = {"text": _read_text, "json": _read_json, "csv": read_csv}
+    read = readers[kind]
     _open_files.append(None)
     try:
         with open_file(file, retry_policy) as opened:
@@ -163,17 +167,17 @@ def _http_address(file: str) -> tuple[str, dict[str, str]] | None:
 
 
 @contextlib.contextmanager
-def open_file(file: str, retry_policy: retry.RetryPolicy | None = None) -> Iterator[io.IOBase | pa.NativeFile]:
+def open_file(file: str, retry_policy: retry.RetryPolicy = DEFAULT_RETRY_POLICY) -> Iterator[io.IOBase | pa.NativeFile]:
     """Opens a local file or a URL, decompressed."""
     codec = COMPRESSIONS.get(split_compression(file)[1])
     raw: Any
     with contextlib.ExitStack() as stack:
         if address := _http_address(file):
             url, headers = address
-            connection = http.HttpStreamFile(url, headers=headers, retry_policy=retry_policy or retry.RetryPolicy())
+            connection = http.HttpStreamFile(url, headers=headers, retry_policy=retry_policy)
             raw = stack.enter_context(io.BufferedReader(connection, _HTTP_BUFFER_BYTES))
         elif "://" in file:
-            raw = stack.enter_context(_open_with_fsspec(file, retry_policy or retry.RetryPolicy()))
+            raw = stack.enter_context(_open_with_fsspec(file, retry_policy))
         elif codec == "xz":
             raw = stack.enter_context(open(file, "rb"))
         else:
@@ -367,7 +371,14 @@ def _strings(rows: list, column: str) -> pa.Array:
     return pa.array(data, pa.large_binary())
 
 
-def _read_csv(stream: Utf8Stream, file: str, column: str, *, block_bytes: int = _CSV_BLOCK_BYTES) -> Iterator[pa.Array]:
+def _read_csv(
+    stream: Utf8Stream,
+    file: str,
+    column: str,
+    *,
+    retry_policy: retry.RetryPolicy,
+    block_bytes: int = _CSV_BLOCK_BYTES,
+) -> Iterator[pa.Array]:
     # Every value is text: no conversion of numbers or of "NA", and bytes that are not UTF-8 are kept.
     convert = pa_csv.ConvertOptions(
         include_columns=[column],
@@ -381,16 +392,23 @@ def _read_csv(stream: Utf8Stream, file: str, column: str, *, block_bytes: int = 
     parse = pa_csv.ParseOptions(newlines_in_values=True)
 
     def in_larger_blocks(num_rows: int) -> Iterator[pa.Array]:
-        with open_file(file) as again:
-            larger_bytes = min(8 * block_bytes, _CSV_MAX_BLOCK_BYTES)
-            arrays = _read_csv(Utf8Stream(again, count_quotes=True), file, column, block_bytes=larger_bytes)
-            yield from skip_rows(arrays, num_rows)
+        with open_file(file, retry_policy) as again:
+            yield from skip_rows(
+                _read_csv(
+                    Utf8Stream(again, count_quotes=True),
+                    file,
+                    column,
+                    retry_policy=retry_policy,
+                    block_bytes=min(8 * block_bytes, _CSV_MAX_BLOCK_BYTES),
+                ),
+                num_rows,
+            )
 
     try:
         reader = pa_csv.open_csv(stream, read_options=read, parse_options=parse, convert_options=convert)
     except KeyError:
-        with open_file(file) as again:
-            names = pa_csv.open_csv(again, read_options=read, parse_options=parse).schema.names
+        with open_file(file, retry_policy) as again:
+            names = pa_csv.open_csv(Utf8Stream(again), read_options=read, parse_options=parse).schema.names
         raise missing_column_error(file, column, names) from None
     except pa.ArrowInvalid as error:
         if "Empty CSV file" in str(error):
@@ -398,7 +416,7 @@ def _read_csv(stream: Utf8Stream, file: str, column: str, *, block_bytes: int = 
         if block_bytes < _CSV_MAX_BLOCK_BYTES:
             yield from in_larger_blocks(0)
             return
-        _check_quotes(file)
+        _check_quotes(file, retry_policy)
         raise
     # The last rows are held back: a quote that is never closed makes one row of the rest of the file.
     previous = None
@@ -413,19 +431,19 @@ def _read_csv(stream: Utf8Stream, file: str, column: str, *, block_bytes: int = 
         if block_bytes < _CSV_MAX_BLOCK_BYTES:
             yield from in_larger_blocks(num_rows)
             return
-        _check_quotes(file)
+        _check_quotes(file, retry_policy)
         raise
     if stream.num_quotes % 2:
-        _check_quotes(file)
+        _check_quotes(file, retry_policy)
     if previous is not None:
         yield previous
 
 
-def _check_quotes(file: str) -> None:
+def _check_quotes(file: str, retry_policy: retry.RetryPolicy) -> None:
     """Raises ValueError if a quoted field does not end. A quote within a field that is not quoted is a character."""
     csv.field_size_limit(sys.maxsize)
     row = 0
-    with open_file(file) as stream:
+    with open_file(file, retry_policy) as stream:
         raw: Any = Utf8Stream(stream)
         lines = io.TextIOWrapper(raw, "utf-8", "replace", newline="")
         try:
@@ -437,16 +455,16 @@ def _check_quotes(file: str) -> None:
 
 
 def _read_parquet(
-    file: str, column: str, part: "FilePart | None", start_row: int, retry_policy: retry.RetryPolicy | None
+    file: str, column: str, part: "FilePart | None", start_row: int, retry_policy: retry.RetryPolicy
 ) -> Iterator[pa.Array]:
     raw: Any
     with contextlib.ExitStack() as stack:
         if address := _http_address(file):
             url, headers = address
-            connection = http.HttpRangeFile(url, headers=headers, retry_policy=retry_policy or retry.RetryPolicy())
+            connection = http.HttpRangeFile(url, headers=headers, retry_policy=retry_policy)
             raw = stack.enter_context(connection)
         elif "://" in file:
-            raw = stack.enter_context(_open_with_fsspec(file, retry_policy or retry.RetryPolicy()))
+            raw = stack.enter_context(_open_with_fsspec(file, retry_policy))
         else:
             raw = stack.enter_context(pa.OSFile(file))
         # Over a network each read is a request: pre_buffer reads all of a row group in one.

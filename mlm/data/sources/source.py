@@ -126,7 +126,7 @@ def open_source(
     split: str = "train",
     text_column_name: str = "text",
     cache_dir: str | None = None,
-    retry_policy: retry.RetryPolicy | None = None,
+    retry_policy: retry.RetryPolicy = files.DEFAULT_RETRY_POLICY,
     min_shards: int = 0,
 ) -> Source:
     """Opens documents to train on; reads no further than the first rows, to find out whether there are any.
@@ -139,13 +139,12 @@ def open_source(
         split: split of a named dataset.
         text_column_name: column with the documents.
         cache_dir: cache directory of `datasets`; None for its default.
-        retry_policy: for reads over a network; None for the defaults.
+        retry_policy: for reads over a network.
         min_shards: local files are divided until there are about this many shards, see file_parts.py.
 
     Raises:
         UserError: the documents do not exist, cannot be read, have no such column or no rows.
     """
-    retry_policy = retry_policy or retry.RetryPolicy()
     if data_files is not None:
         patterns = (data_files,) if isinstance(data_files, str) else tuple(data_files)
         source = _open_files(patterns, text_column=text_column_name, retry_policy=retry_policy, min_shards=min_shards)
