@@ -22,6 +22,7 @@ def get_config() -> ConfigDict:
     config.logging_steps = 50
     config.eval_steps = 500
     config.save_steps = 500
+    config.checkpoint.keep_every_steps = 500
 
     config.data.max_seq_length = 128
     config.tokenizer.vocab_size = 4_096

@@ -143,12 +143,15 @@ def train_and_evaluate(
                     export(step, eval_metrics)
         reporter.writer.flush()
         if jax.process_index() == 0:
+            last_stage = run.stages[-1].stage
+            decay_start = last_stage.schedule_start + last_stage.boundaries.decay_start
             print_next_steps(
                 run.workdir,
                 predictions,
                 command=command,
                 num_train_steps=last_step,
-                can_be_extended=not run.stages[-1].stage.settings.optimizer.decay_steps,
+                can_be_extended=not last_stage.settings.optimizer.decay_steps,
+                branch_step=max((saved for saved in run.checkpointer.steps() if saved <= decay_start), default=None),
             )
         if run.hub is not None:
             run.hub.finish(step=last_step)

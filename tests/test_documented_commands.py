@@ -38,10 +38,7 @@ TESTED = {
     "python main.py --config=configs/quickstart.py --workdir=runs/mine --config.eval.probes": (
         "tests/test_during_training.py::test_probes_do_not_change_a_run_and_a_resumed_run_has_the_same"
     ),
-    "python main.py --config=configs/quickstart.py --workdir=runs/base": (
-        "tests/test_init_from.py::test_a_branch_decays_the_learning_rate_from_its_parent_s"
-    ),
-    "python main.py --config=configs/quickstart.py --workdir=runs/decay": (
+    "python main.py --config=configs/quickstart.py --workdir=runs/quickstart_longer": (
         "tests/test_init_from.py::test_a_branch_decays_the_learning_rate_from_its_parent_s"
     ),
     "python benchmarks/packing.py": "tests/test_best_fit.py::test_the_table_of_packings",

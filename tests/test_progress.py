@@ -305,3 +305,10 @@ Model      """
     )
     assert "cow" not in printed
     assert "Resume" not in printed  # Its learning rate has decayed.
+
+
+def test_a_run_whose_learning_rate_has_decayed_is_extended_by_a_branch(capsys):
+    command = "python main.py --config=c.py --workdir=runs/a --config.num_train_steps 12"
+    print_next_steps(WorkDir("runs/a"), {}, command=command, num_train_steps=12, can_be_extended=False, branch_step=8)
+    longer = "--workdir=runs/a_longer --config.checkpoint.init_from=runs/a@8 --config.num_train_steps=24"
+    assert f"\nLonger     python main.py --config=c.py {longer}\n" in capsys.readouterr().out

@@ -1,7 +1,6 @@
 """Run summaries: logged at the start, printed at the end."""
 
 import os
-import re
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -77,6 +76,7 @@ def print_next_steps(
     command: str,
     num_train_steps: int,
     can_be_extended: bool,
+    branch_step: int | None = None,
 ) -> None:
     """Prints what the finished model predicts, and commands to use it and to train for longer.
 
@@ -86,16 +86,23 @@ def print_next_steps(
       command: the command that started the run.
       num_train_steps: steps of the run.
       can_be_extended: whether the schedule allows more steps.
+      branch_step: if not, the newest checkpoint before the decay of the learning rate; None without one.
     """
     if predictions:
         print("\nThe model's five best predictions for each mask:\n")
         first_and_last = sorted({min(predictions), max(predictions)})
         print(compare_predictions({f"step {step:,}": predictions[step] for step in first_and_last}))
-    longer = re.sub(r" --config\.num_train_steps[= ]\S+", "", command)
+    path = workdir.raw_path
+    command = _without_flag(command, "config.num_train_steps")
+    more_steps = f"--config.num_train_steps={2 * num_train_steps}"
     extend = "Longer     branch from a checkpoint before the learning rate decays: docs/resume.md"
     if can_be_extended:
-        extend = f"Resume     {longer} --config.num_train_steps={2 * num_train_steps}"
-    path = workdir.raw_path
+        extend = f"Resume     {command} {more_steps}"
+    elif branch_step is not None:
+        new = (
+            f"--workdir={shlex.quote(f'{path}_longer')} --config.checkpoint.init_from={shlex.quote(path)}@{branch_step}"
+        )
+        extend = f"Longer     {_without_flag(command, 'workdir')} {new} {more_steps}"
     model = os.path.join(path, "model")
     download = workdir.storage.download_command("model")
     copied = f"; after: {download}" if download else ""
@@ -108,3 +115,13 @@ Use        from transformers import pipeline  # needs PyTorch: pip install torch
            pipeline("fill-mask", model={"model" if download else model!r})
 Or         python main.py --mode=fill_mask --workdir={shlex.quote(path)}
 """)
+
+
+def _without_flag(command: str, flag: str) -> str:
+    """Returns a command of the shell without `--flag=VALUE` and `--flag VALUE`."""
+    words, skip = [], False
+    for word in shlex.split(command):
+        if not (skip or word == f"--{flag}" or word.startswith(f"--{flag}=")):
+            words.append(word)
+        skip = word == f"--{flag}"
+    return shlex.join(words)
