@@ -6,8 +6,8 @@ Hardware:  two or more CPU cores, 4 GiB of memory
 Time:      about an hour on two cores (3,600 tokens per second)
 Expected:  not run to its end yet
 
-The quickstart's recipe with 16 times its compute, 4.7 times the operations per token and 3.3 times the tokens: twice the
-layers, one and a half times the width, sequences of 128 tokens, twice the vocabulary.
+The quickstart's recipe with 16 times its compute, 4.7 times the operations per token and 3.3 times the tokens: twice
+the layers, one and a half times the width, sequences of 128 tokens, twice the vocabulary.
 """
 
 from ml_collections import ConfigDict
