@@ -211,7 +211,7 @@ def test_the_log_line_has_every_field(make_reporter, monkeypatch, caplog):
 def test_the_live_line_shows_steps_and_pauses_on_the_first_process_only(make_reporter, make_screen, monkeypatch):
     screen = make_screen()
     with make_reporter() as reporter:
-        with reporter.transfer():
+        with reporter.dispatch(stage="", flops_per_token=1.0):
             assert screen.lines()[-1].startswith("compiling the step:   0%|")
         for step in (1, 2, 3):
             reporter.add_step(step, *fake(step), wait_seconds=0.0)
