@@ -81,11 +81,12 @@ def test_epochs_count_the_corpus(config, tmp_path, capsys):
     texts = [text for shard in range(source.num_shards) for column in source.read(shard) for text in column.to_pylist()]
     num_tokens = len(run.tokenizer.encode(pa.array(texts, pa.large_string()))[0])
     data = settings_of(config).data
-    # With "concatenate" a document has a begin and an end token; with "pad" it is a sequence of 16 tokens.
-    for packing, tokens in (("concatenate", num_tokens + 2 * len(texts)), ("pad", 16 * len(texts))):
+    # Every document has a begin and an end token; with "pad" it is a sequence of 16 tokens.
+    joined = num_tokens + 2 * len(texts)
+    for packing, tokens in (("concatenate", joined), ("best_fit", joined), ("pad", 16 * len(texts))):
         of_packing = dataclasses.replace(data, packing=packing)
         assert check_mode.tokens_of_epoch(source, run.tokenizer, of_packing, seconds=60) == (tokens, False)
-    assert f"epochs        about {4096 / (num_tokens + 2 * len(texts)):,.2f} of " in output
+    assert f"epochs        about {4096 / joined:,.2f} of " in output
 
 
 def test_a_corpus_too_large_to_read_is_estimated(config, tmp_path, monkeypatch):

@@ -474,7 +474,7 @@ def show_compiled(
 
 
 def tokens_of_epoch(source: Source, tokenizer: Tokenizer, data: DataSettings, *, seconds: float) -> tuple[float, bool]:
-    """Estimates the tokens of an epoch, special tokens and padding included, from random shards.
+    """Estimates the tokens of an epoch, with special tokens and the padding of "pad" and "pad_lines", from random shards.
 
     Args:
       source: the documents.
@@ -486,11 +486,13 @@ def tokens_of_epoch(source: Source, tokenizer: Tokenizer, data: DataSettings, *,
       The number of tokens, and True if it is only a lower bound because no shard was read to its end.
     """
     deadline = time.monotonic() + seconds
+    # Training packs far more documents together than a small shard has, with almost no padding.
+    packing = "isolate" if data.packing == "best_fit" else data.packing
     complete: list[int] = []
     for shard in np.random.default_rng(0).permutation(source.num_shards).tolist():
         count = 0
         for texts in _samples(source, shard):
-            count += pack(texts, tokenizer, packing=data.packing, max_seq_length=data.max_seq_length).data.size
+            count += pack(texts, tokenizer, packing=packing, max_seq_length=data.max_seq_length).data.size
             if time.monotonic() > deadline:
                 # The other shards are assumed to have as many tokens.
                 return (float(np.mean(complete or [count])) * source.num_shards, not complete)
