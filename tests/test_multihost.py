@@ -221,12 +221,12 @@ def train_save_and_restore(directory: str) -> dict[str, list]:
         if jax.process_index() == jax.process_count() - 1:
             shutil.disk_usage = lambda path: types.SimpleNamespace(free=3)
         try:
-            train._require_room(checkpointer, saved)
+            train._prepare_save(checkpointer, saved)
         except DiskFullError as error:
             found["refused"].append(str(error))
         finally:
             shutil.disk_usage = real
-        train._require_room(checkpointer, saved)
+        train._prepare_save(checkpointer, saved)
         checkpointer.save(3, state=saved, loop={}, stream={"process": jax.process_index()})
         checkpointer.wait()
         restored = checkpointer.restore(3, like=parallel.global_like(jax.eval_shape(lambda: init)))

@@ -474,7 +474,7 @@ def show_compiled(
 
 
 def tokens_of_epoch(source: Source, tokenizer: Tokenizer, data: DataSettings, *, seconds: float) -> tuple[float, bool]:
-    """Estimates the tokens of an epoch, with special tokens and the padding of "pad" and "pad_lines", from random shards.
+    """Estimates the tokens of an epoch from random shards, with special tokens, and padding if every text is a row.
 
     Args:
       source: the documents.
