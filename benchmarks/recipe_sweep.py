@@ -121,7 +121,7 @@ def table(results: dict[str, list[list[tuple[float, float, float]]]], losses: di
 
 def draw(results: dict[str, list[list[tuple[float, float, float]]]], path: str) -> None:
     """Draws the eval losses over tokens."""
-    figure = Figure(figsize=(9, 6), layout="constrained")
+    figure = Figure(figsize=(10, 6), layout="constrained")
     axes = figure.subplots()
     for number, (name, runs) in enumerate(results.items()):
         for index, run in enumerate(runs):
@@ -135,7 +135,7 @@ def draw(results: dict[str, list[list[tuple[float, float, float]]]], path: str) 
             )
     axes.set_xlabel("million tokens")
     axes.set_ylabel("eval loss (nats)")
-    axes.legend(fontsize="small", ncols=2)
+    figure.legend(fontsize="small", loc="outside right upper")
     figure.savefig(path, dpi=120)
 
 
