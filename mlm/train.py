@@ -109,8 +109,8 @@ def train_and_evaluate(
                     # The text has ended or cannot be read, or a stop was requested while waiting. Several processes
                     # cannot save here: the others do not take part.
                     steps_done = step - 1
-                    is_saved = steps_done in (run.start_step, run.checkpointer.latest_step())
-                    if not is_saved and jax.process_count() == 1:
+                    has_unsaved_steps = steps_done not in (run.start_step, run.checkpointer.latest_step())
+                    if has_unsaved_steps and jax.process_count() == 1:
                         reporter.wait_for_pending_step()
                         save(steps_done, batch.state, wait=True)
                     raise

@@ -252,8 +252,8 @@ def _examples(columns: Mapping[str, list[Any]], *, flag: str) -> Examples:
             f"{flag}: has no column {missing[0]!r}, only {', '.join(sorted(columns))}; name the columns text (and "
             "text_b) and label, or tokens and tags"
         )
-    for name in columns.keys() & {"text", "text_b"}:
-        check_texts(columns[name], name, flag=flag)
+    for name in ("text", "text_b"):
+        check_texts(columns.get(name, ()), name, flag=flag)
     return Examples(
         texts=columns["text"],
         pairs=columns.get("text_b"),

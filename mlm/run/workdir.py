@@ -158,7 +158,7 @@ class WorkDir:
         return last["processes"], last["rows_per_process"]
 
     def last_stages(self) -> list[dict[str, Any]]:
-        """Returns the stages at the last start, each with `end` and `boundaries`; one for a run without stages.
+        """Returns the stages at the last start, each with `end` and `borders`; one for a run without stages.
 
         Empty if there is no run, or it was started by an earlier version.
         """

@@ -393,16 +393,10 @@ def _read_csv(
 
     def in_larger_blocks(num_rows: int) -> Iterator[pa.Array]:
         with open_file(file, retry_policy) as again:
-            yield from skip_rows(
-                _read_csv(
-                    Utf8Stream(again, count_quotes=True),
-                    file,
-                    column,
-                    retry_policy=retry_policy,
-                    block_bytes=min(8 * block_bytes, _CSV_MAX_BLOCK_BYTES),
-                ),
-                num_rows,
-            )
+            larger_bytes = min(8 * block_bytes, _CSV_MAX_BLOCK_BYTES)
+            utf8 = Utf8Stream(again, count_quotes=True)
+            arrays = _read_csv(utf8, file, column, retry_policy=retry_policy, block_bytes=larger_bytes)
+            yield from skip_rows(arrays, num_rows)
 
     try:
         reader = pa_csv.open_csv(stream, read_options=read, parse_options=parse, convert_options=convert)
